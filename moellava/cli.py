@@ -12,7 +12,7 @@ COMMANDS = {
     "inspect": ("moellava.data.inspect", "records as the model sees them: text, tokens, mask, counts"),
     "check-data": ("moellava.data.check", "every record and file of a data set"),
     "verify": ("moellava.model.verify", "recompute the golden.safetensors of a folder"),
-    "upcycle": ("moellava.model.command", "dense folder -> MoE folder, with its certificate"),
+    "upcycle": ("moellava.train.upcycle", "dense folder -> MoE folder, with its certificate"),
     "export": ("moellava.model.export", "write a model in the layout of LLaVA and MoE-LLaVA"),
     "merge-lora": ("moellava.train.merge_lora", "base folder + adapter -> merged folder, logits compared"),
     "models": ("moellava.lmm.command", "families and released models that are known"),

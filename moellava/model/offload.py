@@ -41,5 +41,12 @@ def run_from_disk(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
             set_module_tensor_to_device(model, name, "cpu", value=places[name].read())
     if "lm_head.weight" not in index:
         model.tie_weights()
-    dispatch_model(model, device_map={"": "disk"}, main_device="cpu", offload_index=index, force_hooks=True)
+    dispatch_model(
+        model,
+        device_map={"": "disk"},
+        main_device="cpu",
+        offload_index=index,
+        force_hooks=True,
+        preload_module_classes=[nn.MultiheadAttention.__name__],  # reads its linear's weight without calling it
+    )
     return model

@@ -50,6 +50,9 @@ HUB_NAMES = (
     ("vision_tower.vision_model.", "model.vision_tower."),
     ("vision_tower.", "model.vision_tower."),
     ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("image_newline", "model.image_newline"),
+    ("visual.", "model.visual."),
+    ("model.", "model.language_model."),
 )
 """How folders on the hub name what Hugging Face's class today calls otherwise: (there, here)."""
 

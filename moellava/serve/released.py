@@ -19,12 +19,12 @@ from moellava.data.chat_spans import chat_terminator
 from moellava.data.images import open_image
 from moellava.data.preprocess import as_tensor, chat_turns
 from moellava.errors import UserError
+from moellava.lmm import folders
 from moellava.lmm.collators import COLLATORS, MediaCollator
 from moellava.lmm.datasets import TO_LOAD_IMAGE, encode_turns
 from moellava.lmm.loaders import ReleasedModel, find_model, load_lmm
 from moellava.lmm.media import MediaReader
 from moellava.lmm.prompts import ChatTemplate
-from moellava.lmm.supported_models import LMM_FAMILIES, undisguised
 from moellava.model.builder import default_device, default_dtype
 from moellava.model.sources import read_config, resolve_folder
 from moellava.serve.decode import Sampling
@@ -34,12 +34,8 @@ NAME = "the question"
 
 
 def is_released(model_path: str) -> bool:
-    """Whether a folder holds a released model, by its config; a composed model names its template there."""
-    raw = read_config(resolve_folder(model_path, "--model-path"), "--model-path")
-    extras = raw.get("moellava") or {}
-    if "lmm_family" in extras:
-        return True
-    return "version" not in extras and any(family.fits(undisguised(raw)) for family in LMM_FAMILIES.values())
+    """Whether a folder holds a released model, by its config."""
+    return folders.is_released(read_config(resolve_folder(model_path, "--model-path"), "--model-path"))
 
 
 def open_released(model_path: str, device: str | None = None) -> ReleasedModel:

@@ -10,16 +10,16 @@ from torch import nn
 
 from moellava.config import DataArguments, ModelArguments, MoEArguments, TrainingArguments
 from moellava.errors import UserError
+from moellava.lmm.folders import OpenFolder
 from moellava.lmm.supported_models import LMMFamily
 from moellava.log import get_logger
 from moellava.model.builder import folder_kind, load_pretrained_model, load_projector, require_tokenizer
 from moellava.model.compose import compose, make_processor
 from moellava.model.extended import extend_in_place
-from moellava.model.probe import probe_batches
 from moellava.moe import MoESpec, convert_engine
 from moellava.moe.certificate import Certificate, upcycle_certified
 from moellava.train.lora import Adapter, adapt
-from moellava.train.released import open_released, released_probes
+from moellava.train.released import open_released
 from moellava.train.stages import PRETRAIN, Stage
 
 logger = get_logger(__name__)
@@ -68,7 +68,7 @@ def assemble(
         load_projector(model, model_args.pretrain_mm_mlp_adapter)
     spec, certificate = None, None
     if moe_args.moe_enable:
-        probes = released_probes(model.config, processor, family) if family else probe_batches(model.config, dtype)
+        probes = OpenFolder(model, tokenizer, processor, family).probes()
         spec, certificate = sparsify(model, kind, moe_args, probes)
     # Adapters before the engine, which marks whatever parameters its experts have.
     adapter = adapt(model, model_args, moe_args, args) if args.lora_enable else None

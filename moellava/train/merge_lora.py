@@ -19,38 +19,36 @@ from torch import nn
 
 from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import UserError
-from moellava.log import get_logger
-from moellava.model.builder import image_size, load_pretrained_model, save_pretrained_folder, tokens_per_image
+from moellava.lmm.folders import OpenFolder, Probes, open_folder
+from moellava.model.builder import save_pretrained_folder
 from moellava.model.compose import make_processor
 from moellava.model.extended import extend_in_place
+from moellava.model.probe import probe_batches
+from moellava.model.sources import resolve_folder
 from moellava.moe import MoESpec, moe_layers, set_routing_context, upcycle
 from moellava.train.adapter_folder import check_base, load_adapter, merged, read_adapter
 from moellava.train.lora import attach, lora_layers, target_names
 
-logger = get_logger(__name__)
-
 ROUNDING = 1e-4
 """Largest |Δ| of an fp32 logit that passes, as a fraction of the largest logit."""
 
-PROBE_TOKENS = 24
+PROBE_NAMES = {"text": "without an image", "image": "with an image"}
 
 
-def probe_logits(model: Any) -> dict[str, torch.Tensor]:
-    """fp32 logits [1, L, V] of random tokens, alone and behind a random image; the same for equal models.
+def probe_logits(model: Any, probes: Probes | None = None) -> dict[str, torch.Tensor]:
+    """fp32 logits [1, L, V] of random tokens, alone and around a random image; the same for equal models.
 
     Args:
-        model: a composed model in evaluation mode.
+        model: in evaluation mode.
+        probes: inputs; None: those of a composed model.
     """
-    generator = torch.Generator().manual_seed(0)
-    image_token = model.config.image_token_id
-    text = torch.randint(0, image_token, (1, PROBE_TOKENS), generator=generator)
-    image = torch.full((1, tokens_per_image(model)), image_token)
-    pixels = torch.randn(1, 3, *image_size(model), generator=generator).to(model.dtype)
     set_routing_context(model)
-    with torch.inference_mode():
-        with_image = model(input_ids=torch.cat([image, text], dim=1), pixel_values=pixels, use_cache=False)
-        alone = model(input_ids=text, use_cache=False)
-    return {"without an image": alone.logits.float(), "with an image": with_image.logits.float()}
+    found = {}
+    for name, probe in (probes or probe_batches(model.config)).items():
+        inputs = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in probe.items()}
+        with torch.inference_mode():
+            found[PROBE_NAMES[name]] = model(**inputs, use_cache=False).logits.float()
+    return found
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -104,35 +102,56 @@ def merge(base: str, adapter_dir: Path, output_dir: Path) -> dict[str, dict[str,
     """
     adapter, tensors = read_adapter(adapter_dir)
     dtype = getattr(torch, adapter.origin.get("dtype", "float32"))
-    _, model, processor, _ = load_pretrained_model(base, device="cpu", dtype=dtype)
+    opened = open_folder(resolve_folder(base, "--model-path"), dtype)
+    model = opened.model
     rebuild(model, adapter.origin)
-    extras = model.config.moellava = model.config.moellava | adapter.origin.get("moellava", {})
-    tokenizer = load_tokenizer(base, extras["version"])
-    processor = make_processor(processor.image_processor, tokenizer, model.config)
+    settle_template(opened, base, adapter.origin)
     stored = {name: tensor.dtype for name, tensor in every_tensor(model)}
-    without = probe_logits(model.float())
+    model.float()
+    probes = opened.probes()
+    without = probe_logits(model, probes)
     attach(model, adapter.config)
     load_adapter(model, adapter, tensors, adapter_dir)
     model.eval()
     check_base(model.state_dict(), adapter.origin, f"--model-path {base}")
-    before = probe_logits(model)
+    before = probe_logits(model, probes)
     detach(model, merged(model.state_dict(), adapter.scaling))
-    found = {"adapter": largest_difference(before, without), "merging": largest_difference(before, probe_logits(model))}
+    after = probe_logits(model, probes)
+    found = {"adapter": largest_difference(before, without), "merging": largest_difference(before, after)}
     refuse_if_above(found["merging"], ROUNDING, before, "Merging")
     for name, tensor in every_tensor(model):
         tensor.data = tensor.data.to(stored[name])
+    found["folder"] = write_compared(opened, probes, output_dir)
+    return found
+
+
+def settle_template(opened: OpenFolder, base: str, origin: dict[str, Any]) -> None:
+    """Brings config, tokenizer and processor up to the template that the adapter's run has used."""
+    extras = opened.model.config.moellava = opened.model.config.moellava | origin.get("moellava", {})
+    if opened.family is None:
+        opened.tokenizer = load_tokenizer(base, extras["version"])
+        opened.processor = make_processor(opened.processor.image_processor, opened.tokenizer, opened.model.config)
+
+
+def write_compared(opened: OpenFolder, probes: Probes, output_dir: Path) -> dict[str, float]:
+    """Writes the folder aside, opens it, and moves it to its place if it computes what the model does: max |Δ|.
+
+    Raises:
+        UserError: it computes something else. Nothing is left then.
+    """
     staging = output_dir.with_name(f".{output_dir.name}.merging")
     try:
-        save_pretrained_folder(model, tokenizer, processor, staging)
-        _, reopened, _, _ = load_pretrained_model(staging, device="cpu", dtype=dtype)
-        found["folder"] = largest_difference(probe_logits(model), probe_logits(reopened))
-        refuse_if_above(found["folder"], ROUNDING, before, "Writing and reopening the folder")
+        save_pretrained_folder(opened.model, opened.tokenizer, opened.processor, staging)
+        logits = probe_logits(opened.model, probes)
+        reopened = open_folder(staging, opened.model.dtype).model
+        difference = largest_difference(logits, probe_logits(reopened, probes))
+        refuse_if_above(difference, ROUNDING, logits, "Writing and reopening the folder")
         output_dir.mkdir(parents=True, exist_ok=True)
         for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, output_dir / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return found
+    return difference
 
 
 def refuse_if_above(found: dict[str, float], fraction: float, logits: dict[str, torch.Tensor], what: str) -> None:

@@ -1,23 +1,20 @@
-"""The parts of a run that differ for released models: opening, records, batches, probes."""
+"""The parts of a run that differ for released models: opening, records, batches."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from PIL import Image
 
 from moellava.config import DataArguments, ModelArguments, MoEArguments, TrainingArguments
-from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.data.records import Records
 from moellava.errors import UserError
 from moellava.lmm.collators import COLLATORS, MediaCollator
 from moellava.lmm.datasets import TO_LOAD_IMAGE, MediaDataset
+from moellava.lmm.folders import released_section
 from moellava.lmm.loaders import ReleasedModel, find_model, load_lmm
 from moellava.lmm.media import MediaReader
 from moellava.lmm.supported_models import LMMFamily
-
-PROBE_TOKENS = 24
 
 
 def open_released(model_args: ModelArguments, moe_args: MoEArguments, dtype: torch.dtype) -> tuple[ReleasedModel, str]:
@@ -39,7 +36,7 @@ def open_released(model_args: ModelArguments, moe_args: MoEArguments, dtype: tor
         attn_implementation=model_args.attn_implementation,
     )
     extras = getattr(released.model.config, "moellava", None) or {}
-    released.model.config.moellava = extras | {"version": model_args.version, "lmm_family": family.family_id}
+    released.model.config.moellava = extras | released_section(family)
     return released, kind
 
 
@@ -63,22 +60,3 @@ def released_collator(processor: Any, family: LMMFamily, train_questions: bool =
     """The collator of a family."""
     collator = COLLATORS.get(family.family_id, MediaCollator)
     return collator(MediaReader(processor), processor.tokenizer.pad_token_id, train_questions)
-
-
-def released_probes(config: Any, processor: Any, family: LMMFamily, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Random text, and random text around an image, as inputs of the model: what conversions are compared on."""
-    generator = torch.Generator().manual_seed(seed)
-    words = min(processor.tokenizer.vocab_size, config.get_text_config().vocab_size)
-    ids = torch.randint(words // 2, words, (PROBE_TOKENS,), generator=generator)
-    half = PROBE_TOKENS // 2
-    pixels = torch.randint(0, 256, (56, 56, 3), generator=generator, dtype=torch.uint8)
-    around = torch.cat([ids[:half], torch.tensor([IMAGE_TOKEN_INDEX]), ids[half:]])
-    sample = {
-        "input_ids": around,
-        "labels": torch.full_like(around, IGNORE_INDEX),
-        "images": [Image.fromarray(pixels.numpy())],
-        "record": "probe",
-    }
-    with_image = released_collator(processor, family)([sample])
-    del with_image["labels"]
-    return {"text": {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}, "image": with_image}

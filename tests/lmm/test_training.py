@@ -12,32 +12,11 @@ from moellava.train.train import train
 
 
 @pytest.fixture
-def run(tiny_lmm, pictures, tmp_path):
-    """(family or folder, flags) -> the folder that a run of three steps leaves, in this process."""
-    records = []
-    for number in range(8):
-        question, image = ("<image>\nWhat is it?", {"image": f"{number % 3}.png"}) if number % 4 else ("Hello?", {})
-        turns = [{"from": "user", "value": question}, {"from": "bot", "value": f"A fractal, number {number}."}]
-        records.append({"id": str(number), "conversations": turns, **image})
-    (tmp_path / "data.json").write_text(json.dumps(records))
+def run(tiny_lmm, released_flags):
+    """(family or folder, name of the run, flags) -> the folder that a short run leaves, in this process."""
 
     def start(model, name="run", **flags):
-        folder = model if "/" in str(model) else tiny_lmm(model)
-        flags = {
-            "model_local_path": folder,
-            "data_path": tmp_path / "data.json",
-            "image_folder": pictures[0].parent,
-            "output_dir": tmp_path / name,
-            "user_key": "user",
-            "assistant_key": "bot",
-            "max_steps": 3,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "model_max_length": 256,
-            "save_strategy": "no",
-            "report_to": "none",
-        } | flags
+        flags = released_flags(model if "/" in str(model) else tiny_lmm(model), name, **flags)
         return train(*parse_arguments([str(word) for key, value in flags.items() for word in (f"--{key}", value)]))
 
     return start

@@ -1,19 +1,12 @@
 """Tiny random parts that the stages are run with: real classes, real files, a few thousand parameters."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
 SHAPES = {"red circle": (200, 30, 30), "green square": (30, 200, 30), "blue shape": (30, 30, 200)}
 
 
@@ -140,103 +133,7 @@ def stage_flags(parts: Path, runs: Path, stage: str) -> dict[str, object]:
     return COMMON | own | {"image_folder": parts / "images", "output_dir": runs / stage}
 
 
-def command(flags: dict[str, object], processes: int = 1, launcher: str = "deepspeed") -> list[str]:
-    """The command line that a user would type."""
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", *as_list(value))]
-    if processes == 1:
-        return [sys.executable, str(ROOT / "train.py"), *words]
-    own = [str(Path(sys.executable).with_name(launcher)), "--master_port", str(free_port())]
-    if launcher == "torchrun":
-        return [*own, "--nproc-per-node", str(processes), str(ROOT / "train.py"), *words]
-    zero = ["--deepspeed", str(ROOT / "scripts" / "zero2.json")]
-    return [*own, "--num_accelerators", str(processes), str(ROOT / "train.py"), *zero, *words]
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def as_list(value: object) -> list:
-    """A flag's value or values."""
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-@pytest.fixture(scope="session")
-def run_train():
-    """Runs `train.py` in real processes and returns the finished process, its output as text."""
-
-    def run(flags: dict[str, object], processes: int = 1, launcher: str = "deepspeed", **kwargs):
-        words = command(flags, processes, launcher)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(words, env=environment(), start_new_session=True, **pipes, **kwargs) as process:
-            try:
-                stdout, stderr = process.communicate(timeout=280)
-            finally:
-                kill_session(process.pid)  # a launcher that is stopped leaves its ranks behind
-        return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def kill_train():
-    """Runs `train.py` until a checkpoint appears, then kills every process of it with SIGKILL."""
-
-    def kill(flags: dict[str, object], checkpoint: str, processes: int = 1) -> None:
-        wanted = Path(str(flags["output_dir"])) / checkpoint
-        with subprocess.Popen(
-            command(flags, processes),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment(),
-            start_new_session=True,
-        ) as process:
-            deadline = time.monotonic() + 200
-            while not wanted.exists():
-                assert process.poll() is None, "the run ended before it could be killed"
-                assert time.monotonic() < deadline, f"{wanted} did not appear"
-                time.sleep(0.02)
-            kill_session(process.pid)
-
-    return kill
-
-
-def kill_session(leader: int) -> None:
-    """SIGKILLs every process of a session: the launcher starts its ranks in groups of their own."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and session_of(entry) == leader:
-            os.kill(int(entry.name), signal.SIGKILL)
-
-
-def session_of(entry: Path) -> int | None:
-    """The session id of a process by its /proc folder; None if it has ended meanwhile."""
-    try:
-        return int((entry / "stat").read_text().rsplit(")", 1)[1].split()[3])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def environment() -> dict[str, str]:
-    """One thread a process, so that runs are repeatable to the bit and do not fight for cores."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
-
-
-def losses(folder: Path) -> dict[int, float]:
-    """step -> logged loss of a run."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-
-
 @pytest.fixture(scope="session")
 def flags_for(parts):
     """(folder of the runs, stage) -> the flags of that stage."""
     return lambda runs, stage: stage_flags(parts, runs, stage)
-
-
-@pytest.fixture(scope="session")
-def losses_of():
-    """folder of a finished run -> {step: loss}."""
-    return losses

@@ -1,0 +1,107 @@
+"""`moellava upcycle` and `moellava merge-lora` on folders of released models."""
+
+import json
+
+import pytest
+import torch
+
+from moellava.cli import main
+from moellava.config import parse_arguments
+from moellava.lmm.folders import is_released, open_folder
+from moellava.lmm.loaders import UNTRAINABLE
+from moellava.lmm.supported_models import LMM_FAMILIES
+from moellava.model.sources import read_config
+from moellava.moe import moe_layers
+from moellava.train.train import train
+
+
+def upcycle(folder, target, *flags):
+    words = ["--moe_mode", "dense", "--num_experts", "2", *flags]
+    return main(["upcycle", "--model-path", str(folder), "--output-dir", str(target), *words])
+
+
+def opened_fp32(folder):
+    return open_folder(folder, torch.float32)
+
+
+def logits(opened, probes):
+    with torch.no_grad():
+        return {name: opened.model(**probe, use_cache=False).logits for name, probe in probes.items()}
+
+
+def assert_equal_models(one, other, atol):
+    one, other = opened_fp32(one), opened_fp32(other)
+    probes = one.probes()
+    before, after = logits(one, probes), logits(other, probes)
+    for name in probes:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=atol)
+
+
+def test_upcycling_streams_and_keeps_the_logits(conforming_family, tiny_lmm, tmp_path, capsys, monkeypatch):
+    """Every family, shard by shard, certified with its processor's own inputs."""
+    monkeypatch.setattr("moellava.train.upcycle.in_memory", None)
+    folder, target = tiny_lmm(conforming_family), tmp_path / "moe"
+    assert upcycle(folder, target) == 0
+    assert "exact in theory" in capsys.readouterr().out
+    certificate = json.loads((target / "moe_certificate.json").read_text())
+    assert set(certificate["probes"]) == {"text", "image"}
+    assert max(probe["max_abs_delta"] for probe in certificate["probes"].values()) < 1e-6
+    sparse = opened_fp32(target)
+    assert sparse.family is LMM_FAMILIES[conforming_family] and len(moe_layers(sparse.model)) == 2
+    assert sparse.model.config.moellava == {
+        "version": "chat_template",
+        "lmm_family": conforming_family,
+        "stage": "moe",
+    }
+    assert_equal_models(folder, target, atol=1e-6)
+
+
+def test_a_folder_that_cannot_be_streamed_is_converted_in_memory(tiny_lmm, tmp_path, monkeypatch):
+    folder = tiny_lmm("qwen2-vl")
+    assert upcycle(folder, tmp_path / "streamed") == 0
+    monkeypatch.setattr("moellava.train.upcycle.can_stream", lambda *_: False)
+    assert upcycle(folder, tmp_path / "whole") == 0
+    one, other = (opened_fp32(tmp_path / name).model.state_dict() for name in ("streamed", "whole"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_cannot_be_upcycled_says_why(tiny_lmm, tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "phi3_v"}')
+    assert upcycle(tmp_path, tmp_path / "moe") == 2
+    assert "the decoder of phi3-v models is code in their own repository" in capsys.readouterr().err
+    monkeypatch.setitem(UNTRAINABLE, "gemma3", "of a reason")
+    assert upcycle(tiny_lmm("gemma3"), tmp_path / "moe") == 2
+    assert "gemma3 models cannot be upcycled here: of a reason" in capsys.readouterr().err
+    assert upcycle(tiny_lmm("qwen2-vl"), tmp_path / "first") == 0
+    assert upcycle(tmp_path / "first", tmp_path / "moe") == 2
+    assert "is sparse already" in capsys.readouterr().err
+    assert not (tmp_path / "moe").exists()
+
+
+def test_a_decoder_without_plain_mlps_stops_before_anything_is_computed(tiny_lmm, tmp_path, capsys, monkeypatch):
+    from moellava.moe import mlp
+
+    monkeypatch.setattr(mlp, "KINDS", mlp.KINDS[2:])
+    monkeypatch.setattr("moellava.train.upcycle.run_from_disk", None)
+    assert upcycle(tiny_lmm("llava-1.5"), tmp_path / "moe") == 2
+    assert "is a LlamaMLP, which is not a plain MLP" in capsys.readouterr().err
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize(("family_id", "sparse"), [("llava-1.5", False), ("qwen2-vl", True), ("gemma3", False)])
+def test_merge_lora_gives_the_runs_own_folder(family_id, sparse, tiny_lmm, released_flags, tmp_path, capsys):
+    flags = released_flags(tiny_lmm(family_id), use_lora=True, lora_r=4, train_vision_projector=not sparse)
+    if sparse:
+        flags |= {"moe_enable": True, "moe_mode": "dense", "num_experts": 2}
+    run = train(*parse_arguments([str(word) for key, value in flags.items() for word in (f"--{key}", value)]))
+    target = tmp_path / "merged"
+    words = ["--model-path", str(tiny_lmm(family_id)), "--adapter", str(run / "adapter"), "--output-dir", str(target)]
+    assert main(["merge-lora", *words]) == 0
+    assert "with an image" in capsys.readouterr().out
+    assert is_released(read_config(target, "test"))
+    merged, trained = opened_fp32(target), opened_fp32(run)
+    assert type(merged.model) is type(trained.model) and type(merged.processor) is type(trained.processor)
+    assert bool(moe_layers(merged.model)) is sparse
+    one, other = merged.model.state_dict(), trained.model.state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert merged.processor.chat_template == trained.processor.chat_template
