@@ -91,7 +91,7 @@ DEFAULT = Recipe(
 
 FULL = Recipe(
     name="full",
-    duration="about 20 minutes",
+    duration="about 15 minutes",
     stage1=StageRecipe(copies=6, batch_size=64, learning_rate=4e-3),
     stage2=StageRecipe(copies=6, batch_size=32, learning_rate=1.5e-3),
     stage3=StageRecipe(copies=2, batch_size=32, learning_rate=5e-4),
