@@ -9,7 +9,7 @@ refused, with the place where the renderings part.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,18 +25,24 @@ CHAT_TEMPLATE = "chat_template"
 _EDGE = "\u2003"
 """Whitespace around a stand-in message: a template that strips messages strips it, and no template writes it itself."""
 
-Turns = Sequence[tuple[str, str]]
-"""(role, text) in turn; roles are 'user' and 'assistant'."""
+Content = str | Sequence[Mapping[str, str]]
+"""A message: text, or parts such as `{"type": "image"}` and `{"type": "text", "text": …}`."""
+
+Kinds = tuple[str, ...]
+"""What the parts of a message are."""
+
+Turns = Sequence[tuple[str, Content]]
+"""(role, message) in turn; roles are 'user' and 'assistant', and an answer is text or one part of text."""
 
 
 class Slot(NamedTuple):
-    """Where a message stands in the rendering.
+    """Where a text stands in the rendering: a message, or a part of one.
 
     Attributes:
-        before: template text in front of it, not trained.
+        before: what the template writes in front of it, placeholders of media included; not trained.
         lead: template text in front of an answer that generation would write, trained.
         ending: what ends an answer, trained; empty for a question.
-        keeps_left: whether whitespace on the left of the message is kept.
+        keeps_left: whether whitespace on the left of the text is kept.
         keeps_right: whether whitespace on its right is kept.
     """
 
@@ -67,14 +73,21 @@ def chat_pieces(
         UserError: no chat template, or one that is not prefix-stable.
         DataError: the template rewrites what this conversation says.
     """
-    slots, after = _structure(tokenizer, tokenizer.chat_template, len(turns), opens)
+    shape = tuple(None if isinstance(content, str) else kinds_of(content) for _, content in turns)
+    try:
+        slots, after = _structure(tokenizer, tokenizer.chat_template, shape, opens)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    said = [(role, isinstance(content, str), text) for role, content in turns for text in texts_of(content)]
     pieces = []
-    for slot, (role, message) in zip(slots, turns, strict=True):
+    for slot, (role, is_whole, text) in zip(slots, said, strict=True):
         answer = role == "assistant"
+        # Where a question comes in parts, its images are parts of their own, and no tag in its texts is one.
+        kind = Kind.QUESTION if is_whole and not answer else Kind.ANSWER
         pieces += [
             Piece(slot.before),
             Piece(slot.lead, True),
-            Piece(slot.text_of(message), answer, Kind.ANSWER if answer else Kind.QUESTION),
+            Piece(slot.text_of(text), answer, kind),
             Piece(slot.ending, True),
         ]
     pieces = [piece for piece in [*pieces, Piece(after)] if piece.text]
@@ -87,44 +100,81 @@ def chat_pieces(
 
 def chat_terminator(tokenizer: PreTrainedTokenizerBase) -> str:
     """What ends an answer in the tokenizer's chat template. Raises UserError as `chat_pieces` does."""
-    slots, _ = _structure(tokenizer, tokenizer.chat_template, 2, False)
+    slots, _ = _structure(tokenizer, tokenizer.chat_template, (None, None), False)
     return slots[1].ending
+
+
+def kinds_of(parts: Sequence[Mapping[str, str]]) -> Kinds:
+    """What the parts of a message are: 'text', 'image', 'video'."""
+    return tuple(part["type"] for part in parts)
+
+
+def texts_of(content: Content) -> list[str]:
+    """The texts of a message, in order."""
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+
+
+def _stand_in(number: int, kinds: Kinds | None) -> Content:
+    """What stands for message `number` while the template is examined; parts of the same kinds."""
+    if kinds is None:
+        return f"{_EDGE}Message{number}x{_EDGE}"
+    return [
+        {"type": kind, "text": f"{_EDGE}Message{number}part{part}x{_EDGE}"} if kind == "text" else {"type": kind}
+        for part, kind in enumerate(kinds)
+    ]
 
 
 @lru_cache(maxsize=256)
 def _structure(
-    tokenizer: PreTrainedTokenizerBase, template: Any, count: int, opens: bool
+    tokenizer: PreTrainedTokenizerBase, template: Any, shape: tuple[Kinds | None, ...], opens: bool
 ) -> tuple[tuple[Slot, ...], str]:
-    """Where `count` messages stand, and the text after the last one; found with stand-ins for messages.
+    """Where the texts of messages stand, and the text after the last one; found with stand-ins for them.
 
-    `template` only tells apart the states of a tokenizer whose template is changed.
+    Args:
+        tokenizer: renders.
+        template: only tells apart the states of a tokenizer whose template is changed.
+        shape: for each message the kinds of its parts, None for plain text.
+        opens: as of `chat_pieces`.
     """
     if not template:
         raise UserError(
             "--version chat_template needs a tokenizer with a chat template and this one has none: name one of our "
             "templates instead, or add a chat_template.jinja to its folder"
         )
-    turns = [("assistant" if number % 2 else "user", f"{_EDGE}Message{number}x{_EDGE}") for number in range(count)]
+    turns = [("assistant" if n % 2 else "user", _stand_in(n, kinds)) for n, kinds in enumerate(shape)]
     whole = _render(tokenizer, turns, opens)
     slots, position = [], 0
-    for number, (role, message) in enumerate(turns):
-        place = whole.find(message.strip(), position)
-        if place < 0 or whole.count(message.strip()) != 1:
-            raise UserError(f"the chat template leaves out, repeats or reorders messages: message {number} of {count}")
-        end = place + len(message.strip())
-        keeps_left, keeps_right = whole[place - 1 : place] == _EDGE, whole[end : end + 1] == _EDGE
-        place, end = place - keeps_left, end + keeps_right
-        opening = ending = ""
-        if role == "assistant":
-            opening = _difference(whole, _render(tokenizer, turns[:number], True), f"the prompt of answer {number}")
-            _difference(whole, _render(tokenizer, turns[: number + 1], False), f"the text up to answer {number}")
-            ending = _ending(tokenizer, _render(tokenizer, turns[: number + 1], False)[end:])
-        begin = len(opening) if opening else place
-        if not position <= begin <= place:
-            raise UserError(f"the chat template opens answer {number} elsewhere than where it stands: {whole!r}")
-        slots.append(Slot(whole[position:begin], whole[begin:place], ending, keeps_left, keeps_right))
-        position = end + len(ending)
+    for number, (role, content) in enumerate(turns):
+        for text in texts_of(content):
+            place, end = _place(whole, text.strip(), position, f"message {number} of {len(turns)}")
+            begin, ending = place, ""
+            if role == "assistant":
+                begin, ending = _around_answer(tokenizer, turns, number, whole, place, end)
+            if not position <= begin <= place:
+                raise UserError(f"the chat template opens answer {number} elsewhere than where it stands: {whole!r}")
+            keeps = whole[place] == _EDGE, whole[end - 1] == _EDGE
+            slots.append(Slot(whole[position:begin], whole[begin:place], ending, *keeps))
+            position = end + len(ending)
     return tuple(slots), whole[position:]
+
+
+def _place(whole: str, stand_in: str, position: int, what: str) -> tuple[int, int]:
+    """The characters (begin, end) of a stand-in, with the whitespace around it that the template keeps."""
+    place = whole.find(stand_in, position)
+    if place < 0 or whole.count(stand_in) != 1:
+        raise UserError(f"the chat template leaves out, repeats or reorders the texts of messages: {what}")
+    end = place + len(stand_in)
+    return place - (whole[place - 1 : place] == _EDGE), end + (whole[end : end + 1] == _EDGE)
+
+
+def _around_answer(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, number: int, whole: str, place: int, end: int
+) -> tuple[int, str]:
+    """Where generation of answer `number` would begin, and what ends it. Raises UserError if prefixes differ."""
+    opening = _difference(whole, _render(tokenizer, turns[:number], True), f"the prompt of answer {number}")
+    upto = _render(tokenizer, turns[: number + 1], False)
+    _difference(whole, upto, f"the text up to answer {number}")
+    return len(opening) if opening else place, _ending(tokenizer, upto[end:])
 
 
 def _difference(whole: str, prefix: str, what: str) -> str:
@@ -148,10 +198,10 @@ def _ending(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: Turns, opens: bool) -> str:
-    messages = [{"role": role, "content": text} for role, text in turns]
+    messages = [{"role": role, "content": content} for role, content in turns]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens)
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"the chat template cannot render {len(turns)} alternating messages: {error}") from error
 
 
