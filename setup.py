@@ -28,6 +28,7 @@ setup(
     ],
     extras_require={
         "train": ["deepspeed>=0.19", "ninja", "tensorboard"],
+        "video": ["av>=12"],
         "quant": ["bitsandbytes>=0.48"],
         "demo": ["easy-vqa"],
         "test": [
@@ -35,6 +36,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "hypothesis",
+            "av>=12",
             "bitsandbytes>=0.48",
             "ruff",
             "mypy",

@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
+from moellava.data.media import NUM_FRAMES
 from moellava.errors import UserError
 from moellava.lmm.arguments import ReleasedArguments, settle
 from moellava.moe.spec import MoESpec
@@ -53,15 +54,17 @@ class DataArguments:
     data_path: list[str] = _flag("LLaVA JSON or JSONL files; their records are joined.", [])
     eval_data_path: list[str] = _flag("Records for the loss during training (with --eval_strategy).", [])
     image_folder: str | None = _flag("Folder that the records' image paths are relative to.")
+    video_folder: str | None = _flag("Folder that the records' video paths are relative to; unset: --image_folder.")
+    num_frames: int = _flag("Frames that stand for a video, evenly spread over it.", NUM_FRAMES)
     image_aspect_ratio: str | None = _flag(
         "square (as the tower's processor does) or pad (to a square, mean colour). Unset: the folder's, or square."
     )
-    is_multimodal: bool = _flag("False refuses records with images: a text-only run.", True)
+    is_multimodal: bool = _flag("False refuses records with images or videos: a text-only run.", True)
     lazy_preprocess: bool = _flag("Tokenize when a record is first needed; False tokenizes all before step 0.", True)
     overlong: str = _flag(
         "Record longer than --model_max_length tokens: error, drop (counted) or truncate.", "truncate"
     )
-    bad_files: str = _flag("Missing or unreadable image: error, or skip (counted).", "error")
+    bad_files: str = _flag("Missing or unreadable image or video: error, or skip (counted).", "error")
     skip_list: str | None = _flag("Records to leave out (counted): a file of `moellava check-data --skip-list`.")
 
 
@@ -273,6 +276,7 @@ def find_conflicts(
             data.image_aspect_ratio not in (None, "square", "pad"),
             f"--image_aspect_ratio {data.image_aspect_ratio}: choose square or pad.",
         ),
+        (data.num_frames < 1, f"--num_frames {data.num_frames}: a video is at least 1 frame."),
         (data.bad_files not in ("error", "skip"), f"--bad_files {data.bad_files}: choose error or skip."),
         (
             training.eval_strategy != "no" and not data.eval_data_path,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import wave
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -287,3 +288,41 @@ def released_flags(pictures, tmp_path) -> Callable[..., dict[str, object]]:
         } | flags
 
     return make
+
+
+def make_clip(path: Path, pictures: list[Image.Image], codec: str = "mpeg4", rate: int = 4) -> None:
+    """Writes pictures of one size as a video; key frames some frames apart, and frames that lean on later ones."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height = pictures[0].size
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.gop_size = 6
+        stream.codec_context.max_b_frames = 2
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """A folder with videos made of easy-VQA's images, 4 frames a second: shapes.mp4 (20 frames, 64 × 64), short.mkv
+    (3 frames, which its header does not count) and wide.mp4 (9 frames, 96 × 48). And with bad ones: cut.mp4 (half a
+    file), damaged.mp4 (with a hole in it), text.mp4 and sound.wav."""
+    import easy_vqa
+
+    folder = tmp_path_factory.mktemp("clips")
+    pictures = [Image.open(path).convert("RGB") for path in list(easy_vqa.get_test_image_paths().values())[:20]]
+    make_clip(folder / "shapes.mp4", pictures)
+    make_clip(folder / "short.mkv", pictures[:3])
+    make_clip(folder / "wide.mp4", [picture.resize((96, 48)) for picture in pictures[:9]])
+    content = (folder / "shapes.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(content[: len(content) // 2])
+    hole = len(content) // 3
+    (folder / "damaged.mp4").write_bytes(content[:hole] + bytes(hole) + content[2 * hole :])
+    (folder / "text.mp4").write_text("no video")
+    with wave.open(str(folder / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", "not compressed"))
+        sound.writeframes(bytes(1600))
+    return folder

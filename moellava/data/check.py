@@ -1,22 +1,22 @@
-"""`moellava check-data`: every record and every image of a data set, all problems in one pass."""
+"""`moellava check-data`: every record, image and video of a data set, all problems in one pass."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import IMAGE_TOKEN_INDEX
-from moellava.data.dataset import CHECKING_THREADS, problem_with_template
-from moellava.data.images import image_problem
+from moellava.data.dataset import problem_with_template
+from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames, with_frames
 from moellava.data.preprocess import encode_conversation
-from moellava.data.records import Problem, Records, images_of, read_records, read_skip_list
+from moellava.data.records import KINDS, Problem, Records, media_of, read_records, read_skip_list
 from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import DataError, UserError
 
@@ -26,7 +26,8 @@ class Findings:
     """What a check found.
 
     Attributes:
-        counts: files, records, records with images and without, images named, image files, turns.
+        counts: files, records, records with images, with videos and with neither, images and videos named, their
+            files, turns.
         problems: in the order of the files.
         lengths: positions of each sound record in the model, if a tokenizer was given.
     """
@@ -38,18 +39,18 @@ class Findings:
 
 def check(
     paths: Sequence[str],
-    image_folder: str | None = None,
+    media_files: MediaFiles,
     tokenizer: PreTrainedTokenizerBase | None = None,
     version: str | None = None,
     tokens_per_image: int = 1,
     max_length: int | None = None,
     skip: frozenset[str] = frozenset(),
 ) -> Findings:
-    """Reads every record, decodes every image in full and, with a tokenizer, masks every conversation.
+    """Reads every record, decodes every image and video in full and, with a tokenizer, masks every conversation.
 
     Args:
         paths: data files.
-        image_folder: what image paths are relative to.
+        media_files: where images and videos lie, and how many frames of a video are wanted.
         tokenizer: also find conversations that are too long or have nothing to train on.
         version: the template; needed with a tokenizer.
         tokens_per_image: positions that an image takes in the model.
@@ -63,12 +64,13 @@ def check(
         raise UserError("--tokenizer needs --version as well, to know the template")
     records, problems = read_records(paths, skip)
     findings = Findings(_counts(paths, records, problems), problems)
-    broken = _broken_images(records, Path(image_folder or ""))
+    broken = media_files.problems(chain.from_iterable(map(media_of, records)), in_full=True)
     for index in range(len(records)):
         record, name, key = records[index], records.name(index), records.key(index)
-        texts = [f"{name}: {broken[image]}" for image in images_of(record) if image in broken]
+        texts = [f"{name}: {broken[medium]}" for medium in media_of(record) if medium in broken]
         if tokenizer is not None and version is not None:
-            length, problem = _measure(record, name, tokenizer, version, tokens_per_image, max_length)
+            frames = media_files.num_frames
+            length, problem = _measure(record, name, tokenizer, version, frames, tokens_per_image, max_length)
             texts += [problem] if problem else []
             findings.lengths.append(length)
         findings.problems += [Problem(key, text) for text in texts]
@@ -76,25 +78,19 @@ def check(
 
 
 def _counts(paths: Sequence[str], records: Records, problems: list[Problem]) -> dict[str, int]:
-    images = [images_of(record) for record in records]
+    shown = [media_of(record) for record in records]
+    kinds = [[medium.kind for medium in media] for media in shown]
+    files = {medium for media in shown for medium in media}
     return {
         "files": len(paths),
         "records": len(records) + sum(problem.key is not None for problem in problems),
         "skip_listed": records.skipped,
-        "with_image": sum(map(bool, images)),
-        "text_only": sum(not paths for paths in images),
-        "images_named": sum(map(len, images)),
-        "image_files": len({path for paths in images for path in paths}),
+        **{f"with_{kind}": sum(kind in found for found in kinds) for kind in KINDS},
+        "text_only": sum(not media for media in shown),
+        **{f"{kind}s_named": sum(found.count(kind) for found in kinds) for kind in KINDS},
+        **{f"{kind}_files": sum(medium.kind == kind for medium in files) for kind in KINDS},
         "turns": sum(len(record["conversations"]) for record in records),
     }
-
-
-def _broken_images(records: Records, folder: Path) -> dict[str, str]:
-    """image path of a record -> what is wrong with the file, for the files that something is wrong with."""
-    paths = list(dict.fromkeys(image for record in records for image in images_of(record)))
-    with ThreadPoolExecutor(CHECKING_THREADS) as pool:
-        found = pool.map(lambda path: image_problem(folder / path, in_full=True), paths)
-        return {path: problem for path, problem in zip(paths, found, strict=True) if problem}
 
 
 def _measure(
@@ -102,6 +98,7 @@ def _measure(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     version: str,
+    num_frames: int,
     tokens_per_image: int,
     max_length: int | None,
 ) -> tuple[int, str | None]:
@@ -110,7 +107,8 @@ def _measure(
     if problem:
         return 0, f"{name} {problem}"
     try:
-        encoded = encode_conversation(record["conversations"], tokenizer, version, bool(images_of(record)), name=name)
+        source = with_frames(record["conversations"], num_frames)
+        encoded = encode_conversation(source, tokenizer, version, bool(media_of(record)), name=name)
     except DataError as error:
         return 0, str(error)
     length = len(encoded.ids) + encoded.ids.count(IMAGE_TOKEN_INDEX) * (tokens_per_image - 1)
@@ -148,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moellava check-data", description=__doc__)
     parser.add_argument("data", nargs="+", help="JSON or JSON Lines files")
     parser.add_argument("--image-folder", help="what the image paths in the records are relative to")
+    parser.add_argument("--video-folder", help="what the video paths are relative to (default: --image-folder)")
+    parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"frames of a video (default: {NUM_FRAMES})")
     parser.add_argument("--tokenizer", help="folder or hub id; also checks lengths and masks")
     parser.add_argument("--version", help="template, with --tokenizer")
     parser.add_argument("--max-length", type=int, help="positions that a record may take, with --tokenizer")
@@ -161,9 +161,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Prints all problems and counts. Exit status 1 if there is a problem."""
     args = _parser().parse_args(argv)
+    require_frames(args.num_frames, "--num-frames")
     findings = check(
         args.data,
-        args.image_folder,
+        MediaFiles(args.image_folder, args.video_folder, args.num_frames),
         load_tokenizer(args.tokenizer, args.version) if args.tokenizer else None,
         args.version,
         args.tokens_per_image,

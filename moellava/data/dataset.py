@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, IMAGE_TOKEN_INDEX
-from moellava.data.images import image_problem, open_image
 from moellava.data.masking import Encoded
+from moellava.data.media import NUM_FRAMES, MediaFiles, frame_counts, with_frames
 from moellava.data.preprocess import as_tensor, encode_conversation, is_plain
-from moellava.data.records import Records, images_of
+from moellava.data.records import KINDS, Medium, Records, media_of, paths_of
 from moellava.errors import DataError
 from moellava.log import get_logger
 from moellava.mm_utils import pixel_values
@@ -24,8 +24,6 @@ from moellava.mm_utils import pixel_values
 OVERLONG = ("error", "drop", "truncate")
 BAD_FILES = ("error", "skip")
 COUNTS = ("records", "skip_listed", "bad_files", "dropped", "truncated", "samples")
-CHECKING_THREADS = 8
-"""Image files that are looked at side by side; the wait is for the disk."""
 
 
 class SupervisedDataset(Dataset):
@@ -35,15 +33,16 @@ class SupervisedDataset(Dataset):
         records: of `load_records`.
         tokenizer: of `load_tokenizer`.
         version: a name of `conv_templates`.
-        image_processor: a Hugging Face image processor; needed if a record has an image.
-        image_folder: what the records' image paths are relative to.
+        image_processor: a Hugging Face image processor; needed if a record has an image or a video.
+        image_folder, video_folder, num_frames: as of `MediaFiles`; a video is its frames, an image each.
         tokens_per_image: positions that one image takes in the model's sequence.
         aspect_ratio: 'square' or 'pad', as of `pixel_values`.
         max_length: the longest sample, in positions: text tokens and expanded images. None: no limit.
         overlong: what happens to a longer one: 'error', 'drop' (counted), or 'truncate': its end is cut, before an
-            image that does not fit whole (counted; dropped if nothing to train on is left).
+            image or video that does not fit whole (counted; dropped if nothing to train on is left).
         use_im_start_end: put `<im_start>` and `<im_end>` around each image.
-        bad_files: 'error', or 'skip': leave out (and count) records whose image file is missing, truncated or no image.
+        bad_files: 'error', or 'skip': leave out (and count) records with a file that is missing, cut short or no image
+            or video, or a video with too few frames.
 
     Raises:
         DataError: with one line for every problem of every record.
@@ -58,6 +57,8 @@ class SupervisedDataset(Dataset):
         tokens_per_image: int,
         image_processor: Any = None,
         image_folder: str | Path | None = None,
+        video_folder: str | Path | None = None,
+        num_frames: int = NUM_FRAMES,
         aspect_ratio: str = "square",
         max_length: int | None = None,
         overlong: str = "error",
@@ -72,7 +73,7 @@ class SupervisedDataset(Dataset):
         self.tokenizer = tokenizer
         self.version = version
         self.image_processor = image_processor
-        self.image_folder = Path(image_folder or "")
+        self.files = MediaFiles(image_folder, video_folder, num_frames)
         self.tokens_per_image = tokens_per_image
         self.aspect_ratio = aspect_ratio
         self.max_length = max_length
@@ -88,20 +89,19 @@ class SupervisedDataset(Dataset):
         return len(self._kept)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A sample: `input_ids` and `labels` LongTensors [L], -200 once per image, `pixel_values` [n_images, 3, H, W],
-        and `record`, its name.
+        """A sample: `input_ids` and `labels` LongTensors [L], -200 once per image or frame, `pixel_values`
+        [n_images, 3, H, W], and `record`, its name.
 
         Raises:
-            DataError: an image file has become unreadable.
+            DataError: a file has become unreadable.
         """
         number = self._kept[index]
         record, name = self.records[number], self.records.name(number)
         encoded, _ = self._encode(record, name)
-        shown = encoded.ids.count(IMAGE_TOKEN_INDEX)
         return {
             "input_ids": as_tensor(encoded.ids),
             "labels": as_tensor(encoded.labels),
-            "pixel_values": self._pixels(images_of(record)[:shown], name),
+            "pixel_values": self._pixels(record, encoded.ids.count(IMAGE_TOKEN_INDEX), name),
             "record": name,
         }
 
@@ -112,7 +112,7 @@ class SupervisedDataset(Dataset):
 
     @property
     def modalities(self) -> list[bool]:
-        """Whether each sample has an image."""
+        """Whether each sample has an image or a video."""
         return [bool(flag) for flag in self._has_image]
 
     def report(self) -> dict[str, int]:
@@ -126,7 +126,7 @@ class SupervisedDataset(Dataset):
         broken = self._broken_files()
         for number in range(len(self.records)):
             record, name = self.records[number], self.records.name(number)
-            bad = [broken[image] for image in images_of(record) if image in broken]
+            bad = [broken[medium] for medium in media_of(record) if medium in broken]
             if bad and bad_files == "skip":
                 self._counts["bad_files"] += 1
                 get_logger().warning("%s is skipped: %s", name, bad[0])
@@ -138,14 +138,13 @@ class SupervisedDataset(Dataset):
         if problems:
             raise DataError(problems)
 
-    def _broken_files(self) -> dict[str, str]:
-        """image path of a record -> what is wrong with its file, for the files that something is wrong with."""
-        paths = list(dict.fromkeys(image for record in self.records for image in images_of(record)))
-        if paths and self.image_processor is None:
-            raise DataError(f"{len(paths)} images are named in the data, but there is no image tower to see them")
-        with ThreadPoolExecutor(CHECKING_THREADS) as pool:
-            problems = pool.map(lambda path: image_problem(self.image_folder / path), paths)
-            return {path: problem for path, problem in zip(paths, problems, strict=True) if problem}
+    def _broken_files(self) -> dict[Medium, str]:
+        """What is wrong with the files of images and videos that something is wrong with."""
+        media = list(dict.fromkeys(chain.from_iterable(map(media_of, self.records))))
+        if media and self.image_processor is None:
+            counts = " and ".join(f"{sum(medium.kind == kind for medium in media)} {kind}s" for kind in KINDS)
+            raise DataError(f"{counts} are named in the data, but there is no image tower to see them")
+        return self.files.problems(media)
 
     def _measure(self, number: int, record: dict[str, Any], name: str) -> list[str]:
         """Keeps a record, drops and counts it, or says what is wrong with it."""
@@ -168,31 +167,38 @@ class SupervisedDataset(Dataset):
         self._counts["truncated"] += cut
         self._kept.append(number)
         self._lengths.append(length)
-        self._has_image.append(IMAGE_TOKEN_INDEX in encoded.ids)
+        self._has_image.append(self._shows(encoded.ids))
         return []
 
     def _encode(self, record: dict[str, Any], name: str) -> tuple[Encoded, bool]:
         """Ids and labels of a record, and whether they were cut to `max_length`."""
-        has_image = bool(images_of(record))
-        source = record["conversations"]
-        encoded = encode_conversation(source, self.tokenizer, self.version, has_image, self.image_ids, name)
+        media = frame_counts(record, self.files.num_frames)
+        source = with_frames(record["conversations"], self.files.num_frames)
+        encoded = encode_conversation(source, self.tokenizer, self.version, bool(media), self.image_ids, name)
         if (
             self.overlong != "truncate"
             or self.max_length is None
             or self._length(encoded.ids, record) <= self.max_length
         ):
             return encoded, False
-        end = cut_length(encoded.ids, self.max_length, self.tokens_per_image, self.image_ids)
+        end = cut_length(encoded.ids, self.max_length, self.tokens_per_image, self.image_ids, media)
         return Encoded(encoded.ids[:end], encoded.labels[:end]), True
+
+    def _shows(self, ids: Sequence[int]) -> bool:
+        """Whether an image or a video is in a sample."""
+        return IMAGE_TOKEN_INDEX in ids
 
     def _length(self, ids: Sequence[int], record: dict[str, Any]) -> int:
         return len(ids) + ids.count(IMAGE_TOKEN_INDEX) * (self.tokens_per_image - 1)
 
-    def _pixels(self, paths: list[str], name: str) -> torch.Tensor:
-        if not paths:
+    def _pixels(self, record: dict[str, Any], shown: int, name: str) -> torch.Tensor:
+        """The first `shown` images of a record, frames counted."""
+        counts = frame_counts(record, self.files.num_frames)
+        last = sum(1 for before in accumulate(counts, initial=0) if before < shown)
+        if not shown:
             return torch.empty(0, 3, 0, 0)
         try:
-            images = [open_image(self.image_folder / path) for path in paths]
+            images = self.files.pictures(media_of(record)[:last])
         except DataError as error:
             raise DataError(f"{name}: {error} (`moellava check-data` lists all such files)") from error
         return pixel_values(images, self.image_processor, self.aspect_ratio)
@@ -218,27 +224,36 @@ def problem_with_template(record: dict[str, Any], version: str) -> str | None:
     if not is_plain(version):
         return None
     turns = len(record["conversations"])
-    if turns != 2 or not images_of(record):
-        found = f"{turns} turns and {len(images_of(record))} images"
-        return f"has {found}, but --version {version} trains on one caption (two turns) of at least one image"
+    if turns != 2 or not media_of(record):
+        counts = " and ".join(f"{len(paths_of(record, kind))} {kind}s" for kind in KINDS)
+        return f"has {turns} turns and {counts}, but --version {version} trains on one caption of something shown"
     return None
 
 
-def cut_length(ids: Sequence[int], max_length: int, tokens_per_image: int, image_ids: Sequence[int]) -> int:
-    """How many of the ids fit into `max_length` positions without ending inside an image or its wrapping.
+def cut_length(
+    ids: Sequence[int], max_length: int, tokens_per_image: int, image_ids: Sequence[int], media: Sequence[int] = ()
+) -> int:
+    """How many of the ids fit into `max_length` positions without ending inside an image, its wrapping, or a video.
 
     Args:
         ids: with `IMAGE_TOKEN_INDEX` once per image, which takes `tokens_per_image` positions.
         max_length: positions.
         image_ids: what one image is in `ids`.
+        media: how many images make one image or video, in order (of `frame_counts`); missing ones are 1.
     """
     lead = list(image_ids).index(IMAGE_TOKEN_INDEX)
+    remaining = iter(media)
     positions, index = 0, 0
     while index < len(ids):
-        is_image = index + lead < len(ids) and ids[index + lead] == IMAGE_TOKEN_INDEX
-        step = len(image_ids) if is_image else 1
-        positions += step + (tokens_per_image - 1 if is_image else 0)
+        end = index + 1
+        if index + lead < len(ids) and ids[index + lead] == IMAGE_TOKEN_INDEX:
+            end = index + lead
+            for _ in range(next(remaining, 1)):
+                end = ids.index(IMAGE_TOKEN_INDEX, end) + 1
+            end += len(image_ids) - lead - 1
+        step = ids[index:end]
+        positions += len(step) + step.count(IMAGE_TOKEN_INDEX) * (tokens_per_image - 1)
         if positions > max_length:
             return index
-        index += step
+        index = end
     return index

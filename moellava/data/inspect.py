@@ -15,11 +15,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moellava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.data.dataset import cut_length, problem_with_template
+from moellava.data.media import NUM_FRAMES, frame_counts, require_frames, with_frames
 from moellava.data.preprocess import is_multimodal, pieces_of
 from moellava.data.probe import Facts, facts_of, model_config
-from moellava.data.records import ROLES, images_of, load_records, problem_of_turns
+from moellava.data.records import KINDS, ROLES, load_records, problem_of_turns, tags_of
 from moellava.data.tokenizers import load_tokenizer
 from moellava.data.view import colored, counts_of, tokens_of
 from moellava.errors import UserError
@@ -32,18 +33,22 @@ def view_of(
     version: str,
     tokens_per_image: int = 1,
     max_length: int | None = None,
+    num_frames: int = NUM_FRAMES,
 ) -> dict[str, Any]:
-    """A record as the model sees it, cut to `max_length` positions as `--overlong truncate` does.
+    """A record as a composed model sees it, a video as its frames, cut to `max_length` positions as `--overlong
+    truncate` does.
 
     Returns:
         `record`, `version`, `tokens` (of `tokens_of`), `counts`, and `cut`: counts of what `max_length` cuts off, or
         None.
     """
-    has_image = is_multimodal(version, bool(images_of(record)))
-    tokens = tokens_of(tokenizer, pieces_of(record["conversations"], tokenizer, version, has_image, name), has_image)
+    media = frame_counts(record, num_frames)
+    has_image = is_multimodal(version, bool(media))
+    source = with_frames(record["conversations"], num_frames)
+    tokens = tokens_of(tokenizer, pieces_of(source, tokenizer, version, has_image, name), has_image)
     cut = None
     if max_length is not None:
-        kept = cut_length([token.id for token in tokens], max_length, tokens_per_image, [IMAGE_TOKEN_INDEX])
+        kept = cut_length([token.id for token in tokens], max_length, tokens_per_image, [IMAGE_TOKEN_INDEX], media)
         if kept < len(tokens):
             cut, tokens = counts_of(tokens[kept:], tokens_per_image), tokens[:kept]
     counts = counts_of(tokens, tokens_per_image)
@@ -109,8 +114,9 @@ def _chosen(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     """(record, name) of what was asked for. Raises UserError on a number that no record has."""
     if args.conversation:
         turns = [{"from": ROLES[n % 2], "value": text} for n, text in enumerate(args.conversation)]
-        tags = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns[::2])
-        yield {"conversations": turns, "image": ["given on the command line"] * tags}, "the conversation"
+        tags = tags_of(turns)
+        media = {kind: ["given on the command line"] * tags.count(kind) for kind in KINDS}
+        yield {"conversations": turns, **media}, "the conversation"
         return
     records = load_records(args.data)
     numbers = args.records if args.records is not None else range(min(args.limit, len(records)))
@@ -129,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--records", type=int, nargs="+", help="numbers of records, from 0")
     parser.add_argument("--limit", type=int, default=3, help="records shown without --records (default: 3)")
     parser.add_argument("--tokens-per-image", type=int, help="positions of an image (default: the model's, or 576)")
+    parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"images of a video (default: {NUM_FRAMES})")
     parser.add_argument("--max-length", type=int, help="positions; show what is cut beyond them")
     parser.add_argument("--ids", action="store_true", help="show the ids, too")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
@@ -139,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Prints views of records, or the facts of a tokenizer. Exit status 1 if a mask shown trains nothing."""
     args = _parser().parse_args(argv)
+    require_frames(args.num_frames, "--num-frames")
     tokenizer = load_tokenizer(args.tokenizer, args.version)
     if not args.data and not args.conversation:
         facts = facts_of(tokenizer, args.tokenizer)
@@ -159,7 +167,8 @@ def _show(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, color: b
         problem = problem_of_turns(record["conversations"]) or problem_with_template(record, args.version)
         if problem:
             raise UserError(f"{name} {problem}")
-        view = view_of(record, name, tokenizer, args.version, args.tokens_per_image, args.max_length)
+        sizes = (args.tokens_per_image, args.max_length, args.num_frames)
+        view = view_of(record, name, tokenizer, args.version, *sizes)
         print(json.dumps(_as_json(view), ensure_ascii=False) if args.json else _as_text(view, color, args.ids))
         status |= view["counts"]["supervised_tokens"] == 0
     return status

@@ -1,24 +1,41 @@
 """Data files -> records, in a compact index. All that is wrong with the files is found in one pass.
 
-A record is `{"id", "image": path | [path, …], "conversations": [{"from": "human" | "gpt", "value": text}, …]}`; files
-are JSON lists of records, or JSON Lines.
+A record is `{"id", "image": path | [path, …], "conversations": [{"from": "human" | "gpt", "value": text}, …]}`, where
+"video" may stand beside "image" or in its place; files are JSON lists of records, or JSON Lines.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moellava.constants import DEFAULT_IMAGE_TOKEN
 from moellava.errors import DataError
 
 Source = Sequence[dict[str, str]]
 """A conversation as LLaVA stores it: `[{"from": "human" | "gpt", "value": text}, …]`."""
 
 ROLES = ("human", "gpt")
+
+KINDS = ("image", "video")
+"""What a record may show: a key of the record, and the name of the tag that stands for one in its questions."""
+
+MEDIA_TAG = re.compile(f"<({'|'.join(KINDS)})>")
+
+
+class Medium(NamedTuple):
+    """An image or a video of a record.
+
+    Attributes:
+        kind: of `KINDS`.
+        path: of its file, as the record writes it.
+    """
+
+    kind: str
+    path: str
 
 
 class Problem(NamedTuple):
@@ -155,12 +172,28 @@ def read_skip_list(path: str | Path) -> frozenset[str]:
     return frozenset(line.split("\t")[0] for line in lines if line.strip())
 
 
+def paths_of(record: dict[str, Any], kind: str) -> list[str]:
+    """The image or video paths of a record, as it writes them."""
+    paths = record.get(kind)
+    if not paths:
+        return []
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
 def images_of(record: dict[str, Any]) -> list[str]:
     """The image paths of a record, as it writes them."""
-    images = record.get("image")
-    if not images:
-        return []
-    return [images] if isinstance(images, str) else list(images)
+    return paths_of(record, "image")
+
+
+def media_of(record: dict[str, Any]) -> list[Medium]:
+    """The images and videos of a sound record, in the order of their tags."""
+    left = {kind: iter(paths_of(record, kind)) for kind in KINDS}
+    return [Medium(kind, next(left[kind])) for kind in tags_of(record["conversations"])]
+
+
+def tags_of(source: Source) -> list[str]:
+    """The kinds of the media tags in the questions of a conversation, in their order."""
+    return [kind for turn in source if turn["from"] == ROLES[0] for kind in MEDIA_TAG.findall(turn["value"])]
 
 
 def problem_of(record: Any) -> str | None:
@@ -169,13 +202,12 @@ def problem_of(record: Any) -> str | None:
         return f"is no JSON object: {str(record)[:80]}"
     if "conversations" not in record:
         return f'has no "conversations" (its keys: {", ".join(map(str, record)) or "none"})'
-    if record.get("video"):
-        return "has a video, which composed models do not take; give its frames as images"
-    images = record.get("image")
-    if images is not None and not isinstance(images, (str, list)):
-        return f'has an "image" that is neither a path nor a list of paths: {str(images)[:80]}'
-    if not all(isinstance(image, str) and image for image in images_of(record)):
-        return f'has an "image" entry that is no path: {str(images)[:80]}'
+    for kind in KINDS:
+        paths = record.get(kind)
+        if paths is not None and not isinstance(paths, (str, list)):
+            return f'has "{kind}", which is neither a path nor a list of paths: {str(paths)[:80]}'
+        if not all(isinstance(path, str) and path for path in paths_of(record, kind)):
+            return f'has an entry of "{kind}" that is no path: {str(paths)[:80]}'
     return problem_of_turns(record["conversations"]) or _problem_of_counts(record)
 
 
@@ -201,11 +233,13 @@ def problem_of_turns(source: Any) -> str | None:
 
 def _problem_of_counts(record: dict[str, Any]) -> str | None:
     turns = record["conversations"]
-    tags = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns if turn["from"] == ROLES[0])
-    images = len(images_of(record))
-    if tags == images:
-        return None
-    return f'has {images} images but {tags} {DEFAULT_IMAGE_TOKEN} tags in its questions: "{turns[0]["value"][:80]}"'
+    tags = tags_of(turns)
+    for kind in KINDS:
+        given = len(paths_of(record, kind))
+        if tags.count(kind) != given:
+            shown = turns[0]["value"][:80]
+            return f'has {given} {kind}s but {tags.count(kind)} <{kind}> tags in its questions: "{shown}"'
+    return None
 
 
 def _append(records: Records, record: dict[str, Any], file: str, number: int) -> str | None:

@@ -68,7 +68,7 @@ class MediaDataset(SupervisedDataset):
         record, name = self.records[number], self.records.name(number)
         encoded, _ = self._encode(record, name)
         paths = images_of(record)[: encoded.ids.count(IMAGE_TOKEN_INDEX)]
-        images: list[Any] = [self.image_folder / path for path in paths]
+        images: list[Any] = [self.files.image_folder / path for path in paths]
         if self.to_load_image:
             try:
                 images = [open_image(path) for path in images]
@@ -105,7 +105,7 @@ class MediaDataset(SupervisedDataset):
         return [self.reader.run_length(self._size(path), len(paths)) for path in paths]
 
     def _size(self, path: str) -> tuple[int, int]:
-        with Image.open(self.image_folder / path) as image:
+        with Image.open(self.files.image_folder / path) as image:
             return image.size
 
     def _length(self, ids: Sequence[int], record: dict[str, Any]) -> int:

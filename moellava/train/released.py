@@ -50,6 +50,8 @@ def released_dataset(
         processor.chat_template,
         to_load_image=TO_LOAD_IMAGE[family.family_id],
         image_folder=data_args.image_folder,
+        video_folder=data_args.video_folder,
+        num_frames=data_args.num_frames,
         max_length=args.model_max_length,
         overlong=data_args.overlong,
         bad_files=data_args.bad_files,

@@ -67,12 +67,12 @@ def image_tree(tmp_path_factory) -> Path:
     return folder
 
 
-def record(identity: object, *said: str, image: object = None) -> dict:
+def record(identity: object, *said: str, **shown: object) -> dict:
     turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(said)]
-    return {"id": identity, "conversations": turns, **({} if image is None else {"image": image})}
+    return {"id": identity, "conversations": turns, **shown}
 
 
 @pytest.fixture
 def make_record() -> Callable[..., dict]:
-    """(id, question, answer, …, image=) -> a record."""
+    """(id, question, answer, …, image=, video=) -> a record."""
     return record

@@ -8,6 +8,7 @@ import pytest
 
 from moellava.cli import main
 from moellava.data.check import check
+from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
 from moellava.errors import UserError
 
@@ -30,7 +31,7 @@ def test_all_problems_in_one_pass(files, image_tree, capsys):
     for words in ["Record tags", "Record no turns", "two.jsonl is not valid", "gone.json: no such", "cut.jpg"]:
         assert sum(words in line for line in lines) == 1, words
     assert lines[-1] == "5 problems"
-    assert "3 files, 7 records" in lines[-2] and "2 with image, 2 text only" in lines[-2]
+    assert "3 files, 7 records" in lines[-2] and "2 with image, 0 with video, 2 text only" in lines[-2]
 
 
 def test_sound_data(data_file, make_record, image_tree, capsys):
@@ -41,13 +42,14 @@ def test_sound_data(data_file, make_record, image_tree, capsys):
 
 def test_with_a_tokenizer_lengths_and_masks_are_checked(files, image_tree, tokenizers, data_file, make_record):
     extra = str(data_file([make_record("long", "q", "word " * 90), make_record("open", "q")], "three.json"))
-    findings = check([*files, extra], str(image_tree), tokenizers["phi"], "phi", tokens_per_image=20, max_length=80)
+    images = MediaFiles(image_tree)
+    findings = check([*files, extra], images, tokenizers["phi"], "phi", tokens_per_image=20, max_length=80)
     texts = [problem.text for problem in findings.problems]
     assert any("Record long" in text and "positions, more than 80" in text for text in texts)
     assert any("Record open" in text and "no answer to train on" in text for text in texts)
     assert findings.lengths == [60, 60, 38, 38, 128, 33]
     with pytest.raises(UserError, match="--version"):
-        check(files, str(image_tree), tokenizers["phi"])
+        check(files, images, tokenizers["phi"])
 
 
 def test_the_skip_list_makes_the_rest_trainable(files, image_tree, tmp_path, capsys):

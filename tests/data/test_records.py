@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from moellava.data.records import images_of, load_records, read_records, read_skip_list
+from moellava.data.records import images_of, load_records, media_of, read_records, read_skip_list
 from moellava.errors import DataError
 
 
@@ -93,7 +93,13 @@ def test_missing_and_undecodable_files(tmp_path):
         ({"image": [""]}, "no path"),
         ({"image": ["a.png", "b.png"]}, "2 images but 1 <image> tags"),
         ({"image": None}, "0 images but 1 <image> tags"),
-        ({"video": "a.mp4"}, "video"),
+        ({"video": 3}, '"video", which is neither a path nor a list'),
+        ({"video": ["a.mp4", ""]}, "no path"),
+        ({"video": "a.mp4"}, "1 videos but 0 <video> tags"),
+        (
+            {"conversations": [{"from": "human", "value": "<image> <video>"}, {"from": "gpt", "value": "a"}]},
+            "0 videos but 1 <video> tags",
+        ),
     ],
 )
 def test_records_that_are_wrong_are_named(data_file, make_record, change, message):
@@ -115,6 +121,18 @@ def test_half_of_a_surrogate_pair_is_found(data_file, make_record):
 def test_tags_count_in_questions_alone(data_file, make_record):
     path = data_file([make_record(1, "<image>\nq", "the tag is <image>", "and?", "<image>", image="a.png")])
     assert problems(path) == []
+
+
+def test_media_stand_in_the_order_of_their_tags(data_file, make_record):
+    path = data_file(
+        [make_record(1, "<video> <image>", "<video>", "<image><video>", "a", image=list("ab"), video=["c", "d"])]
+    )
+    assert [tuple(medium) for medium in media_of(load_records(path)[0])] == [
+        ("video", "c"),
+        ("image", "a"),
+        ("image", "b"),
+        ("video", "d"),
+    ]
 
 
 def test_all_problems_are_found_at_once(data_file, make_record, tmp_path):
