@@ -12,9 +12,8 @@ from PIL import Image
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.data.chat_spans import CHAT_TEMPLATE
-from moellava.lmm.collators import COLLATORS, MediaCollator
+from moellava.lmm.family_collators import collator_for
 from moellava.lmm.loaders import find_model, load_lmm
-from moellava.lmm.media import MediaReader
 from moellava.lmm.supported_models import LMM_FAMILIES, LMMFamily, undisguised
 from moellava.model.builder import load_pretrained_model
 from moellava.model.probe import probe_batches
@@ -101,8 +100,7 @@ def released_probes(
         "images": [Image.fromarray(pixels.numpy())],
         "record": "probe",
     }
-    collator = COLLATORS.get(family.family_id, MediaCollator)
-    with_image = collator(MediaReader(processor), processor.tokenizer.pad_token_id)([sample])
+    with_image = collator_for(family.family_id, processor)([sample])
     del with_image["labels"]
     shown = {name: value.to(dtype) if value.is_floating_point() else value for name, value in with_image.items()}
     return {"text": {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}, "image": shown}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moellava.errors import UserError
+from moellava.lmm.mllama import gate_rows
 from moellava.lmm.processors import load_processor
 from moellava.lmm.prompts import ChatTemplate, ends_answers
 from moellava.lmm.supported_models import SUPPORTED_MODELS, LMMFamily, lmm_family_of, undisguised
@@ -23,8 +24,6 @@ logger = get_logger(__name__)
 
 
 UNTRAINABLE = {
-    "llama-3.2-vision": "its text reads images through cross-attention, and no collator makes the mask of that yet",
-    "paligemma": "its images stand before the beginning-of-text token, which no chat template can be masked with yet",
     "phi3-v": "its processor counts images in its own way, and no collator does so yet",
     "qwen-vl": "its tokenizer reads image paths out of the prompt, and no collator writes them there yet",
 }
@@ -125,7 +124,14 @@ def load_native(
     return ReleasedModel(model, processor, family, folder)
 
 
-LOADERS: dict[str, Callable[..., ReleasedModel]] = {}
+def load_mllama(folder: Path, raw: dict[str, Any], family: LMMFamily, **options: Any) -> ReleasedModel:
+    """The loader of Llama 3.2 Vision, whose rows without an image must not read another row's."""
+    released = load_native(folder, raw, family, **options)
+    gate_rows(released.model)
+    return released
+
+
+LOADERS: dict[str, Callable[..., ReleasedModel]] = {"llama-3.2-vision": load_mllama}
 """Family -> its loader, where `load_native` does not do."""
 
 

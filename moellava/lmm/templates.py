@@ -66,6 +66,23 @@ _SMOLVLM = (
     + "{{ '<end_of_utterance>\n' }}{%- endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 ).replace("IMAGE", "<image>")
 
+_LLAMA = (
+    "{{ bos_token }}{%- for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    + _IN_ORDER
+    + "{{ '<|eot_id|>' }}{%- endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+).replace("IMAGE", "<|image|>")
+
+_PALIGEMMA = (
+    "{%- for message in messages %}"
+    "{%- for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}{% endfor %}{{ bos_token }}"
+    "{%- for message in messages %}"
+    "{%- for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{- eos_token if message['role'] == 'assistant' else '\n' }}{%- endfor %}"
+)
+"""Images, then a prefix and what follows it, as big_vision trained it: no roles are marked."""
+
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _QWEN_SYSTEM = "You are a helpful assistant."
 
@@ -81,6 +98,8 @@ RECORDED_TEMPLATES: dict[str, str] = {
     "internvl": _chatml("<IMG_CONTEXT>\n"),
     "gemma3": _GEMMA,
     "smolvlm": _SMOLVLM,
+    "llama-3.2-vision": _LLAMA,
+    "paligemma": _PALIGEMMA,
 }
 """Family -> its template in Jinja, over messages whose content is a list of `{"type": "image"}` and texts."""
 

@@ -20,8 +20,8 @@ from moellava.data.images import open_image
 from moellava.data.preprocess import as_tensor, chat_turns
 from moellava.errors import UserError
 from moellava.lmm import folders
-from moellava.lmm.collators import COLLATORS, MediaCollator
 from moellava.lmm.datasets import TO_LOAD_IMAGE, encode_turns
+from moellava.lmm.family_collators import collator_for
 from moellava.lmm.loaders import ReleasedModel, find_model, load_lmm
 from moellava.lmm.media import MediaReader
 from moellava.lmm.prompts import ChatTemplate
@@ -62,7 +62,7 @@ def inputs_of(released: ReleasedModel, request: Request) -> dict[str, Tensor]:
     if ids.count(IMAGE_TOKEN_INDEX) != len(request.images):
         raise UserError(f"{NAME} has {len(request.images)} images; the template shows {ids.count(IMAGE_TOKEN_INDEX)}.")
     pictures = [open_image(image) if isinstance(image, str | Path) else image for image in request.images]
-    collator = COLLATORS.get(released.family.family_id, MediaCollator)(reader, released.tokenizer.pad_token_id or 0)
+    collator = collator_for(released.family.family_id, released.processor, reader=reader)
     labels = torch.full((len(ids),), IGNORE_INDEX)
     batch = collator([{"input_ids": as_tensor(ids), "labels": labels, "images": pictures, "record": NAME}])
     del batch["labels"]

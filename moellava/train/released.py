@@ -9,8 +9,9 @@ import torch
 from moellava.config import DataArguments, ModelArguments, MoEArguments, TrainingArguments
 from moellava.data.records import Records
 from moellava.errors import UserError
-from moellava.lmm.collators import COLLATORS, MediaCollator
+from moellava.lmm.collators import MediaCollator
 from moellava.lmm.datasets import TO_LOAD_IMAGE, MediaDataset
+from moellava.lmm.family_collators import collator_for
 from moellava.lmm.folders import released_section
 from moellava.lmm.loaders import ReleasedModel, find_model, load_lmm
 from moellava.lmm.media import MediaReader
@@ -60,5 +61,4 @@ def released_dataset(
 
 def released_collator(processor: Any, family: LMMFamily, train_questions: bool = False) -> MediaCollator:
     """The collator of a family."""
-    collator = COLLATORS.get(family.family_id, MediaCollator)
-    return collator(MediaReader(processor), processor.tokenizer.pad_token_id, train_questions)
+    return collator_for(family.family_id, processor, train_questions)

@@ -5,7 +5,7 @@ import torch
 
 from moellava.constants import IGNORE_INDEX
 from moellava.errors import UserError
-from moellava.lmm.collators import COLLATORS, MediaCollator
+from moellava.lmm.family_collators import collator_for
 from moellava.lmm.loaders import find_model, load_lmm
 from moellava.model.saving import save_pretrained_folder
 from moellava.moe import MoESpec, upcycle
@@ -19,7 +19,7 @@ def test_loads_masks_learns_saves_reopens_and_upcycles(conforming_family, sample
     model = released.model
 
     dataset = samples_of(conforming_family)
-    collate = COLLATORS.get(conforming_family, MediaCollator)(dataset.reader, released.tokenizer.pad_token_id)
+    collate = collator_for(conforming_family, released.processor, reader=dataset.reader)
     batch = collate([dataset[index] for index in range(3)])
     trained = batch["labels"] != IGNORE_INDEX
     assert trained.any(dim=1).all() and not trained[~batch["attention_mask"].bool()].any()

@@ -1,0 +1,149 @@
+"""Families whose models want more: PaliGemma's prefix, Llama 3.2 Vision's cross-attention."""
+
+import pytest
+import torch
+from PIL import Image
+
+from moellava.constants import IGNORE_INDEX
+from moellava.errors import UserError
+from moellava.lmm.family_collators import collator_for, spans_read
+from moellava.lmm.prompts import parts_of_text
+
+
+def record(images, question, answer="A fractal."):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": question, "image": [f"{number}.png" for number in range(images)], "conversations": turns}
+
+
+def batch_of(dataset, *numbers, **options):
+    collate = collator_for(dataset.family_id, dataset.reader.processor, reader=dataset.reader, **options)
+    return collate([dataset[number] for number in numbers])
+
+
+def rendered(processor, turns):
+    parts = [
+        [
+            {"type": kind} if kind == "image" else {"type": kind, "text": text}
+            for kind, text in parts_of_text(turn["value"], True)
+        ]
+        for turn in turns
+    ]
+    messages = [{"role": role, "content": content} for role, content in zip(("user", "assistant"), parts, strict=True)]
+    return processor.apply_chat_template(messages, tokenize=False)
+
+
+def opened_images(pictures, count):
+    return [Image.open(path).convert("RGB") for path in pictures[:count]]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_paligemma_gets_what_its_processor_makes_of_a_suffix(count, samples_of, pictures):
+    dataset = samples_of("paligemma", [record(count, "<image>" * count + "\nWhat is it?")])
+    batch = batch_of(dataset, 0)
+    processor = dataset.reader.processor
+    text = "<image>" * count + "What is it?"
+    expected = processor(
+        text=[text], suffix=["A fractal."], images=[opened_images(pictures, count)], return_tensors="pt"
+    )
+    assert set(batch) == set(expected)
+    for name in expected:
+        assert torch.equal(batch[name], expected[name]), name
+
+
+def test_paligemma_reads_on_from_left_to_right_after_the_first_answer(samples_of):
+    dataset = samples_of("paligemma")
+    batch = batch_of(dataset, 0, 1, 2)
+    for kinds, labels, attended in zip(
+        batch["token_type_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True
+    ):
+        first = int((labels != IGNORE_INDEX).nonzero()[0])
+        assert not kinds[:first].any() and kinds[first:][attended[first:]].all() and not kinds[~attended].any()
+
+
+def test_paligemma_does_not_train_on_what_reads_itself(samples_of):
+    with pytest.raises(UserError, match="--mask_question_tokens False .* both directions"):
+        batch_of(samples_of("paligemma"), 0, train_questions=True)
+
+
+def test_an_image_alone_is_a_question(samples_of):
+    dataset = samples_of("paligemma", [record(1, "<image>")])
+    tokenizer = dataset.reader.processor.tokenizer
+    assert tokenizer.decode(batch_of(dataset, 0)["input_ids"][0]) == "<image>" * 4 + "<bos>\nA fractal.<eos>"
+
+
+def test_llama_3_2_gets_what_its_processor_makes_of_a_batch(samples_of, pictures):
+    """Rows with one, two apart, and two adjoining images; the processor pads them as the collator does."""
+    records = [
+        record(1, "<image>\nWhat is it?"),
+        record(2, "First <image> then <image> which?"),
+        record(2, "<image><image>\nWhich of them?", "The second."),
+    ]
+    dataset = samples_of("llama-3.2-vision", records)
+    processor = dataset.reader.processor
+    batch = batch_of(dataset, 0, 1, 2)
+    text = [rendered(processor, turns["conversations"]) for turns in records]
+    images = [opened_images(pictures, count) for count in (1, 2, 2)]
+    expected = processor(text=text, images=images, padding=True, return_tensors="pt", add_special_tokens=False)
+    assert batch["cross_attention_mask"].shape[2:] == (2, 4)
+    assert set(batch) == set(expected) | {"labels"}
+    for name in expected:
+        assert torch.equal(batch[name], expected[name]), name
+
+
+def test_spans_of_images():
+    assert spans_read([], 8) == []
+    assert spans_read([2], 8) == [(2, 8)]
+    assert spans_read([0, 3], 8) == [(0, 3), (3, 8)]
+    assert spans_read([0, 1, 4, 5], 8) == [(0, 4), (1, 4), (4, 8), (5, 8)]
+
+
+@pytest.fixture
+def open_gates(opened):
+    """Llama 3.2's model with its gates, which are 0 in a new one, half open."""
+    model = opened("llama-3.2-vision").model
+    gates = {name: p for name, p in model.named_parameters() if "gate" in name and p.numel() == 1}
+    assert len(gates) >= 2
+    kept = {name: p.detach().clone() for name, p in gates.items()}
+    with torch.no_grad():
+        for gate in gates.values():
+            gate.fill_(0.5)
+    yield model
+    with torch.no_grad():
+        for name, gate in gates.items():
+            gate.copy_(kept[name])
+
+
+def test_llama_3_2_rows_read_their_own_images_alone(samples_of, open_gates, tiny_lmm):
+    """A row without images computes what Hugging Face's class computes without any; one with images, what it does."""
+    from transformers import MllamaForConditionalGeneration
+
+    theirs = MllamaForConditionalGeneration.from_pretrained(tiny_lmm("llama-3.2-vision"), dtype=torch.float32).eval()
+    theirs.load_state_dict(open_gates.state_dict())
+    dataset = samples_of("llama-3.2-vision")
+    together = batch_of(dataset, 0, 1, 2)
+    ids = dataset[2]["input_ids"][None]
+    with torch.no_grad():
+        logits = open_gates(**together).logits
+        torch.testing.assert_close(logits[:2], theirs(**together).logits[:2], rtol=1e-5, atol=1e-6)
+        text = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        torch.testing.assert_close(logits[2, : len(text)], text, rtol=1e-5, atol=1e-6)
+        alone = open_gates(**batch_of(dataset, 2)).logits[0]
+        torch.testing.assert_close(alone[: len(text)], text, rtol=1e-5, atol=1e-6)
+        together["pixel_values"][0] = 1 - together["pixel_values"][0]
+        changed = (open_gates(**together).logits - logits).abs().amax(dim=(1, 2))
+    assert changed[0] > 1e-4 and not changed[1:].any()
+
+
+@pytest.mark.parametrize("family_id", ["llama-3.2-vision", "paligemma", "smolvlm"])
+def test_a_rank_without_images_has_a_gradient_for_every_part(family_id, samples_of, opened, open_gates):
+    dataset, model = samples_of(family_id), opened(family_id).model
+    model.zero_grad()
+    model(**batch_of(dataset, 0)).loss.backward()
+    with_image = {name for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(**batch_of(dataset, 2)).loss.backward()
+    without = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    assert set(without) == with_image
+    parts = ("vision", "connector", "projector", "cross_attn")
+    assert not any(gradient.any() for name, gradient in without.items() if any(part in name for part in parts))
