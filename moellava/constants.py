@@ -6,6 +6,9 @@ IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
 """Stands once per image in preprocessed `input_ids`; the collator alone replaces it."""
 
+VIDEO_TOKEN_INDEX = -201
+"""Stands once per video in preprocessed `input_ids` of a model whose processor reads videos, likewise."""
+
 DEFAULT_IMAGE_TOKEN = "<image>"
 DEFAULT_VIDEO_TOKEN = "<video>"
 DEFAULT_IM_START_TOKEN = "<im_start>"

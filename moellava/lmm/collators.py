@@ -1,6 +1,6 @@
 """Samples -> batches of released models: one collator for every processor that `MediaReader` can ask.
 
-A family whose model wants something unusual registers a subclass in `COLLATORS`.
+A family whose model wants something unusual has a subclass in `family_collators.py`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
-from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from moellava.lmm.media import MediaReader, Run
+
+MEDIA_OF = {IMAGE_TOKEN_INDEX: "images", VIDEO_TOKEN_INDEX: "videos"}
+"""Placeholder -> what of a sample stands behind it."""
 
 
 class MediaCollator:
-    """Pads samples of `MediaDataset` on the right and puts an image's tokens in place of its placeholder.
+    """Pads samples of `MediaDataset` on the right and puts the tokens of images and videos in place of placeholders.
 
     Args:
         reader: of the model's processor.
@@ -29,21 +32,27 @@ class MediaCollator:
         self.train_questions = train_questions
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The batch: `input_ids`, `attention_mask`, `labels` [B, L], and what the processor makes of the images.
+        """The batch: `input_ids`, `attention_mask`, `labels` [B, L], and what the processor makes of images and videos.
 
-        A batch without any image carries a blank one, so that vision encoder and projector take part in every step on
-        every rank. Its tokens stand in the right padding of a row: nothing attends to them and no label is there.
+        A batch without any carries a blank image, so that vision encoder and projector take part in every step on every
+        rank. Its tokens stand in the right padding of a row: nothing attends to them and no label is there.
+
+        Raises:
+            ValueError: a sample's placeholders and its images or videos differ in number; its record is named.
         """
-        shown = [sample for sample in samples if sample["images"]]
-        if shown:
-            media = self.reader.read([sample["images"] for sample in shown], ", ".join(s["record"] for s in shown))
+        shown = [shown_of(sample) for sample in samples]
+        if any(shown):
+            names = ", ".join(sample["record"] for sample, row in zip(samples, shown, strict=True) if row)
+            media = self.reader.read([row for row in shown if row], names)
         else:
             media = self.reader.blank()
-        names = list(media.runs[0][0].extras)
+        extras = list(media.runs[0][0].extras)
         runs = iter(media.runs)
-        rows = [self._row(sample, next(runs) if sample["images"] else [], names) for sample in samples]
+        rows = [
+            self._row(sample, next(runs) if row else [], extras) for sample, row in zip(samples, shown, strict=True)
+        ]
         shortest = min(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
-        hidden = None if shown else (shortest, media.runs[0][0])
+        hidden = None if any(shown) else (shortest, media.runs[0][0])
         return {**self._padded(rows, hidden), **media.tensors}
 
     def _row(self, sample: dict[str, Any], runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[int]]:
@@ -51,7 +60,7 @@ class MediaCollator:
         row: dict[str, list[int]] = {name: [] for name in ("input_ids", "labels", *names)}
         remaining = iter(runs)
         for token, label in zip(sample["input_ids"].tolist(), sample["labels"].tolist(), strict=True):
-            if token == IMAGE_TOKEN_INDEX:
+            if token in MEDIA_OF:
                 run = next(remaining)
                 row["input_ids"] += run.ids
                 row["labels"] += [IGNORE_INDEX] * len(run.ids)
@@ -85,5 +94,13 @@ class MediaCollator:
         return batch
 
 
-COLLATORS: dict[str, type[MediaCollator]] = {}
-"""Family -> its collator, where `MediaCollator` does not do."""
+def shown_of(sample: dict[str, Any]) -> list[Any]:
+    """The images and videos of a sample, in the order of their placeholders. Raises ValueError as the collator does."""
+    ids = sample["input_ids"].tolist()
+    for index, name in MEDIA_OF.items():
+        if ids.count(index) != len(sample.get(name, ())):
+            raise ValueError(
+                f"{sample['record']} has {ids.count(index)} placeholders but {len(sample.get(name, ()))} {name}"
+            )
+    left = {index: iter(sample.get(name, ())) for index, name in MEDIA_OF.items()}
+    return [next(left[token]) for token in ids if token in left]

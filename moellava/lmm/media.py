@@ -1,18 +1,21 @@
-"""Images -> tensors and the tokens that stand for them, by a model's own processor.
+"""Images and videos -> tensors and the tokens that stand for them, by a model's own processor.
 
 Every processor spells one placeholder out into a run of tokens: `<image>` into 576 of the same, or tiles with rows and
-columns. It is asked with a text of nothing but placeholders between separators:
+columns; `<video>` into frames, with times between them. It is asked with a text of nothing but placeholders between
+separators, once for the images of a batch and once for its videos:
 
     text   </s><image></s><image></s>
     ids    1 2 I I I I 2 I I I I 2        runs: [I I I I], [I I I I]
 
 So the text of a record never passes through a processor, which would take special tokens for real that are only typed.
-Plain text at the ends of a run (Gemma 3's line breaks) goes into the prompt instead, where it may join its neighbours.
+Plain text at the ends of a run (Gemma 3's line breaks, the time of a video's first frame) goes into the prompt instead,
+where it may join its neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,7 +23,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from moellava.data.records import KINDS
+from moellava.data.video import USUAL_FPS, Clip, Video
 from moellava.errors import DataError, UserError
+from moellava.lmm.video_processors import FrameProcessor
 
 BLANK = (56, 56)
 """Width and height in pixels of the image that stands in where a batch has none."""
@@ -28,10 +34,12 @@ BLANK = (56, 56)
 PER_TOKEN = "token_type_ids"
 """How the names of a processor's outputs end that hold a number for each token."""
 
+Shown = Image.Image | Video
+
 
 @dataclass
 class Run:
-    """The tokens of one image.
+    """The tokens of one image or video.
 
     Attributes:
         ids: token ids.
@@ -44,11 +52,11 @@ class Run:
 
 @dataclass
 class Media:
-    """What a batch's images are to the model.
+    """What a batch's images and videos are to the model.
 
     Attributes:
-        runs: for each sample with images, one run an image.
-        tensors: inputs of the model, `pixel_values` among them.
+        runs: for each sample that shows something, one run for each image or video.
+        tensors: inputs of the model, `pixel_values` or `pixel_values_videos` among them.
     """
 
     runs: list[list[Run]]
@@ -60,6 +68,10 @@ class MediaReader:
 
     Args:
         processor: a Hugging Face processor with an image processor and a tokenizer.
+
+    Attributes:
+        placeholder, placeholder_id: what stands for an image in the text that the processor reads.
+        kinds: the kinds of media that it reads; where videos are not among them, their frames are shown as images.
 
     Raises:
         UserError: its placeholder is no special token, or it has no end-of-sequence token.
@@ -78,45 +90,99 @@ class MediaReader:
         self.placeholder_id: int = special[self.placeholder]
         self.separator: str = tokenizer.eos_token
         self.separator_id: int = tokenizer.eos_token_id
-        self.special_ids = frozenset(special.values())
+        self.special_ids = frozenset(special.values()) - {tokenizer.bos_token_id}  # PaliGemma adds one behind images
+        self.kinds = {"image": self.placeholder}
+        if reads_videos(processor):
+            self.kinds["video"] = processor.video_token
+        self._places = re.compile("|".join(f"(?P<{kind}>{re.escape(text)})" for kind, text in self.kinds.items()))
         self.run_length = lru_cache(maxsize=65536)(self._run_length)
-        whole = self._runs([[Image.new("RGB", BLANK)]])[0][0][0].ids
-        begin, end = self._marked(whole)
-        self.spelled = tokenizer.decode(whole[:begin]) + self.placeholder + tokenizer.decode(whole[end:])
+        self._clip_run = lru_cache(maxsize=16384)(self._run_of_clip)
+        self.spelled = self._spelled(self._asked("image", [[Image.new("RGB", BLANK)]])[0][0][0])
         """The placeholder with the plain text that the processor puts around it."""
+        self.is_timed = "video" in self.kinds and self._tells_times()
+        """Whether a video's tokens tell the times of its frames."""
 
-    def read(self, samples: Sequence[Sequence[Image.Image]], name: str = "the batch") -> Media:
-        """Runs and tensors of the images of several samples, none of them without an image.
+    def read(self, samples: Sequence[Sequence[Shown]], name: str = "the batch") -> Media:
+        """Runs and tensors of the images and videos of several samples, none of them without any.
 
         Raises:
-            DataError: the processor cannot take an image.
+            DataError: the processor cannot take an image or a video.
         """
-        runs, tensors = self._runs(samples, name)
-        return Media([[self._trimmed(run) for run in row] for row in runs], tensors)
+        runs: dict[str, Iterator[Run]] = {}
+        tensors: list[dict[str, torch.Tensor]] = []
+        for kind in KINDS:
+            rows = [[shown for shown in sample if kind_of(shown) == kind] for sample in samples]
+            if any(rows):
+                found, inputs = self._asked(kind, [row for row in rows if row], name)
+                runs[kind] = iter(run for row in found for run in row)
+                tensors.append(inputs)
+        trimmed = [[self._trimmed(next(runs[kind_of(shown)])) for shown in sample] for sample in samples]
+        return Media(trimmed, self._joined(samples, tensors, name))
 
     def blank(self) -> Media:
-        """One black image, for a batch without any."""
+        """One black image, for a batch without anything to see."""
         return self.read([[Image.new("RGB", BLANK)]])
 
-    def _runs(
-        self, samples: Sequence[Sequence[Image.Image]], name: str = "a blank image"
+    def clip_length(self, clip: Clip) -> int:
+        """Tokens of a video."""
+        return len(self._trimmed(self._clip_run(self._essence(clip))).ids)
+
+    def carried(self, text: str, clips: Iterator[Clip]) -> tuple[str, list[str]]:
+        """Text of a template with its placeholders spelled out, and their kinds in order.
+
+        An image's placeholder stands for a video as well, for not every tokenizer knows the one for videos.
+
+        Args:
+            text: of the template.
+            clips: of the conversation's videos, in order; those of this text are taken.
+        """
+        kinds = [str(place.lastgroup) for place in self._places.finditer(text)]
+        spelled = iter([self.spelled if kind == "image" else self._spelled_clip(next(clips, None)) for kind in kinds])
+        return self._places.sub(lambda _: next(spelled), text), kinds
+
+    def _spelled_clip(self, clip: Clip | None) -> str:
+        """As `_spelled`, for a video; None where the template shows more of them than there are."""
+        return self.placeholder if clip is None else self._spelled(self._clip_run(self._essence(clip)))
+
+    def _spelled(self, run: Run) -> str:
+        """The placeholder with the plain text of a run around it."""
+        begin, end = self._marked(run.ids)
+        decode = self.processor.tokenizer.decode
+        return self.placeholder.join(decode(ids, skip_special_tokens=True) for ids in (run.ids[:begin], run.ids[end:]))
+
+    def _asked(
+        self, kind: str, samples: Sequence[Sequence[Any]], name: str = "a blank image"
     ) -> tuple[list[list[Run]], dict[str, torch.Tensor]]:
-        texts = [self.separator + (self.placeholder + self.separator) * len(images) for images in samples]
+        """What the processor makes of images, or of videos."""
+        texts = [self.separator + (self.kinds[kind] + self.separator) * len(row) for row in samples]
+        given = {"images": [list(row) for row in samples]} if kind == "image" else video_arguments(samples)
         try:
-            output = self.processor(
-                text=texts, images=[list(images) for images in samples], padding=True, return_tensors="pt"
-            )
+            output = self.processor(text=texts, padding=True, return_tensors="pt", **given)
         except (ValueError, ZeroDivisionError, IndexError) as error:
-            sizes = [image.size for images in samples for image in images]
-            raise DataError(f"{name}: the processor cannot take images of {sizes} pixels: {error}") from error
+            sizes = [
+                shown.size if isinstance(shown, Image.Image) else shown.clip.size for row in samples for shown in row
+            ]
+            raise DataError(f"{name}: the processor cannot take {kind}s of {sizes} pixels: {error}") from error
+        output.pop("labels", None)
         ids, attended = output.pop("input_ids"), output.pop("attention_mask").bool()
         per_token = {key: output.pop(key) for key in list(output) if key.endswith(PER_TOKEN)}
         runs = []
-        for row, images in enumerate(samples):
-            kept = attended[row]
-            extras = {key: value[row][kept].tolist() for key, value in per_token.items()}
-            runs.append(self._cut(ids[row][kept].tolist(), extras, len(images)))
+        for number, row in enumerate(samples):
+            kept = attended[number]
+            extras = {key: value[number][kept].tolist() for key, value in per_token.items()}
+            runs.append(self._cut(ids[number][kept].tolist(), extras, len(row)))
         return runs, dict(output)
+
+    def _joined(
+        self, samples: Sequence[Sequence[Shown]], tensors: Sequence[dict[str, torch.Tensor]], name: str
+    ) -> dict[str, torch.Tensor]:
+        """The inputs of images and of videos together. Where both are pixels of the same name, they go in order."""
+        joined = {key: value for inputs in tensors for key, value in inputs.items()}
+        if sum(map(len, tensors)) == len(joined):
+            return joined
+        alone = [self._asked(kind_of(shown), [[shown]], name)[1] for sample in samples for shown in sample]
+        axis = alone[0]["pixel_values"].ndim - 4  # SmolVLM has an axis for samples before the one for images
+        return {key: torch.cat([inputs[key] for inputs in alone], dim=axis) for key in joined}
 
     def _marked(self, ids: Sequence[int]) -> tuple[int, int]:
         """The range from the first to the last special token."""
@@ -145,3 +211,50 @@ class MediaReader:
             count: images of its record; some processors cut an image into tiles only if it is alone.
         """
         return len(self.read([[Image.new("RGB", size)] * count]).runs[0][0].ids)
+
+    def _run_of_clip(self, clip: Clip) -> Run:
+        frames = (Image.new("RGB", clip.size),) * len(clip.indices)
+        return self._asked("video", [[Video(clip, frames)]], "a blank video")[0][0][0]
+
+    def _essence(self, clip: Clip) -> Clip:
+        """What of a clip decides over its tokens."""
+        if self.is_timed:
+            return Clip(clip.size, clip.total, clip.fps, clip.indices)
+        return Clip(clip.size, len(clip.indices), USUAL_FPS, tuple(range(len(clip.indices))))
+
+    def _tells_times(self) -> bool:
+        early, late = (Clip(BLANK, 9000, 1.0, indices) for indices in ((0, 1), (7000, 8999)))
+        return self._run_of_clip(early).ids != self._run_of_clip(late).ids
+
+
+def reads_videos(processor: Any) -> bool:
+    """Whether a processor has a way for videos."""
+    video_processor = getattr(processor, "video_processor", None)
+    if isinstance(video_processor, FrameProcessor) and not video_processor.reads_videos:
+        return False
+    return video_processor is not None and getattr(processor, "video_token", None) is not None
+
+
+def kind_of(shown: Shown) -> str:
+    """Of `KINDS`."""
+    return "video" if isinstance(shown, Video) else "image"
+
+
+def video_arguments(samples: Sequence[Sequence[Video]]) -> dict[str, Any]:
+    """How a processor is given videos whose frames are chosen already."""
+    videos = [video for row in samples for video in row]
+    metadata = [
+        {
+            "total_num_frames": clip.total,
+            "fps": clip.fps,
+            "duration": clip.seconds,
+            "frames_indices": list(clip.indices),
+            "width": clip.size[0],
+            "height": clip.size[1],
+        }
+        for clip in (video.clip for video in videos)
+    ]
+    return {
+        "videos": [list(video.frames) for video in videos],
+        "videos_kwargs": {"video_metadata": metadata, "do_sample_frames": False},
+    }

@@ -1,8 +1,8 @@
 """Processors from their folders, also where torchvision is not installed.
 
 transformers has image processors for Pillow alone, but its video processors want torchvision, and a processor that has
-one cannot even be built without. Videos reach a model as frames here, so such a processor is built with its video
-processor's settings in that place: they are not used, and are written back when the processor is saved.
+one cannot even be built without. There it gets one of ours (`video_processors.py`), which reads the same settings and
+writes them back when the processor is saved.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import inspect
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import transformers
 from transformers import AutoImageProcessor, AutoTokenizer
@@ -20,18 +20,12 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from moellava.errors import UserError
 from moellava.lmm.supported_models import LMMFamily
+from moellava.lmm.video_processors import AREAS, FrameProcessor, VideoKind, kind_of
 
 SETTINGS = ("processor_config.json", "preprocessor_config.json")
 """Files that describe a processor; folders of older versions have the second only."""
 
 VIDEO = "video_processor"
-
-
-class KeptSettings(dict):
-    """A video processor's settings, in its place."""
-
-    _auto_class: ClassVar[None] = None
-    model_input_names: ClassVar[list[str]] = []
 
 
 def load_processor(folder: Path, family: LMMFamily) -> Any:
@@ -48,14 +42,14 @@ def load_processor(folder: Path, family: LMMFamily) -> Any:
     cls = getattr(transformers, PROCESSOR_MAPPING_NAMES[family.model_type])
     try:
         if VIDEO in inspect.signature(cls.__init__).parameters and not is_torchvision_available():
-            return without_video(cls, folder)
+            return without_torchvision(cls, folder)
         return cls.from_pretrained(folder)
     except (OSError, ImportError, ValueError, AttributeError) as error:
         raise UserError(f"The processor of {folder} cannot be built: {error}") from error
 
 
-def without_video(cls: Any, folder: Path) -> Any:
-    """A processor of `cls` whose video processor is no more than its settings."""
+def without_torchvision(cls: Any, folder: Path) -> Any:
+    """A processor of `cls` whose video processor is one of ours."""
     known = inspect.signature(cls.__init__).parameters
     raw = read_json(folder / SETTINGS[0])
     options = {name: value for name, value in raw.items() if name in known and not isinstance(value, dict)}
@@ -65,27 +59,35 @@ def without_video(cls: Any, folder: Path) -> Any:
         options["chat_template"] = template.read_text(encoding="utf-8")
     elif (folder / "chat_template.json").is_file():
         options["chat_template"] = read_json(folder / "chat_template.json")["chat_template"]
-    return build_without_video(
+    return build_without_torchvision(
         cls,
         image_processor=image_processor,
         tokenizer=AutoTokenizer.from_pretrained(folder),
-        video_settings=raw.get(VIDEO) or read_json(folder / "video_preprocessor_config.json"),
+        video_settings=video_settings_of(folder, kind_of(cls)),
         **options,
     )
 
 
-def build_without_video(cls: Any, *, video_settings: dict[str, Any], **parts: Any) -> Any:
-    """`cls` from its parts, with settings for a video processor."""
-    return _frames_only(cls)(**parts, video_processor=KeptSettings(video_settings))
+def video_settings_of(folder: Path, kind: VideoKind) -> dict[str, Any]:
+    """A video processor's settings, where transformers looks for them: a section or a file of their own, or else those
+    that it shares with the image processor."""
+    own = read_json(folder / SETTINGS[0]).get(VIDEO) or read_json(folder / "video_preprocessor_config.json")
+    shared = read_json(folder / SETTINGS[1])
+    return own or {name: value for name, value in shared.items() if name in (*kind.defaults, *AREAS)}
+
+
+def build_without_torchvision(cls: Any, *, video_settings: dict[str, Any], **parts: Any) -> Any:
+    """`cls` from its parts, with a video processor of ours in these settings."""
+    return _with_frames(cls)(**parts, video_processor=FrameProcessor(kind_of(cls), video_settings))
 
 
 @functools.cache
-def _frames_only(cls: Any) -> Any:
-    """`cls`, taking settings for a video processor."""
+def _with_frames(cls: Any) -> Any:
+    """`cls`, taking a video processor of ours for one of transformers'."""
 
     def check_argument_for_proper_class(self: Any, argument_name: str, argument: Any) -> Any:
-        if isinstance(argument, KeptSettings):
-            return KeptSettings
+        if isinstance(argument, FrameProcessor):
+            return FrameProcessor
         return cls.check_argument_for_proper_class(self, argument_name, argument)
 
     # Of the same name, which is what the processor writes into its folder.

@@ -12,16 +12,13 @@ So special tokens and placeholders exist only where the template writes them; ty
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from moellava.conversation import Piece
 from moellava.data.chat_spans import Content, chat_pieces, chat_terminator
+from moellava.data.records import MEDIA_TAG
 from moellava.errors import DataError
-
-MEDIA_TAG = re.compile("<(image|video)>")
-"""What stands for an image or a video in the text of a record."""
 
 Part = tuple[str, str]
 """('text', the text), ('image', '') or ('video', '')."""

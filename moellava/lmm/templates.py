@@ -8,39 +8,50 @@ Placeholders are written as the family's processor spells them.
 from __future__ import annotations
 
 _MEDIA = """{%- for part in message['content'] if part['type'] == 'image' %}IMAGE{% endfor %}\
+{%- for part in message['content'] if part['type'] == 'video' %}VIDEO{% endfor %}\
 {%- for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"""
-"""A message whose images stand before its text."""
+"""A message whose images stand before its text, and videos between them."""
 
 _IN_ORDER = """{%- for part in message['content'] %}\
-{%- if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}"""
+{%- if part['type'] == 'image' %}IMAGE{% elif part['type'] == 'video' %}VIDEO\
+{% else %}{{ part['text'] }}{% endif %}{% endfor %}"""
 """A message in the order in which it was written."""
 
 
-def _vicuna(image: str) -> str:
-    return (
+def _filled(template: str, image: str, video: str = "") -> str:
+    """A template with the family's placeholders in it."""
+    return template.replace("IMAGE", image).replace("VIDEO", video)
+
+
+def _vicuna(image: str, video: str = "") -> str:
+    return _filled(
         "{{ bos_token }}{%- for message in messages %}"
         "{%- if message['role'] == 'system' %}" + _MEDIA + "{{ ' ' }}"
         "{%- elif message['role'] == 'user' %}{{ 'USER: ' }}" + _MEDIA + "{{ ' ' }}"
         "{%- else %}{{ 'ASSISTANT: ' }}" + _MEDIA + "{{ eos_token }}{% endif %}"
-        "{%- endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-    ).replace("IMAGE", image)
+        "{%- endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+        image,
+        video,
+    )
 
 
-def _chatml(image: str, system: str = "") -> str:
+def _chatml(image: str, video: str = "", system: str = "") -> str:
     opening = (
         "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\n" + system + "<|im_end|>\n{% endif %}"
         if system
         else ""
     )
-    return (
+    return _filled(
         opening
         + "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
         + _IN_ORDER
-        + "{{ '<|im_end|>\n' }}{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ).replace("IMAGE", image)
+        + "{{ '<|im_end|>\n' }}{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        image,
+        video,
+    )
 
 
-_MISTRAL = (
+_MISTRAL = _filled(
     "{{ bos_token }}{%- for message in messages %}"
     "{%- if message['role'] == 'assistant' %}{{ ' ' }}" + _MEDIA + "{{ eos_token }}"
     "{%- elif message['role'] == 'user' %}{{ '[INST] ' }}"
@@ -48,31 +59,36 @@ _MISTRAL = (
     + "{{ ' [/INST]' }}{% else %}"
     + _MEDIA
     + "{{ '\n' }}{% endif %}"
-    "{%- endfor %}"
-).replace("IMAGE", "<image>\n")
+    "{%- endfor %}",
+    "<image>\n",
+)
 
-_GEMMA = (
+_GEMMA = _filled(
     "{{ bos_token }}{%- for message in messages %}"
     "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' }}"
     + _IN_ORDER
     + "{{ '<end_of_turn>\n' }}{%- endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-).replace("IMAGE", "<start_of_image>")
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+    "<start_of_image>",
+)
 
-_SMOLVLM = (
+_SMOLVLM = _filled(
     "<|im_start|>{%- for message in messages %}"
     "{{ message['role'].capitalize() + (':' if message['content'][0]['type'] == 'image' else ': ') }}"
     + _IN_ORDER
-    + "{{ '<end_of_utterance>\n' }}{%- endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-).replace("IMAGE", "<image>")
+    + "{{ '<end_of_utterance>\n' }}{%- endfor %}{% if add_generation_prompt %}Assistant:{% endif %}",
+    "<image>",
+    "<video>",
+)
 
-_LLAMA = (
+_LLAMA = _filled(
     "{{ bos_token }}{%- for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
     + _IN_ORDER
     + "{{ '<|eot_id|>' }}{%- endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-).replace("IMAGE", "<|image|>")
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    "<|image|>",
+)
 
 _PALIGEMMA = (
     "{%- for message in messages %}"
@@ -84,24 +100,25 @@ _PALIGEMMA = (
 """Images, then a prefix and what follows it, as big_vision trained it: no roles are marked."""
 
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 _QWEN_SYSTEM = "You are a helpful assistant."
 
 RECORDED_TEMPLATES: dict[str, str] = {
     "llava-1.5": _vicuna("<image>\n"),
     "llava-1.6": _vicuna("<image>\n"),
-    "llava-next-video": _vicuna("<image>\n"),
+    "llava-next-video": _vicuna("<image>\n", "<video>\n"),
     "llava-interleave": _chatml("<image>"),
-    "llava-onevision": _chatml("<image>"),
-    "qwen2-vl": _chatml(_QWEN_IMAGE, _QWEN_SYSTEM),
-    "qwen2.5-vl": _chatml(_QWEN_IMAGE, _QWEN_SYSTEM),
-    "qwen3-vl": _chatml(_QWEN_IMAGE),
-    "internvl": _chatml("<IMG_CONTEXT>\n"),
+    "llava-onevision": _chatml("<image>", "<video>"),
+    "qwen2-vl": _chatml(_QWEN_IMAGE, _QWEN_VIDEO, _QWEN_SYSTEM),
+    "qwen2.5-vl": _chatml(_QWEN_IMAGE, _QWEN_VIDEO, _QWEN_SYSTEM),
+    "qwen3-vl": _chatml(_QWEN_IMAGE, _QWEN_VIDEO),
+    "internvl": _chatml("<IMG_CONTEXT>\n", "<video>\n"),
     "gemma3": _GEMMA,
     "smolvlm": _SMOLVLM,
     "llama-3.2-vision": _LLAMA,
     "paligemma": _PALIGEMMA,
 }
-"""Family -> its template in Jinja, over messages whose content is a list of `{"type": "image"}` and texts."""
+"""Family -> its template in Jinja, over messages whose content is a list of images, videos and texts."""
 
 MISTRAL_TEMPLATE = _MISTRAL
 """Of LLaVA-1.6 over Mistral, which has the family of the Vicuna ones but Mistral's turns."""

@@ -16,7 +16,7 @@ from moellava.data.tokenizers import load_tokenizer
 from moellava.lmm.datasets import MediaDataset
 from moellava.lmm.loaders import find_model, load_lmm
 from moellava.lmm.media import MediaReader
-from moellava.lmm.processors import build_without_video
+from moellava.lmm.processors import build_without_torchvision
 from moellava.lmm.supported_models import LMM_FAMILIES, SUPPORTED_MODELS
 
 TEXT = {
@@ -175,6 +175,14 @@ TOKENS: dict[str, dict[str, str]] = {
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     },
+    "smolvlm": {
+        "image_token": "<image>",
+        "fake_image_token": "<fake_token_around_image>",
+        "global_image_token": "<global-img>",
+        "end_of_utterance_token": "<end_of_utterance>",
+    },
+    "paligemma": {"image_token": "<image>"},
+    "llama-3.2-vision": {"image_token": "<|image|>"},
     "gemma3": {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
 }
 """Family -> the tokens that its processor asks its tokenizer for."""
@@ -182,26 +190,37 @@ TOKENS: dict[str, dict[str, str]] = {
 MARKS: dict[str, list[str]] = {
     "chatml": ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"],
     "gemma3": ["<start_of_turn>", "<end_of_turn>"],
+    "paligemma": ["<bos>", "<eos>"],
+    "smolvlm": ["<|im_start|>", *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))],
+    "llama-3.2-vision": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"],
 }
 """Further special tokens of the family's template."""
 
 CHATML = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision", "llava-interleave", "internvl")
 """Families whose turns are marked as in ChatML."""
 
-BYTE_LEVEL = ("qwen2-vl",)
-"""Families that are tested with Qwen's vocabulary; the others with the smaller one of SentencePiece's kind."""
+BEGINNINGS = {"smolvlm": "<|im_start|>", "paligemma": "<bos>"}
+ENDS = dict.fromkeys(CHATML, "<|im_end|>") | {
+    "smolvlm": "<end_of_utterance>",
+    "paligemma": "<eos>",
+    "llama-3.2-vision": "<|eot_id|>",
+}
+"""Family -> its beginning- and end-of-sequence tokens, where they are not the vocabulary's."""
+
+BYTE_LEVEL = {"qwen2-vl": "qwen", "smolvlm": "phi", "paligemma": "phi"}
+"""Family -> the byte-level vocabulary that it is tested with; the others with a smaller one of SentencePiece's kind."""
 
 
 def make_tokenizer(family_id: str, golden: Path, folder: Path) -> Any:
     """A real vocabulary with the family's special tokens."""
     from transformers import AutoTokenizer
 
-    kind = "qwen" if family_id in BYTE_LEVEL else "mistral"
-    tokenizer = load_tokenizer(str(golden / kind), "qwen" if kind == "qwen" else "v1")
+    kind = BYTE_LEVEL.get(family_id, "mistral")
+    tokenizer = load_tokenizer(str(golden / kind), BYTE_LEVEL.get(family_id, "v1"))
     marks = MARKS["chatml"] if family_id in CHATML else MARKS.get(family_id, [])
     tokenizer.add_special_tokens({"additional_special_tokens": [*marks, *TOKENS[family_id].values()]})
-    if family_id in CHATML:
-        tokenizer.eos_token = "<|im_end|>"
+    tokenizer.bos_token = BEGINNINGS.get(family_id, tokenizer.bos_token)
+    tokenizer.eos_token = ENDS.get(family_id, tokenizer.eos_token)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -227,7 +246,16 @@ def make_processor(family_id: str, tokenizer: Any) -> Any:
         return hf.LlavaProcessor(hf.SiglipImageProcessorPil(size=square), tokenizer, **select)
     if family_id == "gemma3":
         return hf.Gemma3Processor(hf.Gemma3ImageProcessorPil(size=square), tokenizer, image_seq_length=4)
+    if family_id == "paligemma":
+        return hf.PaliGemmaProcessor(hf.SiglipImageProcessorPil(size=square, image_seq_length=4), tokenizer)
+    if family_id == "llama-3.2-vision":
+        return hf.MllamaProcessor(hf.MllamaImageProcessorPil(size=square, max_image_tiles=4), tokenizer)
     with_video = {
+        "smolvlm": (
+            hf.SmolVLMProcessor,
+            lambda: hf.SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
+            {"image_seq_len": 1},
+        ),
         "llava-next-video": (
             hf.LlavaNextVideoProcessor,
             lambda: hf.LlavaNextImageProcessorPil(**clip, **tiles),
@@ -248,8 +276,20 @@ def make_processor(family_id: str, tokenizer: Any) -> Any:
         ),
     }
     cls, images, options = with_video[family_id]
-    settings = {"video_processor_type": "Any", "size": square}
-    return build_without_video(cls, image_processor=images(), tokenizer=tokenizer, video_settings=settings, **options)
+    settings = VIDEO_SETTINGS.get(family_id, {"size": square})
+    return build_without_torchvision(
+        cls, image_processor=images(), tokenizer=tokenizer, video_settings=settings, **options
+    )
+
+
+VIDEO_SETTINGS: dict[str, dict[str, Any]] = {
+    "llava-next-video": {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}},
+    "smolvlm": {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}},
+    "qwen2-vl": {"size": {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}},
+    "qwen2.5-vl": {"size": {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}},
+    "qwen3-vl": {"size": {"shortest_edge": 28 * 28, "longest_edge": 4 * 56 * 56}, "patch_size": 14},
+}
+"""Family -> its video processor's settings at the size of the tiny models, where one square does not do."""
 
 
 def qwen_images() -> Any:
@@ -338,13 +378,15 @@ def samples_of(opened, pictures, tmp_path) -> Callable[..., MediaDataset]:
     def make(family_id: str, records: list[dict[str, Any]] = RECORDS, **options: Any) -> MediaDataset:
         released = opened(family_id)
         (tmp_path / "records.json").write_text(json.dumps(records))
-        return MediaDataset(
+        dataset = MediaDataset(
             load_records(tmp_path / "records.json"),
             MediaReader(released.processor),
             options.pop("template", released.processor.chat_template),
             image_folder=pictures[0].parent,
             **options,
         )
+        dataset.family_id = family_id
+        return dataset
 
     return make
 

@@ -36,7 +36,8 @@ def test_a_processor_keeps_the_settings_of_its_video_processor(opened, tmp_path)
     released.processor.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "processor_config.json").read_text())
     assert saved["processor_class"] == "Qwen2VLProcessor"
-    assert saved["video_processor"]["size"] == {"height": 28, "width": 28}
+    assert saved["video_processor"]["size"] == {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    assert saved["video_processor"]["video_processor_type"] == "Qwen2VLVideoProcessor"
 
 
 def test_an_id_and_a_folder_of_another_family_are_refused(tiny_lmm):
