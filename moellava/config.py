@@ -1,18 +1,18 @@
-"""The flags of `train.py`: four dataclasses, their conflicts, and the spellings that Hugging Face renamed.
+"""The flags of `train.py`: four dataclasses, and the spellings that Hugging Face renamed.
 
-A flag that is accepted does something. What cannot be served is refused here, by name, before anything loads.
+A flag that is accepted does something. What cannot be served is refused by name (`conflicts.py`),
+before anything loads.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
 
 import torch
 import transformers
 from transformers import HfArgumentParser
 
+from moellava.conflicts import Flags, find_conflicts
 from moellava.data.media import NUM_FRAMES
 from moellava.errors import UserError
 from moellava.lmm.arguments import ReleasedArguments, settle
@@ -38,7 +38,9 @@ class ModelArguments(ReleasedArguments):
         "Hidden state of the tower that is read: -1 is the last, -2 the one before.", -1
     )
     mm_vision_select_feature: str = _flag("patch (without the class token) or cls_patch.", "patch")
-    mm_use_im_start_end: bool = _flag("Enclose each image in <im_start> and <im_end>, two trained tokens.", False)
+    mm_use_im_start_end: bool | None = _flag(
+        "Enclose each image in <im_start> and <im_end>, two trained tokens. Unset: as the folder does, or not."
+    )
     pretrain_mm_mlp_adapter: str | None = _flag("Projector to start from: a stage's folder or an mm_projector.bin.")
     tune_mm_mlp_adapter: bool = _flag("Stage 1: train the projector and nothing else.", False)
     freeze_mm_mlp_adapter: bool = _flag("Keep the projector as it is in stages 2 and 3.", False)
@@ -137,6 +139,7 @@ class TrainingArguments(AdapterArguments, transformers.TrainingArguments):
 
     model_max_length: int = _flag("Longest sample in tokens, image patches counted.", 512)
     group_by_modality_length: bool = _flag("Batches of one modality and similar lengths.", False)
+    eval_samples: int = _flag("Records of --eval_data_path that are answered, and logged, at each evaluation.", 0)
     mm_projector_lr: float | None = _flag("Learning rate of the projector; unset: --learning_rate.")
     skip_dry_save: bool = _flag("Do not write and reopen a complete folder before step 0.", False)
     logging_steps: float = _flag("Optimizer steps between two log lines.", 1)
@@ -213,124 +216,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoE
         raise UserError(f"Unknown flags: {' '.join(unknown)}. `train.py --help` lists the known ones.")
     model, data, moe, training = groups
     settle(model, training)
-    problems = find_conflicts(model, data, moe, training)
+    problems = find_conflicts(Flags(model, data, moe, training))
     if problems:
         raise UserError("\n".join(problems))
     return model, data, moe, training
-
-
-def find_conflicts(
-    model: ModelArguments, data: DataArguments, moe: MoEArguments, training: TrainingArguments
-) -> list[str]:
-    """Every contradiction between flags, one line each; empty when there is none."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    frozen = model.freeze_backbone and model.freeze_mm_mlp_adapter and not model.train_vision_encoder
-    rules = [
-        (not model.model_name_or_path, "--model_name_or_path is missing: a language model or a stage's folder."),
-        (not data.data_path, "--data_path is missing: one or more LLaVA JSON or JSONL files."),
-        (
-            model.tune_mm_mlp_adapter and model.freeze_mm_mlp_adapter,
-            "--tune_mm_mlp_adapter True and --freeze_mm_mlp_adapter True conflict: nothing would train.",
-        ),
-        (
-            model.tune_mm_mlp_adapter and moe.moe_enable,
-            "--tune_mm_mlp_adapter True (stage 1) and --moe_enable True (stage 3) conflict: choose one stage.",
-        ),
-        (
-            model.freeze_backbone and moe.moe_enable,
-            "--freeze_backbone True and --moe_enable True conflict: stage 3 trains the experts of the backbone.",
-        ),
-        (
-            frozen and not moe.moe_enable,
-            "--freeze_backbone True and --freeze_mm_mlp_adapter True conflict: nothing would train.",
-        ),
-        (
-            model.image_projector_type == "identity" and model.tune_mm_mlp_adapter,
-            "--image_projector_type identity and --tune_mm_mlp_adapter True conflict: identity has no parameters.",
-        ),
-        (
-            moe.train_modules is not None and not moe.moe_enable,
-            "--train_modules is read in stage 3 only: it needs --moe_enable True.",
-        ),
-        (
-            moe.ep_size > 1 and not training.deepspeed,
-            f"--ep_size {moe.ep_size} needs --deepspeed: the native engine keeps all experts in each process.",
-        ),
-        (
-            moe.moe_enable and world_size % moe.ep_size != 0,
-            f"--ep_size {moe.ep_size} does not divide the {world_size} processes of this run.",
-        ),
-        (
-            not moe.moe_enable and moe.spec() != MoESpec(),
-            "MoE flags need --moe_enable True; without it they would do nothing.",
-        ),
-        (
-            moe.moe_enable and any(count % moe.ep_size for count in moe.spec().num_experts),
-            f"--ep_size {moe.ep_size} does not divide --num_experts {moe.num_experts}.",
-        ),
-        (
-            data.overlong not in ("error", "drop", "truncate"),
-            f"--overlong {data.overlong}: choose error, drop or truncate.",
-        ),
-        (
-            data.image_aspect_ratio not in (None, "square", "pad"),
-            f"--image_aspect_ratio {data.image_aspect_ratio}: choose square or pad.",
-        ),
-        (data.num_frames < 1, f"--num_frames {data.num_frames}: a video is at least 1 frame."),
-        (data.bad_files not in ("error", "skip"), f"--bad_files {data.bad_files}: choose error or skip."),
-        (
-            training.eval_strategy != "no" and not data.eval_data_path,
-            f"--eval_strategy {training.eval_strategy} needs --eval_data_path.",
-        ),
-        (
-            (training.activation_checkpointing_kwargs or {}).get("use_reentrant", False),
-            "--gradient_checkpointing_kwargs use_reentrant=true would leave the routers without a gradient. "
-            "Leave the flag out.",
-        ),
-        (
-            training.load_best_model_at_end,
-            "--load_best_model_at_end is not served: the last folder is what the next stage takes. Evaluate "
-            "checkpoints with `moellava eval` and pass the best one on.",
-        ),
-    ]
-    return [message for broken, message in rules if broken] + find_adapter_conflicts(model, moe, training)
-
-
-def find_adapter_conflicts(model: ModelArguments, moe: MoEArguments, training: TrainingArguments) -> list[str]:
-    """The same for the adapters' flags."""
-    if not training.lora_enable:
-        default = AdapterArguments().adapter_settings()
-        given = [f"--{name} {value}" for name, value in training.adapter_settings().items() if value != default[name]]
-        return [f"{', '.join(given)}: needs --lora_enable True; without it nothing would change."] if given else []
-    rules = [
-        (
-            model.tune_mm_mlp_adapter,
-            "--lora_enable True and --tune_mm_mlp_adapter True conflict: stage 1 trains the projector alone, in full.",
-        ),
-        (
-            model.freeze_backbone,
-            "--lora_enable True and --freeze_backbone True conflict: adapters train beside the backbone's linears.",
-        ),
-        (
-            moe.train_modules is not None,
-            "--lora_enable True and --train_modules conflict: adapters take their targets from --only_lora_ffn.",
-        ),
-        (training.lora_r < 1, f"--lora_r {training.lora_r}: the rank is at least 1."),
-        (training.lora_alpha <= 0, f"--lora_alpha {training.lora_alpha}: the scale is above 0."),
-        (not 0 <= training.lora_dropout < 1, f"--lora_dropout {training.lora_dropout}: a fraction from 0 to below 1."),
-        (
-            training.lora_bias not in ("none", "lora_only", "all"),
-            f"--lora_bias {training.lora_bias}: choose none, lora_only or all.",
-        ),
-        (training.bits not in (4, 8, 16), f"--bits {training.bits}: choose 16, 8 or 4."),
-        (
-            training.bits in (4, 8) and find_spec("bitsandbytes") is None,
-            f"--bits {training.bits} needs the package bitsandbytes: pip install 'moellava[quant]', or use --bits 16.",
-        ),
-        (training.quant_type not in ("nf4", "fp4"), f"--quant_type {training.quant_type}: choose nf4 or fp4."),
-        (
-            training.bits != 4 and (training.quant_type != "nf4" or not training.double_quant),
-            f"--quant_type and --double_quant need --bits 4, but --bits is {training.bits}.",
-        ),
-    ]
-    return [message for broken, message in rules if broken]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -326,3 +327,17 @@ def clips(tmp_path_factory) -> Path:
         sound.setparams((1, 2, 8000, 0, "NONE", "not compressed"))
         sound.writeframes(bytes(1600))
     return folder
+
+
+@pytest.fixture(scope="session")
+def begin_at():
+    """(step, finished run, new folder) -> the folder as a run leaves it that is killed after that checkpoint."""
+
+    def copy(step: int, finished: Path, folder: Path) -> Path:
+        folder.mkdir()
+        shutil.copytree(finished / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        state = json.loads((finished / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(state | {"finished": False}))
+        return folder
+
+    return copy

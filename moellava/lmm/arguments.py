@@ -9,6 +9,17 @@ from moellava.data.chat_spans import CHAT_TEMPLATE
 from moellava.errors import UserError
 from moellava.lmm.supported_models import SUPPORTED_MODELS
 
+COMPOSED_ONLY = (
+    "model_name_or_path",
+    "image_tower",
+    "pretrain_mm_mlp_adapter",
+    "image_projector_type",
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+    "mm_use_im_start_end",
+)
+"""Flags that say how a model is composed: a released one is as it is."""
+
 
 @dataclass
 class ReleasedArguments:
@@ -25,6 +36,9 @@ class ReleasedArguments:
     train_vision_projector: bool | None = field(
         default=None,
         metadata={"help": "Train what maps image features to embeddings. Unset: not with a released model."},
+    )
+    use_vision_lora: bool = field(
+        default=False, metadata={"help": "Train low-rank adapters beside the vision encoder's frozen linears."}
     )
     use_lora: bool = field(default=False, metadata={"help": "The same as --lora_enable."})
     q_lora: bool = field(default=False, metadata={"help": "The same as --lora_enable True --bits 4."})
@@ -58,8 +72,9 @@ def settle(model: Any, training: Any) -> None:
         if model.train_vision_projector is not None:
             model.freeze_mm_mlp_adapter = not model.train_vision_projector
         return
-    for name in ("model_name_or_path", "image_tower", "pretrain_mm_mlp_adapter"):
-        if getattr(model, name):
+    default = {f.name: f.default for f in fields(model)}
+    for name in COMPOSED_ONLY:
+        if getattr(model, name) != default[name]:
             raise UserError(f"--{name} {getattr(model, name)} conflicts with --model_id and --model_local_path.")
     if model.tune_mm_mlp_adapter:
         raise UserError(

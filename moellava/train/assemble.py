@@ -33,7 +33,7 @@ class Assembled:
         model, tokenizer, processor: ready for the first step, parameters not yet frozen.
         moe_spec: routing and loss weights; None for a dense model.
         certificate: how far the sparse model is from the dense one; None where nothing was upcycled.
-        adapter: what --lora_enable has attached; None without it.
+        adapter: what --lora_enable and --use_vision_lora have attached; None without them.
         family: of a released model; None for a composed one.
     """
 
@@ -64,6 +64,7 @@ def assemble(
         refuse_wrong_kind(kind, stage, model_args, moe_args)
         start = compose_parts if kind == "llm" else reopen
         model, tokenizer, processor = start(model_args, data_args, dtype)
+        choose_attention(model, model_args.attn_implementation)
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(model, model_args.pretrain_mm_mlp_adapter)
     spec, certificate = None, None
@@ -71,10 +72,20 @@ def assemble(
         probes = OpenFolder(model, tokenizer, processor, family).probes()
         spec, certificate = sparsify(model, kind, moe_args, probes)
     # Adapters before the engine, which marks whatever parameters its experts have.
-    adapter = adapt(model, model_args, moe_args, args) if args.lora_enable else None
+    adapter = adapt(model, model_args, moe_args, args) if args.lora_enable or model_args.use_vision_lora else None
     if spec and args.deepspeed:
         convert_engine(model, "deepspeed", ep_size=moe_args.ep_size)
     return Assembled(model, tokenizer, processor, spec, certificate, adapter, family)
+
+
+def choose_attention(model: Any, name: str | None) -> None:
+    """Sets what computes attention in all parts. Raises UserError for what is not installed, or does not exist."""
+    if name is None:
+        return
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"--attn_implementation {name}: {error}") from error
 
 
 def compose_parts(model_args: ModelArguments, data_args: DataArguments, dtype: torch.dtype) -> tuple[Any, Any, Any]:
@@ -88,7 +99,7 @@ def compose_parts(model_args: ModelArguments, data_args: DataArguments, dtype: t
         mm_vision_select_layer=model_args.mm_vision_select_layer,
         mm_vision_select_feature=model_args.mm_vision_select_feature,
         image_aspect_ratio=data_args.image_aspect_ratio or "square",
-        use_im_start_end=model_args.mm_use_im_start_end,
+        use_im_start_end=bool(model_args.mm_use_im_start_end),
         dtype=dtype,
     )
     return composed.model, composed.tokenizer, composed.processor
@@ -99,6 +110,13 @@ def reopen(model_args: ModelArguments, data_args: DataArguments, dtype: torch.dt
     tokenizer, model, processor, _ = load_pretrained_model(model_args.model_name_or_path, device="cpu", dtype=dtype)
     require_tokenizer(tokenizer, model_args.model_name_or_path, "--model_name_or_path")
     extras = model.config.moellava
+    enclosed = bool(extras["use_im_start_end"])
+    if model_args.mm_use_im_start_end not in (None, enclosed):
+        raise UserError(
+            f"--mm_use_im_start_end {model_args.mm_use_im_start_end}, but --model_name_or_path "
+            f"{model_args.model_name_or_path} was trained {'with' if enclosed else 'without'} <im_start> and <im_end>. "
+            "Leave the flag out: the folder says which it is."
+        )
     extras["version"] = model_args.version
     extras["image_aspect_ratio"] = data_args.image_aspect_ratio or extras["image_aspect_ratio"]
     return model, tokenizer, make_processor(processor.image_processor, tokenizer, model.config)

@@ -1,29 +1,28 @@
 """LoRA: which linears get an adapter, that every one of them did, and that all of them learn.
 
-Adapters are peft's layers, put in place of the decoder's linears (`peft.inject_adapter_in_model`): the model keeps its
-class, so routing, parts and saving work as they do without. An adapted linear computes W x + alpha / r · B A x with W
-frozen; A starts random and B at zero, so the first step starts from the model as it was (arXiv:2106.09685).
+Adapters are peft's layers, put in place of linears of the decoder, the vision encoder or both
+(`peft.inject_adapter_in_model`): the model keeps its class, so routing, parts and saving work as they do without. An
+adapted linear computes W x + alpha / r · B A x with W frozen; A starts random and B at zero, so the first step starts
+from the model as it was (arXiv:2106.09685).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import TrainerCallback
 
 from moellava.config import ModelArguments, MoEArguments, TrainingArguments
 from moellava.errors import UserError
 from moellava.model.builder import parts_of
 from moellava.moe import moe_layers
 from moellava.train.memory import zero_stage
-from moellava.train.trainer import sum_over_processes
+from moellava.train.stages import FINETUNE, beside_experts
 
 NAME = "default"
 """peft's name of the one adapter that a model has here."""
@@ -36,12 +35,12 @@ class Adapter:
     Args:
         config: peft's description; `modules_to_save` names what is saved whole beside the matrices.
         origin: how the model under the adapter was made; written beside it, read by `moellava merge-lora`.
-        full: the modules that train in full; every engine's layers share them.
+        full: what trains in full.
     """
 
     config: LoraConfig
     origin: dict[str, Any]
-    full: list[nn.Module] = field(default_factory=list)
+    full: list[nn.Parameter] = field(default_factory=list)
 
     @property
     def scaling(self) -> float:
@@ -52,11 +51,12 @@ class Adapter:
         """Whether a tensor, by its name in the native engine's state dict, belongs to the adapter's files."""
         if ".lora_A." in name or ".lora_B." in name:
             return True
-        if any(f".{module}." in f".{name}" for module in self.config.modules_to_save or ()):
+        if any(f".{whole}." in f".{name}." for whole in self.config.modules_to_save or ()):
             return True
         if self.config.bias == "lora_only":
             return name.endswith(".base_layer.bias")
-        return self.config.bias == "all" and name.endswith(".bias") and ".language_model." in name
+        in_decoder = ".language_model." in name or ".text_model." in name
+        return self.config.bias == "all" and name.endswith(".bias") and in_decoder
 
 
 def adapt(model: nn.Module, model_args: ModelArguments, moe_args: MoEArguments, args: TrainingArguments) -> Adapter:
@@ -64,9 +64,11 @@ def adapt(model: nn.Module, model_args: ModelArguments, moe_args: MoEArguments, 
 
     Args:
         model: assembled, the native engine's.
+
+    Raises:
+        UserError: nothing to adapt, or flags that do not go together.
     """
-    only_experts = moe_args.moe_enable and args.only_lora_ffn
-    targets = target_names(model, only_experts)
+    targets = wanted_targets(model, model_args, moe_args, args)
     quantised: dict[str, Any] = {"bits": args.bits, "quant_type": args.quant_type, "double_quant": args.double_quant}
     origin = {
         "base": model_args.model_name_or_path,
@@ -88,24 +90,63 @@ def adapt(model: nn.Module, model_args: ModelArguments, moe_args: MoEArguments, 
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         bias=args.lora_bias,
-        target_modules=pattern_of(targets),
+        target_modules=pattern_of(targets, (name for name, _ in model.named_modules())),
         base_model_name_or_path=model_args.model_name_or_path,
     )
     attach(model, config, targets)
-    frozen = moe_args.spec().freeze_router if moe_args.moe_enable else model_args.freeze_mm_mlp_adapter
-    whole = full_modules(model, moe_args.moe_enable)
-    config.modules_to_save = names_of(model, whole)
-    return Adapter(config, origin, full=[] if frozen else whole)
+    full = trained_in_full(model, model_args, moe_args, args.lora_enable)
+    # Routers are saved whether they train or not: a frozen one's balancing bias moves all the same.
+    routers = [part for _, layer in moe_layers(model) for part in router_modules(layer)]
+    config.modules_to_save = sorted({*names_of(model, routers), *covering(model, full)})
+    return Adapter(config, origin, full)
 
 
-def full_modules(model: nn.Module, sparse: bool) -> list[nn.Module]:
-    """What trains in full beside adapters, unless a flag freezes it: routers in stage 3, the projector in stage 2.
+def trained_in_full(
+    model: nn.Module, model_args: ModelArguments, moe_args: MoEArguments, lora_enable: bool
+) -> list[nn.Parameter]:
+    """What trains in full beside adapters: what the stage trains without them, less the parts that are adapted.
 
-    It is saved either way: a frozen router's balancing bias moves all the same.
+    Args:
+        lora_enable: whether the decoder has adapters; else those of the vision encoder are the only ones.
     """
-    if sparse:
-        return [module for _, layer in moe_layers(model) for module in router_modules(layer)]
-    return [parts_of(model)["projector"]]
+    if moe_args.moe_enable:
+        return beside_experts(model, model_args, moe_args)
+    rests = model_args.freeze_backbone or lora_enable
+    return list(FINETUNE.selects(model, replace(model_args, freeze_backbone=rests), moe_args))
+
+
+def covering(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[str]:
+    """Names of the largest modules, and of single parameters, that hold the given parameters and no others."""
+    wanted = {id(parameter) for parameter in parameters}
+
+    def walk(module: nn.Module, prefix: str) -> Iterator[str]:
+        below = list(module.parameters())
+        if below and all(id(parameter) in wanted for parameter in below):
+            yield prefix.removesuffix(".")
+            return
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in wanted:
+                yield prefix + name
+        for name, child in module.named_children():
+            yield from walk(child, f"{prefix}{name}.")
+
+    return list(walk(model, ""))
+
+
+def wanted_targets(
+    model: nn.Module, model_args: ModelArguments, moe_args: MoEArguments, args: TrainingArguments
+) -> list[str]:
+    """Names of the linears that the flags want adapted. Raises UserError where a flag finds none."""
+    asked = {}
+    if args.lora_enable:
+        asked["--lora_enable True"] = target_names(model, only_experts=moe_args.moe_enable and args.only_lora_ffn)
+    if model_args.use_vision_lora:
+        asked["--use_vision_lora True"] = vision_target_names(model)
+    for flag, found in asked.items():
+        if not found:
+            where = "vision encoder" if "vision" in flag else "language model"
+            raise UserError(f"{flag}: the {where} of this {type(model).__name__} has no linear layer for an adapter.")
+    return [name for found in asked.values() for name in found]
 
 
 def target_names(model: nn.Module, only_experts: bool) -> list[str]:
@@ -122,6 +163,33 @@ def target_names(model: nn.Module, only_experts: bool) -> list[str]:
     return [name for name, module in model.named_modules() if id(module) in wanted]
 
 
+def vision_target_names(model: nn.Module) -> list[str]:
+    """Names of the vision encoder's linears that get an adapter: those of the layers whose output is read."""
+    wanted = {
+        id(module)
+        for layer in read_layers(model, parts_of(model)["vision_tower"])
+        for module in layer.modules()
+        if isinstance(module, nn.Linear)
+    }
+    return [name for name, module in model.named_modules() if id(module) in wanted]
+
+
+def read_layers(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:
+    """The layers of a vision encoder that have a part in the features.
+
+    LLaVA reads the hidden state before the last layer (`vision_feature_layer` -2; 0 is the embeddings'), or several:
+    what lies behind the last one that is read gets no gradient.
+    """
+    stacks = [module for module in encoder.modules() if isinstance(module, nn.ModuleList) and module is not encoder]
+    read = getattr(model.config, "vision_feature_layer", None)
+    states = [read] if isinstance(read, int) else read
+    layers = []
+    for stack in stacks:
+        last = len(stack) if states is None else max(state % (len(stack) + 1) for state in states)
+        layers += list(stack[:last])
+    return layers
+
+
 def router_modules(layer: nn.Module) -> list[nn.Module]:
     """What routes in a sparse layer: the router and, of a residual layer, the mixing coefficient."""
     return [part for part in (layer.router, layer.coefficient) if part is not None]
@@ -133,9 +201,18 @@ def names_of(model: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
     return [name for name, module in model.named_modules() if id(module) in wanted]
 
 
-def pattern_of(names: Iterable[str]) -> str:
-    """A regular expression for names that differ in their numbers: one line of config for a thousand experts."""
-    return "|".join(sorted({re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names}))
+def pattern_of(names: Iterable[str], known: Iterable[str] = ()) -> str:
+    """A regular expression for names: one line of config for a thousand experts, which differ in their numbers only.
+
+    Args:
+        names: what it matches.
+        known: what else there is, and what it must not match. Where any number would do too much, names are spelled
+            out: an encoder whose last layer is not read.
+    """
+    others = set(known) - set(names := list(names))
+    any_number = {name: re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names}
+    too_wide = {wide for wide in set(any_number.values()) if any(re.fullmatch(wide, other) for other in others)}
+    return "|".join(sorted({re.escape(name) if wide in too_wide else wide for name, wide in any_number.items()}))
 
 
 def attach(model: nn.Module, config: LoraConfig, targets: Iterable[str] | None = None) -> None:
@@ -182,65 +259,11 @@ def cast_adapters(model: nn.Module) -> None:
 
 
 def trainable_parameters(model: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
-    """What trains: adapters, the biases that --lora_bias names, and the modules that train in full."""
-    chosen = lora_parameters(model)
-    chosen += [parameter for module in adapter.full for parameter in module.parameters()]
+    """What trains: adapters, the biases that --lora_bias names, and what trains in full."""
+    chosen = lora_parameters(model) + adapter.full
     if adapter.config.bias == "lora_only":
         chosen += [layer.base_layer.bias for _, layer in lora_layers(model) if layer.base_layer.bias is not None]
     elif adapter.config.bias == "all":
         decoder = parts_of(model)["language_model"]
         chosen += [parameter for name, parameter in decoder.named_parameters() if name.endswith("bias")]
     return chosen
-
-
-class GradientWatch(TrainerCallback):
-    """Stops a run in its first step if a part that should train gets no gradient.
-
-    Every trainable parameter has to be reached by the backward, and every B needs a gradient that is not zero (A has
-    none yet, while B is zero). Experts are judged by the layer: one that no token has chosen rightly gets zeros.
-
-    Args:
-        model: with adapters, the engine chosen.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.reached: dict[str, torch.Tensor] = {}
-        self.handles: list[Any] = []
-        expert_of = {
-            id(module): f"the experts of layer {index}"
-            for index, layer in moe_layers(model)
-            for expert in layer.local_experts().values()
-            for module in expert.modules()
-        }
-        matrices = {}
-        for name, layer in lora_layers(model):
-            matrices[id(layer.lora_B[NAME].weight)] = expert_of.get(id(layer), name)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and id(parameter) in matrices:
-                self._watch(parameter, matrices[id(parameter)], zero_is_dead=True)
-            elif parameter.requires_grad and not re.search(r"\.lora_A\.|\.experts\.", name):
-                self._watch(parameter, name, zero_is_dead=False)
-
-    def _watch(self, parameter: nn.Parameter, part: str, zero_is_dead: bool) -> None:
-        self.reached.setdefault(part, torch.zeros((), device=parameter.device))
-
-        def note(gradient: torch.Tensor) -> None:
-            alive = gradient.any() if zero_is_dead else torch.ones((), device=gradient.device)
-            self.reached[part] = self.reached[part].to(gradient.device) + alive
-
-        self.handles.append(parameter.register_hook(note))
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """Judges the first step's gradients, of all processes together, and stops watching."""
-        if not self.handles:
-            return
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-        counts = sum_over_processes(torch.stack(list(self.reached.values())).double())
-        dead = {part for part, count in zip(self.reached, counts.tolist(), strict=True) if not count}
-        if dead:
-            raise UserError(
-                f"In the first step no gradient has reached {len(dead)} of {len(counts)} trained parts: {shown(dead)}. "
-                "They would stay as they are, so the run stops here."
-            )

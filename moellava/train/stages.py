@@ -37,19 +37,24 @@ class Stage:
 def _projector(model: nn.Module, args: ModelArguments, moe: MoEArguments) -> list[nn.Parameter]:
     parts = parts_of(model)
     chosen = list(parts["projector"].parameters())
-    if args.mm_use_im_start_end:  # the two new tokens mean nothing until their embeddings have learnt
+    if model.config.moellava["use_im_start_end"]:  # the two new tokens mean nothing until their embeddings have learnt
         chosen += list(model.get_input_embeddings().parameters())
     return chosen
 
 
 def _language_model_and_projector(model: nn.Module, args: ModelArguments, moe: MoEArguments) -> list[nn.Parameter]:
     parts = parts_of(model)
-    chosen = [] if args.freeze_mm_mlp_adapter else list(parts["projector"].parameters()) + loose_parameters(model)
-    if args.train_vision_encoder:
-        chosen += list(parts["vision_tower"].parameters())
+    chosen = vision_parameters(model, args, with_projector=not args.freeze_mm_mlp_adapter)
     if not args.freeze_backbone:
         chosen += list(parts["language_model"].parameters()) + list(parts["lm_head"].parameters())
     return chosen
+
+
+def vision_parameters(model: nn.Module, args: ModelArguments, with_projector: bool) -> list[nn.Parameter]:
+    """What trains in full on the way from pixels to embeddings: the projector, and the encoder if a flag says so."""
+    parts = parts_of(model)
+    chosen = list(parts["projector"].parameters()) + loose_parameters(model) if with_projector else []
+    return chosen + (list(parts["vision_tower"].parameters()) if args.train_vision_encoder else [])
 
 
 def loose_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -59,10 +64,22 @@ def loose_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _experts_and_routers(model: nn.Module, args: ModelArguments, moe: MoEArguments) -> list[nn.Parameter]:
-    routers = [] if moe.spec().freeze_router else list(router_parameters(model))
     if moe.train_modules is None:
-        return list(expert_parameters(model)) + routers
-    return _named_modules(model, moe.train_modules, routers)
+        return list(expert_parameters(model)) + beside_experts(model, args, moe)
+    return _named_modules(model, moe.train_modules, _routers(model, moe)) + _vision_if_named(model, args)
+
+
+def beside_experts(model: nn.Module, args: ModelArguments, moe: MoEArguments) -> list[nn.Parameter]:
+    """What trains in stage 3 beside the experts: routers, and of the vision parts those that flags ask for by name."""
+    return _routers(model, moe) + _vision_if_named(model, args)
+
+
+def _routers(model: nn.Module, moe: MoEArguments) -> list[nn.Parameter]:
+    return [] if moe.spec().freeze_router else list(router_parameters(model))
+
+
+def _vision_if_named(model: nn.Module, args: ModelArguments) -> list[nn.Parameter]:
+    return vision_parameters(model, args, with_projector=bool(args.train_vision_projector))
 
 
 def _named_modules(model: nn.Module, names: list[str], routers: list[nn.Parameter]) -> list[nn.Parameter]:

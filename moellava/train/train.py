@@ -22,24 +22,34 @@ from moellava.data.records import load_records
 from moellava.errors import UserError
 from moellava.lmm.collators import MediaCollator
 from moellava.log import get_logger, is_rank_zero
-from moellava.model.builder import image_size, tokens_per_image
+from moellava.model.builder import image_size, parts_of, tokens_per_image
 from moellava.moe import enable_gradient_checkpointing
 from moellava.train.adapter_folder import AdaptedFolder
 from moellava.train.assemble import Assembled, assemble
 from moellava.train.checkpoint import check_folder, claim_folder, last_checkpoint, mark_finished
 from moellava.train.extensions import extension_root, remove_abandoned_locks
 from moellava.train.folder import StageFolder
-from moellava.train.lora import GradientWatch, trainable_parameters
+from moellava.train.lora import trainable_parameters
 from moellava.train.memory import describe, estimate, zero_stage
 from moellava.train.released import released_collator, released_dataset
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
 from moellava.train.trainer import StageTrainer
+from moellava.train.watch import GradientWatch
 from moellava.train.zero import refuse_zero3_experts, whole_parameters
 
 logger = get_logger(__name__)
 
 SECONDS_FOR_RANK_ZERO = 10
 """Most mistakes are found by every process. The first one speaks; its exit makes the launcher end the others."""
+
+WHAT_TRAINS = (
+    "freeze_backbone",
+    "freeze_mm_mlp_adapter",
+    "train_vision_encoder",
+    "train_vision_projector",
+    "use_vision_lora",
+)
+"""Flags of `ModelArguments` that choose it, beside the stage and --lora_enable."""
 
 
 def train(
@@ -72,28 +82,10 @@ def train(
         "train_dataset": make_dataset(data_args.data_path, parts, model_args, data_args, args),
         "eval_dataset": make_dataset(data_args.eval_data_path, parts, model_args, data_args, args),
     }
-    folder = make_folder(output_dir, parts, {"stage": stage.name, "version": model_args.version})
     if is_rank_zero():
         claim_folder(output_dir, identity)
-        report_table(parts, stage, output_dir)
-        if parts.certificate:
-            parts.certificate.save(output_dir)
-            logger.info("%s", "\n".join(parts.certificate.lines()))
-        logger.info("%s", describe(estimate(parts.model, zero_stage(args.deepspeed), args.world_size)))
-    if args.activation_checkpointing:
-        enable_gradient_checkpointing(parts.model)
-        args.activation_checkpointing = False  # the Trainer would switch on its own kind, which routes anew
-    set_seed(args.seed)  # a resumed run and a fresh one build models differently; both train from the same state
-    trainer = StageTrainer(
-        folder=folder,
-        image_token_id=parts.model.config.image_token_id,
-        model=parts.model,
-        args=args,
-        data_collator=make_collator(parts, model_args),
-        **datasets,
-    )
-    if parts.adapter:
-        trainer.add_callback(GradientWatch(parts.model))
+        report(parts, stage, args)
+    trainer = make_trainer(stage, parts, model_args, args, datasets)
     resume = last_checkpoint(output_dir)
     if resume:
         logger.info("Going on from %s", resume)
@@ -105,6 +97,27 @@ def train(
         logger.info("Stage %s is complete: %s", stage.name, output_dir)
     trainer.accelerator.wait_for_everyone()
     return output_dir
+
+
+def make_trainer(
+    stage: Stage, parts: Assembled, model_args: ModelArguments, args: TrainingArguments, datasets: dict[str, Any]
+) -> StageTrainer:
+    """The trainer of a stage, with what watches over its gradients and what shows its answers."""
+    if args.activation_checkpointing:
+        enable_gradient_checkpointing(parts.model)
+        args.activation_checkpointing = False  # the Trainer would switch on its own kind, which routes anew
+    set_seed(args.seed)  # a resumed run and a fresh one build models differently; both train from the same state
+    trainer = StageTrainer(
+        folder=make_folder(Path(args.output_dir), parts, {"stage": stage.name, "version": model_args.version}),
+        image_token_id=parts.model.config.image_token_id,
+        model=parts.model,
+        args=args,
+        data_collator=make_collator(parts, model_args),
+        **datasets,
+    )
+    if parts.adapter:
+        trainer.add_callback(GradientWatch(parts.model, parts_of(parts.model)["vision_tower"]))
+    return trainer
 
 
 def run_identity(
@@ -122,6 +135,7 @@ def run_identity(
         "image_projector_type": model.image_projector_type,
         "data_path": data.data_path,
         "num_frames": data.num_frames,
+        "trains": {name: getattr(model, name) for name in WHAT_TRAINS} | {"modules": moe.train_modules},
         "seed": args.seed,
         "learning_rate": args.learning_rate,
         "num_train_epochs": args.num_train_epochs,
@@ -133,7 +147,7 @@ def run_identity(
     }
     if moe.moe_enable:
         identity["moe"] = moe.spec().to_config()
-    if args.lora_enable:
+    if args.lora_enable or model.use_vision_lora:
         identity["adapter"] = args.adapter_settings()
     return identity
 
@@ -159,7 +173,7 @@ def make_dataset(
         aspect_ratio=parts.model.config.moellava["image_aspect_ratio"],
         max_length=args.model_max_length,
         overlong=data_args.overlong,
-        use_im_start_end=model_args.mm_use_im_start_end,
+        use_im_start_end=parts.model.config.moellava["use_im_start_end"],
         bad_files=data_args.bad_files,
     )
     if not data_args.lazy_preprocess:
@@ -187,11 +201,16 @@ def make_collator(parts: Assembled, model_args: ModelArguments) -> ImageTextColl
     )
 
 
-def report_table(parts: Assembled, stage: Stage, output_dir: Path) -> None:
-    """Logs what trains and what is frozen, and saves it as `parameters.json`."""
+def report(parts: Assembled, stage: Stage, args: TrainingArguments) -> None:
+    """Says what a run is before it starts: what trains (saved as `parameters.json`), the certificate, the memory."""
+    output_dir = Path(args.output_dir)
     table = parameter_table(parts.model)
     logger.info("Stage %s\n%s", stage.name, render_table(table))
     save_table(table, output_dir / "parameters.json")
+    if parts.certificate:
+        parts.certificate.save(output_dir)
+        logger.info("%s", "\n".join(parts.certificate.lines()))
+    logger.info("%s", describe(estimate(parts.model, zero_stage(args.deepspeed), args.world_size)))
 
 
 def main(argv: list[str] | None = None) -> int:

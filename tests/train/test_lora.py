@@ -19,8 +19,9 @@ from moellava.model.builder import load_pretrained_model, save_pretrained_folder
 from moellava.moe import MoESpec, upcycle
 from moellava.train import merge_lora
 from moellava.train.adapter_folder import merged
-from moellava.train.lora import GradientWatch, adapt, attach, lora_layers, lora_parameters, pattern_of, target_names
+from moellava.train.lora import adapt, attach, lora_layers, lora_parameters, pattern_of, target_names
 from moellava.train.train import train
+from moellava.train.watch import GradientWatch
 
 # One worker runs this module: its fixtures train a stage each.
 pytestmark = pytest.mark.xdist_group("lora")
@@ -63,15 +64,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def dense(folder: Path):
     return load_pretrained_model(folder, device="cpu", dtype=torch.float32)[1]
-
-
-def begin_at(step: int, finished: Path, folder: Path) -> Path:
-    """A folder as a run leaves it that is killed after a checkpoint."""
-    folder.mkdir()
-    shutil.copytree(finished / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-    state = json.loads((finished / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(state | {"finished": False}))
-    return folder
 
 
 # -- what trains ---------------------------------------------------------------------------------------------------
@@ -175,7 +167,7 @@ def test_experts_without_a_gradient_stop_a_real_run(runs, flags_for, tmp_path, m
 
 
 @pytest.mark.parametrize("stage", ["finetune", "moe"])
-def test_a_killed_run_goes_on_to_exactly_the_same_losses(stage, runs, flags_for, losses_of, tmp_path):
+def test_a_killed_run_goes_on_to_exactly_the_same_losses(stage, runs, flags_for, losses_of, tmp_path, begin_at):
     folder = begin_at(2, runs / stage, tmp_path / stage)
     run(flags_for(runs, stage) | LORA | {"output_dir": folder})
     assert losses_of(folder) == losses_of(runs / stage)
@@ -183,13 +175,13 @@ def test_a_killed_run_goes_on_to_exactly_the_same_losses(stage, runs, flags_for,
     assert all(torch.equal(mine[name], reference[name]) for name in reference)
 
 
-def test_another_rank_is_another_run(runs, flags_for, tmp_path):
+def test_another_rank_is_another_run(runs, flags_for, tmp_path, begin_at):
     folder = begin_at(2, runs / "finetune", tmp_path / "again")
     with pytest.raises(UserError, match="adapter"):
         run(flags_for(runs, "finetune") | LORA | {"lora_r": 8, "output_dir": folder})
 
 
-def test_a_base_that_has_changed_meanwhile_is_refused(runs, flags_for, tmp_path):
+def test_a_base_that_has_changed_meanwhile_is_refused(runs, flags_for, tmp_path, begin_at):
     """What lies under the adapter is built anew, so it has to be the same."""
     folder = begin_at(2, runs / "moe", tmp_path / "again")
     origin = folder / "checkpoint-2" / "adapter" / "origin.json"
@@ -231,7 +223,7 @@ def test_biases_train_when_asked_and_are_merged(bias, runs, flags_for, tmp_path)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_runs_merge_what_they_have_computed_with(bits, runs, flags_for, losses_of, tmp_path):
+def test_quantised_runs_merge_what_they_have_computed_with(bits, runs, flags_for, losses_of, tmp_path, begin_at):
     flags = flags_for(runs, "moe") | LORA | {"bits": bits, "max_steps": 4}
     folder = run(flags | {"output_dir": tmp_path / "run"})
     before, after = weights(runs / "finetune"), weights(folder)

@@ -1,11 +1,17 @@
-"""ZeRO-3: a dense model is put together whole; experts are refused by name."""
+"""ZeRO-3: a dense model is put together whole and trains; experts are refused by name."""
+
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from moellava.config import parse_arguments
 from moellava.errors import UserError
 from moellava.train.zero import refuse_zero3_experts, whole_parameters
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -32,3 +38,18 @@ def test_experts_are_refused():
     refuse_zero3_experts(None, moe_enable=True)
     with pytest.raises(UserError, match="zero3.json.*--moe_enable.*zero2.json"):
         refuse_zero3_experts("scripts/zero3.json", moe_enable=True)
+
+
+@pytest.mark.slow
+def test_two_processes_under_zero3_train_as_one(tmp_path, flags_for, run_train, losses_of):
+    flags = flags_for(tmp_path, "finetune") | {"max_steps": 2, "save_strategy": "no"}
+    flags.pop("pretrain_mm_mlp_adapter")
+    split = flags | {"output_dir": tmp_path / "split", "deepspeed": ROOT / "scripts" / "zero3.json"}
+    whole = flags | {"output_dir": tmp_path / "whole", "per_device_train_batch_size": 4}
+    for run, processes in ((split, 2), (whole, 1)):
+        result = run_train(run, processes=processes)
+        assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    assert losses_of(tmp_path / "split") == pytest.approx(losses_of(tmp_path / "whole"), abs=1e-4)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("split", "whole"))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], atol=1e-2) for name in one)

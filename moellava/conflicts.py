@@ -1,0 +1,192 @@
+"""Flags of `train.py` that contradict each other: one row each, all reported at once and by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from moellava.moe.spec import MoESpec
+
+
+class Flags(NamedTuple):
+    """The four groups of flags of `config.py`, as rules read them."""
+
+    model: Any
+    data: Any
+    moe: Any
+    training: Any
+
+    @property
+    def processes(self) -> int:
+        """Of this run, as launchers set it."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are asked for, in the decoder or in the vision encoder."""
+        return self.training.lora_enable or self.model.use_vision_lora
+
+    @property
+    def all_frozen(self) -> bool:
+        """Whether the flags of stages 1 and 2 leave nothing that trains."""
+        vision = self.model.train_vision_encoder or self.model.use_vision_lora
+        return self.model.freeze_backbone and self.model.freeze_mm_mlp_adapter and not vision
+
+
+Rule = tuple[Callable[[Flags], object], str]
+"""When flags contradict each other, and the message; what stands in braces is read from `Flags`."""
+
+CONFLICTS: list[Rule] = [
+    (
+        lambda f: not f.model.model_name_or_path,
+        "--model_name_or_path is missing: a language model or a stage's folder.",
+    ),
+    (lambda f: not f.data.data_path, "--data_path is missing: one or more LLaVA JSON or JSONL files."),
+    (
+        lambda f: f.model.tune_mm_mlp_adapter and f.model.freeze_mm_mlp_adapter,
+        "--tune_mm_mlp_adapter True and --freeze_mm_mlp_adapter True conflict: nothing would train.",
+    ),
+    (
+        lambda f: f.model.tune_mm_mlp_adapter and f.moe.moe_enable,
+        "--tune_mm_mlp_adapter True (stage 1) and --moe_enable True (stage 3) conflict: choose one stage.",
+    ),
+    (
+        lambda f: f.model.tune_mm_mlp_adapter and f.model.train_vision_encoder,
+        "--tune_mm_mlp_adapter True and --train_vision_encoder True conflict: stage 1 trains the projector alone.",
+    ),
+    (
+        lambda f: f.model.freeze_backbone and f.moe.moe_enable,
+        "--freeze_backbone True and --moe_enable True conflict: stage 3 trains the experts of the backbone.",
+    ),
+    (
+        lambda f: f.all_frozen and not f.moe.moe_enable,
+        "--freeze_backbone True and --freeze_mm_mlp_adapter True conflict: nothing would train.",
+    ),
+    (
+        lambda f: f.model.image_projector_type == "identity" and f.model.tune_mm_mlp_adapter,
+        "--image_projector_type identity and --tune_mm_mlp_adapter True conflict: identity has no parameters.",
+    ),
+    (
+        lambda f: f.moe.train_modules is not None and not f.moe.moe_enable,
+        "--train_modules is read in stage 3 only: it needs --moe_enable True.",
+    ),
+    (
+        lambda f: f.moe.ep_size > 1 and not f.training.deepspeed,
+        "--ep_size {moe.ep_size} needs --deepspeed: the native engine keeps all experts in each process.",
+    ),
+    (
+        lambda f: f.moe.moe_enable and f.processes % f.moe.ep_size != 0,
+        "--ep_size {moe.ep_size} does not divide the {processes} processes of this run.",
+    ),
+    (
+        lambda f: not f.moe.moe_enable and f.moe.spec() != MoESpec(),
+        "MoE flags need --moe_enable True; without it they would do nothing.",
+    ),
+    (
+        lambda f: f.moe.moe_enable and any(count % f.moe.ep_size for count in f.moe.spec().num_experts),
+        "--ep_size {moe.ep_size} does not divide --num_experts {moe.num_experts}.",
+    ),
+    (
+        lambda f: f.data.overlong not in ("error", "drop", "truncate"),
+        "--overlong {data.overlong}: choose error, drop or truncate.",
+    ),
+    (
+        lambda f: f.data.image_aspect_ratio not in (None, "square", "pad"),
+        "--image_aspect_ratio {data.image_aspect_ratio}: choose square or pad.",
+    ),
+    (lambda f: f.data.num_frames < 1, "--num_frames {data.num_frames}: a video is at least 1 frame."),
+    (lambda f: f.data.bad_files not in ("error", "skip"), "--bad_files {data.bad_files}: choose error or skip."),
+    (lambda f: f.training.eval_samples < 0, "--eval_samples {training.eval_samples}: a number of records, or 0."),
+    (
+        lambda f: f.training.eval_samples > 0 and f.training.eval_strategy == "no",
+        "--eval_samples {training.eval_samples} needs --eval_strategy steps or epoch, and --eval_data_path.",
+    ),
+    (
+        lambda f: f.training.eval_strategy != "no" and not f.data.eval_data_path,
+        "--eval_strategy {training.eval_strategy} needs --eval_data_path.",
+    ),
+    (
+        lambda f: (f.training.activation_checkpointing_kwargs or {}).get("use_reentrant", False),
+        "--gradient_checkpointing_kwargs use_reentrant=true would leave the routers without a gradient. "
+        "Leave the flag out.",
+    ),
+    (
+        lambda f: f.training.load_best_model_at_end,
+        "--load_best_model_at_end is not served: the last folder is what the next stage takes. Evaluate "
+        "checkpoints with `moellava eval` and pass the best one on.",
+    ),
+]
+"""Of all runs."""
+
+MATRIX_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias")
+"""The adapters' flags that adapters of the vision encoder read as well."""
+
+ADAPTER_CONFLICTS: list[Rule] = [
+    (
+        lambda f: f.model.tune_mm_mlp_adapter,
+        "Adapters and --tune_mm_mlp_adapter True conflict: stage 1 trains the projector alone, in full.",
+    ),
+    (
+        lambda f: f.model.use_vision_lora and f.model.train_vision_encoder,
+        "--use_vision_lora True and --train_vision_encoder True conflict: the encoder trains through "
+        "adapters, or in full.",
+    ),
+    (
+        lambda f: f.model.use_vision_lora and f.moe.moe_enable and not f.training.lora_enable,
+        "--use_vision_lora True and --moe_enable True go together with --lora_enable True only: "
+        "experts that train in full would all lie in the adapter's file.",
+    ),
+    (
+        lambda f: f.model.use_vision_lora and f.training.lora_bias == "all",
+        "--use_vision_lora True and --lora_bias all conflict: that trains the decoder's biases. Use lora_only.",
+    ),
+    (
+        lambda f: f.training.lora_enable and f.model.freeze_backbone,
+        "--lora_enable True and --freeze_backbone True conflict: adapters train beside the backbone's linears.",
+    ),
+    (
+        lambda f: f.training.lora_enable and f.moe.train_modules is not None,
+        "--lora_enable True and --train_modules conflict: adapters take their targets from --only_lora_ffn.",
+    ),
+    (lambda f: f.training.lora_r < 1, "--lora_r {training.lora_r}: the rank is at least 1."),
+    (lambda f: f.training.lora_alpha <= 0, "--lora_alpha {training.lora_alpha}: the scale is above 0."),
+    (
+        lambda f: not 0 <= f.training.lora_dropout < 1,
+        "--lora_dropout {training.lora_dropout}: a fraction from 0 to below 1.",
+    ),
+    (
+        lambda f: f.training.lora_bias not in ("none", "lora_only", "all"),
+        "--lora_bias {training.lora_bias}: choose none, lora_only or all.",
+    ),
+    (lambda f: f.training.bits not in (4, 8, 16), "--bits {training.bits}: choose 16, 8 or 4."),
+    (
+        lambda f: f.training.bits in (4, 8) and find_spec("bitsandbytes") is None,
+        "--bits {training.bits} needs the package bitsandbytes: pip install 'moellava[quant]', or use --bits 16.",
+    ),
+    (lambda f: f.training.quant_type not in ("nf4", "fp4"), "--quant_type {training.quant_type}: choose nf4 or fp4."),
+    (
+        lambda f: f.training.bits != 4 and (f.training.quant_type != "nf4" or not f.training.double_quant),
+        "--quant_type and --double_quant need --bits 4, but --bits is {training.bits}.",
+    ),
+]
+"""Of runs with adapters."""
+
+
+def find_conflicts(flags: Flags) -> list[str]:
+    """Every contradiction between flags, one line each; empty when there is none."""
+    rules = CONFLICTS + ADAPTER_CONFLICTS if flags.adapts else CONFLICTS
+    known = flags._asdict() | {"processes": flags.processes}
+    found = [message.format(**known) for broken, message in rules if broken(flags)]
+    return found + idle_adapter_flags(flags)
+
+
+def idle_adapter_flags(flags: Flags) -> list[str]:
+    """A line about adapter flags that would change nothing, if there are any."""
+    default = {field.name: field.default for field in fields(flags.training)}
+    given = flags.training.adapter_settings()
+    used = set(given) if flags.training.lora_enable else set(MATRIX_FLAGS) if flags.model.use_vision_lora else set()
+    idle = [f"--{name} {given[name]}" for name in given if given[name] != default[name] and name not in used]
+    return [f"{', '.join(idle)}: needs --lora_enable True; without it nothing would change."] if idle else []

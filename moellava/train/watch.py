@@ -1,0 +1,87 @@
+"""That adapters learn: the gradients of the first step, looked at before the optimizer uses them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from moellava.errors import UserError
+from moellava.moe import moe_layers
+from moellava.train.lora import NAME, lora_layers, shown
+from moellava.train.trainer import sum_over_processes
+
+NOT_EACH = re.compile(r"\.lora_A\.|\.experts\.")
+"""Names of parameters that are not judged one by one."""
+
+DECODER, VISION, WHOLE = "decoder", "vision encoder", "trained in full"
+"""What a watched part is: an adapter of the one or the other, or a parameter."""
+
+
+class GradientWatch(TrainerCallback):
+    """Stops a run in its first step if a part that should train gets no gradient.
+
+    Every trainable parameter has to be reached by the backward, and every B needs a gradient that is not zero (A has
+    none yet, while B is zero). Experts are judged by the layer: one that no token has chosen rightly gets zeros.
+    Adapters of the vision encoder all get zeros in a step without any image, so they are watched until one comes.
+
+    Args:
+        model: with adapters, the engine chosen.
+        encoder: its vision encoder. What trains there in full is not watched: layers behind the one that is read
+            rightly get no gradient.
+    """
+
+    def __init__(self, model: nn.Module, encoder: nn.Module | None = None):
+        self.kinds: dict[str, str] = {}
+        self.counts: dict[str, torch.Tensor] = {}
+        self.handles: dict[str, list[Any]] = {}
+        seeing = {id(module) for module in encoder.modules()} if encoder else set()
+        unwatched = {id(parameter) for parameter in encoder.parameters()} if encoder else set()
+        expert_of = {
+            id(module): f"the experts of layer {index}"
+            for index, layer in moe_layers(model)
+            for expert in layer.local_experts().values()
+            for module in expert.modules()
+        }
+        adapters = {}
+        for name, layer in lora_layers(model):
+            kind = VISION if id(layer) in seeing else DECODER
+            adapters[id(layer.lora_B[NAME].weight)] = (expert_of.get(id(layer), name), kind)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and id(parameter) in adapters:
+                self._watch(parameter, *adapters[id(parameter)])
+            elif parameter.requires_grad and id(parameter) not in unwatched and not NOT_EACH.search(name):
+                self._watch(parameter, name, WHOLE)
+
+    def _watch(self, parameter: nn.Parameter, part: str, kind: str) -> None:
+        self.kinds[part] = kind
+        self.counts.setdefault(part, torch.zeros(2, device=parameter.device))
+
+        def note(gradient: torch.Tensor) -> None:
+            seen = torch.stack([torch.ones((), device=gradient.device), gradient.any().float()])
+            self.counts[part] = self.counts[part].to(gradient.device) + seen
+
+        self.handles.setdefault(part, []).append(parameter.register_hook(note))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Judges the gradients so far, of all processes together, and stops watching the parts that are judged."""
+        if not self.handles:
+            return
+        sums = sum_over_processes(torch.stack(list(self.counts.values())).double()).tolist()
+        reached = {part for part, (calls, _) in zip(self.counts, sums, strict=True) if calls}
+        moved = {part for part, (_, alive) in zip(self.counts, sums, strict=True) if alive}
+        vision = {part for part, kind in self.kinds.items() if kind == VISION}
+        blind = set() if vision & moved else vision & reached
+        dead = {part for part in self.counts if part not in (reached if self.kinds[part] == WHOLE else moved)} - blind
+        if dead:
+            raise UserError(
+                f"In the first step no gradient has reached {len(dead)} of {len(sums)} trained parts: {shown(dead)}. "
+                "They would stay as they are, so the run stops here."
+            )
+        for part in [part for part in self.counts if part not in blind]:
+            for handle in self.handles.pop(part):
+                handle.remove()
+            del self.counts[part], self.kinds[part]
