@@ -147,7 +147,8 @@ def settle_template(processor: Any, family: LMMFamily, text_model_type: str) -> 
     Raises:
         UserError: neither is there, or the folder's cannot be masked and there is none on record.
     """
-    recorded = recorded_template(family.family_id, text_model_type)
+    special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+    recorded = recorded_template(family.family_id, text_model_type, special)
     own = processor.chat_template or processor.tokenizer.chat_template
     if own is None and recorded is None:
         raise UserError(

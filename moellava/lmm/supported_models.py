@@ -1,6 +1,7 @@
 """The released models that are known by an id, and where the parts of each family are.
 
-A model of a known kind is one `register_model(…)` more (docs/ADD_A_MODEL.md); a local folder of one needs none.
+A model of a known kind is one row more in `released_models.py`, or one `register_model(…)` in a program of your own
+(docs/ADD_A_MODEL.md); a local folder of one needs neither.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from moellava.errors import UnknownNameError, UserError
+from moellava.lmm.released_models import RELEASED_MODELS
 from moellava.registry import Registry
 
 
@@ -79,12 +81,14 @@ class LMMFamily:
         model_type: `model_type` of its config.json.
         text_model_types: `model_type`s of its text config, where two families share a `model_type`; () for any.
         remote_code: whether transformers lacks its class, so that the code in the model's own repository has to run.
+        needs: fields of its config.json that tell it from a language model of the same `model_type`.
     """
 
     family_id: str
     model_type: str
     text_model_types: tuple[str, ...] = ()
     remote_code: bool = False
+    needs: tuple[str, ...] = ()
 
     @property
     def keywords(self) -> Keywords:
@@ -93,6 +97,8 @@ class LMMFamily:
 
     def fits(self, raw: Mapping[str, Any]) -> bool:
         """Whether a config.json is one of this family."""
+        if any(name not in raw for name in self.needs):
+            return False
         text_type = (raw.get("text_config") or {}).get("model_type")
         if self.text_model_types and text_type not in self.text_model_types:
             return False
@@ -194,121 +200,25 @@ def group_names(names: Iterable[str], keywords: Keywords) -> dict[str, list[str]
     return groups
 
 
-register_family(LMMFamily("llava-1.5", "llava", ("llama", "mistral")))
-register_family(LMMFamily("llava-1.6", "llava_next"))
-register_family(LMMFamily("llava-interleave", "llava", ("qwen2",)))
-register_family(LMMFamily("llava-next-video", "llava_next_video"))
-register_family(LMMFamily("llava-onevision", "llava_onevision"))
-register_family(LMMFamily("qwen2-vl", "qwen2_vl"))
-register_family(LMMFamily("qwen2.5-vl", "qwen2_5_vl"))
-register_family(LMMFamily("llama-3.2-vision", "mllama"))
-register_family(LMMFamily("phi3-v", "phi3_v", remote_code=True))
-register_family(LMMFamily("qwen-vl", "qwen", remote_code=True))
-register_family(LMMFamily("qwen3-vl", "qwen3_vl"))
-register_family(LMMFamily("internvl", "internvl"))
-register_family(LMMFamily("smolvlm", "smolvlm"))
-register_family(LMMFamily("gemma3", "gemma3"))
-register_family(LMMFamily("paligemma", "paligemma"))
+for _family in (
+    LMMFamily("llava-1.5", "llava", ("llama", "mistral")),
+    LMMFamily("llava-1.6", "llava_next"),
+    LMMFamily("llava-interleave", "llava", ("qwen2",)),
+    LMMFamily("llava-next-video", "llava_next_video"),
+    LMMFamily("llava-onevision", "llava_onevision"),
+    LMMFamily("qwen2-vl", "qwen2_vl"),
+    LMMFamily("qwen2.5-vl", "qwen2_5_vl"),
+    LMMFamily("llama-3.2-vision", "mllama"),
+    LMMFamily("phi3-v", "phi3_v", remote_code=True),
+    LMMFamily("qwen-vl", "qwen", remote_code=True, needs=("visual",)),
+    LMMFamily("qwen3-vl", "qwen3_vl"),
+    LMMFamily("internvl", "internvl"),
+    LMMFamily("smolvlm", "smolvlm"),
+    LMMFamily("gemma3", "gemma3"),
+    LMMFamily("paligemma", "paligemma"),
+):
+    register_family(_family)
 
-register_model(model_id="llava-1.5-7b", model_family_id="llava-1.5", model_hf_path="llava-hf/llava-1.5-7b-hf")
-register_model(model_id="llava-1.5-13b", model_family_id="llava-1.5", model_hf_path="llava-hf/llava-1.5-13b-hf")
-register_model(
-    model_id="llava-1.6-vicuna-7b", model_family_id="llava-1.6", model_hf_path="llava-hf/llava-v1.6-vicuna-7b-hf"
-)
-register_model(
-    model_id="llava-1.6-vicuna-13b", model_family_id="llava-1.6", model_hf_path="llava-hf/llava-v1.6-vicuna-13b-hf"
-)
-register_model(
-    model_id="llava-1.6-mistral-7b", model_family_id="llava-1.6", model_hf_path="llava-hf/llava-v1.6-mistral-7b-hf"
-)
-register_model(
-    model_id="llava-interleave-qwen-0.5b",
-    model_family_id="llava-interleave",
-    model_hf_path="llava-hf/llava-interleave-qwen-0.5b-hf",
-)
-register_model(
-    model_id="llava-interleave-qwen-7b",
-    model_family_id="llava-interleave",
-    model_hf_path="llava-hf/llava-interleave-qwen-7b-hf",
-)
-register_model(
-    model_id="llava-next-video-7b", model_family_id="llava-next-video", model_hf_path="llava-hf/LLaVA-NeXT-Video-7B-hf"
-)
-register_model(
-    model_id="llava-next-video-7b-32k",
-    model_family_id="llava-next-video",
-    model_hf_path="llava-hf/LLaVA-NeXT-Video-7B-32K-hf",
-)
-register_model(
-    model_id="llava-next-video-34b",
-    model_family_id="llava-next-video",
-    model_hf_path="llava-hf/LLaVA-NeXT-Video-34B-hf",
-)
-register_model(
-    model_id="llava-onevision-0.5b-ov",
-    model_family_id="llava-onevision",
-    model_hf_path="llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
-)
-register_model(
-    model_id="llava-onevision-7b-ov",
-    model_family_id="llava-onevision",
-    model_hf_path="llava-hf/llava-onevision-qwen2-7b-ov-hf",
-)
-register_model(
-    model_id="llava-onevision-72b-ov",
-    model_family_id="llava-onevision",
-    model_hf_path="llava-hf/llava-onevision-qwen2-72b-ov-hf",
-)
-register_model(model_id="qwen2-vl-2b-instruct", model_family_id="qwen2-vl", model_hf_path="Qwen/Qwen2-VL-2B-Instruct")
-register_model(model_id="qwen2-vl-7b-instruct", model_family_id="qwen2-vl", model_hf_path="Qwen/Qwen2-VL-7B-Instruct")
-register_model(model_id="qwen2-vl-72b-instruct", model_family_id="qwen2-vl", model_hf_path="Qwen/Qwen2-VL-72B-Instruct")
-register_model(
-    model_id="qwen2.5-vl-3b-instruct", model_family_id="qwen2.5-vl", model_hf_path="Qwen/Qwen2.5-VL-3B-Instruct"
-)
-register_model(
-    model_id="qwen2.5-vl-7b-instruct", model_family_id="qwen2.5-vl", model_hf_path="Qwen/Qwen2.5-VL-7B-Instruct"
-)
-register_model(
-    model_id="qwen2.5-vl-72b-instruct", model_family_id="qwen2.5-vl", model_hf_path="Qwen/Qwen2.5-VL-72B-Instruct"
-)
-register_model(
-    model_id="llama-3.2-11b-vision-instruct",
-    model_family_id="llama-3.2-vision",
-    model_hf_path="meta-llama/Llama-3.2-11B-Vision-Instruct",
-)
-register_model(
-    model_id="llama-3.2-90b-vision-instruct",
-    model_family_id="llama-3.2-vision",
-    model_hf_path="meta-llama/Llama-3.2-90B-Vision-Instruct",
-)
-register_model(model_id="phi3-v", model_family_id="phi3-v", model_hf_path="microsoft/Phi-3-vision-128k-instruct")
-register_model(model_id="qwen-vl-chat", model_family_id="qwen-vl", model_hf_path="Qwen/Qwen-VL-Chat")
-register_model(model_id="qwen3-vl-2b-instruct", model_family_id="qwen3-vl", model_hf_path="Qwen/Qwen3-VL-2B-Instruct")
-register_model(model_id="qwen3-vl-4b-instruct", model_family_id="qwen3-vl", model_hf_path="Qwen/Qwen3-VL-4B-Instruct")
-register_model(model_id="qwen3-vl-8b-instruct", model_family_id="qwen3-vl", model_hf_path="Qwen/Qwen3-VL-8B-Instruct")
-register_model(model_id="internvl3-1b", model_family_id="internvl", model_hf_path="OpenGVLab/InternVL3-1B-hf")
-register_model(model_id="internvl3-2b", model_family_id="internvl", model_hf_path="OpenGVLab/InternVL3-2B-hf")
-register_model(model_id="internvl3-8b", model_family_id="internvl", model_hf_path="OpenGVLab/InternVL3-8B-hf")
-register_model(
-    model_id="smolvlm2-256m-video-instruct",
-    model_family_id="smolvlm",
-    model_hf_path="HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
-)
-register_model(
-    model_id="smolvlm2-500m-video-instruct",
-    model_family_id="smolvlm",
-    model_hf_path="HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
-)
-register_model(
-    model_id="smolvlm2-2.2b-instruct", model_family_id="smolvlm", model_hf_path="HuggingFaceTB/SmolVLM2-2.2B-Instruct"
-)
-register_model(model_id="gemma3-4b-it", model_family_id="gemma3", model_hf_path="google/gemma-3-4b-it")
-register_model(model_id="gemma3-12b-it", model_family_id="gemma3", model_hf_path="google/gemma-3-12b-it")
-register_model(model_id="gemma3-27b-it", model_family_id="gemma3", model_hf_path="google/gemma-3-27b-it")
-register_model(model_id="paligemma-3b-pt-224", model_family_id="paligemma", model_hf_path="google/paligemma-3b-pt-224")
-register_model(
-    model_id="paligemma-3b-mix-224", model_family_id="paligemma", model_hf_path="google/paligemma-3b-mix-224"
-)
-register_model(
-    model_id="paligemma-3b-mix-448", model_family_id="paligemma", model_hf_path="google/paligemma-3b-mix-448"
-)
+for _family_id, _models in RELEASED_MODELS.items():
+    for _model_id, _path in _models.items():
+        register_model(model_id=_model_id, model_family_id=_family_id, model_hf_path=_path)

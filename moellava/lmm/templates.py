@@ -1,11 +1,15 @@
 """Chat templates on record, for families whose models are published without one or with one that cannot be trained on.
 
 They render the prompts that the models know. LLaVA's own end every answer with the end-of-sequence token, as LLaVA was
-trained; the templates beside the converted models leave it out, so that a model trained on them would never stop.
+trained; the templates beside the converted models leave it out, so that a model trained on them would never stop. That
+of OneVision and Interleave opens an answer in one way where it is given and in another where it is asked for; the one
+here opens it as it is asked for.
 Placeholders are written as the family's processor spells them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 _MEDIA = """{%- for part in message['content'] if part['type'] == 'image' %}IMAGE{% endfor %}\
 {%- for part in message['content'] if part['type'] == 'video' %}VIDEO{% endfor %}\
@@ -51,6 +55,24 @@ def _chatml(image: str, video: str = "", system: str = "") -> str:
     )
 
 
+_CHATML_DIRECT = _filled(
+    "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\nAnswer the questions.<|im_end|>{% endif %}"
+    "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    + _MEDIA
+    + "{{ '<|im_end|>' }}{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "<image>\n",
+    "<video>\n",
+)
+
+_ONEVISION = _filled(
+    "{%- for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + ('' if message['role'] == 'assistant' else ' ') }}"
+    + _MEDIA.replace("{{ part['text'] }}", "{{ '\n' + part['text'] }}")
+    + "{{ '<|im_end|>' }}{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "<image>",
+    "<video>",
+)
+
 _MISTRAL = _filled(
     "{{ bos_token }}{%- for message in messages %}"
     "{%- if message['role'] == 'assistant' %}{{ ' ' }}" + _MEDIA + "{{ eos_token }}"
@@ -61,6 +83,7 @@ _MISTRAL = _filled(
     + "{{ '\n' }}{% endif %}"
     "{%- endfor %}",
     "<image>\n",
+    "<video>\n",
 )
 
 _GEMMA = _filled(
@@ -107,8 +130,8 @@ RECORDED_TEMPLATES: dict[str, str] = {
     "llava-1.5": _vicuna("<image>\n"),
     "llava-1.6": _vicuna("<image>\n"),
     "llava-next-video": _vicuna("<image>\n", "<video>\n"),
-    "llava-interleave": _chatml("<image>"),
-    "llava-onevision": _chatml("<image>", "<video>"),
+    "llava-interleave": _ONEVISION,
+    "llava-onevision": _ONEVISION,
     "qwen2-vl": _chatml(_QWEN_IMAGE, _QWEN_VIDEO, _QWEN_SYSTEM),
     "qwen2.5-vl": _chatml(_QWEN_IMAGE, _QWEN_VIDEO, _QWEN_SYSTEM),
     "qwen3-vl": _chatml(_QWEN_IMAGE, _QWEN_VIDEO),
@@ -121,16 +144,23 @@ RECORDED_TEMPLATES: dict[str, str] = {
 """Family -> its template in Jinja, over messages whose content is a list of images, videos and texts."""
 
 MISTRAL_TEMPLATE = _MISTRAL
-"""Of LLaVA-1.6 over Mistral, which has the family of the Vicuna ones but Mistral's turns."""
+"""Of LLaVA-1.6 and LLaVA-NeXT-Video over Mistral, which have Mistral's turns instead of Vicuna's."""
+
+CHATML_DIRECT_TEMPLATE = _CHATML_DIRECT
+"""Of the same over Yi (the 34B models), whose turns are ChatML's with no line breaks between them."""
 
 
-def recorded_template(family_id: str, text_model_type: str) -> str | None:
+def recorded_template(family_id: str, text_model_type: str, special: Collection[str] = ()) -> str | None:
     """The template on record for a model, None if there is none.
 
     Args:
         family_id: its family.
         text_model_type: `model_type` of its language model.
+        special: the special tokens of its tokenizer; they tell Yi from Vicuna, which share a `model_type`.
     """
-    if family_id == "llava-1.6" and text_model_type == "mistral":
-        return MISTRAL_TEMPLATE
+    if family_id in ("llava-1.6", "llava-next-video"):
+        if text_model_type == "mistral":
+            return MISTRAL_TEMPLATE
+        if "<|im_end|>" in special:
+            return CHATML_DIRECT_TEMPLATE
     return RECORDED_TEMPLATES.get(family_id)

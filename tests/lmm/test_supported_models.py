@@ -50,6 +50,34 @@ def test_the_family_follows_from_the_config(family_and_model):
     assert lmm_family_of(raw).family_id == family_id, "a sparse folder is of the family of its dense model"
 
 
+def test_every_model_that_was_promised_is_known():
+    """By what somebody types: the family's name and the size."""
+    promised = {
+        "llava-1.5": "7b 13b",
+        "llava-1.6": "vicuna-7b vicuna-13b mistral-7b",
+        "llava-interleave": "qwen-0.5b qwen-7b",
+        "llava-next-video": "7b 7b-32k 34b",
+        "llava-onevision": "0.5b-ov 7b-ov 72b-ov",
+        "qwen2-vl": "2b-instruct 7b-instruct 72b-instruct",
+        "qwen2.5-vl": "3b-instruct 7b-instruct 72b-instruct",
+        "qwen-vl": "chat",
+    }
+    for family_id, sizes in promised.items():
+        for size in sizes.split():
+            assert SUPPORTED_MODELS[f"{family_id}-{size}"].family.family_id == family_id
+    others = {"llama-3.2-11b-vision-instruct", "llama-3.2-90b-vision-instruct", "phi3-v"}
+    assert others <= set(SUPPORTED_MODELS)
+    assert {"qwen3-vl", "internvl", "smolvlm", "gemma3", "paligemma"} <= {
+        m.family.family_id for m in SUPPORTED_MODELS.values()
+    }
+
+
+def test_a_language_model_of_the_same_type_is_no_vision_language_model():
+    assert lmm_family_of({"model_type": "qwen", "visual": {}}).family_id == "qwen-vl"
+    with pytest.raises(UnknownNameError, match="'qwen', which no family"):
+        lmm_family_of({"model_type": "qwen"}, "Qwen-7B")
+
+
 def test_every_family_has_models_and_keywords():
     assert {model.family.family_id for model in SUPPORTED_MODELS.values()} == set(LMM_FAMILIES)
     assert set(MULTIMODAL_KEYWORDS) == set(LMM_FAMILIES)
