@@ -153,9 +153,9 @@ class SupervisedDataset(Dataset):
             return [f"{name} {problem}"]
         try:
             encoded, cut = self._encode(record, name)
+            length = self._length(encoded.ids, record)
         except DataError as error:
-            return error.problems
-        length = self._length(encoded.ids, record)
+            return [text if name in text else f"{name}: {text}" for text in error.problems]
         too_long = self.max_length is not None and length > self.max_length
         if too_long and self.overlong == "error":
             return [f"{name} takes {length} positions but --model_max_length is {self.max_length} (see --overlong)"]

@@ -110,14 +110,17 @@ class MediaReader:
         """
         runs: dict[str, Iterator[Run]] = {}
         tensors: list[dict[str, torch.Tensor]] = []
-        for kind in KINDS:
-            rows = [[shown for shown in sample if kind_of(shown) == kind] for sample in samples]
-            if any(rows):
-                found, inputs = self._asked(kind, [row for row in rows if row], name)
-                runs[kind] = iter(run for row in found for run in row)
-                tensors.append(inputs)
-        trimmed = [[self._trimmed(next(runs[kind_of(shown)])) for shown in sample] for sample in samples]
-        return Media(trimmed, self._joined(samples, tensors, name))
+        try:
+            for kind in KINDS:
+                rows = [[shown for shown in sample if kind_of(shown) == kind] for sample in samples]
+                if any(rows):
+                    found, inputs = self._asked(kind, [row for row in rows if row])
+                    runs[kind] = iter([run for row in found for run in row])
+                    tensors.append(inputs)
+            joined = self._joined(samples, tensors)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+        return Media([[self._trimmed(next(runs[kind_of(shown)])) for shown in sample] for sample in samples], joined)
 
     def blank(self) -> Media:
         """One black image, for a batch without anything to see."""
@@ -150,10 +153,8 @@ class MediaReader:
         decode = self.processor.tokenizer.decode
         return self.placeholder.join(decode(ids, skip_special_tokens=True) for ids in (run.ids[:begin], run.ids[end:]))
 
-    def _asked(
-        self, kind: str, samples: Sequence[Sequence[Any]], name: str = "a blank image"
-    ) -> tuple[list[list[Run]], dict[str, torch.Tensor]]:
-        """What the processor makes of images, or of videos."""
+    def _asked(self, kind: str, samples: Sequence[Sequence[Any]]) -> tuple[list[list[Run]], dict[str, torch.Tensor]]:
+        """What the processor makes of images, or of videos. Raises DataError as `read` does, without a name."""
         texts = [self.separator + (self.kinds[kind] + self.separator) * len(row) for row in samples]
         given = {"images": [list(row) for row in samples]} if kind == "image" else video_arguments(samples)
         try:
@@ -162,7 +163,7 @@ class MediaReader:
             sizes = [
                 shown.size if isinstance(shown, Image.Image) else shown.clip.size for row in samples for shown in row
             ]
-            raise DataError(f"{name}: the processor cannot take {kind}s of {sizes} pixels: {error}") from error
+            raise DataError(f"the processor cannot take {kind}s of {sizes} pixels: {error}") from error
         output.pop("labels", None)
         ids, attended = output.pop("input_ids"), output.pop("attention_mask").bool()
         per_token = {key: output.pop(key) for key in list(output) if key.endswith(PER_TOKEN)}
@@ -174,13 +175,13 @@ class MediaReader:
         return runs, dict(output)
 
     def _joined(
-        self, samples: Sequence[Sequence[Shown]], tensors: Sequence[dict[str, torch.Tensor]], name: str
+        self, samples: Sequence[Sequence[Shown]], tensors: Sequence[dict[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
         """The inputs of images and of videos together. Where both are pixels of the same name, they go in order."""
         joined = {key: value for inputs in tensors for key, value in inputs.items()}
         if sum(map(len, tensors)) == len(joined):
             return joined
-        alone = [self._asked(kind_of(shown), [[shown]], name)[1] for sample in samples for shown in sample]
+        alone = [self._asked(kind_of(shown), [[shown]])[1] for sample in samples for shown in sample]
         axis = alone[0]["pixel_values"].ndim - 4  # SmolVLM has an axis for samples before the one for images
         return {key: torch.cat([inputs[key] for inputs in alone], dim=axis) for key in joined}
 
@@ -214,7 +215,7 @@ class MediaReader:
 
     def _run_of_clip(self, clip: Clip) -> Run:
         frames = (Image.new("RGB", clip.size),) * len(clip.indices)
-        return self._asked("video", [[Video(clip, frames)]], "a blank video")[0][0][0]
+        return self._asked("video", [[Video(clip, frames)]])[0][0][0]
 
     def _essence(self, clip: Clip) -> Clip:
         """What of a clip decides over its tokens."""

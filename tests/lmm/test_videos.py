@@ -1,0 +1,231 @@
+"""Videos in released models: what their processors make of the same frames, and masks that leave them out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
+from moellava.data.video import read_video
+from moellava.errors import DataError
+from moellava.lmm.family_collators import collator_for
+from moellava.lmm.media import video_arguments
+
+WITH_VIDEO = ["llava-next-video", "llava-onevision", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "internvl", "smolvlm"]
+"""Families whose processor has a way for videos."""
+
+AS_IMAGES = ["llava-1.5", "llava-1.6", "llava-interleave", "gemma3", "llama-3.2-vision"]
+"""Families that see a video as its frames."""
+
+FRAMES = 3
+RECORDS = [
+    {
+        "id": "clip",
+        "video": "shapes.mp4",
+        "conversations": [
+            {"from": "human", "value": "<video>\nWhat is shown?"},
+            {"from": "gpt", "value": "Shapes."},
+            {"from": "human", "value": "Any other?"},
+            {"from": "gpt", "value": "None."},
+        ],
+    },
+    {
+        "id": "both",
+        "image": "0.png",
+        "video": ["wide.mp4", "short.mkv"],
+        "conversations": [
+            {"from": "human", "value": "Here <video> and <image> and <video> are, which moves?"},
+            {"from": "gpt", "value": "The first."},
+        ],
+    },
+    {
+        "id": "image",
+        "image": "1.png",
+        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A fractal."}],
+    },
+    {"id": "text", "conversations": [{"from": "human", "value": "Hi <|im_end|>"}, {"from": "gpt", "value": "Hello."}]},
+]
+
+
+@pytest.fixture
+def videos_of(samples_of, clips):
+    """(family, records, options) -> the data set of that family's tiny model; a video is 3 frames."""
+
+    def make(family_id, records=RECORDS, **options):
+        return samples_of(family_id, records, **{"video_folder": clips, "num_frames": FRAMES} | options)
+
+    return make
+
+
+def collate(family_id, dataset, *numbers):
+    collator = collator_for(family_id, dataset.reader.processor, reader=dataset.reader)
+    return collator([dataset[number] for number in numbers])
+
+
+def expected(processor, record, shown):
+    """What the processor itself gives for a record, shown images and videos in the order of their tags."""
+    messages = []
+    for turn in record["conversations"]:
+        parts = []
+        if turn["from"] == "human":
+            for word in turn["value"].replace("<video>\n", "<video>").replace(">", ">|").replace("<", "|<").split("|"):
+                kind = word.strip("<>") if word in ("<video>", "<image>") else None
+                parts += [{"type": kind}] if kind else [{"type": "text", "text": word}] if word else []
+        else:
+            parts = [{"type": "text", "text": turn["value"]}]
+        messages.append({"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": parts})
+    text = processor.apply_chat_template(messages, chat_template=processor.chat_template, tokenize=False)
+    images = [one for one in shown if isinstance(one, Image.Image)]
+    videos = [one for one in shown if not isinstance(one, Image.Image)]
+    given = ({"images": [images]} if images else {}) | (video_arguments([videos]) if videos else {})
+    bos = processor.tokenizer.bos_token
+    spelled = bool(bos) and text.startswith(bos)
+    return dict(processor(text=[text], return_tensors="pt", add_special_tokens=not spelled, **given))
+
+
+@pytest.mark.parametrize("family_id", WITH_VIDEO)
+def test_a_batch_is_what_the_processor_makes_of_the_rendered_text(family_id, videos_of, clips, pictures):
+    dataset = videos_of(family_id)
+    clip, wide, short = (read_video(clips / name, FRAMES) for name in ("shapes.mp4", "wide.mp4", "short.mkv"))
+    image = Image.open(pictures[0]).convert("RGB")
+    shown = {0: [clip], 1: [wide, image, short]}
+    if family_id == "smolvlm":
+        del shown[1]  # its processor lets the images of a text go when there are videos in it
+    for number, media in shown.items():
+        batch = collate(family_id, dataset, number)
+        wanted = expected(dataset.reader.processor, RECORDS[number], media)
+        assert set(batch) == set(wanted) | {"labels"}
+        for name, value in wanted.items():
+            torch.testing.assert_close(batch[name], torch.as_tensor(value), rtol=0, atol=0, msg=f"{number} {name}")
+        assert dataset.lengths[number] == batch["input_ids"].shape[1]
+    assert dataset.modalities == [True, True, True, False]
+
+
+@pytest.mark.parametrize("family_id", WITH_VIDEO)
+def test_only_answers_train_and_a_row_does_not_feel_the_others(family_id, videos_of, opened):
+    """A batch of a video, a video beside an image, an image, and text; then each of them alone."""
+    records = [RECORDS[0] | {"conversations": [*RECORDS[0]["conversations"][:3], TYPED]}, *RECORDS[1:]]
+    dataset, model = videos_of(family_id, records), opened(family_id).model
+    tokenizer = dataset.reader.processor.tokenizer
+    batch = collate(family_id, dataset, 0, 1, 2, 3)
+    decoded = [tokenizer.decode(row[row != IGNORE_INDEX]) for row in batch["labels"]]
+    end = tokenizer.eos_token
+    assert [text.replace(" ", "") for text in decoded] == [
+        f"Shapes.{end}No<video>,no{end}",
+        f"Thefirst.{end}",
+        f"Afractal.{end}",
+        f"Hello.{end}",
+    ]
+    trained = batch["labels"] != IGNORE_INDEX
+    assert torch.equal(batch["labels"][trained], batch["input_ids"][trained])
+    with torch.no_grad():
+        logits = model(**batch).logits
+        for row in range(4):
+            alone = collate(family_id, dataset, row)
+            kept = alone["attention_mask"][0].bool()
+            whole = model(**alone).logits[0, kept]
+            torch.testing.assert_close(logits[row, : len(whole)], whole, rtol=1e-4, atol=1e-5)
+
+
+TYPED = {"from": "gpt", "value": "No <video>, no"}
+
+
+@pytest.mark.parametrize("family_id", WITH_VIDEO)
+def test_what_is_seen_decides_what_is_said(family_id, videos_of, opened, clips):
+    """Other frames, other logits; so the tensors reach the places that their tokens stand at."""
+    said = []
+    for name in ("shapes.mp4", "wide.mp4"):
+        dataset = videos_of(family_id, [RECORDS[0] | {"video": name}])
+        batch = collate(family_id, dataset, 0)
+        with torch.no_grad():
+            said.append(opened(family_id).model(**batch).logits[0, -1])
+    assert not torch.allclose(*said, atol=1e-6)
+
+
+@pytest.mark.parametrize("family_id", AS_IMAGES)
+def test_elsewhere_a_video_is_its_frames_as_images(family_id, videos_of, clips, tmp_path):
+    paths = []
+    for number, frame in enumerate(read_video(clips / "shapes.mp4", FRAMES).frames):
+        frame.save(tmp_path / f"{number}.png")
+        paths.append(str(tmp_path / f"{number}.png"))
+    said = RECORDS[0]["conversations"]
+    spelled = {
+        "image": paths,
+        "conversations": [said[0] | {"value": "<image>" * FRAMES + "\nWhat is shown?"}, *said[1:]],
+    }
+    dataset = videos_of(family_id, [RECORDS[0], spelled])
+    clip, images = collate(family_id, dataset, 0), collate(family_id, dataset, 1)
+    assert clip.keys() == images.keys() and dataset.lengths[0] == dataset.lengths[1]
+    assert all(torch.equal(clip[name], images[name]) for name in clip)
+    assert dataset[0]["input_ids"].tolist().count(IMAGE_TOKEN_INDEX) == FRAMES and not dataset[0]["videos"]
+
+
+@pytest.mark.parametrize("family_id", ["llava-1.5", "qwen3-vl"])
+def test_a_video_is_never_cut(family_id, videos_of):
+    """However little room there is, a record keeps all of a video or nothing of it."""
+    said = [("human", "<video> a"), ("gpt", "b"), ("human", "<video> c"), ("gpt", "d")]
+    turns = [{"from": role, "value": text} for role, text in said]
+    record = {"id": "two", "video": ["shapes.mp4", "wide.mp4"], "conversations": turns}
+    whole = videos_of(family_id, [record])
+    full, units = whole.lengths[0], len(whole[0]["images"]) + len(whole[0]["videos"])
+    seen = set()
+    for max_length in range(full * 2 // 3, full + 1, 2):
+        text = {"id": "text", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+        dataset = videos_of(family_id, [record, text], overlong="truncate", max_length=max_length)
+        if len(dataset) == 1:
+            continue
+        sample = dataset[0]
+        assert len(sample["images"]) + len(sample["videos"]) in (units // 2, units)
+        assert collate(family_id, dataset, 0)["input_ids"].shape[1] == dataset.lengths[0] <= max_length
+        seen.add(len(sample["images"]) + len(sample["videos"]))
+    assert seen == {units // 2, units}
+
+
+def test_times_are_told_to_models_that_read_them(videos_of, clips):
+    """Qwen3-VL's tokens name the seconds of the frames that were chosen, SmolVLM's the minutes and the duration."""
+    for family_id, words in {"qwen3-vl": ["<1.1 seconds>", "<4.8 seconds>"], "smolvlm": ["0:00:05", "00:04"]}.items():
+        dataset = videos_of(family_id)
+        batch = collate(family_id, dataset, 0)
+        text = dataset.reader.processor.tokenizer.decode(batch["input_ids"][0])
+        assert all(word in text for word in words), text
+        assert dataset.reader.is_timed
+    assert not videos_of("qwen2-vl").reader.is_timed
+    batch = collate("qwen2.5-vl", videos_of("qwen2.5-vl"), 0)
+    assert batch["second_per_grid_ts"].tolist() == pytest.approx([2 / (3 / 20 * 4)])
+
+
+def test_pixels_of_images_and_videos_under_one_name_go_in_the_order_of_their_tokens(videos_of):
+    for family_id in ("internvl", "smolvlm"):
+        dataset = videos_of(family_id)
+        reader, sample = dataset.reader, dataset[1]
+        assert [t for t in sample["input_ids"].tolist() if t < 0] == [
+            VIDEO_TOKEN_INDEX,
+            IMAGE_TOKEN_INDEX,
+            VIDEO_TOKEN_INDEX,
+        ]
+        shown = [sample["videos"][0], sample["images"][0], sample["videos"][1]]
+        alone = [reader.read([[one]]).tensors["pixel_values"].flatten(0, -4) for one in shown]
+        together = collate(family_id, dataset, 1)["pixel_values"].flatten(0, -4)
+        assert torch.equal(together, torch.cat(alone))
+
+
+def test_what_cannot_be_shown_is_named_before_training(videos_of, opened):
+    with pytest.raises(
+        DataError, match="Record clip of .*short.mkv: the video has 3 frames but --num_frames asks for 4"
+    ):
+        videos_of("qwen2-vl", [RECORDS[0] | {"video": "short.mkv"}], num_frames=4)
+    template = opened("llava-onevision").processor.chat_template.replace("<video>", "")
+    with pytest.raises(DataError, match="Record clip of .* has 1 videos, but its chat template shows 0"):
+        videos_of("llava-onevision", [RECORDS[0]], template=template)
+    with pytest.raises(DataError, match="Record clip of .*: the processor cannot take videos .*at least 2 are needed"):
+        videos_of("qwen3-vl", [RECORDS[0]], num_frames=1)
+    with pytest.raises(DataError, match="Record clip of .* has a video, but this model reads images by their paths"):
+        videos_of("llava-1.5", [RECORDS[0]], to_load_image=False)
+
+
+def test_a_collator_counts_what_stands_behind_placeholders(videos_of):
+    sample = videos_of("qwen2-vl")[1]
+    collator = collator_for("qwen2-vl", videos_of("qwen2-vl").reader.processor)
+    with pytest.raises(ValueError, match="Record both of .* has 2 placeholders but 1 videos"):
+        collator([sample | {"videos": sample["videos"][:1]}])
