@@ -4,8 +4,9 @@ Legend: T tokens, D hidden, R routed rows sorted by expert, n the rows of one ex
 
 A loop over `expert(rows)` under autograd spends its time on what surrounds the matrix products: rows copied for all
 experts at once, a full-size gradient for each, five saved tensors per row, elementwise passes over more than the
-cache holds. Here an expert's rows stay in the cache from the gather to the addition, elementwise work goes in blocks,
-the gate is applied to the I intermediate units and not to the D outputs, and only the input linears' results are saved.
+cache holds. Here an expert's rows stay in the cache from the gather to the addition, elementwise work goes in blocks
+and in place, and only the input linears' results are saved. In the backward the gate is multiplied into the gathered
+gradient; its own gradient is then what is left of the units' gradient, divided by the gate at the end.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from moellava.moe.mlp import MLPKind, kind_of
 
 Activation = Callable[[Tensor], Tensor]
 
-BLOCK = 32_768
-"""Elements of an elementwise block: the half-dozen fp32 tensors of one fit into a core's L2 cache."""
+BLOCK = 65_536
+"""Elements of an elementwise block: the six fp32 tensors of one stay near a core's L2 cache (half or twice: alike)."""
 
 
 @dataclass(frozen=True)
@@ -89,21 +90,18 @@ class FusedExperts(torch.autograd.Function):
     def forward(ctx, x_TD, gate_R, token_R, counts, layout: Layout, *tensors):
         width, most = tensors[layout.stride - 2].shape[1], max(counts)
         pre = [x_TD.new_empty(len(token_R), width) for _ in range(sum(layout.blocks))]
-        out_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
         x_MD, inner_MI = x_TD.new_empty(most, x_TD.shape[1]), x_TD.new_empty(most, width)
         y_MD = torch.empty_like(x_MD)
-        for rows, count, base in _ranges(counts, layout.stride):
-            token_n, gate_n1, inner_nI = token_R[rows], gate_R[rows].unsqueeze(1), inner_MI[:count]
+        row_MD = y_MD.float()  # the same memory if that is fp32 already
+        out_TD = torch.zeros(x_TD.shape, dtype=row_MD.dtype, device=x_TD.device)
+        for base, count, token_n, gate_n1, *pre_n in _per_expert(layout, counts, token_R, gate_R.unsqueeze(1), *pre):
+            output, inner_nI, y_nD = base + layout.stride - 2, inner_MI[:count], y_MD[:count]
             x_nD = torch.index_select(x_TD, 0, token_n, out=x_MD[:count])
-            pre_n = [part[rows] for part in pre]
             for part, (position, piece) in zip(pre_n, layout.pieces(base, width), strict=True):
                 _linear(x_nD, tensors[position][piece], _piece(tensors[position + 1], piece), part)
-            _inner(layout.activation, pre_n, gate_n1, inner_nI)
-            weight, bias = tensors[base + layout.stride - 2 : base + layout.stride]
-            y_nD = torch.mm(inner_nI, weight.t(), out=y_MD[:count])
-            if bias is not None:
-                y_nD = y_nD + gate_n1 * bias
-            out_TD.index_add_(0, token_n, y_nD.float())
+            _inner(layout.activation, pre_n, inner_nI)
+            _linear(inner_nI, tensors[output], tensors[output + 1], y_nD)
+            out_TD.index_add_(0, token_n, torch.mul(y_nD, gate_n1, out=row_MD[:count]))
         ctx.counts, ctx.layout = counts, layout
         ctx.save_for_backward(x_TD, gate_R, token_R, *pre, *tensors)
         return out_TD.to(x_TD.dtype)
@@ -114,46 +112,39 @@ class FusedExperts(torch.autograd.Function):
         layout, needs = ctx.layout, ctx.needs_input_grad[5:]
         x_TD, gate_R, token_R, *rest = ctx.saved_tensors
         pre, tensors = rest[: sum(layout.blocks)], rest[sum(layout.blocks) :]
-        dx_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-        dgate_R = torch.zeros_like(gate_R)
         grads = _room_for_gradients(tensors, needs, ctx.counts, layout.stride)
+        dx_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
+        dgate_R = torch.empty_like(gate_R)
         width, most = pre[0].shape[1], max(ctx.counts)
         dy_MD, dz_MI = dout_TD.new_empty(most, x_TD.shape[1]), dout_TD.new_empty(most, width)
         x_MD, inner_MI = torch.empty_like(dy_MD), torch.empty_like(dz_MI)
         dpre_M = [torch.empty_like(dz_MI) for _ in pre]
-        for rows, count, base in _ranges(ctx.counts, layout.stride):
-            token_n, gate_n1 = token_R[rows], gate_R[rows].unsqueeze(1)
-            output = base + layout.stride - 2
-            dy_nD = torch.index_select(dout_TD, 0, token_n, out=dy_MD[:count])
+        per_expert = _per_expert(layout, ctx.counts, token_R, gate_R.unsqueeze(1), dgate_R, *pre)
+        for base, count, token_n, gate_n1, dgate_n, *pre_n in per_expert:
+            output, inner_nI, dpre_n = base + layout.stride - 2, inner_MI[:count], [part[:count] for part in dpre_M]
+            dy_nD = torch.index_select(dout_TD, 0, token_n, out=dy_MD[:count]).mul_(gate_n1)
             dz_nI = torch.mm(dy_nD, tensors[output], out=dz_MI[:count])
-            inner_nI, dpre_n = inner_MI[:count], [part[:count] for part in dpre_M]
-            pre_n = [part[rows] for part in pre]
-            _inner_backward(layout.activation, pre_n, gate_n1, dz_nI, inner_nI, dpre_n, dgate_R[rows])
-            if grads[output] is not None:
-                torch.mm(dy_nD.t(), inner_nI, out=grads[output])
+            _inner_backward(layout.activation, pre_n, dz_nI, inner_nI, dpre_n, dgate_n)
             if tensors[output + 1] is not None:
-                dgate_R[rows] += dy_nD.float() @ tensors[output + 1].float()
-                if grads[output + 1] is not None:
-                    grads[output + 1].copy_((gate_n1.t() @ dy_nD.float()).squeeze(0))
+                dgate_n += dy_nD.float() @ tensors[output + 1].float()
+            _linear_backward(dy_nD, inner_nI, grads[output], grads[output + 1])
             x_nD = torch.index_select(x_TD, 0, token_n, out=x_MD[:count])
             dx_nD = dy_nD  # its values are used up
             for number, (position, piece) in enumerate(layout.pieces(base, width)):
                 dx_nD.addmm_(dpre_n[number], tensors[position][piece], beta=min(number, 1))
-                if grads[position] is not None:
-                    torch.mm(dpre_n[number].t(), x_nD, out=grads[position][piece])
-                if grads[position + 1] is not None:
-                    torch.sum(dpre_n[number], 0, out=grads[position + 1][piece])
+                weight, bias = grads[position : position + 2]
+                _linear_backward(dpre_n[number], x_nD, _piece(weight, piece), _piece(bias, piece))
             dx_TD.index_add_(0, token_n, dx_nD.float())
+        dgate_R /= gate_R.clamp_min(torch.finfo(gate_R.dtype).tiny)  # at 0 the softmax behind it has no gradient
         return dx_TD.to(x_TD.dtype), dgate_R, None, None, None, *grads
 
 
-def _ranges(counts: list[int], stride: int) -> Iterator[tuple[slice, int, int]]:
-    """(rows, their number, position of the first tensor) of each expert that has any rows."""
-    start = 0
-    for index, count in enumerate(counts):
+def _per_expert(layout: Layout, counts: list[int], *of_rows: Tensor) -> Iterator[tuple]:
+    """(position of the first tensor, number of rows, its part of each tensor of R rows) of experts with rows."""
+    parts = zip(*(tensor.split(counts) for tensor in of_rows), strict=True)
+    for index, (count, part) in enumerate(zip(counts, parts, strict=True)):
         if count:
-            yield slice(start, start + count), count, index * stride
-        start += count
+            yield index * layout.stride, count, *part
 
 
 def _room_for_gradients(tensors, needs, counts: list[int], stride: int) -> list[Tensor | None]:
@@ -165,8 +156,8 @@ def _room_for_gradients(tensors, needs, counts: list[int], stride: int) -> list[
     return grads
 
 
-def _piece(bias: Tensor | None, rows: slice) -> Tensor | None:
-    return None if bias is None else bias[rows]
+def _piece(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
 
 
 def _linear(x_nD: Tensor, weight_ID: Tensor, bias_I: Tensor | None, out_nI: Tensor) -> None:
@@ -177,45 +168,57 @@ def _linear(x_nD: Tensor, weight_ID: Tensor, bias_I: Tensor | None, out_nI: Tens
         torch.addmm(bias_I, x_nD, weight_ID.t(), out=out_nI)
 
 
-def _blocks(n_rows: int, width: int) -> Iterator[slice]:
-    step = max(BLOCK // width, 1)
-    return (slice(start, start + step) for start in range(0, n_rows, step))
+def _linear_backward(dy_nI: Tensor, x_nD: Tensor, dweight_ID: Tensor | None, dbias_I: Tensor | None) -> None:
+    """The gradients of a linear's weight and bias, into given memory (None: not wanted)."""
+    if dweight_ID is not None:
+        torch.mm(dy_nI.t(), x_nD, out=dweight_ID)
+    if dbias_I is not None:
+        torch.sum(dy_nI, 0, out=dbias_I)
 
 
-def _inner(activation: Activation, pre: list[Tensor], gate_n1: Tensor, out_nI: Tensor) -> None:
-    """gate × act(first) [× second], into given memory."""
-    for rows in _blocks(*out_nI.shape):
-        units = activation(pre[0][rows])
-        if len(pre) == 2:
-            units = units * pre[1][rows]
-        torch.mul(units, gate_n1[rows], out=out_nI[rows])
+def _blocks(*of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of the same rows, cut alike into blocks of about `BLOCK` elements."""
+    return zip(*(tensor.split(max(BLOCK // of_rows[0].shape[1], 1)) for tensor in of_rows), strict=True)
+
+
+def _inner(activation: Activation, pre: list[Tensor], out_nI: Tensor) -> None:
+    """act(first) [× second], into given memory."""
+    for out_bI, first, *second in _blocks(out_nI, *pre):
+        _activate(activation, first, out_bI)
+        for factor in second:
+            out_bI.mul_(factor)
 
 
 def _inner_backward(
-    activation: Activation,
-    pre: list[Tensor],
-    gate_n1: Tensor,
-    dz_nI: Tensor,
-    inner_nI: Tensor,
-    dpre: list[Tensor],
-    dgate_n: Tensor,
+    activation: Activation, pre: list[Tensor], dz_nI: Tensor, inner_nI: Tensor, dpre: list[Tensor], dgate_n: Tensor
 ) -> None:
-    """From dz, the gradient of gate × units: gate × units again, and the gradients of `pre` and of the gate."""
-    for rows in _blocks(*inner_nI.shape):
-        first, gate_b1, dz_bI = pre[0][rows], gate_n1[rows], dz_nI[rows]
-        active = activation(first)
-        units = active * pre[1][rows] if len(pre) == 2 else active
-        torch.sum(dz_bI * units, 1, dtype=dgate_n.dtype, out=dgate_n[rows])
-        torch.mul(units, gate_b1, out=inner_nI[rows])
-        dunits = dz_bI * gate_b1
+    """From dz, the gradient of the units: the units again, the gradients of `pre`, and Σ dz × units of each row.
+
+    The values of `dz_nI` are used up.
+    """
+    for inner_bI, dz_bI, dgate_b, *parts in _blocks(inner_nI, dz_nI, dgate_n, *pre, *dpre):
         if len(pre) == 2:
-            torch.mul(dunits, active, out=dpre[1][rows])
-            dunits = dunits * pre[1][rows]
-        _activation_backward(activation, first, dunits.to(first.dtype), dpre[0][rows])
+            first, second, dfirst, dsecond = parts
+            _activate(activation, first, dsecond)
+            torch.mul(dsecond, second, out=inner_bI)
+            dsecond.mul_(dz_bI)
+            _activation_backward(activation, first, torch.mul(second, dz_bI, out=dfirst), dfirst)
+        else:
+            _activate(activation, parts[0], inner_bI)
+            _activation_backward(activation, parts[0], dz_bI, parts[1])
+        torch.sum(dz_bI.mul_(inner_bI), 1, dtype=dgate_n.dtype, out=dgate_b)
+
+
+def _activate(activation: Activation, x: Tensor, out: Tensor) -> None:
+    """An elementwise function, into given memory."""
+    if type(activation) is nn.SiLU:
+        torch.ops.aten.silu.out(x, out=out)
+    else:
+        out.copy_(activation(x))
 
 
 def _activation_backward(activation: Activation, x: Tensor, grad: Tensor, out: Tensor) -> None:
-    """Gradient of an elementwise function, into given memory."""
+    """Gradient of an elementwise function, into given memory (which may be that of `grad`)."""
     if type(activation) is nn.SiLU:
         torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
         return

@@ -78,6 +78,20 @@ def test_more_rows_than_one_elementwise_block(monkeypatch):
         torch.testing.assert_close(fused, plain, atol=2e-6, rtol=1e-5)
 
 
+def test_the_router_learns_the_same_where_a_gate_has_vanished():
+    """Gates of 0 and of 1e-33: their own gradients are quotients, which must stay finite and right."""
+    experts, x, dispatch = problem(Gated)
+
+    def router_gradient(run):
+        logit = torch.tensor([0.0, 75.0, -69.0, 74.5]).repeat(3).requires_grad_()
+        gate = logit.view(3, 4).softmax(1).view(-1)
+        assert (gate == 0).any() and ((gate > 0) & (gate < 1e-30)).any()
+        (run(experts, x, Dispatch(dispatch.token_R, gate, dispatch.counts)) * x).sum().backward()
+        return logit.grad
+
+    torch.testing.assert_close(router_gradient(run_experts), router_gradient(loop_over_experts), atol=1e-7, rtol=1e-5)
+
+
 def test_idle_experts_get_zero_gradients_and_not_none():
     _, _, _, *grads = gradients(run_experts, *problem(Gated))
     idle = grads[6:12]
