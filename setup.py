@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["moellava", "moellava.*"]),
     install_requires=[
         "torch>=2.6",
-        "transformers>=5.4",
+        "transformers>=5.18",
         "tokenizers",
         "sentencepiece",
         "protobuf",

@@ -6,7 +6,10 @@ before anything loads.
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 import transformers
@@ -145,6 +148,10 @@ class TrainingArguments(AdapterArguments, transformers.TrainingArguments):
     logging_steps: float = _flag("Optimizer steps between two log lines.", 1)
     save_total_limit: int | None = _flag("Checkpoints kept; older ones go when a newer one is complete.", 1)
     remove_unused_columns: bool = _flag("HF's column filter; our collator keeps what it makes.", False)
+    activation_checkpointing: bool = _flag("Compute activations again in the backward: less memory, more time.", False)
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = _flag(
+        'JSON: the only kind is {"use_reentrant": false}.'
+    )
     use_cache: bool = _flag("What the saved config says of generation; training itself never caches.", True)
     prediction_loss_only: bool = _flag("Evaluation gives a loss; answers are scored by `moellava eval`.", True)
     average_tokens_across_devices: bool = _flag("Every supervised token weighs the same on every process.", True)
@@ -153,9 +160,9 @@ class TrainingArguments(AdapterArguments, transformers.TrainingArguments):
         # Where the launcher would guess wrong: without an accelerator, HF must be told, or its batch check fails.
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
-        # Non-reentrant: the reentrant kind runs its first pass without gradients, and the router would get none.
-        if self.activation_checkpointing and self.activation_checkpointing_kwargs is None:
-            self.activation_checkpointing_kwargs = {"use_reentrant": False}
+        if isinstance(self.activation_checkpointing_kwargs, str):
+            with suppress(ValueError):  # what is no JSON stays text, and find_conflicts refuses it by name
+                self.activation_checkpointing_kwargs = json.loads(self.activation_checkpointing_kwargs)
         super().__post_init__()
 
 

@@ -109,9 +109,9 @@ CONFLICTS: list[Rule] = [
         "--eval_strategy {training.eval_strategy} needs --eval_data_path.",
     ),
     (
-        lambda f: (f.training.activation_checkpointing_kwargs or {}).get("use_reentrant", False),
-        "--gradient_checkpointing_kwargs use_reentrant=true would leave the routers without a gradient. "
-        "Leave the flag out.",
+        lambda f: f.training.activation_checkpointing_kwargs not in (None, {"use_reentrant": False}),
+        "--gradient_checkpointing_kwargs {training.activation_checkpointing_kwargs}: the non-reentrant kind is the "
+        "only one; the other leaves the routers without a gradient. Leave the flag out.",
     ),
     (
         lambda f: f.training.load_best_model_at_end,

@@ -17,7 +17,8 @@ def parse(flags=""):
 
 def test_spellings_of_older_releases_work():
     model, _, _, training = parse(
-        "--evaluation_strategy no --warmup_ratio 0.03 --gradient_checkpointing True --vision_tower clip"
+        "--evaluation_strategy no --warmup_ratio 0.03 --gradient_checkpointing True --vision_tower clip "
+        '--gradient_checkpointing_kwargs {"use_reentrant":false}'
     )
     assert training.eval_strategy == "no"
     assert training.warmup_steps == 0.03
@@ -45,6 +46,8 @@ def test_every_conflict_is_named_in_one_error():
         ("--video_tower languagebind", "--video_tower"),
         ("--mm_use_im_patch_token True", "--mm_use_im_patch_token"),
         ("--eval_strategy steps", "--eval_data_path"),
+        ('--gradient_checkpointing_kwargs {"use_reentrant":true}', "leaves the routers without a gradient"),
+        ("--gradient_checkpointing_kwargs none-such", "none-such"),
         ("--moe_enable True --freeze_backbone True", "--freeze_backbone"),
     ],
 )
