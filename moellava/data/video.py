@@ -132,8 +132,8 @@ def probe_video(path: str | Path, count: int) -> Clip:
             raise DataError(f"{path}: the video is cut short: {total + hidden} of its {stream.frames} frames are there")
         if count > total:
             raise DataError(
-                f"{path}: the video has {total} frames but --num_frames asks for {count}: ask for at most {total}, or "
-                "leave its records out (--bad_files skip)"
+                f"{path}: the video has {total} frames but --num_frames asks for {count}: ask for at most {total} (in "
+                "training, --bad_files skip leaves its records out)"
             )
         indices = frame_indices(total, count)
         ordered = array("q", sorted(times))

@@ -158,7 +158,7 @@ def answer(
 
     Args:
         model, tokenizer, processor: as `load_pretrained_model` gives them.
-        requests: questions or conversations, with or without images.
+        requests: questions or conversations, with or without images and videos.
         version: conversation template; None takes the saved config's.
         max_new_tokens: longest answer, in tokens.
         temperature, top_p, seed: see `Sampling`; temperature 0 takes the likeliest token.
@@ -168,6 +168,7 @@ def answer(
         UserError: no template is known, a prompt exceeds the model's context, or an image cannot be read.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    requests = [request.in_images() for request in requests]
     prompts = Prompts.of(model, tokenizer, processor, version)
     ids = [prompts.ids(request) for request in requests]
     order = sorted(range(len(requests)), key=lambda index: prompts.length(ids[index]), reverse=True)
@@ -196,6 +197,7 @@ def stream(
     """One answer in pieces, as they are certain; their join is what `answer` gives. Arguments as of `answer`."""
     prompts = Prompts.of(model, tokenizer, processor, version)
     sampling = sampling or Sampling()
+    request = request.in_images()
     rows = [prompts.ids(request)]
     answers = prompts.answers(rows, sampling.max_new_tokens)
     shown = ""

@@ -1,7 +1,8 @@
-"""`moellava chat`: one question, or a conversation, about images.
+"""`moellava chat`: one question, or a conversation, about images and videos.
 
 moellava chat --model-path DIR --image-file cat.png --question "What is this?"
 moellava chat --model-path DIR --image-file a.png b.png
+moellava chat --model-path DIR --video-file clip.mp4 --num-frames 8
 python -m moellava.serve.cli --model-path DIR --image-file cat.png
 """
 
@@ -9,29 +10,34 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from moellava.data.media import NUM_FRAMES, require_frames
+from moellava.data.video import Video, read_video
 from moellava.errors import UserError
 from moellava.model.builder import load_pretrained_model, require_tokenizer
 from moellava.serve.answer import Request, stream
 from moellava.serve.decode import Sampling
 from moellava.serve.released import is_released, open_released, stream_released
 
-HELP = """Ask about the images. Further commands:
+HELP = """Ask about what is shown. Further commands:
   /image FILE …   add images to the next question
-  /reset          forget the conversation and its images
+  /video FILE …   add videos to the next question
+  /reset          forget the conversation and what was shown
   /quit           leave (also Ctrl-D)"""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(prog="moellava chat", description="Talk to a model about images.")
+    parser = argparse.ArgumentParser(prog="moellava chat", description="Talk to a model about images and videos.")
     parser.add_argument("--model-path", required=True, help="folder of a stage, or a published checkpoint")
     parser.add_argument("--model-base", help="the language model that a published projector or adapter belongs to")
     parser.add_argument("--image-file", nargs="+", default=[], metavar="IMG", help="images of the first question")
+    parser.add_argument("--video-file", nargs="+", default=[], metavar="CLIP", help="videos of the first question")
+    parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"frames of a video ({NUM_FRAMES})")
     parser.add_argument("--question", help="ask this, print the answer and leave; without it, a conversation")
     parser.add_argument("--version", help="conversation template, where the folder's config names none")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer, in tokens (512)")
@@ -43,37 +49,48 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class Chat:
-    """A conversation with a model: what was said, and the images shown.
+    """A conversation with a model: what was said, and the images and videos shown.
 
     Args:
         speak: request -> its answer in pieces.
+        num_frames: frames that stand for a video.
     """
 
-    def __init__(self, speak: Callable[[Request], Iterator[str]]):
+    def __init__(self, speak: Callable[[Request], Iterator[str]], num_frames: int = NUM_FRAMES):
         self.speak = speak
+        self.num_frames = num_frames
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything said and shown."""
         self.messages: list[dict[str, str]] = []
         self.images: list[str] = []
+        self.videos: list[Video] = []
         self.pending: list[str] = []
+        self.pending_videos: list[Video] = []
 
-    def show(self, images: list[str]) -> None:
-        """Adds images to the next question."""
+    def show(self, images: Sequence[str] = (), videos: Sequence[str] = ()) -> None:
+        """Adds files to the next question. Raises DataError for a video that cannot be read; nothing is added then."""
+        read = [read_video(path, self.num_frames) for path in videos]
         self.pending += images
+        self.pending_videos += read
 
     def ask(self, question: str) -> Iterator[str]:
         """The answer, in pieces as they come. A question that fails leaves the conversation as it was."""
-        turn = Request(question, self.pending).messages
-        request = Request(messages=[*self.messages, *turn], images=[*self.images, *self.pending])
+        turn = Request(question, self.pending, videos=self.pending_videos).messages
+        request = Request(
+            messages=[*self.messages, *turn],
+            images=[*self.images, *self.pending],
+            videos=[*self.videos, *self.pending_videos],
+        )
         pieces = []
         for piece in self.speak(request):
             pieces.append(piece)
             yield piece
         self.messages = [*request.messages, {"from": "gpt", "value": "".join(pieces)}]
         self.images += self.pending
-        self.pending = []
+        self.videos += self.pending_videos
+        self.pending, self.pending_videos = [], []
 
 
 def say(pieces: Iterator[str], if_empty: str = "") -> None:
@@ -97,17 +114,19 @@ def converse(chat: Chat) -> None:
         command, _, rest = line.partition(" ")
         if command == "/quit":
             return
-        if command == "/reset":
-            chat.reset()
-        elif command == "/image":
-            chat.show(rest.split())
-        elif command.startswith("/"):
-            print(HELP)
-        elif line:
-            try:
+        try:
+            if command == "/reset":
+                chat.reset()
+            elif command == "/image":
+                chat.show(rest.split())
+            elif command == "/video":
+                chat.show(videos=rest.split())
+            elif command.startswith("/"):
+                print(HELP)
+            elif line:
                 say(chat.ask(line), if_empty="(the model says nothing)")
-            except UserError as error:
-                print(error)
+        except UserError as error:
+            print(error)
 
 
 def open_speaker(args: argparse.Namespace, sampling: Sampling) -> Callable[[Request], Iterator[str]]:
@@ -122,11 +141,12 @@ def open_speaker(args: argparse.Namespace, sampling: Sampling) -> Callable[[Requ
 def main(argv: list[str]) -> int:
     """Entry point of the command."""
     args = make_parser().parse_args(argv)
+    require_frames(args.num_frames, "--num-frames")
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     disable_progress_bar()  # an answer is not preceded by a bar about the weights,
     set_verbosity_error()  # nor by remarks on the config
-    chat = Chat(open_speaker(args, sampling))
-    chat.show(args.image_file)
+    chat = Chat(open_speaker(args, sampling), args.num_frames)
+    chat.show(args.image_file, args.video_file)
     if args.question is not None:
         say(chat.ask(args.question))
     else:

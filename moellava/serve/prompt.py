@@ -1,4 +1,4 @@
-"""What a model is asked: a question or a conversation with its images, and the token ids that it becomes."""
+"""What a model is asked: a question or a conversation with its images and videos, and the token ids that it becomes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import Any
 
 from PIL import Image
 
-from moellava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_TOKEN,
-    IMAGE_TOKEN_INDEX,
-)
+from moellava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from moellava.conversation import conv_templates
+from moellava.data.media import pictures_of
 from moellava.data.preprocess import encode_prompt, pieces_of
+from moellava.data.records import KINDS, MEDIA_TAG, ROLES, tags_of
+from moellava.data.video import Video
 from moellava.errors import UserError
 
 Picture = str | Path | Image.Image
@@ -27,42 +25,64 @@ class Request:
     """One thing to answer.
 
     Args:
-        question: the text of a single turn. Images that it has no `<image>` tag for are put before it.
-        images: paths or PIL images, in the order of the tags.
+        question: the text of a single turn. Images and videos are put before it, unless it has tags of that kind.
+        images: paths or PIL images, in the order of the `<image>` tags.
         messages: instead of `question`, a LLaVA conversation `[{"from": "human"|"gpt", "value": str}, …]` that ends
             with a human turn.
+        videos: frames of videos, as of `read_video`, in the order of the `<video>` tags.
 
     Raises:
-        UserError: turns that do not alternate, or as many tags as images are not there.
+        UserError: turns that do not alternate, or tags that are not as many as images or videos.
     """
 
     question: str | None = None
     images: Sequence[Picture] = ()
     messages: Sequence[dict[str, str]] = field(default_factory=list)
+    videos: Sequence[Video] = ()
 
     def __post_init__(self) -> None:
         if (self.question is None) == (not self.messages):
             raise UserError("A request has either a question or messages.")
         if self.question is not None:
-            self.messages = [{"from": "human", "value": with_tags(self.question, len(self.images))}]
+            question = self.question
+            for kind, shown in self._shown().items():
+                question = with_tags(question, len(shown), f"<{kind}>")
+            self.messages = [{"from": "human", "value": question}]
         roles = [message["from"] for message in self.messages]
         if roles != ["human", "gpt"] * (len(roles) // 2) + ["human"]:
             raise UserError(f"Messages go human, gpt, human … and end with human; these are {', '.join(roles)}.")
-        tags = sum(
-            message["value"].count(DEFAULT_IMAGE_TOKEN) for message in self.messages if message["from"] == "human"
-        )
-        if tags != len(self.images):
-            raise UserError(
-                f"The request has {len(self.images)} images but {tags} {DEFAULT_IMAGE_TOKEN} tags: "
-                f"{self.messages[-1]['value'][:80]!r}"
-            )
+        tags = tags_of(self.messages)
+        for kind, shown in self._shown().items():
+            if tags.count(kind) != len(shown):
+                raise UserError(
+                    f"The request has {len(shown)} {kind}s but {tags.count(kind)} <{kind}> tags: "
+                    f"{self.messages[-1]['value'][:80]!r}"
+                )
+
+    def in_images(self) -> Request:
+        """The same request with every video as its frames, for models that see images only."""
+        if not self.videos:
+            return self
+        left = {kind: iter(shown) for kind, shown in self._shown().items()}
+        images = [pictures_of(next(left[kind])) for kind in tags_of(self.messages)]
+        counts = iter(map(len, images))
+        messages = [
+            {**turn, "value": MEDIA_TAG.sub(lambda _: DEFAULT_IMAGE_TOKEN * next(counts), turn["value"])}
+            if turn["from"] == ROLES[0]
+            else turn
+            for turn in self.messages
+        ]
+        return Request(messages=messages, images=[image for row in images for image in row])
+
+    def _shown(self) -> dict[str, Sequence[Any]]:
+        return dict(zip(KINDS, (self.images, self.videos), strict=True))
 
 
-def with_tags(question: str, images: int) -> str:
-    """A question with one tag per image in front, unless it says itself where they stand."""
-    if images == 0 or DEFAULT_IMAGE_TOKEN in question:
+def with_tags(question: str, count: int, tag: str = DEFAULT_IMAGE_TOKEN) -> str:
+    """A question with one tag per image (or video) in front, unless it says itself where they stand."""
+    if count == 0 or tag in question:
         return question
-    return f"{DEFAULT_IMAGE_TOKEN}\n" * images + question
+    return f"{tag}\n" * count + question
 
 
 def version_of(model: Any, version: str | None = None) -> str:

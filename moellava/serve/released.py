@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import TextIteratorStreamer
 
-from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from moellava.constants import IGNORE_INDEX
 from moellava.data.chat_spans import chat_terminator
 from moellava.data.images import open_image
 from moellava.data.preprocess import as_tensor, chat_turns
 from moellava.errors import UserError
 from moellava.lmm import folders
-from moellava.lmm.datasets import TO_LOAD_IMAGE, encode_turns
+from moellava.lmm.datasets import PLACEHOLDERS, TO_LOAD_IMAGE, encode_turns
 from moellava.lmm.family_collators import collator_for
 from moellava.lmm.loaders import ReleasedModel, find_model, load_lmm
 from moellava.lmm.media import MediaReader
@@ -54,19 +54,25 @@ def open_released(model_path: str, device: str | None = None) -> ReleasedModel:
 
 
 def inputs_of(released: ReleasedModel, request: Request) -> dict[str, Tensor]:
-    """What `generate` takes: one row of ids with the images in place, and what the processor makes of the images."""
+    """What `generate` takes: one row of ids with images and videos in place, and what the processor makes of them."""
     reader = MediaReader(released.processor)
+    if "video" not in reader.kinds:
+        request = request.in_images()
     template = ChatTemplate(released.processor, released.processor.chat_template)
     turns = chat_turns(request.messages, NAME)
-    ids = encode_turns(reader, template, turns, bool(request.images), NAME, opens=True).ids
-    if ids.count(IMAGE_TOKEN_INDEX) != len(request.images):
-        raise UserError(f"{NAME} has {len(request.images)} images; the template shows {ids.count(IMAGE_TOKEN_INDEX)}.")
+    clips = [video.clip for video in request.videos]
+    has_media = bool(request.images or clips)
+    ids = encode_turns(reader, template, turns, has_media, NAME, opens=True, clips=clips).ids
+    for kind, given in {"image": len(request.images), "video": len(clips)}.items():
+        if ids.count(PLACEHOLDERS[kind]) != given:
+            raise UserError(f"{NAME} has {given} {kind}s; the template shows {ids.count(PLACEHOLDERS[kind])}.")
     pictures = [open_image(image) if isinstance(image, str | Path) else image for image in request.images]
     collator = collator_for(released.family.family_id, released.processor, reader=reader)
     labels = torch.full((len(ids),), IGNORE_INDEX)
-    batch = collator([{"input_ids": as_tensor(ids), "labels": labels, "images": pictures, "record": NAME}])
+    shown = {"images": pictures, "videos": list(request.videos)}
+    batch = collator([{"input_ids": as_tensor(ids), "labels": labels, **shown, "record": NAME}])
     del batch["labels"]
-    if not pictures:  # without the blank image that training carries behind its rows
+    if not has_media:  # without the blank image that training carries behind its rows
         batch = {name: batch[name][:, : len(ids)] for name in ("input_ids", "attention_mask")}
     dtype, device = released.model.dtype, released.model.device
     return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in batch.items()}

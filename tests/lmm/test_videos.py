@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from PIL import Image
 
+from moellava.cli import main as moellava
+from moellava.config import parse_arguments
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from moellava.data.video import read_video
-from moellava.errors import DataError
+from moellava.errors import DataError, UserError
 from moellava.lmm.family_collators import collator_for
 from moellava.lmm.media import video_arguments
+from moellava.serve.decode import Sampling
+from moellava.serve.prompt import Request
+from moellava.serve.released import inputs_of, stream_released
+from moellava.train.train import train
 
 WITH_VIDEO = ["llava-next-video", "llava-onevision", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "internvl", "smolvlm"]
 """Families whose processor has a way for videos."""
@@ -218,7 +226,7 @@ def test_what_cannot_be_shown_is_named_before_training(videos_of, opened):
     template = opened("llava-onevision").processor.chat_template.replace("<video>", "")
     with pytest.raises(DataError, match="Record clip of .* has 1 videos, but its chat template shows 0"):
         videos_of("llava-onevision", [RECORDS[0]], template=template)
-    with pytest.raises(DataError, match="Record clip of .*: the processor cannot take videos .*at least 2 are needed"):
+    with pytest.raises(DataError, match="Record clip of .*: the processor cannot take videos of .*64, 64"):
         videos_of("qwen3-vl", [RECORDS[0]], num_frames=1)
     with pytest.raises(DataError, match="Record clip of .* has a video, but this model reads images by their paths"):
         videos_of("llava-1.5", [RECORDS[0]], to_load_image=False)
@@ -229,3 +237,43 @@ def test_a_collator_counts_what_stands_behind_placeholders(videos_of):
     collator = collator_for("qwen2-vl", videos_of("qwen2-vl").reader.processor)
     with pytest.raises(ValueError, match="Record both of .* has 2 placeholders but 1 videos"):
         collator([sample | {"videos": sample["videos"][:1]}])
+
+
+@pytest.mark.parametrize("family_id", ["qwen2-vl", "qwen3-vl", "internvl", "llava-1.5"])
+def test_chat_reads_what_training_shows(family_id, videos_of, opened, clips, pictures):
+    """A video and an image between two texts, up to where the answer begins; and an answer comes."""
+    dataset, released = videos_of(family_id), opened(family_id)
+    batch = collate(family_id, dataset, 1)
+    prompt = int((batch["labels"][0] == IGNORE_INDEX).long().cumprod(0).sum())
+    videos = [read_video(clips / name, FRAMES) for name in ("wide.mp4", "short.mkv")]
+    request = Request(RECORDS[1]["conversations"][0]["value"], [pictures[0]], videos=videos)
+    inputs = inputs_of(released, request)
+    assert torch.equal(inputs["input_ids"][0], batch["input_ids"][0, :prompt])
+    assert all(
+        torch.equal(inputs[name], batch[name]) for name in inputs if name.startswith(("pixel", "video", "image"))
+    )
+    said = "".join(stream_released(released, request, Sampling(max_new_tokens=3)))
+    tokens = released.model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, prompt:]
+    assert said == released.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_training_on_videos_images_and_text_lowers_the_loss(tiny_lmm, released_flags, clips, tmp_path, capsys):
+    """A run of train.py, and a question about a video to the folder that it leaves."""
+    rows = [dict(record, id=f"{record['id']} {copy}") for copy in range(2) for record in RECORDS]
+    (tmp_path / "mixed.json").write_text(json.dumps(rows))
+    roles = {"user_key": "human", "assistant_key": "gpt"}
+    data = {"data_path": tmp_path / "mixed.json", "video_folder": clips, "num_frames": FRAMES, "model_max_length": 512}
+    flags = released_flags(tiny_lmm("qwen2-vl"), "run", **roles, **data, max_steps=8, learning_rate=5e-2)
+    folder = train(*parse_arguments([str(word) for name, value in flags.items() for word in (f"--{name}", value)]))
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert sum(losses[-2:]) < 0.6 * sum(losses[:2]), losses
+    words = ["--video-file", str(clips / "shapes.mp4"), "--num-frames", "3", "--question", "What is shown?"]
+    assert moellava(["chat", "--model-path", str(folder), *words, "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_flags_of_videos_are_checked(tiny_lmm, released_flags):
+    flags = released_flags(tiny_lmm("qwen2-vl"), "run", num_frames=0)
+    with pytest.raises(UserError, match="--num_frames 0: a video is at least 1 frame"):
+        parse_arguments([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
