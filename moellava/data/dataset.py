@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -17,6 +17,7 @@ from moellava.data.masking import Encoded
 from moellava.data.media import NUM_FRAMES, MediaFiles, frame_counts, with_frames
 from moellava.data.preprocess import as_tensor, encode_conversation, is_plain
 from moellava.data.records import KINDS, Medium, Records, media_of, paths_of
+from moellava.data.scan import mapped, shared
 from moellava.errors import DataError
 from moellava.log import get_logger
 from moellava.mm_utils import pixel_values
@@ -24,6 +25,26 @@ from moellava.mm_utils import pixel_values
 OVERLONG = ("error", "drop", "truncate")
 BAD_FILES = ("error", "skip")
 COUNTS = ("records", "skip_listed", "bad_files", "dropped", "truncated", "samples")
+
+
+class Finding(NamedTuple):
+    """What became of a record.
+
+    Attributes:
+        problems: why it cannot be trained on; any is an error.
+        left_out: the count of `COUNTS` that it goes into, if it is left out without being an error.
+        why: what is said about that.
+        length: positions that it takes in the model.
+        shows: whether it has an image or a video.
+        cut: whether its end was cut.
+    """
+
+    problems: Sequence[str] = ()
+    left_out: str | None = None
+    why: str | None = None
+    length: int = 0
+    shows: bool = False
+    cut: bool = False
 
 
 class SupervisedDataset(Dataset):
@@ -43,6 +64,8 @@ class SupervisedDataset(Dataset):
         use_im_start_end: put `<im_start>` and `<im_end>` around each image.
         bad_files: 'error', or 'skip': leave out (and count) records with a file that is missing, cut short or no image
             or video, or a video with too few frames.
+        workers: processes that look at the records, beside each other; 0: this one does. Processes that train together
+            share the records (`shared`).
 
     Raises:
         DataError: with one line for every problem of every record.
@@ -64,6 +87,7 @@ class SupervisedDataset(Dataset):
         overlong: str = "error",
         use_im_start_end: bool = False,
         bad_files: str = "error",
+        workers: int = 0,
     ):
         if overlong not in OVERLONG or bad_files not in BAD_FILES:
             raise ValueError(
@@ -83,7 +107,7 @@ class SupervisedDataset(Dataset):
         self._kept = array("q")
         self._lengths = array("q")
         self._has_image = array("b")
-        self._scan(bad_files)
+        self._scan(bad_files, workers)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -120,23 +144,38 @@ class SupervisedDataset(Dataset):
         long or with nothing left to train on, cut; and the samples that remain."""
         return dict(self._counts)
 
-    def _scan(self, bad_files: str) -> None:
+    def _scan(self, bad_files: str, workers: int) -> None:
         """Validates every record and keeps the indices and lengths of those that are trained on."""
-        problems: list[str] = []
         broken = self._broken_files()
-        for number in range(len(self.records)):
+
+        def look(number: int) -> Finding:
             record, name = self.records[number], self.records.name(number)
-            bad = [broken[medium] for medium in media_of(record) if medium in broken]
-            if bad and bad_files == "skip":
-                self._counts["bad_files"] += 1
-                get_logger().warning("%s is skipped: %s", name, bad[0])
-                continue
-            problems += [f"{name}: {problem}" for problem in bad] or self._measure(number, record, name)
+            bad = [f"{name}: {broken[medium]}" for medium in media_of(record) if medium in broken]
+            if not bad:
+                return self._measure(record, name)
+            return Finding(left_out="bad_files", why=bad[0]) if bad_files == "skip" else Finding(bad)
+
+        found = shared(range(len(self.records)), lambda numbers: mapped(look, numbers, workers))
+        for number, finding in enumerate(found):
+            self._take(number, finding)
         self._counts["samples"] = len(self._kept)
+        problems = [problem for finding in found for problem in finding.problems]
         if not problems and not self._kept:
             problems.append(f"no sample remains: {self._counts}")
         if problems:
             raise DataError(problems)
+
+    def _take(self, number: int, finding: Finding) -> None:
+        """Keeps a record, or counts it."""
+        self._counts["truncated"] += finding.cut
+        if finding.left_out:
+            self._counts[finding.left_out] += 1
+        elif not finding.problems:
+            self._kept.append(number)
+            self._lengths.append(finding.length)
+            self._has_image.append(finding.shows)
+        if finding.why:
+            get_logger().warning("skipped: %s", finding.why)
 
     def _broken_files(self) -> dict[Medium, str]:
         """What is wrong with the files of images and videos that something is wrong with."""
@@ -144,31 +183,28 @@ class SupervisedDataset(Dataset):
         if media and self.image_processor is None:
             counts = " and ".join(f"{sum(medium.kind == kind for medium in media)} {kind}s" for kind in KINDS)
             raise DataError(f"{counts} are named in the data, but there is no image tower to see them")
-        return self.files.problems(media)
+        problems = shared(media, lambda share: list(map(self.files.problems(share).get, share)))
+        return {medium: problem for medium, problem in zip(media, problems, strict=True) if problem}
 
-    def _measure(self, number: int, record: dict[str, Any], name: str) -> list[str]:
-        """Keeps a record, drops and counts it, or says what is wrong with it."""
+    def _measure(self, record: dict[str, Any], name: str) -> Finding:
+        """What becomes of a record whose files are sound."""
         problem = problem_with_template(record, self.version)
         if problem:
-            return [f"{name} {problem}"]
+            return Finding([f"{name} {problem}"])
         try:
             encoded, cut = self._encode(record, name)
             length = self._length(encoded.ids, record)
         except DataError as error:
-            return [text if name in text else f"{name}: {text}" for text in error.problems]
+            return Finding([text if name in text else f"{name}: {text}" for text in error.problems])
         too_long = self.max_length is not None and length > self.max_length
         if too_long and self.overlong == "error":
-            return [f"{name} takes {length} positions but --model_max_length is {self.max_length} (see --overlong)"]
+            limit = f"--model_max_length is {self.max_length} (see --overlong)"
+            return Finding([f"{name} takes {length} positions but {limit}"])
         if not encoded.is_trained and not (cut or too_long):
-            return [f'{name} has no answer to train on: "{record["conversations"][0]["value"][:80]}"']
+            return Finding([f'{name} has no answer to train on: "{record["conversations"][0]["value"][:80]}"'])
         if too_long or not encoded.is_trained:
-            self._counts["dropped"] += 1
-            return []
-        self._counts["truncated"] += cut
-        self._kept.append(number)
-        self._lengths.append(length)
-        self._has_image.append(self._shows(encoded.ids))
-        return []
+            return Finding(left_out="dropped")
+        return Finding(length=length, shows=self._shows(encoded.ids), cut=cut)
 
     def _encode(self, record: dict[str, Any], name: str) -> tuple[Encoded, bool]:
         """Ids and labels of a record, and whether they were cut to `max_length`."""

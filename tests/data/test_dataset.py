@@ -174,3 +174,18 @@ def test_workers_see_the_same_samples(make, make_record):
     shared = list(DataLoader(data, batch_size=2, collate_fn=collator, num_workers=2))
     for one, other in zip(alone, shared, strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_workers_find_what_one_process_finds(make, make_record):
+    rows = [make_record(number, "q", "word " * (1 + number % 40)) for number in range(150)]
+    rows[70] = make_record(70, "<image>\nq", "gone", image="none-such.png")
+    alone, together = (make(rows, max_length=40, overlong="drop", bad_files="skip", workers=n) for n in (0, 2))
+    assert alone.report() == together.report()
+    assert alone.report()["dropped"] > 0 and alone.report()["bad_files"] == 1
+    assert alone.lengths == together.lengths
+    errors = []
+    for workers in (0, 2):
+        with pytest.raises(DataError) as caught:
+            make(rows, max_length=40, overlong="error", workers=workers)
+        errors.append(caught.value.problems)
+    assert errors[0] == errors[1]
