@@ -21,17 +21,17 @@ FLOORS = [
     {"moe"},
     {"model"},
     {"lmm"},
-    {"serve"},
     {"conflicts"},
     {"config"},
     {"train"},
+    {"serve"},
     {"eval", "vis"},
     {"cli"},
 ]
 """From the ground up. A room may import from itself and from the floors below it."""
 
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-NEVER = {"moe": {"data"}, "eval": {"config"}, "vis": {"config"}}
+NEVER = {"moe": {"data"}, "serve": {"config", "train"}, "eval": {"config"}, "vis": {"config"}}
 """Downward imports that are refused all the same: MoE layers know no data, and flags belong to training."""
 
 DEEPSPEED_ROOMS = ("moe/deepspeed", "train/")

@@ -64,7 +64,7 @@ def assemble(
         refuse_wrong_kind(kind, stage, model_args, moe_args)
         start = compose_parts if kind == "llm" else reopen
         model, tokenizer, processor = start(model_args, data_args, dtype)
-        choose_attention(model, model_args.attn_implementation)
+    choose_attention(model, model_args.attn_implementation)
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(model, model_args.pretrain_mm_mlp_adapter)
     spec, certificate = None, None

@@ -16,11 +16,14 @@ from typing import Any
 from transformers import set_seed
 
 from moellava.config import DataArguments, ModelArguments, MoEArguments, TrainingArguments, parse_arguments
+from moellava.data.chat_spans import chat_terminator
 from moellava.data.collate import ImageTextCollator
 from moellava.data.dataset import SupervisedDataset
+from moellava.data.preprocess import terminator_of
 from moellava.data.records import load_records
 from moellava.errors import UserError
 from moellava.lmm.collators import MediaCollator
+from moellava.lmm.prompts import ChatTemplate
 from moellava.log import get_logger, is_rank_zero
 from moellava.model.builder import image_size, parts_of, tokens_per_image
 from moellava.moe import enable_gradient_checkpointing
@@ -32,6 +35,7 @@ from moellava.train.folder import StageFolder
 from moellava.train.lora import trainable_parameters
 from moellava.train.memory import describe, estimate, zero_stage
 from moellava.train.released import released_collator, released_dataset
+from moellava.train.samples import SampleAnswers
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
 from moellava.train.trainer import StageTrainer
 from moellava.train.watch import GradientWatch
@@ -117,7 +121,16 @@ def make_trainer(
     )
     if parts.adapter:
         trainer.add_callback(GradientWatch(parts.model, parts_of(parts.model)["vision_tower"]))
+    if args.eval_samples:
+        trainer.add_callback(SampleAnswers(trainer, args.eval_samples, parts.tokenizer, terminator(parts, model_args)))
     return trainer
+
+
+def terminator(parts: Assembled, model_args: ModelArguments) -> str:
+    """What ends an answer in the model's template."""
+    if parts.family:
+        return chat_terminator(ChatTemplate(parts.processor, parts.processor.chat_template))
+    return terminator_of(model_args.version, parts.tokenizer)
 
 
 def run_identity(
@@ -175,6 +188,7 @@ def make_dataset(
         overlong=data_args.overlong,
         use_im_start_end=parts.model.config.moellava["use_im_start_end"],
         bad_files=data_args.bad_files,
+        workers=args.dataloader_num_workers,
     )
     if not data_args.lazy_preprocess:
         for index in range(len(dataset)):

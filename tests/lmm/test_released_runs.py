@@ -81,10 +81,11 @@ def test_a_rank_without_an_image_trains_beside_one_with(
 ):
     """Two ranks with a sample each, every part trained, against one process with both samples in its batch."""
     zero_file = ROOT / "scripts" / f"zero{zero}.json"
-    flags = one_with_and_one_without(
-        tiny_lmm(family_id), "split", per_device_train_batch_size=1, deepspeed=zero_file, skip_dry_save=True
-    )
-    trained(run_train(flags, processes=2))
+    flags = one_with_and_one_without(tiny_lmm(family_id), "split", deepspeed=zero_file, skip_dry_save=True)
+    samples = {"eval_data_path": flags["data_path"], "eval_strategy": "steps", "eval_steps": 3, "eval_samples": 1}
+    result = run_train(flags | samples | {"per_device_train_batch_size": 1}, processes=2)
+    trained(result)
+    assert (result.stdout + result.stderr).count("Sample answer at step 3") == 1, "answered together, shown once"
     flags = one_with_and_one_without(tiny_lmm(family_id), "whole", skip_dry_save=True)
     train(*parse_arguments([str(word) for key, value in flags.items() for word in (f"--{key}", value)]))
     assert losses_of(tmp_path / "split") == pytest.approx(losses_of(tmp_path / "whole"), abs=1e-4)

@@ -1,6 +1,7 @@
 """Released models through train.py: what trains, what is left behind, and MoE layers in them."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ import torch
 from moellava.config import parse_arguments
 from moellava.errors import UserError
 from moellava.lmm.loaders import find_model, load_lmm
+from moellava.serve.decode import Sampling
+from moellava.serve.prompt import Request
+from moellava.serve.released import open_released, stream_released
 from moellava.train.train import train
 
 
@@ -86,3 +90,52 @@ def test_a_released_model_is_upcycled_and_trained_further(family_id, run):
     assert moved and all(".mlp.experts." in name or ".mlp.router." in name for name in moved)
     with pytest.raises(UserError, match="Mixture of Experts: add --moe_enable True"):
         run(folder, "dense")
+
+
+@pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2.5-vl"])
+def test_attention_is_computed_as_asked_and_recomputed_when_asked(family_id, run, monkeypatch):
+    """Eager and sdpa give the same losses, and so does checkpointing, of the vision encoder too where it trains."""
+    parts = {"train_vision_encoder": True, "train_vision_projector": True}
+    reference = losses(run(family_id, "eager", attn_implementation="eager", **parts))
+    used = []
+    from torch.utils import checkpoint
+
+    plain, sdpa = checkpoint.checkpoint, torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: used.append("sdpa") or sdpa(*a, **k)
+    )
+    assert losses(run(family_id, "sdpa", attn_implementation="sdpa", **parts)) == pytest.approx(reference, abs=1e-5)
+    assert "sdpa" in used
+    monkeypatch.setattr(
+        "transformers.modeling_utils.checkpoint", lambda *a, **k: used.append(k["use_reentrant"]) or plain(*a, **k)
+    )
+    folder = run(family_id, "recomputed", attn_implementation="eager", gradient_checkpointing=True, **parts)
+    assert losses(folder) == pytest.approx(reference, abs=1e-5)
+    assert used.count(False) >= 3 * 2 and True not in used, "non-reentrant, each layer in each step"
+
+
+def test_attention_that_does_not_exist_is_named(run):
+    with pytest.raises((UserError, ValueError), match="--attn_implementation quick"):
+        run("llava-1.5", attn_implementation="quick")
+
+
+@pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2.5-vl"])
+def test_sample_answers_are_what_chat_says(family_id, run, tmp_path, pictures, caplog):
+    flags = {"eval_data_path": tmp_path / "data.json", "eval_strategy": "steps", "eval_steps": 3, "eval_samples": 2}
+    with caplog.at_level(logging.INFO, "moellava"):
+        folder = run(family_id, **flags)
+    shown = [entry.args for entry in caplog.records if entry.msg.startswith("Sample answer")]
+    assert [prompt.count("Hello?") for _, _, prompt, _, _ in shown] == [1, 1], "records 0 and 4 are text alone"
+    released = open_released(str(folder), "cpu")
+    said = "".join(stream_released(released, Request("Hello?"), Sampling(max_new_tokens=64)))
+    assert {answer for *_, answer, _ in shown} == {said.strip()}
+    assert [reference for *_, reference in shown] == ["A fractal, number 0.", "A fractal, number 4."]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "moellava"):
+        folder = run(family_id, "more", **flags | {"eval_samples": 8})
+    shown = [entry.args for entry in caplog.records if entry.msg.startswith("Sample answer")]
+    said = "".join(
+        stream_released(open_released(str(folder), "cpu"), Request("What is it?", [pictures[1]]), Sampling(64))
+    )
+    assert shown[1][3] == said.strip() and "What is it?" in shown[1][2]
+    assert "eval_loss" in (folder / "trainer_state.json").read_text()

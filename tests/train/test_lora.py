@@ -358,8 +358,10 @@ def test_a_flag_that_cannot_be_served_is_refused_by_name(flags, named):
 def test_two_ranks_that_share_quantised_experts_train_as_one(runs, run_train, flags_for, losses_of, tmp_path):
     """DeepSpeed with ep_size 2 against the native engine with twice the batch: adapters are marked as experts are."""
     flags = flags_for(runs, "moe") | LORA | {"bits": 4, "lora_dropout": 0.0, "max_steps": 3}
-    spread = run_train(flags | {"ep_size": 2, "output_dir": tmp_path / "spread"}, processes=2)
+    samples = {"eval_data_path": flags["data_path"], "eval_strategy": "steps", "eval_steps": 3, "eval_samples": 1}
+    spread = run_train(flags | samples | {"ep_size": 2, "output_dir": tmp_path / "spread"}, processes=2)
     assert spread.returncode == 0, (spread.stdout + spread.stderr)[-3000:]
+    assert (spread.stdout + spread.stderr).count("Sample answer at step 3") == 1, "answered together, shown once"
     single = run(flags | {"per_device_train_batch_size": 4, "output_dir": tmp_path / "single"})
     assert losses_of(tmp_path / "spread") == pytest.approx(losses_of(single), abs=1e-4)
     mine, reference = weights(tmp_path / "spread"), weights(single)

@@ -1,0 +1,161 @@
+"""Answers to a few records of the evaluation data, shown beside the evaluation's loss (`--eval_samples N`).
+
+A prompt is a sample of the data set up to its first supervised token, so that it is exactly what training has shown the
+model; the reference is the run of labels that follows. Answers take the likeliest token each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
+from moellava.log import get_logger, is_rank_zero
+from moellava.moe import moe_layers, set_routing_context
+from moellava.train.folder import is_sharded
+
+logger = get_logger(__name__)
+
+ANSWER_TOKENS = 64
+"""Longest sample answer, in tokens."""
+
+PLACEHOLDER_OF = {
+    "pixel_values": IMAGE_TOKEN_INDEX,
+    "images": IMAGE_TOKEN_INDEX,
+    "videos": VIDEO_TOKEN_INDEX,
+}
+"""Where a sample holds what its placeholders show -> the placeholder."""
+
+
+@dataclass
+class Answered:
+    """A record of the evaluation data with what the model says to its first question.
+
+    Attributes:
+        record: its name.
+        prompt, answer, reference: texts, without special tokens.
+    """
+
+    record: str
+    prompt: str
+    answer: str
+    reference: str
+
+
+class SampleAnswers(TrainerCallback):
+    """Logs answers after each evaluation, and writes them for TensorBoard where that is asked for.
+
+    Where parameters are split over processes (ZeRO-3) or experts are (`--ep_size`), a forward is a common effort: all
+    processes then answer the same records together. Otherwise the first one answers, and the others go on.
+
+    Args:
+        trainer: whose model and evaluation data they are.
+        count: how many records, spread evenly over the data.
+        tokenizer: the model's.
+        terminator: what ends an answer in the model's template.
+    """
+
+    def __init__(self, trainer: Any, count: int, tokenizer: Any, terminator: str):
+        self.trainer = trainer
+        self.tokenizer = tokenizer
+        self.terminator = terminator
+        total = len(trainer.eval_dataset)
+        self.chosen = [place * total // min(count, total) for place in range(min(count, total))]
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Answers, on every process that has to take part, and shows them on the first."""
+        model = self.trainer.model
+        together = is_common_effort(model)
+        if not (together or is_rank_zero()):
+            return
+        answered = [self._answer(model, self.trainer.eval_dataset[index], together) for index in self.chosen]
+        if is_rank_zero():
+            self._show(answered, state.global_step)
+
+    def _answer(self, model: Any, sample: dict[str, Any], together: bool) -> Answered:
+        prompt, reference = split_at_answer(sample)
+        inputs = generation_inputs(prompt, self.trainer.data_collator, self.trainer.args.device, model.dtype)
+        stops = {self.tokenizer.eos_token_id, self.tokenizer.get_added_vocab().get(self.terminator)} - {None}
+        with at_rest(model):
+            tokens = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=ANSWER_TOKENS,
+                eos_token_id=sorted(stops),
+                pad_token_id=self.tokenizer.pad_token_id,
+                synced_gpus=together,  # who has ended goes on with dummy steps until all have
+            )
+        said = tokens[0, inputs["input_ids"].shape[1] :].tolist()
+        texts = [self._text(ids) for ids in (prompt["input_ids"].tolist(), said, reference)]
+        return Answered(prompt["record"], *texts)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """Ids without placeholders as text, up to what ends an answer where that is plain text."""
+        text = self.tokenizer.decode([token for token in ids if token >= 0], skip_special_tokens=True)
+        plain = self.terminator not in self.tokenizer.get_added_vocab()
+        return (text.split(self.terminator, 1)[0] if plain and self.terminator else text).strip()
+
+    def _show(self, answered: Sequence[Answered], step: int) -> None:
+        for number, one in enumerate(answered):
+            logger.info(
+                "Sample answer at step %d, %s\n  prompt    %r\n  answer    %r\n  reference %r",
+                step, one.record, one.prompt, one.answer, one.reference,
+            )  # fmt: skip
+            text = f"**{one.record}**\n\n{one.prompt}\n\n*answer:* {one.answer}\n\n*reference:* {one.reference}"
+            for writer in self._writers():
+                writer.add_text(f"eval/sample_{number}", text, step)
+
+    def _writers(self) -> Iterator[Any]:
+        """TensorBoard's, if the run has one."""
+        callbacks = self.trainer.callback_handler.callbacks
+        writers = (callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback))
+        return (writer for writer in writers if writer is not None)
+
+
+def is_common_effort(model: nn.Module) -> bool:
+    """Whether a forward needs all processes: split parameters, or experts spread over processes."""
+    return is_sharded(model) or any(getattr(layer, "ep_size", 1) > 1 for _, layer in moe_layers(model))
+
+
+def split_at_answer(sample: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """A sample up to its first answer, with the media shown until there; and that answer's ids."""
+    trained = sample["labels"] != IGNORE_INDEX
+    begin = int(trained.long().argmax())
+    length = int(trained[begin:].long().cumprod(0).sum())
+    ids = sample["input_ids"][:begin]
+    prompt = sample | {"input_ids": ids, "labels": torch.full_like(ids, IGNORE_INDEX)}
+    for name, placeholder in PLACEHOLDER_OF.items():
+        if name in sample:
+            prompt[name] = sample[name][: int((ids == placeholder).sum())]
+    return prompt, sample["labels"][begin : begin + length].tolist()
+
+
+def generation_inputs(
+    prompt: dict[str, Any], collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]], device: Any, dtype: Any
+) -> dict[str, Tensor]:
+    """What `generate` takes: the batch of one prompt, without the blank image that a batch of text alone carries."""
+    batch = collator([prompt])
+    del batch["labels"]
+    if not any(int((prompt["input_ids"] == placeholder).sum()) for placeholder in PLACEHOLDER_OF.values()):
+        length = int(batch["attention_mask"].sum())
+        batch = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask")}
+    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in batch.items()}
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with every token counting for the routers, and back to what it was."""
+    training = model.training
+    model.eval()
+    set_routing_context(model)
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,98 @@
+"""Sample answers during training: what chat would say, to what training shows, without touching the run."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moellava.config import parse_arguments
+from moellava.errors import UserError
+from moellava.model.builder import load_pretrained_model
+from moellava.serve.answer import Request, answer
+from moellava.train.samples import SampleAnswers, is_common_effort, split_at_answer
+from moellava.train.train import train
+
+EVALUATION = {"eval_strategy": "steps", "eval_steps": 3, "eval_samples": 4, "save_strategy": "no"}
+
+
+@pytest.fixture
+def run(flags_for, tmp_path, caplog):
+    """(name, flags) -> the folder of a short stage 2, and (step, record, prompt, answer, reference) of its samples."""
+
+    def start(name, **flags):
+        flags = flags_for(tmp_path, "finetune") | {"output_dir": tmp_path / name, "max_steps": 6} | flags
+        flags.pop("pretrain_mm_mlp_adapter")
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "moellava"):
+            folder = train(
+                *parse_arguments([str(word) for key, value in flags.items() for word in (f"--{key}", value)])
+            )
+        return folder, [entry.args for entry in caplog.records if entry.msg.startswith("Sample answer")]
+
+    return start
+
+
+def test_samples_are_what_chat_answers_and_change_no_loss(run, parts, losses_of):
+    folder, shown = run("with", **EVALUATION, eval_data_path=parts / "sft.json")
+    assert [step for step, *_ in shown] == [3] * 4 + [6] * 4
+    plain, _ = run("without")
+    assert losses_of(folder) == losses_of(plain)
+    tokenizer, model, processor, _ = load_pretrained_model(folder, device="cpu", dtype=torch.float32)
+    pictures = {"a red circle": "0.png", "a green square": "1.png", "a blue shape": "2.png"}
+    seen = []
+    for step, _, prompt, said, reference in shown:
+        image = pictures.get(reference.removesuffix(" here").replace(" here", ""))
+        question = "what is in the image?" if image else "what is red?"
+        assert question in prompt
+        request = Request(question, [parts / "images" / image] if image else [])
+        if step == 6:
+            assert said == answer(model, tokenizer, processor, [request], max_new_tokens=64)[0]
+            seen.append(image)
+    assert None in seen and len(set(seen)) > 1
+    assert any(said for *_, said, _ in shown)
+
+
+def test_tensorboard_gets_the_texts(run, parts):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = {"max_steps": 2, "eval_steps": 2, "eval_samples": 1, "report_to": "tensorboard"}
+    folder, _ = run("board", **EVALUATION | flags, eval_data_path=parts / "sft.json")
+    (events,) = folder.rglob("events.out.tfevents*")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    assert "eval/sample_0/text_summary" in accumulator.Tags()["tensors"]
+    assert "eval/loss" in accumulator.Tags()["scalars"]
+
+
+def test_a_sample_is_cut_at_its_first_answer_with_the_media_shown_until_there():
+    sample = {
+        "input_ids": torch.tensor([1, -200, 5, 6, 7, -200, 8, 9]),
+        "labels": torch.tensor([-100, -100, -100, 6, 7, -100, 8, 9]),
+        "images": ["first", "second"],
+        "videos": [],
+        "record": "a",
+    }
+    prompt, reference = split_at_answer(sample)
+    assert prompt["input_ids"].tolist() == [1, -200, 5] and reference == [6, 7]
+    assert prompt["images"] == ["first"] and prompt["videos"] == [] and len(sample["images"]) == 2
+
+
+def test_records_are_spread_over_the_data_and_never_more_than_there_are():
+    trainer = SimpleNamespace(eval_dataset=range(10))
+    assert SampleAnswers(trainer, 3, None, "").chosen == [0, 3, 6]
+    assert SampleAnswers(trainer, 99, None, "").chosen == list(range(10))
+
+
+def test_split_parameters_make_a_forward_a_common_effort():
+    model = torch.nn.Linear(2, 2)
+    assert not is_common_effort(model)
+    model.weight.ds_id = 0
+    assert is_common_effort(model)
+
+
+@pytest.mark.parametrize("flags", ["--eval_samples -1", "--eval_samples 2"])
+def test_flags_without_an_evaluation_are_named(flags):
+    base = "--model_name_or_path m --data_path a.json --output_dir o --report_to none"
+    with pytest.raises(UserError, match="--eval_samples"):
+        parse_arguments([*base.split(), *flags.split()])
