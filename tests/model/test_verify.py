@@ -19,27 +19,50 @@ DENSE = ["llama/dense", "phi/dense", "qwen/dense", "stablelm/dense"]
 MOE = ["llama/moe_sparse", "llama/moe_custom", "phi/moe_sparse", "phi/moe_residual"]
 
 
+INPUTS = {"input_ids", "attention_mask", "labels", "images"}
+BEFORE = {"upcycled_logits", "upcycled_loss"}
+
+
 @pytest.mark.parametrize("name", DENSE + MOE)
 def test_goldens_are_reproduced(name, checkpoints):
+    """Every tensor of every golden file, from the folder alone."""
     folder = checkpoints / name
-    result = verify(folder, folder.parent / "dense")
-    numbers = {key: value for key, value in result.items() if not isinstance(value, str)}
-    wanted = {"logits", "loss"}
-    if name in MOE:
-        wanted |= {"moe_loss", "moe_loss_list"} | ({"upcycled_logits"} if name != "llama/moe_custom" else set())
-    assert set(numbers) == wanted
-    assert max(numbers.values()) < 5e-6
-    assert set(result) - wanted == set(load_file(folder / "golden.safetensors")) - wanted - {
-        "input_ids",
-        "attention_mask",
-        "labels",
-        "images",
-    }
+    result = verify(folder)
+    wanted = {"logits", "loss"} | ({"moe_loss", "moe_loss_list"} | BEFORE if name in MOE else set())
+    assert set(result) == wanted == set(load_file(folder / "golden.safetensors")) - INPUTS
+    assert max(result.values()) < 5e-6
 
 
-def test_what_a_folder_cannot_tell_is_said(checkpoints):
-    assert verify(checkpoints / "llama/moe_sparse")["upcycled_logits"] == NO_DENSE
-    assert verify(checkpoints / "llama/moe_custom")["upcycled_logits"] == ROUTERS_GONE
+@pytest.fixture
+def trained(checkpoints, tmp_path):
+    """kind -> a folder whose experts have learnt something, and whose golden file only says what was before."""
+
+    def make(kind: str):
+        folder = tmp_path / "kind"
+        shutil.copytree(checkpoints / kind, folder)
+        shutil.copytree(checkpoints / "openai", tmp_path / "openai")
+        state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+        learnt = [name for name in state if ".deepspeed_experts.1." in name]
+        state[learnt[0]][0, 0] += 1e-3
+        torch.save(state, folder / "pytorch_model.bin")
+        golden = load_file(folder / "golden.safetensors")
+        save_file({name: golden[name] for name in INPUTS | BEFORE}, folder / "golden.safetensors")
+        return folder
+
+    return make
+
+
+def test_what_a_trained_folder_cannot_tell_is_said(trained, checkpoints, capsys):
+    folder, dense = trained("llama/moe_sparse"), checkpoints / "llama/dense"
+    assert verify(folder) == {"upcycled_logits": NO_DENSE, "upcycled_loss": ROUTERS_GONE}
+    assert verify(folder, dense)["upcycled_logits"] < 5e-6
+    assert main(["verify", str(folder), "--dense", str(dense)]) == 3
+    assert ROUTERS_GONE in capsys.readouterr().out
+
+
+def test_with_one_expert_a_token_the_routers_matter(trained, checkpoints):
+    folder = trained("llama/moe_custom")
+    assert set(verify(folder, checkpoints / "llama/dense").values()) == {ROUTERS_GONE}
 
 
 def test_exit_status(checkpoints, tmp_path, capsys):
@@ -52,7 +75,7 @@ def test_exit_status(checkpoints, tmp_path, capsys):
     assert "holds no golden.safetensors" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["logits", "loss", "moe_loss", "moe_loss_list", "upcycled_logits"])
+@pytest.mark.parametrize("name", ["logits", "loss", "moe_loss", "moe_loss_list", "upcycled_logits", "upcycled_loss"])
 def test_a_tensor_that_differs_fails(name, checkpoints, tmp_path):
     folder = tmp_path / "kind"
     shutil.copytree(checkpoints / "phi/moe_sparse", folder)
