@@ -31,14 +31,16 @@ class StageTrainer(Trainer):
 
     Args:
         folder: writes complete model folders (`StageFolder`).
-        image_token_id: the placeholder's id; its positions are the image tokens of the routing statistics.
+        image_token_id: the placeholder's id; its positions, and those of the model's placeholder of videos, are the
+            image tokens of the routing statistics.
         kwargs: of `transformers.Trainer`.
     """
 
     def __init__(self, *, folder: StageFolder, image_token_id: int, **kwargs):
         super().__init__(**kwargs)
         self.folder = folder
-        self.image_token_id = image_token_id
+        # Models that see videos as images have no token for them.
+        self.image_token_ids = [image_token_id, getattr(self.model.config, "video_token_id", image_token_id)]
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the supervised tokens of the whole step
         self.head = SupervisedHead(self.model.get_output_embeddings())
         self.is_moe = bool(moe_layers(self.model))
@@ -68,7 +70,8 @@ class StageTrainer(Trainer):
                 steps; not read in evaluation, where the loss is the batch's own cross-entropy.
         """
         rows, targets = supervised_positions(inputs["labels"])
-        token_mask, image_mask = inputs["attention_mask"].bool(), inputs["input_ids"] == self.image_token_id
+        token_mask = inputs["attention_mask"].bool()
+        image_mask = torch.isin(inputs["input_ids"], inputs["input_ids"].new_tensor(self.image_token_ids))
         set_routing_context(self.model, token_mask=token_mask, image_mask=image_mask & token_mask)
         with self.head.only(rows):
             outputs = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)

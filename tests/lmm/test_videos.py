@@ -257,20 +257,36 @@ def test_chat_reads_what_training_shows(family_id, videos_of, opened, clips, pic
     assert said == released.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def test_training_on_videos_images_and_text_lowers_the_loss(tiny_lmm, released_flags, clips, tmp_path, capsys):
+@pytest.fixture
+def run_on(tiny_lmm, released_flags, clips, tmp_path):
+    """(records, flags) -> the folder and the log lines that a run of the tiny Qwen2-VL leaves, in this process."""
+
+    def run(records, **flags):
+        (tmp_path / "videos.json").write_text(json.dumps(records))
+        data = {"data_path": tmp_path / "videos.json", "video_folder": clips, "num_frames": FRAMES}
+        roles = {"user_key": "human", "assistant_key": "gpt"}
+        flags = released_flags(tiny_lmm("qwen2-vl"), "run", **data, **roles, **{"model_max_length": 512} | flags)
+        folder = train(*parse_arguments([str(word) for name, value in flags.items() for word in (f"--{name}", value)]))
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return folder, [row for row in history if "loss" in row]
+
+    return run
+
+
+def test_training_on_videos_images_and_text_lowers_the_loss(run_on, clips, capsys):
     """A run of train.py, and a question about a video to the folder that it leaves."""
-    rows = [dict(record, id=f"{record['id']} {copy}") for copy in range(2) for record in RECORDS]
-    (tmp_path / "mixed.json").write_text(json.dumps(rows))
-    roles = {"user_key": "human", "assistant_key": "gpt"}
-    data = {"data_path": tmp_path / "mixed.json", "video_folder": clips, "num_frames": FRAMES, "model_max_length": 512}
-    flags = released_flags(tiny_lmm("qwen2-vl"), "run", **roles, **data, max_steps=8, learning_rate=5e-2)
-    folder = train(*parse_arguments([str(word) for name, value in flags.items() for word in (f"--{name}", value)]))
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    losses = [row["loss"] for row in history if "loss" in row]
+    folder, rows = run_on([*RECORDS, *RECORDS], max_steps=8, learning_rate=5e-2)
+    losses = [row["loss"] for row in rows]
     assert sum(losses[-2:]) < 0.6 * sum(losses[:2]), losses
     words = ["--video-file", str(clips / "shapes.mp4"), "--num-frames", "3", "--question", "What is shown?"]
     assert moellava(["chat", "--model-path", str(folder), *words, "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.endswith("\n")
+
+
+def test_a_videos_tokens_are_image_tokens_to_the_load_of_experts(run_on):
+    sparse = {"moe_enable": True, "moe_mode": "dense", "num_experts": 2}
+    _, (row,) = run_on(RECORDS[:1], max_steps=1, skip_dry_save=True, per_device_train_batch_size=1, **sparse)
+    assert sum(value for name, value in row.items() if name.startswith("expert_load_image/layer_0/")) == 1
 
 
 def test_flags_of_videos_are_checked(tiny_lmm, released_flags):
