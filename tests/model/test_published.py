@@ -202,6 +202,26 @@ def test_the_layout_of_llava_1_5(tmp_path, checkpoints):
         read_published(folder, torch.float32)
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_tied_head_may_be_stored_or_not(stored, make_base, clip_tower, inputs, tmp_path):
+    """The reference's pickles name the table twice, sharded safetensors once."""
+    made = compose(str(make_base("minicpm", tied=True).folder), str(clip_tower), version="plain")
+    write_published(made.model, made.tokenizer, tmp_path)
+    key = "model.embed_tokens.weight"
+
+    def store_head(state):
+        bare = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+        return bare | ({"lm_head.weight": state[key].clone()} if stored else {})
+
+    rewrite(tmp_path, store_head)
+    _, again, _, _ = load_pretrained_model(tmp_path, device="cpu")
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    batch = inputs(made.model)
+    again.config.image_token_index = made.model.config.image_token_index
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, made.model.eval()(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("feature", "tokens"), [("patch", 3), ("cls_patch", 4)])
 def test_siglip_patches_as_the_reference_took_them(feature, tokens, make_base, siglip_tower, tmp_path):
     """Of a SigLIP's 4 patches 'patch' drops the first, as if it were a class token; 'cls_patch' takes all."""

@@ -12,6 +12,8 @@ from moellava.cli import main
 from moellava.errors import UserError
 from moellava.model.builder import save_pretrained_folder
 from moellava.model.compose import compose
+from moellava.model.export import write_published
+from moellava.model.published import read_published
 from moellava.model.verify import NO_DENSE, ROUTERS_GONE, recompute, verify
 from moellava.moe import MoESpec, upcycle
 
@@ -109,18 +111,67 @@ def test_a_golden_file_that_says_too_little_or_too_much(checkpoints, tmp_path):
         verify(folder)
 
 
+OTHER_SPARSE = {
+    "sparse": {"moe_mode": "sparse", "num_experts": [2, 4]},
+    "residual": {"moe_mode": "second_half", "num_experts": [4], "use_residual": True},
+    "custom": {"moe_layers_idx": [0, 3], "num_experts": [4], "top_k_experts": 1, "second_expert": "top"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mistral", "sparse"),
+        ("qwen", "sparse"),
+        ("qwen", "residual"),
+        ("qwen2", "custom"),
+        ("stablelm", "residual"),
+        ("minicpm", "custom"),
+    ],
+)
+def test_golden_folders_of_other_families(name, kind, make_base, clip_tower, tmp_path):
+    """As the reference's were made: upcycled, measured, moved by noise in the order of the file, measured again."""
+    made = compose(str(make_base(name).folder), str(clip_tower), version="plain")
+    upcycle(made.model, MoESpec.from_preset("moe-llava", **OTHER_SPARSE[kind]))
+    write_published(made.model.eval(), None, tmp_path)
+    golden = random_inputs()
+    with torch.no_grad():
+        before, _ = recompute(read_published(tmp_path, torch.float32), golden)
+    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    generator = torch.Generator().manual_seed(5)
+    for key in state:
+        if "deepspeed_moe" in key or "coefficient" in key:
+            state[key] = state[key] + (0.3 if ".wg." in key else 0.05) * torch.randn(
+                state[key].shape, generator=generator
+            )
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with torch.no_grad():
+        after, _ = recompute(read_published(tmp_path, torch.float32), golden)
+    assert (after["logits"] - before["logits"]).abs().max() > 1e-4
+    golden |= after | {"upcycled_logits": before["logits"], "upcycled_loss": before["loss"]}
+    save_file({name: tensor.contiguous() for name, tensor in golden.items()}, tmp_path / "golden.safetensors")
+    assert max(verify(tmp_path).values()) < 1e-5
+    assert main(["verify", str(tmp_path)]) == 0
+
+
+def random_inputs() -> dict[str, torch.Tensor]:
+    """A sample with an image and a shorter one without, for the towers of the tests."""
+    torch.manual_seed(0)
+    return {
+        "input_ids": torch.tensor([[1, -200, 5, 6], [2, 7, 8, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "labels": torch.tensor([[-100, -100, 5, 6], [-100, 7, 8, -100]]),
+        "images": torch.randn(2, 3, 28, 28),
+    }
+
+
 def test_folders_of_ours_verify_too(make_base, clip_tower, tmp_path):
     made = compose(str(make_base("mistral").folder), str(clip_tower), version="plain")
     spec = MoESpec(num_experts=[4], moe_mode="sparse")
     upcycle(made.model, spec)
     made.model.config.moe = spec.to_config()
     save_pretrained_folder(made.model, made.tokenizer, made.processor, tmp_path)
-    golden = {
-        "input_ids": torch.tensor([[1, -200, 5, 6], [2, 7, 8, 0]]),
-        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
-        "labels": torch.tensor([[-100, -100, 5, 6], [-100, 7, 8, -100]]),
-        "images": torch.randn(2, 3, 28, 28),
-    }
+    golden = random_inputs()
     with torch.no_grad():
         tensors, mask = recompute(made.model, golden)
     assert mask.sum(1).tolist() == [7, 3]
