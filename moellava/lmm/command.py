@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 
-from moellava.lmm.loaders import UNTRAINABLE
 from moellava.lmm.supported_models import LMM_FAMILIES, SUPPORTED_MODELS, SupportedModel
 from moellava.model.families import FAMILIES
 
@@ -18,7 +17,8 @@ Written by `moellava models --markdown`; a test compares the two. docs/ADD_A_MOD
     python train.py --model_id qwen2-vl-2b-instruct …              # from the hub
     python train.py --model_local_path FOLDER …                    # any folder of a family below; needs no registration
 
-A family that is listed but not trained yet says why when its model is asked for.
+The code of some families lies in their own repository, and runs only with `--trust_remote_code True`;
+docs/ADD_A_MODEL.md says what was checked of them here.
 """
 
 BASES_TOP = """
@@ -30,7 +30,7 @@ BASES_TOP = """
 def row_of(model: SupportedModel) -> tuple[str, str, str, str]:
     """What the table says of a model."""
     keywords = model.family.keywords
-    note = " (listed, not trained yet)" if model.family.family_id in UNTRAINABLE else ""
+    note = " (needs --trust_remote_code)" if model.family.remote_code else ""
     parts = ", ".join(keywords.vision_encoder + keywords.vision_projector)
     return model.model_id, model.family.family_id + note, model.model_hf_path, parts
 

@@ -21,6 +21,7 @@ from moellava.data.video import Clip
 from moellava.errors import DataError
 from moellava.lmm.media import MediaReader
 from moellava.lmm.prompts import ChatTemplate, prompt_pieces
+from moellava.lmm.remote import PathProcessor
 from moellava.lmm.supported_models import LMM_FAMILIES
 
 TO_LOAD_IMAGE: dict[str, bool] = dict.fromkeys(LMM_FAMILIES, True) | {"qwen-vl": False}
@@ -60,7 +61,7 @@ class MediaDataset(SupervisedDataset):
             reader.processor.tokenizer,
             version=CHAT_TEMPLATE,
             tokens_per_image=0,
-            image_processor=reader.processor.image_processor,
+            image_processor=reader.processor,
             **options,
         )
 
@@ -86,6 +87,12 @@ class MediaDataset(SupervisedDataset):
             "videos": videos,
             "record": name,
         }
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What the samples show: images, videos, both or nothing."""
+        seen = {kind for number in self._kept for kind, count in self._counts_of(self.records[number]).items() if count}
+        return tuple(kind for kind in PLACEHOLDERS if kind in seen)
 
     @property
     def _as_frames(self) -> bool:
@@ -118,6 +125,9 @@ class MediaDataset(SupervisedDataset):
         clips = [self.files.clip(medium) for medium in media if medium.kind == "video"]
         if clips and not self.to_load_image:
             raise DataError(f"{name} has a video, but this model reads images by their paths, and a frame has none")
+        if not self.to_load_image and isinstance(self.reader.processor, PathProcessor):
+            for medium in media:
+                self.reader.processor.check_path(self.files.file_of(medium), name)
         source = record["conversations"]
         turns = chat_turns(with_frames(source, self.files.num_frames) if self._as_frames else source, name)
         encoded = encode_turns(self.reader, self.template_of(system), turns, bool(media), name, clips=clips)

@@ -87,9 +87,36 @@ def spans_read(places: Sequence[int], length: int) -> list[tuple[int, int]]:
     return spans[::-1]
 
 
+class PathCollator(MediaCollator):
+    """Qwen-VL: images are paths among the ids. Without any, its model runs its tower on a blank image by itself."""
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """As of `MediaCollator`, with no blank image."""
+        if any(sample["images"] for sample in samples):
+            return super().__call__(samples)
+        return self._padded([self._row(sample, [], []) for sample in samples], [])
+
+
+class NumberedCollator(MediaCollator):
+    """Phi-3-Vision: the tokens of a row's first image are -1, those of its second -2, and so on; then a text begins."""
+
+    def _row(self, sample: dict[str, Any], runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[int]]:
+        return super()._row(sample, [self._numbered(run, number) for number, run in enumerate(runs, 1)], names)
+
+    def _padded(self, rows: Sequence[dict[str, list[int]]], blanks: Sequence[Run]) -> dict[str, torch.Tensor]:
+        return super()._padded(rows, [self._numbered(run, 1) for run in blanks])
+
+    def _numbered(self, run: Run, number: int) -> Run:
+        """An image's tokens as its negative number, and what the text behind it begins with."""
+        leading = self.reader.processor.leading
+        return Run([-number] * (len(run.ids) - len(leading)) + leading, run.extras)
+
+
 COLLATORS: dict[str, type[MediaCollator]] = {
     "llama-3.2-vision": CrossAttentionCollator,
     "paligemma": PrefixCollator,
+    "qwen-vl": PathCollator,
+    "phi3-v": NumberedCollator,
 }
 """Family -> its collator, where `MediaCollator` does not do."""
 

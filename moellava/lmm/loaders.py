@@ -13,6 +13,7 @@ from moellava.errors import UserError
 from moellava.lmm.mllama import gate_rows
 from moellava.lmm.processors import load_processor
 from moellava.lmm.prompts import ChatTemplate, ends_answers
+from moellava.lmm.remote import REMOTE_PROCESSORS, load_remote_model
 from moellava.lmm.supported_models import SUPPORTED_MODELS, LMMFamily, lmm_family_of, undisguised
 from moellava.lmm.templates import recorded_template
 from moellava.log import get_logger
@@ -21,13 +22,6 @@ from moellava.model.loading import read
 from moellava.model.sources import read_config, resolve_folder
 
 logger = get_logger(__name__)
-
-
-UNTRAINABLE = {
-    "phi3-v": "its processor counts images in its own way, and no collator does so yet",
-    "qwen-vl": "its tokenizer reads image paths out of the prompt, and no collator writes them there yet",
-}
-"""Registered families that no collator serves -> why."""
 
 
 @dataclass
@@ -52,12 +46,15 @@ class ReleasedModel:
         return self.processor.tokenizer
 
 
-def find_model(model_id: str | None, model_local_path: str | None) -> tuple[Path, dict[str, Any], LMMFamily]:
+def find_model(
+    model_id: str | None, model_local_path: str | None, trust_remote_code: bool = False
+) -> tuple[Path, dict[str, Any], LMMFamily]:
     """The folder, config.json and family that `--model_id` and `--model_local_path` mean.
 
     Args:
         model_id: a registered id; alone, its weights come from the hub.
         model_local_path: a folder; with an id, the folder of that model.
+        trust_remote_code: fetch the Python files of a family that needs them, too.
 
     Raises:
         UserError: an unknown id, a folder of another kind, or one of another family than the id's.
@@ -65,7 +62,8 @@ def find_model(model_id: str | None, model_local_path: str | None) -> tuple[Path
     if model_local_path is None:
         assert model_id is not None
         known = SUPPORTED_MODELS[model_id]
-        folder = resolve_folder(known.model_hf_path, f"--model_id {model_id}, which is")
+        code = known.family.remote_code and trust_remote_code
+        folder = resolve_folder(known.model_hf_path, f"--model_id {model_id}, which is", code=code)
         return folder, read_config(folder, "--model_id"), known.family
     folder = resolve_folder(model_local_path, "--model_local_path")
     raw = read_config(folder, "--model_local_path")
@@ -87,7 +85,6 @@ def load_lmm(
     *,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
-    attn_implementation: str | None = None,
 ) -> ReleasedModel:
     """Opens a released model, by the loader of its family.
 
@@ -95,30 +92,24 @@ def load_lmm(
         folder, raw, family: of `find_model`.
         dtype: of the weights.
         trust_remote_code: run the code in the folder, for a family that transformers lacks.
-        attn_implementation: eager, sdpa or flash_attention_2; None: what transformers chooses.
 
     Raises:
-        UserError: remote code is needed and not allowed; no collator serves the family; weights or files of the
-            processor are missing.
+        UserError: remote code is needed and not allowed, or does not run; weights or files of the processor are
+            missing; the chat template cannot be masked.
     """
     if family.remote_code and not trust_remote_code:
         raise UserError(
             f"{family.family_id} models need the Python code of their own repository. Read it, then add "
             "--trust_remote_code True."
         )
-    if family.family_id in UNTRAINABLE:
-        raise UserError(f"{family.family_id} models cannot be trained here: {UNTRAINABLE[family.family_id]}.")
     load = LOADERS.get(family.family_id, load_native)
-    return load(folder, raw, family, dtype=dtype, attn_implementation=attn_implementation)
+    return load(folder, raw, family, dtype=dtype)
 
 
-def load_native(
-    folder: Path, raw: dict[str, Any], family: LMMFamily, *, dtype: torch.dtype, attn_implementation: str | None
-) -> ReleasedModel:
+def load_native(folder: Path, raw: dict[str, Any], family: LMMFamily, *, dtype: torch.dtype) -> ReleasedModel:
     """The loader of every family that has a class in transformers."""
     cls = model_class_of(raw)
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    model = read(cls, folder, dtype, **options)
+    model = read(cls, folder, dtype)
     processor = load_processor(folder, family)
     settle_template(processor, family, model.config.get_text_config().model_type)
     return ReleasedModel(model, processor, family, folder)
@@ -131,7 +122,18 @@ def load_mllama(folder: Path, raw: dict[str, Any], family: LMMFamily, **options:
     return released
 
 
-LOADERS: dict[str, Callable[..., ReleasedModel]] = {"llama-3.2-vision": load_mllama}
+def load_remote(folder: Path, raw: dict[str, Any], family: LMMFamily, **options: Any) -> ReleasedModel:
+    """The loader of families whose code lies in the folder."""
+    model = load_remote_model(folder, raw, **options)
+    processor = REMOTE_PROCESSORS[family.family_id](folder, raw)
+    settle_template(processor, family, family.model_type)
+    return ReleasedModel(model, processor, family, folder)
+
+
+LOADERS: dict[str, Callable[..., ReleasedModel]] = {
+    "llama-3.2-vision": load_mllama,
+    **dict.fromkeys(REMOTE_PROCESSORS, load_remote),
+}
 """Family -> its loader, where `load_native` does not do."""
 
 

@@ -12,10 +12,11 @@ So special tokens and placeholders exist only where the template writes them; ty
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from moellava.conversation import Piece
+from moellava.conversation import Kind, Piece
 from moellava.data.chat_spans import Content, chat_pieces, chat_terminator
 from moellava.data.records import MEDIA_TAG
 from moellava.errors import DataError
@@ -121,7 +122,14 @@ def prompt_pieces(
         if not parts:
             raise DataError(f"{name} has a question that says nothing and shows nothing")
         messages.append((role, [_part(*part) for part in parts]))
-    return chat_pieces(template, messages, name, opens)
+    pieces = chat_pieces(template, messages, name, opens)
+    numbered = getattr(template.processor, "numbered", None)
+    return [_unnumbered(piece, numbered, template.processor.image_token) for piece in pieces] if numbered else pieces
+
+
+def _unnumbered(piece: Piece, numbered: re.Pattern[str], placeholder: str) -> Piece:
+    """A piece whose placeholders, if the template writes them with a number each, are the processor's one."""
+    return piece._replace(text=numbered.sub(placeholder, piece.text)) if piece.kind is Kind.TEMPLATE else piece
 
 
 def ends_answers(template: ChatTemplate) -> bool:

@@ -171,6 +171,15 @@ def undisguised(raw: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def refuse_upcycling(family: LMMFamily, flag: str) -> None:
+    """Raises UserError for a family whose MLPs are not known here; `flag` is what asked for it, or for the model."""
+    if family.remote_code:
+        raise UserError(
+            f"{flag}: the decoder of {family.family_id} models is code in their own repository, whose MLPs are not "
+            "known here: it cannot be upcycled."
+        )
+
+
 def group_of(name: str, keywords: Keywords) -> str:
     """The part of the model that a parameter belongs to: a field of `Keywords`.
 

@@ -126,6 +126,26 @@ _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 _QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 _QWEN_SYSTEM = "You are a helpful assistant."
 
+_QWEN_VL = (
+    "{%- set seen = namespace(images=0) %}"
+    "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{%- for part in message['content'] %}{%- if part['type'] == 'image' %}{% set seen.images = seen.images + 1 %}"
+    "{{ 'Picture ' ~ seen.images ~ ': <img>' ~ part.get('image', '') ~ '</img>\n' }}"
+    "{%- else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""A part `{"type": "image", "image": PATH}` shows its path, as the model's own tokenizer wants it."""
+
+_PHI3_V = (
+    "{%- set seen = namespace(images=0) %}"
+    "{%- for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
+    "{%- for part in message['content'] %}{%- if part['type'] == 'image' %}{% set seen.images = seen.images + 1 %}"
+    "{{ '<|image_' ~ seen.images ~ '|>\n' }}"
+    "{%- else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|end|>\n' }}{%- endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
 RECORDED_TEMPLATES: dict[str, str] = {
     "llava-1.5": _vicuna("<image>\n"),
     "llava-1.6": _vicuna("<image>\n"),
@@ -140,6 +160,8 @@ RECORDED_TEMPLATES: dict[str, str] = {
     "smolvlm": _SMOLVLM,
     "llama-3.2-vision": _LLAMA,
     "paligemma": _PALIGEMMA,
+    "qwen-vl": _QWEN_VL,
+    "phi3-v": _PHI3_V,
 }
 """Family -> its template in Jinja, over messages whose content is a list of images, videos and texts."""
 

@@ -14,19 +14,20 @@ from safetensors import SafetensorError, safe_open
 from moellava.errors import UserError
 
 NEEDED_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
-"""What is fetched from the hub: weights, configs and tokenizers, never code."""
+"""What is fetched from the hub: weights, configs and tokenizers; code only where that was allowed."""
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of an unsharded checkpoint's weights, best first; `NAME.index.json` lists the shards of a sharded one."""
 
 
-def resolve_folder(name: str | Path, flag: str, near: Path | None = None) -> Path:
+def resolve_folder(name: str | Path, flag: str, near: Path | None = None, code: bool = False) -> Path:
     """A local folder as it is; any other name is fetched from the hub.
 
     Args:
         name: a folder or a hub id.
         flag: what the user called it by, for the error message.
         near: a folder in whose surroundings a relative `name` is looked for as well.
+        code: fetch Python files as well.
 
     Raises:
         UserError: neither a folder nor something that the hub gives.
@@ -38,7 +39,7 @@ def resolve_folder(name: str | Path, flag: str, near: Path | None = None) -> Pat
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=NEEDED_FILES))
+        return Path(snapshot_download(str(name), allow_patterns=[*NEEDED_FILES, *(["*.py"] if code else [])]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{flag} {name}: there is no such folder, and the hub did not give it ({reason})") from error

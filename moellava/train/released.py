@@ -15,7 +15,7 @@ from moellava.lmm.family_collators import collator_for
 from moellava.lmm.folders import released_section
 from moellava.lmm.loaders import ReleasedModel, find_model, load_lmm
 from moellava.lmm.media import MediaReader
-from moellava.lmm.supported_models import LMMFamily
+from moellava.lmm.supported_models import LMMFamily, refuse_upcycling
 
 
 def open_released(model_args: ModelArguments, moe_args: MoEArguments, dtype: torch.dtype) -> tuple[ReleasedModel, str]:
@@ -24,7 +24,11 @@ def open_released(model_args: ModelArguments, moe_args: MoEArguments, dtype: tor
     Raises:
         UserError: as of `find_model` and `load_lmm`; or a sparse folder without --moe_enable.
     """
-    folder, raw, family = find_model(model_args.model_id, model_args.model_local_path)
+    folder, raw, family = find_model(
+        model_args.model_id, model_args.model_local_path, trust_remote_code=model_args.trust_remote_code
+    )
+    if moe_args.moe_enable:
+        refuse_upcycling(family, "--moe_enable True")
     kind = "moe" if raw.get("moe") else "dense"
     if kind == "moe" and not moe_args.moe_enable:
         raise UserError(f"{folder} is a Mixture of Experts: add --moe_enable True to train it.")
@@ -34,7 +38,6 @@ def open_released(model_args: ModelArguments, moe_args: MoEArguments, dtype: tor
         family,
         dtype=dtype,
         trust_remote_code=model_args.trust_remote_code,
-        attn_implementation=model_args.attn_implementation,
     )
     extras = getattr(released.model.config, "moellava", None) or {}
     released.model.config.moellava = extras | released_section(family)
@@ -56,6 +59,7 @@ def released_dataset(
         max_length=args.model_max_length,
         overlong=data_args.overlong,
         bad_files=data_args.bad_files,
+        workers=args.dataloader_num_workers,
     )
 
 

@@ -13,9 +13,8 @@ from transformers import PretrainedConfig
 
 from moellava.errors import UserError
 from moellava.lmm.folders import Probes, is_released, open_folder, released_probes, released_section
-from moellava.lmm.loaders import UNTRAINABLE
 from moellava.lmm.processors import load_processor
-from moellava.lmm.supported_models import LMMFamily, lmm_family_of
+from moellava.lmm.supported_models import LMMFamily, lmm_family_of, refuse_upcycling
 from moellava.model.builder import config_kind, is_published, save_pretrained_folder
 from moellava.model.extended import extend_in_place
 from moellava.model.offload import run_from_disk
@@ -103,15 +102,7 @@ def family_of(raw: dict[str, Any], path: str) -> LMMFamily | None:
     if not released:
         return None
     family = lmm_family_of(raw, f"--model-path {path}")
-    if family.remote_code:
-        raise UserError(
-            f"--model-path {path}: the decoder of {family.family_id} models is code in their own repository, "
-            "whose MLPs are not known here: it cannot be upcycled."
-        )
-    if family.family_id in UNTRAINABLE:
-        raise UserError(
-            f"--model-path {path}: {family.family_id} models cannot be upcycled here: {UNTRAINABLE[family.family_id]}."
-        )
+    refuse_upcycling(family, f"--model-path {path}")
     return family
 
 

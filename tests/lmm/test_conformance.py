@@ -7,6 +7,7 @@ from moellava.constants import IGNORE_INDEX
 from moellava.errors import UserError
 from moellava.lmm.family_collators import collator_for
 from moellava.lmm.loaders import find_model, load_lmm
+from moellava.lmm.supported_models import refuse_upcycling
 from moellava.model.saving import save_pretrained_folder
 from moellava.moe import MoESpec, upcycle
 
@@ -15,7 +16,7 @@ STEPS = 6
 
 def test_loads_masks_learns_saves_reopens_and_upcycles(conforming_family, samples_of, tiny_lmm, tmp_path):
     folder, raw, family = find_model(None, str(tiny_lmm(conforming_family)))
-    released = load_lmm(folder, raw, family, dtype=torch.float32)
+    released = load_lmm(folder, raw, family, dtype=torch.float32, trust_remote_code=family.remote_code)
     model = released.model
 
     dataset = samples_of(conforming_family)
@@ -24,6 +25,7 @@ def test_loads_masks_learns_saves_reopens_and_upcycles(conforming_family, sample
     trained = batch["labels"] != IGNORE_INDEX
     assert trained.any(dim=1).all() and not trained[~batch["attention_mask"].bool()].any()
     assert not trained[batch["input_ids"] == dataset.reader.placeholder_id].any()
+    assert not trained[batch["input_ids"] < 0].any()
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -37,11 +39,17 @@ def test_loads_masks_learns_saves_reopens_and_upcycles(conforming_family, sample
 
     model.config.moellava = {"version": "chat_template"}
     save_pretrained_folder(model.eval(), released.tokenizer, released.processor, tmp_path / "saved")
-    again = load_lmm(*find_model(None, str(tmp_path / "saved")), dtype=torch.float32)
+    again = load_lmm(
+        *find_model(None, str(tmp_path / "saved")), dtype=torch.float32, trust_remote_code=family.remote_code
+    )
     with torch.no_grad():
         logits = model(**batch, use_cache=False).logits
         torch.testing.assert_close(again.model(**batch, use_cache=False).logits, logits, rtol=0, atol=1e-6)
 
+    if family.remote_code:
+        with pytest.raises(UserError, match="code in their own repository.* cannot be upcycled"):
+            refuse_upcycling(family, "--moe_enable True")
+        return
     spec = MoESpec(num_experts=[2], moe_mode="dense")
     upcycle(again.model, spec)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moellava.errors import UnknownNameError, UserError
-from moellava.lmm.loaders import UNTRAINABLE, find_model, load_lmm
+from moellava.lmm.loaders import find_model, load_lmm
 from moellava.lmm.supported_models import LMM_FAMILIES
 from moellava.lmm.templates import RECORDED_TEMPLATES
 
@@ -70,12 +70,6 @@ def test_a_missing_file_is_named(lost, copy_of):
 def test_remote_code_runs_only_when_it_is_allowed(family_id, tmp_path):
     with pytest.raises(UserError, match=f"{family_id} models need the Python code.*--trust_remote_code True"):
         load_lmm(tmp_path, {}, LMM_FAMILIES[family_id], dtype=torch.float32)
-
-
-@pytest.mark.parametrize("family_id", list(UNTRAINABLE))
-def test_a_family_without_a_collator_says_why(family_id, tmp_path):
-    with pytest.raises(UserError, match=f"{family_id} models cannot be trained here: {UNTRAINABLE[family_id]}"):
-        load_lmm(tmp_path, {}, LMM_FAMILIES[family_id], dtype=torch.float32, trust_remote_code=True)
 
 
 def test_a_template_that_never_stops_gives_way_to_the_one_on_record(copy_of, caplog):
