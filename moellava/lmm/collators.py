@@ -5,13 +5,14 @@ A family whose model wants something unusual has a subclass in `family_collators
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
-from moellava.lmm.media import MediaReader, Run
+from moellava.lmm.media import MediaReader, Run, Shown, blank, kind_of
 
 MEDIA_OF = {IMAGE_TOKEN_INDEX: "images", VIDEO_TOKEN_INDEX: "videos"}
 """Placeholder -> what of a sample stands behind it."""
@@ -24,36 +25,50 @@ class MediaCollator:
         reader: of the model's processor.
         pad_token_id: fills `input_ids` where `attention_mask` is 0.
         train_questions: train on every token but padding and media (`--mask_question_tokens False`).
+
+    Attributes:
+        kinds: what every batch shows, if need be a blank one, so that vision encoder and projector run equally often in
+            every step on every rank; ranks that wait for each other's parameters (ZeRO-3) would not meet otherwise.
+            A batch that shows nothing shows a blank image all the same.
     """
+
+    kinds: Sequence[str] = ()
 
     def __init__(self, reader: MediaReader, pad_token_id: int, train_questions: bool = False):
         self.reader = reader
         self.pad_token_id = pad_token_id
         self.train_questions = train_questions
 
+    def for_prompts(self) -> MediaCollator:
+        """A copy for prompts to be answered: nothing blank stands beside what they show."""
+        other = copy.copy(self)
+        other.kinds = ()
+        return other
+
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch: `input_ids`, `attention_mask`, `labels` [B, L], and what the processor makes of images and videos.
 
-        A batch without any carries a blank image, so that vision encoder and projector take part in every step on every
-        rank. Its tokens stand in the right padding of a row: nothing attends to them and no label is there.
+        Blank ones stand in the right padding of a row: nothing attends to their tokens and no label is there.
 
         Raises:
             ValueError: a sample's placeholders and its images or videos differ in number; its record is named.
         """
         shown = [shown_of(sample) for sample in samples]
-        if any(shown):
-            names = ", ".join(sample["record"] for sample, row in zip(samples, shown, strict=True) if row)
-            media = self.reader.read([row for row in shown if row], names)
-        else:
-            media = self.reader.blank()
+        blanks = self._blanks(shown)
+        names = ", ".join(sample["record"] for sample, row in zip(samples, shown, strict=True) if row)
+        media = self.reader.read([row for row in [*shown, blanks] if row], names or "a blank image")
         extras = list(media.runs[0][0].extras)
         runs = iter(media.runs)
         rows = [
             self._row(sample, next(runs) if row else [], extras) for sample, row in zip(samples, shown, strict=True)
         ]
-        shortest = min(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
-        hidden = None if any(shown) else (shortest, media.runs[0][0])
-        return {**self._padded(rows, hidden), **media.tensors}
+        return {**self._padded(rows, next(runs, [])), **media.tensors}
+
+    def _blanks(self, shown: Sequence[Sequence[Shown]]) -> list[Shown]:
+        """What a batch has to show beside what its samples show."""
+        seen = {kind_of(one) for row in shown for one in row}
+        missing = [] if self.reader.is_one_input else [blank(kind) for kind in self.kinds if kind not in seen]
+        return missing or ([] if seen else [blank("image")])
 
     def _row(self, sample: dict[str, Any], runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[int]]:
         """A sample's tokens, labels, and further numbers, with every placeholder replaced by its run."""
@@ -73,12 +88,11 @@ class MediaCollator:
                 row[name].append(0)
         return row
 
-    def _padded(self, rows: Sequence[dict[str, list[int]]], hidden: tuple[int, Run] | None) -> dict[str, torch.Tensor]:
-        """Tensors [B, L] of all rows, with the run of a blank image behind one of them if there is one."""
+    def _padded(self, rows: Sequence[dict[str, list[int]]], blanks: Sequence[Run]) -> dict[str, torch.Tensor]:
+        """Tensors [B, L] of all rows, with the runs of what is blank behind the shortest of them."""
         lengths = [len(row["input_ids"]) for row in rows]
-        width = max(lengths)
-        if hidden:
-            width = max(width, lengths[hidden[0]] + len(hidden[1].ids))
+        shortest = min(range(len(rows)), key=lengths.__getitem__)
+        width = max(max(lengths), lengths[shortest] + sum(len(run.ids) for run in blanks))
         filler = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
         batch = {name: torch.full((len(rows), width), filler.get(name, 0)) for name in rows[0]}
         batch["attention_mask"] = torch.zeros(len(rows), width, dtype=torch.long)
@@ -86,11 +100,12 @@ class MediaCollator:
             batch["attention_mask"][number, : lengths[number]] = 1
             for name, values in row.items():
                 batch[name][number, : lengths[number]] = torch.tensor(values)
-        if hidden:
-            number, run = hidden
-            where = slice(width - len(run.ids), width)
+        end = width
+        for run in reversed(blanks):
+            begin = end - len(run.ids)
             for name, values in {"input_ids": run.ids, **run.extras}.items():
-                batch[name][number, where] = torch.tensor(values)
+                batch[name][shortest, begin:end] = torch.tensor(values)
+            end = begin
         return batch
 
 

@@ -29,7 +29,7 @@ from moellava.errors import DataError, UserError
 from moellava.lmm.video_processors import FrameProcessor
 
 BLANK = (56, 56)
-"""Width and height in pixels of the image that stands in where a batch has none."""
+"""Width and height in pixels of what stands in where a batch shows nothing."""
 
 PER_TOKEN = "token_type_ids"
 """How the names of a processor's outputs end that hold a number for each token."""
@@ -97,10 +97,12 @@ class MediaReader:
         self._places = re.compile("|".join(f"(?P<{kind}>{re.escape(text)})" for kind, text in self.kinds.items()))
         self.run_length = lru_cache(maxsize=65536)(self._run_length)
         self._clip_run = lru_cache(maxsize=16384)(self._run_of_clip)
-        self.spelled = self._spelled(self._asked("image", [[Image.new("RGB", BLANK)]])[0][0][0])
+        self.spelled = self._spelled(self._asked("image", [[blank("image")]])[0][0][0])
         """The placeholder with the plain text that the processor puts around it."""
         self.is_timed = "video" in self.kinds and self._tells_times()
         """Whether a video's tokens tell the times of its frames."""
+        self.is_one_input = "video" in self.kinds and "pixel_values" in self.read([[blank("video")]]).tensors
+        """Whether the model reads images and videos as one input, in one pass through its vision encoder."""
 
     def read(self, samples: Sequence[Sequence[Shown]], name: str = "the batch") -> Media:
         """Runs and tensors of the images and videos of several samples, none of them without any.
@@ -121,10 +123,6 @@ class MediaReader:
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         return Media([[self._trimmed(next(runs[kind_of(shown)])) for shown in sample] for sample in samples], joined)
-
-    def blank(self) -> Media:
-        """One black image, for a batch without anything to see."""
-        return self.read([[Image.new("RGB", BLANK)]])
 
     def clip_length(self, clip: Clip) -> int:
         """Tokens of a video."""
@@ -160,9 +158,7 @@ class MediaReader:
         try:
             output = self.processor(text=texts, padding=True, return_tensors="pt", **given)
         except (ValueError, ZeroDivisionError, IndexError) as error:
-            sizes = [
-                shown.size if isinstance(shown, Image.Image) else shown.clip.size for row in samples for shown in row
-            ]
+            sizes = [size_of(shown) for row in samples for shown in row]
             raise DataError(f"the processor cannot take {kind}s of {sizes} pixels: {error}") from error
         output.pop("labels", None)
         ids, attended = output.pop("input_ids"), output.pop("attention_mask").bool()
@@ -228,6 +224,12 @@ class MediaReader:
         return self._run_of_clip(early).ids != self._run_of_clip(late).ids
 
 
+def blank(kind: str) -> Shown:
+    """A black image, or a video of two black frames: the least that every processor takes."""
+    image = Image.new("RGB", BLANK)
+    return image if kind == "image" else Video(Clip(BLANK, 2, USUAL_FPS, (0, 1)), (image, image))
+
+
 def reads_videos(processor: Any) -> bool:
     """Whether a processor has a way for videos."""
     video_processor = getattr(processor, "video_processor", None)
@@ -239,6 +241,11 @@ def reads_videos(processor: Any) -> bool:
 def kind_of(shown: Shown) -> str:
     """Of `KINDS`."""
     return "video" if isinstance(shown, Video) else "image"
+
+
+def size_of(shown: Any) -> Any:
+    """Width and height in pixels of an image or a video; the path of an image that is not opened."""
+    return shown.clip.size if isinstance(shown, Video) else getattr(shown, "size", shown)
 
 
 def video_arguments(samples: Sequence[Sequence[Video]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
+from moellava.lmm.collators import MediaCollator
 from moellava.log import get_logger, is_rank_zero
 from moellava.moe import moe_layers, set_routing_context
 from moellava.train.folder import is_sharded
@@ -141,6 +142,7 @@ def generation_inputs(
     prompt: dict[str, Any], collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]], device: Any, dtype: Any
 ) -> dict[str, Tensor]:
     """What `generate` takes: the batch of one prompt, without the blank image that a batch of text alone carries."""
+    collator = collator.for_prompts() if isinstance(collator, MediaCollator) else collator
     batch = collator([prompt])
     del batch["labels"]
     if not any(int((prompt["input_ids"] == placeholder).sum()) for placeholder in PLACEHOLDER_OF.values()):

@@ -111,12 +111,16 @@ def make_trainer(
         enable_gradient_checkpointing(parts.model)
         args.activation_checkpointing = False  # the Trainer would switch on its own kind, which routes anew
     set_seed(args.seed)  # a resumed run and a fresh one build models differently; both train from the same state
+    collator = make_collator(parts, model_args)
+    if isinstance(collator, MediaCollator):
+        shown = {kind for dataset in datasets.values() if dataset is not None for kind in dataset.kinds}
+        collator.kinds = sorted(shown)
     trainer = StageTrainer(
         folder=make_folder(Path(args.output_dir), parts, {"stage": stage.name, "version": model_args.version}),
         image_token_id=parts.model.config.image_token_id,
         model=parts.model,
         args=args,
-        data_collator=make_collator(parts, model_args),
+        data_collator=collator,
         **datasets,
     )
     if parts.adapter:

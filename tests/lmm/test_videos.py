@@ -293,3 +293,29 @@ def test_flags_of_videos_are_checked(tiny_lmm, released_flags):
     flags = released_flags(tiny_lmm("qwen2-vl"), "run", num_frames=0)
     with pytest.raises(UserError, match="--num_frames 0: a video is at least 1 frame"):
         parse_arguments([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
+
+
+@pytest.mark.parametrize("family_id", ["llava-onevision", "qwen2-vl", "internvl"])
+def test_every_batch_runs_the_tower_equally_often(family_id, videos_of, opened, monkeypatch):
+    """A video, an image, both, or neither; and what is blank changes nothing that is said."""
+    dataset, model = videos_of(family_id), opened(family_id).model
+    assert dataset.kinds == ("image", "video")
+    collator = collator_for(family_id, dataset.reader.processor, reader=dataset.reader)
+    tower = model.model.visual if family_id == "qwen2-vl" else model.model.vision_tower
+    passes = []
+    monkeypatch.setattr(
+        tower, "forward", lambda *args, forward=tower.forward, **more: passes.append(1) or forward(*args, **more)
+    )
+    counts = set()
+    for number in range(4):
+        collator.kinds = dataset.kinds
+        batch, plain = collator([dataset[number]]), collator.for_prompts()([dataset[number]])
+        length = int(plain["attention_mask"].sum())
+        assert int(batch["attention_mask"].sum()) == length and (batch["labels"][0, length:] == IGNORE_INDEX).all()
+        with torch.no_grad():
+            passes.clear()
+            logits = model(**batch).logits[0, :length]
+            counts.add(len(passes))
+            torch.testing.assert_close(logits, model(**plain).logits[0, :length], rtol=1e-4, atol=1e-5)
+    assert counts == {1 if family_id == "internvl" else 2}
+    assert videos_of(family_id, RECORDS[3:]).kinds == () and videos_of("llava-1.5").kinds == ("image",)
