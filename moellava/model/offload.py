@@ -16,6 +16,8 @@ from transformers import PretrainedConfig
 from moellava.model.sources import weight_files
 from moellava.model.streaming import class_of, locate
 
+HEAD = "lm_head.weight"
+
 
 def run_from_disk(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     """A model over the safetensors of a folder, for forwards on the CPU.
@@ -39,8 +41,9 @@ def run_from_disk(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:  # small, and accelerate leaves buffers where they are
             set_module_tensor_to_device(model, name, "cpu", value=places[name].read())
-    if "lm_head.weight" not in index:
-        model.tie_weights()
+    if HEAD not in index:  # it is the embedding itself, and is read from there
+        embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+        index[HEAD] = index[f"{embedding}.weight"]
     dispatch_model(
         model,
         device_map={"": "disk"},

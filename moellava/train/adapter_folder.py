@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moellava.errors import UserError
+from moellava.model.saving import apart
 from moellava.train.checkpoint import write_json
 from moellava.train.folder import StageFolder
 from moellava.train.lora import NAME, Adapter
@@ -98,9 +99,8 @@ def write_adapter(state: dict[str, torch.Tensor], adapter: Adapter, path: Path) 
         state: of the model with adapters.
     """
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in adapter_tensors(state, adapter).items()}
     temporary = path / f"{WEIGHTS}.new"
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    save_file(apart(adapter_tensors(state, adapter)), temporary, metadata={"format": "pt"})
     temporary.chmod(0o644)  # safetensors writes through a private temporary file
     os.replace(temporary, path / WEIGHTS)
     description = adapter.config.to_dict() | {"inference_mode": True}

@@ -1,9 +1,12 @@
 """`moellava upcycle` and `moellava merge-lora` on folders of released models."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from moellava.cli import main
 from moellava.config import parse_arguments
@@ -101,3 +104,31 @@ def test_merge_lora_gives_the_runs_own_folder(family_id, sparse, tiny_lmm, relea
     one, other = merged.model.state_dict(), trained.model.state_dict()
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert merged.processor.chat_template == trained.processor.chat_template
+
+
+@pytest.fixture
+def tied(tiny_lmm, tmp_path):
+    """The folder of a tiny Qwen2.5-VL whose head is its embedding, in bf16, as the small ones on the hub are."""
+    config = AutoConfig.from_pretrained(tiny_lmm("qwen2.5-vl"))
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    folder = tmp_path / "tied"
+    shutil.copytree(tiny_lmm("qwen2.5-vl"), folder)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+def test_a_head_that_is_the_embedding_is_stored_once_and_learns_as_one(tied, released_flags, tmp_path):
+    assert upcycle(tied, tmp_path / "moe") == 0
+    stored = load_file(tmp_path / "moe" / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    kinds = {tensor.dtype for name, tensor in stored.items() if "router" not in name}
+    assert kinds == {torch.bfloat16}
+    assert_equal_models(tied, tmp_path / "moe", atol=1e-6)
+    flags = released_flags(tied, use_vision_lora=True, lora_r=2, bf16=True, max_steps=2)
+    run = train(*parse_arguments([str(word) for key, value in flags.items() for word in (f"--{key}", value)]))
+    words = ["--model-path", tied, "--adapter", run / "adapter", "--output-dir", tmp_path / "merged"]
+    assert main(["merge-lora", *map(str, words)]) == 0
+    merged, trained = (open_folder(folder, torch.bfloat16).model for folder in (tmp_path / "merged", run))
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in merged.state_dict().items())
