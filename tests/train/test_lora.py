@@ -98,6 +98,16 @@ def test_stage_2_trains_adapters_of_all_linears_and_the_projector_in_full(runs):
     assert changed - in_decoder
 
 
+def test_the_towers_linears_get_adapters_when_asked(runs, flags_for, tmp_path):
+    flags = flags_for(runs, "finetune") | {"use_vision_lora": True, "lora_r": 2, "max_steps": 2}
+    folder = run(flags | {"freeze_backbone": True, "output_dir": tmp_path / "run"})
+    before, after = weights(runs / "pretrain"), weights(folder)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    tower = {name for name in moved if "vision_tower" in name}
+    assert {name.split(".")[-2] for name in tower} == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+    assert all("multi_modal_projector" in name for name in moved - tower) and moved - tower
+
+
 def test_targets_are_the_decoders_linears_and_never_what_routes(runs):
     model = upcycle(dense(runs / "pretrain"), MoESpec(num_experts=[2], moe_layers_idx=[1], use_residual=True))
     experts, everything = target_names(model, only_experts=True), target_names(model, only_experts=False)
