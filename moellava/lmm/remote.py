@@ -187,9 +187,7 @@ def saved_template(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def load_remote_model(
-    folder: Path, raw: dict[str, Any], *, dtype: torch.dtype, attn_implementation: str | None = None
-) -> Any:
+def load_remote_model(folder: Path, raw: dict[str, Any], *, dtype: torch.dtype) -> Any:
     """A model by the code in its folder.
 
     Raises:
@@ -198,12 +196,9 @@ def load_remote_model(
     name = (raw.get("auto_map") or {}).get("AutoModelForCausalLM")
     if name is None:
         raise UserError(f"{folder} has no code for its model: its config.json names none under auto_map.")
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         with quietly():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=True, dtype=dtype, **REPORT, **options
-            )
+            model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype, **REPORT)
     except RUNS_BADLY as error:
         raise refusal(folder, "model", error) from error
     check_loaded(info, str(folder))

@@ -78,9 +78,9 @@ _MISTRAL = _filled(
     "{%- if message['role'] == 'assistant' %}{{ ' ' }}" + _MEDIA + "{{ eos_token }}"
     "{%- elif message['role'] == 'user' %}{{ '[INST] ' }}"
     + _MEDIA
-    + "{{ ' [/INST]' }}{% else %}"
+    + "{{ ' [/INST]' }}{% else %}{{ '<<SYS>>\n' }}"
     + _MEDIA
-    + "{{ '\n' }}{% endif %}"
+    + "{{ '\n<</SYS>>\n\n' }}{% endif %}"
     "{%- endfor %}",
     "<image>\n",
     "<video>\n",
@@ -88,9 +88,10 @@ _MISTRAL = _filled(
 
 _GEMMA = _filled(
     "{{ bos_token }}{%- for message in messages %}"
-    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' }}"
-    + _IN_ORDER
-    + "{{ '<end_of_turn>\n' }}{%- endfor %}"
+    "{%- set opened = loop.previtem is defined and loop.previtem['role'] == 'system' %}"
+    "{%- if not opened %}<start_of_turn>{{ ('model' if message['role'] == 'assistant' else 'user') + '\n' }}{% endif %}"
+    + _IN_ORDER.replace("part['text']", "part['text'] | trim")
+    + "{{ '\n\n' if message['role'] == 'system' else '<end_of_turn>\n' }}{%- endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
     "<start_of_image>",
 )

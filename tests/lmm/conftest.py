@@ -416,7 +416,7 @@ def samples_of(opened, pictures, tmp_path) -> Callable[..., MediaDataset]:
             MediaReader(released.processor),
             options.pop("template", released.processor.chat_template),
             to_load_image=options.pop("to_load_image", TO_LOAD_IMAGE[family_id]),
-            image_folder=pictures[0].parent,
+            image_folder=options.pop("image_folder", pictures[0].parent),
             **options,
         )
         dataset.family_id = family_id
@@ -427,6 +427,7 @@ def samples_of(opened, pictures, tmp_path) -> Callable[..., MediaDataset]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--model-id ID`: the conformance test of that model's family alone."""
+    parser.addoption("--write-goldens", action="store_true", help="write tests/golden/released.jsonl anew")
     parser.addoption("--model-id", default=None, help="check the family of this released model only")
 
 

@@ -1,0 +1,172 @@
+"""Golden rows of every family: what is rendered, its ids, and what of it is trained.
+
+`tests/golden/released.jsonl` is written by
+
+    pytest tests/lmm/test_golden_rows.py --write-goldens
+
+after a deliberate change; look at the difference before you commit it. Ids that repeat are kept as [id, times].
+`PROMPTS` says by hand what the prompts of the models' own pages look like, so that a row cannot be wrong unnoticed.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from moellava.constants import IGNORE_INDEX
+from moellava.lmm.family_collators import collator_for
+from moellava.lmm.prompts import prompt_pieces
+from moellava.lmm.supported_models import LMM_FAMILIES
+from moellava.lmm.templates import recorded_template
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "released.jsonl"
+
+CASES = {
+    "image": {
+        "image": "0.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": "A fractal."},
+            {"from": "human", "value": "Sure?"},
+            {"from": "gpt", "value": "Yes."},
+        ],
+    },
+    "images": {
+        "image": ["0.png", "1.png"],
+        "conversations": [
+            {"from": "human", "value": "First <image> then <image> which is larger?"},
+            {"from": "gpt", "value": "The second."},
+        ],
+    },
+    "text": {
+        "system_prompt": "Be brief.",
+        "conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}],
+    },
+}
+
+CHATML = "<|im_start|>user\n{image}What is it?<|im_end|>\n<|im_start|>assistant\nA fractal.<|im_end|>\n"
+QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VICUNA = "<s>USER: <image>\nWhat is it? ASSISTANT: A fractal.</s>"
+ONEVISION = "<|im_start|>user <image>\nWhat is it?<|im_end|><|im_start|>assistant\nA fractal.<|im_end|>"
+PROMPTS = {
+    "llava-1.5": VICUNA,
+    "llava-1.6": "<s>[INST] <image>\nWhat is it? [/INST] A fractal.</s>",
+    "llava-interleave": ONEVISION,
+    "llava-next-video": VICUNA,
+    "llava-onevision": ONEVISION,
+    "qwen2-vl": QWEN_SYSTEM + CHATML.format(image=QWEN_IMAGE),
+    "qwen2.5-vl": QWEN_SYSTEM + CHATML.format(image=QWEN_IMAGE),
+    "qwen3-vl": CHATML.format(image=QWEN_IMAGE),
+    "internvl": CHATML.format(image="<IMG_CONTEXT>\n"),
+    "smolvlm": "<|im_start|>User:<image>What is it?<end_of_utterance>\nAssistant: A fractal.<end_of_utterance>\n",
+    "gemma3": (
+        "<s><start_of_turn>user\n<start_of_image>What is it?<end_of_turn>\n"
+        "<start_of_turn>model\nA fractal.<end_of_turn>\n"
+    ),
+    "paligemma": "<image><bos>What is it?\nA fractal.<eos>",
+    "llama-3.2-vision": (
+        "<s><|start_header_id|>user<|end_header_id|>\n\n<|image|>What is it?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA fractal.<|eot_id|>"
+    ),
+    "phi3-v": "<|user|>\n<|image|>\nWhat is it?<|end|>\n<|assistant|>\nA fractal.<|end|>\n",
+    "qwen-vl": QWEN_SYSTEM + CHATML.format(image="Picture 1: <img></img>\n"),
+}
+"""Family -> a question about an image and its answer; <|image|> is what stands for Phi-3-Vision's <|image_1|> here."""
+
+
+def packed(ids):
+    """Ids with those that repeat more than three times as [id, times]."""
+    rows = [(token, len(list(same))) for token, same in itertools.groupby(ids)]
+    return [entry for token, times in rows for entry in ([[token, times]] if times > 3 else [token] * times)]
+
+
+def text_of(dataset, record):
+    turns = [("assistant" if turn["from"] == "gpt" else "user", turn["value"]) for turn in record["conversations"]]
+    template = dataset.template_of(record.get("system_prompt"))
+    return "".join(piece.text for piece in prompt_pieces(template, turns, "image" in record, "the record"))
+
+
+def row_of(family_id, case, samples_of):
+    record = {"id": case, **CASES[case]}
+    dataset = samples_of(family_id, [record], image_folder=Path())
+    collate = collator_for(family_id, dataset.reader.processor, reader=dataset.reader)
+    batch = {
+        name: value[0]
+        for name, value in collate([dataset[0]]).items()
+        if name in ("input_ids", "labels", "attention_mask")
+    }
+    kept = batch["attention_mask"].bool()
+    trained = batch["labels"][batch["labels"] != IGNORE_INDEX]
+    return {
+        "family": family_id,
+        "case": case,
+        "text": text_of(dataset, record),
+        "ids": packed(batch["input_ids"][kept].tolist()),
+        "trained": dataset.reader.processor.tokenizer.decode(trained),
+    }
+
+
+def golden_rows():
+    lines = GOLDEN.read_text(encoding="utf-8").splitlines() if GOLDEN.exists() else []
+    return {(row["family"], row["case"]): row for row in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize("family_id", list(LMM_FAMILIES))
+def test_rows_are_what_they_were(family_id, samples_of, pictures, monkeypatch, request):
+    monkeypatch.chdir(pictures[0].parent)  # Qwen-VL's ids hold paths
+    rows = [row_of(family_id, case, samples_of) for case in CASES]
+    golden = golden_rows()
+    if request.config.getoption("--write-goldens"):
+        golden |= {(family_id, row["case"]): row for row in rows}
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in golden.values()]
+        GOLDEN.write_text("".join(lines), encoding="utf-8")
+    assert rows == [golden[family_id, case] for case in CASES]
+
+
+@pytest.mark.parametrize("family_id", list(LMM_FAMILIES))
+def test_prompts_are_those_of_the_models_own_pages(family_id, samples_of):
+    record = {"image": "0.png", "conversations": CASES["image"]["conversations"][:2]}
+    dataset = samples_of(family_id, [{"id": "one", **record}])
+    assert text_of(dataset, record) == PROMPTS[family_id]
+
+
+def test_smolvlm_speaks_as_its_processor_does(samples_of):
+    from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+
+    for record in CASES.values():
+        shown = {"id": "x", **record}
+        dataset = samples_of("smolvlm", [shown])
+        assert text_of(dataset, record) == text_of(
+            samples_of("smolvlm", [shown], template=DEFAULT_CHAT_TEMPLATE), record
+        )
+
+
+@pytest.mark.parametrize(
+    ("text_type", "special", "opening"),
+    [("mistral", [], "[INST] "), ("llama", ["<|im_end|>"], "<|im_start|>user\n"), ("llama", ["</s>"], "USER: ")],
+)
+@pytest.mark.parametrize("family_id", ["llava-1.6", "llava-next-video"])
+def test_models_of_one_family_speak_as_their_language_models_do(family_id, text_type, special, opening, opened):
+    """Over Mistral, over Yi (34B) and over Vicuna."""
+    template = recorded_template(family_id, text_type, special)
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": parts}]
+    text = opened("llava-1.5").processor.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert f"{opening}<image>\nWhat is it?" in text
+
+
+def test_every_answer_is_trained_with_what_ends_it_and_nothing_else():
+    for row in golden_rows().values():
+        answers = [turn["value"] for turn in CASES[row["case"]]["conversations"] if turn["from"] == "gpt"]
+        rest = row["trained"]
+        for answer in answers:
+            before, found, rest = rest.partition(answer)
+            assert found and before.strip() in ("", ends(row)), row
+        assert rest.strip() == ends(row), row
+
+
+def ends(row):
+    """What ends an answer of this family, by its golden row."""
+    return row["trained"].rpartition(".")[2].strip()
