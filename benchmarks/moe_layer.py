@@ -5,6 +5,9 @@
 Every row has the same tokens and the same FLOPs: experts of `width` units of which each token visits k, and a dense MLP
 of k × width units. The variants take turns within one run and the fastest turn of each counts, so that what else the
 machine does falls on all of them. Memory is kept by the process once it has it, as in a long run.
+
+The stock layer builds masks of tokens × experts × capacity numbers, quadratic in the tokens. Where one of them would be
+larger than --stock-gib, the stock rows are left out, and the output says so.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ HIDDEN = 512
 TOKENS = (512, 2048, 8192)
 SHAPES = ((4, 2, 1376), (8, 2, 688), (16, 4, 344), (64, 8, 172))
 """(experts, choices per token, units per expert)."""
+STOCK_CAPACITY = 1.5
+"""Tokens per expert of the stock layer as a multiple of the even share, as MoE-LLaVA trains."""
+DENSE = "dense MLP of k × width"
 
 Variants = dict[str, Callable[[Tensor], Tensor]]
 
@@ -42,6 +48,35 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Products(torch.autograd.Function):
+    """The nine matrix products per expert, on rows that lie ready: what no dispatch on this machine can go below."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: int, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x[0, :rows], *weights)
+        out = torch.empty_like(x)
+        for gate, up, down in zip(*[iter(weights)] * 3, strict=True):
+            units, _ = x[0, :rows] @ gate.t(), x[0, :rows] @ up.t()
+            torch.mm(units, down.t(), out=out[0, :rows])
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        x, *weights = ctx.saved_tensors
+        dout, dx, grads = dout[0, : len(x)], torch.empty_like(dout), []
+        for gate, up, down in zip(*[iter(weights)] * 3, strict=True):
+            units = dout @ down
+            torch.mm(units, gate, out=dx[0, : len(x)]).addmm_(units, up)
+            grads += [units.t() @ x, units.t() @ x, dout.t() @ units]
+        return dx, None, *grads
+
+
+def products_alone(experts: list[nn.Module], k: int) -> Callable[[Tensor], Tensor]:
+    """Runs `Products` on the even share of the rows for each expert."""
+    weights = [part.weight for expert in experts for part in (expert.gate_proj, expert.up_proj, expert.down_proj)]
+    return lambda x: Products.apply(x, x.shape[1] * k // len(experts), *weights)
 
 
 def stock_layer(expert: nn.Module, n_experts: int, k: int, capacity_factor: float | None) -> nn.Module:
@@ -65,23 +100,36 @@ def stock_layer(expert: nn.Module, n_experts: int, k: int, capacity_factor: floa
     )
 
 
-def variants(n_experts: int, k: int, width: int) -> tuple[Variants, list[nn.Module]]:
-    """What is compared, by name, and the modules whose gradients are cleared between turns."""
+def stock_mask_gib(tokens: int, n_experts: int, k: int) -> float:
+    """GiB of one of the stock layer's fp32 masks at capacity 1.5. It holds several at a time."""
+    capacity = STOCK_CAPACITY * k * tokens / n_experts
+    return 4 * tokens * n_experts * capacity / 2**30
+
+
+def variants(n_experts: int, k: int, width: int, stock: bool) -> tuple[Variants, list[nn.Module]]:
+    """What is compared, by name, and the modules whose gradients are cleared between turns.
+
+    Args:
+        stock: whether the stock layer is among them.
+    """
     torch.manual_seed(0)
     expert = GatedMLP(HIDDEN, width)
     spec = MoESpec(num_experts=[n_experts], top_k_experts=k)
     dense = GatedMLP(HIDDEN, k * width)
     native = sparse_mlp(expert, spec, n_experts, 0).train()
     spread = to_deepspeed(sparse_mlp(expert, spec, n_experts, 0).train(), ep_size=1)
-    dropping = stock_layer(expert, n_experts, k, 1.5).train()
-    dropless = stock_layer(expert, n_experts, k, None).train()
     runs: Variants = {
-        "dense MLP of k × width": dense,
+        DENSE: dense,
+        "the experts' matrix products alone": products_alone(list(native.experts), k),
         "native engine, dropless": native,
         "deepspeed engine, dropless, ep_size 1": spread,
-        "stock DeepSpeed layer, capacity 1.5": lambda x: dropping(x)[0],
-        "stock DeepSpeed layer, dropless": lambda x: dropless(x)[0],
     }
+    if not stock:
+        return runs, [dense, native, spread]
+    dropping = stock_layer(expert, n_experts, k, STOCK_CAPACITY).train()
+    dropless = stock_layer(expert, n_experts, k, None).train()
+    runs[f"stock DeepSpeed layer, capacity {STOCK_CAPACITY}"] = lambda x: dropping(x)[0]
+    runs["stock DeepSpeed layer, dropless"] = lambda x: dropless(x)[0]
     return runs, [dense, native, spread, dropping, dropless]
 
 
@@ -96,9 +144,11 @@ def turn(run: Callable[[Tensor], Tensor], modules: list[nn.Module], x: Tensor, c
     return clock() - start
 
 
-def measure(tokens: int, shape: tuple[int, int, int], repeats: int, clock: Callable[[], float]) -> list[dict]:
+def measure(
+    tokens: int, shape: tuple[int, int, int], repeats: int, clock: Callable[[], float], stock: bool
+) -> list[dict]:
     """One row per variant: milliseconds, and as multiples of the dense MLP's."""
-    runs, modules = variants(*shape)
+    runs, modules = variants(*shape, stock)
     x = torch.randn(1, tokens, HIDDEN)
     for run in runs.values():
         turn(run, modules, x, clock)
@@ -106,7 +156,7 @@ def measure(tokens: int, shape: tuple[int, int, int], repeats: int, clock: Calla
     for _ in range(repeats):
         for name, run in runs.items():
             best[name] = min(best[name], turn(run, modules, x, clock))
-    dense = best["dense MLP of k × width"]
+    dense = best[DENSE]
     n_experts, k, width = shape
     return [
         {
@@ -139,6 +189,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", help="only the shapes with these numbers of experts")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--stock-gib", type=float, default=1.0, help="largest mask of the stock layer, in GiB")
     parser.add_argument("--cpu-time", action="store_true", help="not the wall clock: for a machine that is busy")
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
@@ -149,9 +200,12 @@ def main() -> None:
         for shape in SHAPES:
             if arguments.experts and shape[0] not in arguments.experts:
                 continue
-            measured = measure(tokens, shape, arguments.repeats, clock)
+            mask = stock_mask_gib(tokens, shape[0], shape[1])
+            measured = measure(tokens, shape, arguments.repeats, clock, stock=mask <= arguments.stock_gib)
             rows += measured
             print(f"{tokens} tokens, {shape[0]} experts of {shape[2]} units, {shape[1]} per token")
+            if mask > arguments.stock_gib:
+                print(f"  stock DeepSpeed layer left out: each of its masks would take {mask:.1f} GiB")
             for row in measured:
                 print(f"  {row['variant']:40} {row['milliseconds']:9.2f} ms  {row['times_dense']:6.2f} × dense")
     if arguments.json:

@@ -116,15 +116,14 @@ class FusedExperts(torch.autograd.Function):
         dx_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
         dgate_R = torch.empty_like(gate_R)
         width, most = pre[0].shape[1], max(ctx.counts)
-        dy_MD, dz_MI = dout_TD.new_empty(most, x_TD.shape[1]), dout_TD.new_empty(most, width)
-        x_MD, inner_MI = torch.empty_like(dy_MD), torch.empty_like(dz_MI)
-        dpre_M = [torch.empty_like(dz_MI) for _ in pre]
+        dy_MD, inner_MI = dout_TD.new_empty(most, x_TD.shape[1]), dout_TD.new_empty(most, width)
+        x_MD, dpre_M = torch.empty_like(dy_MD), [torch.empty_like(inner_MI) for _ in pre]
         per_expert = _per_expert(layout, ctx.counts, token_R, gate_R.unsqueeze(1), dgate_R, *pre)
         for base, count, token_n, gate_n1, dgate_n, *pre_n in per_expert:
             output, inner_nI, dpre_n = base + layout.stride - 2, inner_MI[:count], [part[:count] for part in dpre_M]
             dy_nD = torch.index_select(dout_TD, 0, token_n, out=dy_MD[:count]).mul_(gate_n1)
-            dz_nI = torch.mm(dy_nD, tensors[output], out=dz_MI[:count])
-            _inner_backward(layout.activation, pre_n, dz_nI, inner_nI, dpre_n, dgate_n)
+            torch.mm(dy_nD, tensors[output], out=dpre_n[0])
+            _inner_backward(layout.activation, pre_n, dpre_n, inner_nI, dgate_n)
             if tensors[output + 1] is not None:
                 dgate_n += dy_nD.float() @ tensors[output + 1].float()
             _linear_backward(dy_nD, inner_nI, grads[output], grads[output + 1])
@@ -190,23 +189,24 @@ def _inner(activation: Activation, pre: list[Tensor], out_nI: Tensor) -> None:
 
 
 def _inner_backward(
-    activation: Activation, pre: list[Tensor], dz_nI: Tensor, inner_nI: Tensor, dpre: list[Tensor], dgate_n: Tensor
+    activation: Activation, pre: list[Tensor], dpre: list[Tensor], inner_nI: Tensor, dgate_n: Tensor
 ) -> None:
-    """From dz, the gradient of the units: the units again, the gradients of `pre`, and Σ dz × units of each row.
+    """The units again, the gradients of `pre`, and Σ dz × units of each row.
 
-    The values of `dz_nI` are used up.
+    Where the first of `dpre` goes stands dz, the gradient of the units, before.
     """
-    for inner_bI, dz_bI, dgate_b, *parts in _blocks(inner_nI, dz_nI, dgate_n, *pre, *dpre):
+    for inner_bI, dz_bI, dgate_b, first, *parts in _blocks(inner_nI, dpre[0], dgate_n, *pre, *dpre[1:]):
         if len(pre) == 2:
-            first, second, dfirst, dsecond = parts
+            second, dsecond = parts
             _activate(activation, first, dsecond)
             torch.mul(dsecond, second, out=inner_bI)
             dsecond.mul_(dz_bI)
-            _activation_backward(activation, first, torch.mul(second, dz_bI, out=dfirst), dfirst)
+            torch.sum(dsecond * second, 1, dtype=dgate_n.dtype, out=dgate_b)
+            dz_bI.mul_(second)
         else:
-            _activate(activation, parts[0], inner_bI)
-            _activation_backward(activation, parts[0], dz_bI, parts[1])
-        torch.sum(dz_bI.mul_(inner_bI), 1, dtype=dgate_n.dtype, out=dgate_b)
+            _activate(activation, first, inner_bI)
+            torch.sum(dz_bI * inner_bI, 1, dtype=dgate_n.dtype, out=dgate_b)
+        _activation_backward(activation, first, dz_bI)
 
 
 def _activate(activation: Activation, x: Tensor, out: Tensor) -> None:
@@ -217,12 +217,12 @@ def _activate(activation: Activation, x: Tensor, out: Tensor) -> None:
         out.copy_(activation(x))
 
 
-def _activation_backward(activation: Activation, x: Tensor, grad: Tensor, out: Tensor) -> None:
-    """Gradient of an elementwise function, into given memory (which may be that of `grad`)."""
+def _activation_backward(activation: Activation, x: Tensor, grad: Tensor) -> None:
+    """Gradient of an elementwise function, in place of that of its result."""
     if type(activation) is nn.SiLU:
-        torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
+        torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
         return
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = activation(x)
-    out.copy_(torch.autograd.grad(y, x, grad)[0])
+    grad.copy_(torch.autograd.grad(y, x, grad)[0])
