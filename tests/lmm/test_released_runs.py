@@ -58,14 +58,15 @@ def test_train_merge_upcycle_train_again_and_chat(
 
 
 @pytest.fixture
-def one_with_and_one_without(released_flags, tmp_path):
-    """(folder, run, flags) -> flags of a run whose every step has one record with an image and one without."""
+def one_with_and_one_without(released_flags, clips, tmp_path):
+    """(folder, run, flags) -> flags of a run whose every step has a record with image and video, and one without."""
 
     def make(folder, name, **flags):
         turns = [{"from": "user", "value": "Hello?"}, {"from": "bot", "value": "Hello, and some more words."}]
-        shown = [{"from": "user", "value": "<image>\nWhat is it?"}, {"from": "bot", "value": "A fractal."}]
-        records = [{"id": "text", "conversations": turns}, {"id": "image", "image": "0.png", "conversations": shown}]
-        made = released_flags(folder, name, **flags)
+        shown = [{"from": "user", "value": "<video> <image>\nWhat is it?"}, {"from": "bot", "value": "A fractal."}]
+        media = {"image": "0.png", "video": "shapes.mp4"}
+        records = [{"id": "text", "conversations": turns}, {"id": "shown", **media, "conversations": shown}]
+        made = released_flags(folder, name, video_folder=clips, num_frames=3, **flags)
         (tmp_path / "data.json").write_text(json.dumps(records))
         everything = {"train_vision_encoder": True, "train_vision_projector": True, "num_train_epochs": 3}
         return made | everything | {"max_steps": 3, "learning_rate": 1e-3}
