@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from moellava.moe.spec import MoESpec
 
+TIE = 1e-5
+"""Scores of a set's slices that are nearer than this are equal but for rounding, which was 2e-7 at most."""
+
 
 @dataclass
 class Choice:
@@ -96,15 +99,29 @@ def best(score_NE: Tensor, k: int) -> Tensor:
     return torch.cat(picks, dim=1)
 
 
+def whole_sets(score_NE: Tensor, size: int) -> Tensor:
+    """Scores in which a set of `size` slices that differ by rounding alone has one score, that of its first slice.
+
+    The slices of an MLP start with equal router rows (`init granular`), but a matrix product may round equal rows
+    differently; a score of another set in between would then mix slices of two MLPs.
+    """
+    if size == 1:
+        return score_NE
+    score_NSG = score_NE.view(len(score_NE), -1, size)
+    first_NS1 = score_NSG[..., :1]
+    is_tied_NS1 = ((score_NSG - first_NS1).abs() <= TIE).all(-1, keepdim=True)
+    return torch.where(is_tied_NS1, first_NS1, score_NSG).view_as(score_NE)
+
+
 def select(logit_NE: Tensor, prob_NE: Tensor, bias_E: Tensor | None, spec: MoESpec, training: bool) -> Tensor:
     """The experts [N, k] of each token, best first."""
     if bias_E is not None:
-        return best(prob_NE + bias_E, spec.top_k_experts)
+        return best(whole_sets(prob_NE + bias_E, spec.granularity), spec.top_k_experts)
     if spec.second_expert == "sampled" and training:
         first = logit_NE.argmax(dim=1, keepdim=True)
         gumbel = -torch.empty_like(logit_NE).exponential_().log()
         return torch.cat([first, (logit_NE + gumbel).scatter(1, first, float("-inf")).argmax(1, keepdim=True)], dim=1)
-    return best(logit_NE, spec.top_k_experts)
+    return best(whole_sets(logit_NE, spec.granularity), spec.top_k_experts)
 
 
 def capacity(n_tokens: int, n_experts: int, spec: MoESpec, training: bool) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moellava.moe import MoESpec
-from moellava.moe.router import Choice, Router, best, capacity, gates, select, within_capacity
+from moellava.moe.router import Choice, Router, best, capacity, gates, select, whole_sets, within_capacity
 
 
 def choice_of(expert_Nk, kept_Nk=None):
@@ -64,6 +64,19 @@ def test_the_bias_changes_the_choice_and_not_the_weight():
     chosen = select(prob.log(), prob, torch.tensor([0.0, 0.0, 0.9]), spec, training=True)
     assert chosen.tolist() == [[2]]
     torch.testing.assert_close(gates(prob, choice_of(chosen), spec), torch.tensor([[0.1]]))
+
+
+@pytest.mark.parametrize("balance", ["sequence", "bias"])
+def test_rounding_does_not_tear_a_set_of_slices_apart(balance):
+    """Sets (0, 1), (2, 3), (4, 5). The second set's scores stand between those of the first."""
+    spec = MoESpec(init="granular", granularity=2, num_experts=[6], top_k_experts=2, router_balance=balance)
+    bias = torch.zeros(6) if balance == "bias" else None
+    near = torch.tensor([[0.5, 0.5 - 2e-7, 0.5 - 1e-7, 0.5 - 1e-7, 0.2, 0.2]])
+    assert set(best(near, 2)[0].tolist()) != {0, 1}
+    assert sorted(select(near, near, bias, spec, training=False)[0].tolist()) == [0, 1]
+    learnt = torch.tensor([[0.5, 0.3, 0.4, 0.4, 0.2, 0.2]])
+    assert select(learnt, learnt, bias, spec, training=True)[0].tolist() == [0, 2]
+    assert torch.equal(whole_sets(learnt, 2), learnt)
 
 
 def test_the_sampled_second_expert_is_never_the_first_and_is_plain_in_evaluation():
