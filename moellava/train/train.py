@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from transformers import set_seed
 
 from moellava.config import DataArguments, ModelArguments, MoEArguments, TrainingArguments, parse_arguments
@@ -65,23 +66,20 @@ def train(
         UserError: before the first step, for whatever in flags, data or folders would make the run wrong.
     """
     refuse_zero3_experts(args.deepspeed, moe_args.moe_enable)
-    stage = stage_of(model_args, moe_args)
-    output_dir = Path(args.output_dir)
+    stage, output_dir = stage_of(model_args, moe_args), Path(args.output_dir)
     identity = run_identity(stage, model_args, data_args, moe_args, args)
     if check_folder(output_dir, identity):
         logger.info("%s is complete: this run has finished before. Nothing to do.", output_dir)
         return output_dir
     if args.deepspeed and args.local_process_index == 0:
         remove_abandoned_locks(extension_root())
+    if model_args.cache_dir:
+        constants.HF_HUB_CACHE = model_args.cache_dir  # where all downloads go that name no folder
     set_seed(args.seed)
     with whole_parameters(args):
         parts = assemble(stage, model_args, data_args, moe_args, args)
-    freeze_all_but(
-        parts.model,
-        trainable_parameters(parts.model, parts.adapter)
-        if parts.adapter
-        else stage.selects(parts.model, model_args, moe_args),
-    )
+    adapted = parts.adapter and trainable_parameters(parts.model, parts.adapter)
+    freeze_all_but(parts.model, adapted or stage.selects(parts.model, model_args, moe_args))
     datasets = {
         "train_dataset": make_dataset(data_args.data_path, parts, model_args, data_args, args),
         "eval_dataset": make_dataset(data_args.eval_data_path, parts, model_args, data_args, args),
@@ -89,7 +87,12 @@ def train(
     if is_rank_zero():
         claim_folder(output_dir, identity)
         report(parts, stage, args)
-    trainer = make_trainer(stage, parts, model_args, args, datasets)
+    run(make_trainer(stage, parts, model_args, args, datasets), stage, output_dir)
+    return output_dir
+
+
+def run(trainer: StageTrainer, stage: Stage, output_dir: Path) -> None:
+    """Trains from the last checkpoint, or from the start, to the complete folder."""
     resume = last_checkpoint(output_dir)
     if resume:
         logger.info("Going on from %s", resume)
@@ -100,7 +103,6 @@ def train(
         mark_finished(output_dir)
         logger.info("Stage %s is complete: %s", stage.name, output_dir)
     trainer.accelerator.wait_for_everyone()
-    return output_dir
 
 
 def make_trainer(

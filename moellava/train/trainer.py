@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from pathlib import Path
@@ -118,6 +119,19 @@ class StageTrainer(Trainer):
         self.sums: dict[str, float] = {}
         self.interval_start = time.perf_counter()
         self.last_logged_step = self.state.global_step
+
+    def evaluate(self, *args, **kwargs):
+        """As HF's; evaluation counts neither in the load of experts nor in the throughput that are logged."""
+        began, layers = time.perf_counter(), [layer for _, layer in moe_layers(self.model)]
+        kept = [layer.stats for layer in layers]
+        for layer in layers:
+            layer.stats = copy.copy(layer.stats)
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            for layer, stats in zip(layers, kept, strict=True):
+                layer.stats = stats
+            self.interval_start += time.perf_counter() - began
 
     # -- data and optimizer ----------------------------------------------------------------------------------------
 

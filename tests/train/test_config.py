@@ -1,5 +1,6 @@
 """Flags: conflicts are refused by name and all at once; old spellings work; nothing is accepted in vain."""
 
+import json
 from dataclasses import fields
 
 import pytest
@@ -80,3 +81,43 @@ def test_a_preset_gives_way_to_flags():
     spec = parse("--moe_enable True --moe_preset moe-llava --capacity_factor 2")[2].spec()
     assert spec.capacity_factor == 2.0
     assert spec.router_balance == MoESpec.from_preset("moe-llava").router_balance
+
+
+def test_the_cache_dir_is_where_downloads_go(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from moellava.train.train import train
+
+    seen = []
+
+    def offline(*_, **__):
+        seen.append(constants.HF_HUB_CACHE)
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "before")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    flags = f"--model_name_or_path no/model --data_path d.json --output_dir {tmp_path} --cache_dir {tmp_path / 'cache'}"
+    with pytest.raises(UserError, match="no/model"):
+        train(*parse_arguments([*flags.split(), "--report_to", "none"]))
+    assert seen == [str(tmp_path / "cache")]
+
+
+def test_a_folder_says_itself_whether_images_are_enclosed(tmp_path, flags_for):
+    from moellava.train.train import train
+
+    def run(stage, **flags):
+        flags = flags_for(tmp_path, stage) | {"max_steps": 1, "save_strategy": "no"} | flags
+        words = [str(word) for name, value in flags.items() if value for word in (f"--{name}", value)]
+        return train(*parse_arguments(words))
+
+    run("pretrain", mm_use_im_start_end=True)
+    with pytest.raises(UserError, match="without.*set --mm_use_im_start_end True"):
+        run("finetune")
+    run("finetune", mm_use_im_start_end=True)
+    run("moe")  # follows the folder
+    for stage in ("finetune", "moe"):
+        config = json.loads((tmp_path / stage / "config.json").read_text())
+        assert config["moellava"]["use_im_start_end"] is True
+    with pytest.raises(UserError, match="--mm_use_im_start_end False, but .* was trained with <im_start>"):
+        run("moe", mm_use_im_start_end="False", output_dir=tmp_path / "other")

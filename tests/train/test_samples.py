@@ -1,5 +1,6 @@
 """Sample answers during training: what chat would say, to what training shows, without touching the run."""
 
+import json
 import logging
 from types import SimpleNamespace
 
@@ -22,7 +23,9 @@ def run(flags_for, tmp_path, caplog):
 
     def start(name, **flags):
         flags = flags_for(tmp_path, "finetune") | {"output_dir": tmp_path / name, "max_steps": 6} | flags
-        flags.pop("pretrain_mm_mlp_adapter")
+        flags = {
+            name: value for name, value in flags.items() if value is not None and name != "pretrain_mm_mlp_adapter"
+        }
         caplog.clear()
         with caplog.at_level(logging.INFO, "moellava"):
             folder = train(
@@ -51,6 +54,24 @@ def test_samples_are_what_chat_answers_and_change_no_loss(run, parts, losses_of)
             seen.append(image)
     assert None in seen and len(set(seen)) > 1
     assert any(said for *_, said, _ in shown)
+
+
+def test_evaluation_leaves_the_load_that_is_logged_alone(run, parts, tmp_path):
+    dense, _ = run("dense", max_steps=1, save_strategy="no")
+    sparse = {
+        "moe_enable": True,
+        "moe_mode": "dense",
+        "num_experts": 2,
+        "image_tower": None,
+        "model_name_or_path": dense,
+    }
+    logs = []
+    for name, flags in {"without": {}, "with": EVALUATION | {"eval_data_path": parts / "sft.json"}}.items():
+        folder, _ = run(name, **sparse, **flags)
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        rows = [row for row in history if "loss" in row]
+        logs.append([{key: row[key] for key in row if key.startswith(("expert_load", "router_"))} for row in rows])
+    assert logs[0] == logs[1] and logs[0][0]
 
 
 def test_tensorboard_gets_the_texts(run, parts):
