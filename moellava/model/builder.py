@@ -242,8 +242,11 @@ MERGERS = ("merger", "deepstack_merger_list")
 def parts_of(model: Any) -> dict[str, nn.Module]:
     """The four parts of a composed or released model by name. The head is the embedding itself where the two are tied.
 
-    Where the projector lies inside the vision encoder, the parts are lists of the modules that belong to each.
+    Where the projector lies inside the vision encoder, the parts are lists of the modules that belong to each. A model
+    whose class transformers does not know brings `own_parts`, which says where they are.
     """
+    if hasattr(model, "own_parts"):
+        return model.own_parts()
     inner = model.model
     tower = next(getattr(inner, name) for name in TOWERS_AT if hasattr(inner, name))
     projector = next((getattr(inner, name) for name in PROJECTORS_AT if hasattr(inner, name)), None)

@@ -26,7 +26,8 @@ class GradientWatch(TrainerCallback):
 
     Every trainable parameter has to be reached by the backward, and every B needs a gradient that is not zero (A has
     none yet, while B is zero). Experts are judged by the layer: one that no token has chosen rightly gets zeros.
-    Adapters of the vision encoder all get zeros in a step without any image, so they are watched until one comes.
+    Adapters of the vision encoder, and of layers that read it through cross-attention, all get zeros in a step without
+    any image, so they are watched until one comes.
 
     Args:
         model: with adapters, the engine chosen.
@@ -38,7 +39,10 @@ class GradientWatch(TrainerCallback):
         self.kinds: dict[str, str] = {}
         self.counts: dict[str, torch.Tensor] = {}
         self.handles: dict[str, list[Any]] = {}
-        seeing = {id(module) for module in encoder.modules()} if encoder else set()
+        # Cross-attention layers (Llama 3.2 Vision) see nothing in a step without images either.
+        readers = [layer for layer in model.modules() if hasattr(layer, "cross_attn")]
+        eyes = [*readers, *([encoder] if encoder else [])]
+        seeing = {id(module) for part in eyes for module in part.modules()}
         unwatched = {id(parameter) for parameter in encoder.parameters()} if encoder else set()
         expert_of = {
             id(module): f"the experts of layer {index}"

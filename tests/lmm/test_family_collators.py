@@ -97,45 +97,29 @@ def test_spans_of_images():
     assert spans_read([0, 1, 4, 5], 8) == [(0, 4), (1, 4), (4, 8), (5, 8)]
 
 
-@pytest.fixture
-def open_gates(opened):
-    """Llama 3.2's model with its gates, which are 0 in a new one, half open."""
-    model = opened("llama-3.2-vision").model
-    gates = {name: p for name, p in model.named_parameters() if "gate" in name and p.numel() == 1}
-    assert len(gates) >= 2
-    kept = {name: p.detach().clone() for name, p in gates.items()}
-    with torch.no_grad():
-        for gate in gates.values():
-            gate.fill_(0.5)
-    yield model
-    with torch.no_grad():
-        for name, gate in gates.items():
-            gate.copy_(kept[name])
-
-
-def test_llama_3_2_rows_read_their_own_images_alone(samples_of, open_gates, tiny_lmm):
+def test_llama_3_2_rows_read_their_own_images_alone(samples_of, opened, tiny_lmm):
     """A row without images computes what Hugging Face's class computes without any; one with images, what it does."""
     from transformers import MllamaForConditionalGeneration
 
     theirs = MllamaForConditionalGeneration.from_pretrained(tiny_lmm("llama-3.2-vision"), dtype=torch.float32).eval()
-    theirs.load_state_dict(open_gates.state_dict())
+    ours = opened("llama-3.2-vision").model
     dataset = samples_of("llama-3.2-vision")
     together = batch_of(dataset, 0, 1, 2)
     ids = dataset[2]["input_ids"][None]
     with torch.no_grad():
-        logits = open_gates(**together).logits
+        logits = ours(**together).logits
         torch.testing.assert_close(logits[:2], theirs(**together).logits[:2], rtol=1e-5, atol=1e-6)
         text = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
         torch.testing.assert_close(logits[2, : len(text)], text, rtol=1e-5, atol=1e-6)
-        alone = open_gates(**batch_of(dataset, 2)).logits[0]
+        alone = ours(**batch_of(dataset, 2)).logits[0]
         torch.testing.assert_close(alone[: len(text)], text, rtol=1e-5, atol=1e-6)
         together["pixel_values"][0] = 1 - together["pixel_values"][0]
-        changed = (open_gates(**together).logits - logits).abs().amax(dim=(1, 2))
+        changed = (ours(**together).logits - logits).abs().amax(dim=(1, 2))
     assert changed[0] > 1e-4 and not changed[1:].any()
 
 
 @pytest.mark.parametrize("family_id", ["llama-3.2-vision", "paligemma", "smolvlm"])
-def test_a_rank_without_images_has_a_gradient_for_every_part(family_id, samples_of, opened, open_gates):
+def test_a_rank_without_images_has_a_gradient_for_every_part(family_id, samples_of, opened):
     dataset, model = samples_of(family_id), opened(family_id).model
     model.zero_grad()
     model(**batch_of(dataset, 0)).loss.backward()
