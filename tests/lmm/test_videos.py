@@ -23,8 +23,8 @@ from moellava.train.train import train
 WITH_VIDEO = ["llava-next-video", "llava-onevision", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "internvl", "smolvlm"]
 """Families whose processor has a way for videos."""
 
-AS_IMAGES = ["llava-1.5", "llava-1.6", "llava-interleave", "gemma3", "llama-3.2-vision"]
-"""Families that see a video as its frames."""
+AS_IMAGES = ["llava-1.5", "llava-1.6", "gemma3", "llama-3.2-vision"]
+"""Families that see a video as its frames, each with a processor of another kind."""
 
 FRAMES = 3
 RECORDS = [
@@ -259,13 +259,13 @@ def test_chat_reads_what_training_shows(family_id, videos_of, opened, clips, pic
 
 @pytest.fixture
 def run_on(tiny_lmm, released_flags, clips, tmp_path):
-    """(records, flags) -> the folder and the log lines that a run of the tiny Qwen2-VL leaves, in this process."""
+    """(records, flags) -> the folder and the log lines that a run of the tiny Qwen2.5-VL leaves, in this process."""
 
     def run(records, **flags):
         (tmp_path / "videos.json").write_text(json.dumps(records))
         data = {"data_path": tmp_path / "videos.json", "video_folder": clips, "num_frames": FRAMES}
         roles = {"user_key": "human", "assistant_key": "gpt"}
-        flags = released_flags(tiny_lmm("qwen2-vl"), "run", **data, **roles, **{"model_max_length": 512} | flags)
+        flags = released_flags(tiny_lmm("qwen2.5-vl"), "run", **data, **roles, **{"model_max_length": 512} | flags)
         folder = train(*parse_arguments([str(word) for name, value in flags.items() for word in (f"--{name}", value)]))
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return folder, [row for row in history if "loss" in row]
