@@ -109,9 +109,8 @@ def load_lmm(
 
 def load_native(folder: Path, raw: dict[str, Any], family: LMMFamily, *, dtype: torch.dtype) -> ReleasedModel:
     """The loader of every family that has a class in transformers."""
-    cls = model_class_of(raw)
-    model = read(cls, folder, dtype)
-    processor = load_processor(folder, family)
+    processor = load_processor(folder, family)  # first: a file that is missing is told before gigabytes are read
+    model = read(model_class_of(raw), folder, dtype)
     settle_template(processor, family, model.config.get_text_config().model_type)
     return ReleasedModel(model, processor, family, folder)
 

@@ -25,6 +25,9 @@ from moellava.lmm.video_processors import AREAS, FrameProcessor, VideoKind, kind
 SETTINGS = ("processor_config.json", "preprocessor_config.json")
 """Files that describe a processor; folders of older versions have the second only."""
 
+NEEDED = (SETTINGS, ("tokenizer.json", "tokenizer.model", "vocab.json"), ("tokenizer_config.json",))
+"""Of each of these, a folder has at least one file: settings, vocabulary, and which of its tokens are special."""
+
 VIDEO = "video_processor"
 
 
@@ -34,11 +37,12 @@ def load_processor(folder: Path, family: LMMFamily) -> Any:
     Raises:
         UserError: a file of it is missing, or a package that it needs.
     """
-    settings = [folder / name for name in SETTINGS if (folder / name).is_file()]
-    if not settings:
-        raise UserError(f"{folder} lacks {' and '.join(SETTINGS)}: no processor can be built for {family.family_id}.")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise UserError(f"{folder} lacks tokenizer.json: no processor can be built for {family.family_id}.")
+    for names in NEEDED:
+        if not any((folder / name).is_file() for name in names):
+            raise UserError(
+                f"{folder} lacks {' and '.join(names)}: no processor can be built for {family.family_id}. Copy the "
+                "file from where the model comes from."
+            )
     cls = getattr(transformers, PROCESSOR_MAPPING_NAMES[family.model_type])
     try:
         if VIDEO in inspect.signature(cls.__init__).parameters and not is_torchvision_available():

@@ -18,6 +18,9 @@ FAMILIES = (
     "qwen3-vl",
     "internvl",
     "gemma3",
+    "smolvlm",
+    "paligemma",
+    "llama-3.2-vision",
 )
 QUESTION = "<image>\nWhat colour is it?"
 

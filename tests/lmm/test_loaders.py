@@ -57,12 +57,50 @@ def copy_of(tiny_lmm, tmp_path):
     return copy
 
 
-@pytest.mark.parametrize("lost", ["processor_config.json", "tokenizer.json", "model.safetensors"])
-def test_a_missing_file_is_named(lost, copy_of):
-    folder = copy_of("llava-1.5")
+@pytest.mark.parametrize("family_id", ["llava-1.5", "smolvlm", "llama-3.2-vision"])
+@pytest.mark.parametrize("lost", ["processor_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_file_that_the_processor_needs_is_named(family_id, lost, copy_of):
+    folder = copy_of(family_id)
     (folder / lost).unlink()
-    (folder / "tokenizer_config.json").unlink(missing_ok=lost == "tokenizer.json")
-    with pytest.raises((UserError, OSError), match=lost.split(".")[0]):
+    with pytest.raises(UserError, match=f"lacks .*{lost}.*: no processor can be built for {family_id}"):
+        reopen(folder)
+
+
+def test_missing_weights_are_named(copy_of):
+    folder = copy_of("llava-1.5")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises((UserError, OSError), match="model"):
+        reopen(folder)
+
+
+def test_a_package_that_the_processor_needs_is_named(tiny_lmm, monkeypatch):
+    from transformers.models.smolvlm import processing_smolvlm
+
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    with pytest.raises(UserError, match="cannot be built: Package `num2words` is required"):
+        reopen(tiny_lmm("smolvlm"))
+
+
+UNMASKABLE = {
+    "repeats": "{% for m in messages %}{{ m['content'][0]['text'] }}{{ m['content'][0]['text'] }}</s>{% endfor %}",
+    "not prefix-stable": "{{ messages | length }}{% for m in messages %}{{ m['content'][0]['text'] }}</s>{% endfor %}",
+    "ends an answer with nothing": "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}",
+    "cannot render": "{{ raise_exception('no') }}",
+}
+
+
+@pytest.mark.parametrize("reason", list(UNMASKABLE))
+def test_a_template_that_cannot_be_masked_is_named(reason, copy_of, monkeypatch, caplog):
+    """The one on record takes its place, and a warning says why; where there is none, the run stops."""
+    folder = copy_of("llava-1.5")
+    (folder / "chat_template.jinja").write_text(UNMASKABLE[reason])
+    caplog.set_level("WARNING", logger="moellava")
+    assert reopen(folder).processor.chat_template == RECORDED_TEMPLATES["llava-1.5"]
+    monkeypatch.delitem(RECORDED_TEMPLATES, "llava-1.5")
+    with pytest.raises(UserError, match=f"chat template of llava-1.5 cannot be trained on: .*{reason}"):
+        reopen(folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template and none is on record for llava-1.5"):
         reopen(folder)
 
 
