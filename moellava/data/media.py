@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ class MediaFiles:
         self.image_folder = Path(image_folder or "")
         self.video_folder = Path(video_folder) if video_folder else self.image_folder
         self.num_frames = num_frames
-        self._clip_of = lru_cache(CLIPS_KEPT)(self._probe)
+        self._clips: dict[str, Clip] = {}  # no `lru_cache`, which spawned workers could not be sent
 
     def file_of(self, medium: Medium) -> Path:
         """Where an image or a video lies."""
@@ -68,7 +67,11 @@ class MediaFiles:
 
     def clip(self, medium: Medium) -> Clip:
         """Which frames of a video are shown. Raises DataError as `probe_video` does."""
-        return self._clip_of(medium.path)
+        if medium.path not in self._clips:
+            if len(self._clips) == CLIPS_KEPT:
+                self._clips.clear()
+            self._clips[medium.path] = probe_video(self.file_of(medium), self.num_frames)
+        return self._clips[medium.path]
 
     def read(self, medium: Medium) -> Image.Image | Video:
         """An image, or the shown frames of a video. Raises DataError as `open_image` and `read_frames` do."""
@@ -79,9 +82,6 @@ class MediaFiles:
     def pictures(self, media: Iterable[Medium]) -> list[Image.Image]:
         """Images and the frames of videos, in order. Raises as `read` does."""
         return [picture for medium in media for picture in pictures_of(self.read(medium))]
-
-    def _probe(self, path: str) -> Clip:
-        return probe_video(self.video_folder / path, self.num_frames)
 
 
 def require_frames(num_frames: int, flag: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from moellava.data.dataset import SupervisedDataset, cut_length
 from moellava.data.images import open_image
 from moellava.data.inspect import view_of
 from moellava.data.media import MediaFiles
-from moellava.data.records import Medium, load_records
+from moellava.data.records import Medium, load_records, media_of
 from moellava.data.video import read_video
 from moellava.errors import DataError
 from moellava.mm_utils import pixel_values
@@ -131,6 +132,15 @@ def test_videos_lie_beside_images_unless_told_otherwise(clips, image_tree):
     assert MediaFiles(clips).file_of(clip) == clips / "shapes.mp4"
     assert MediaFiles(image_tree, clips).file_of(clip) == clips / "shapes.mp4"
     assert MediaFiles(image_tree, clips).file_of(Medium("image", "a.png")) == image_tree / "a.png"
+
+
+def test_a_data_set_with_videos_can_be_sent_to_spawned_workers(make, rows, monkeypatch):
+    data = pickle.loads(pickle.dumps(make(rows)))
+    assert len(data[0]["pixel_values"]) == FRAMES
+    monkeypatch.setattr("moellava.data.media.CLIPS_KEPT", 1)
+    assert [len(data.files.read(medium).frames) for medium in media_of(rows[1]) if medium.kind == "video"] == [
+        FRAMES
+    ] * 2
 
 
 def test_check_data_opens_every_video(rows, data_file, make_record, image_tree, clips, golden_tokenizers, capsys):
