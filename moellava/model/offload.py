@@ -18,6 +18,9 @@ from moellava.model.streaming import class_of, locate
 
 HEAD = "lm_head.weight"
 
+READ_AT_ONCE = ["MultiheadAttention", "MllamaVisionModel"]
+"""Classes that look at the weights of modules inside them without calling those."""
+
 
 def run_from_disk(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     """A model over the safetensors of a folder, for forwards on the CPU.
@@ -50,6 +53,6 @@ def run_from_disk(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
         main_device="cpu",
         offload_index=index,
         force_hooks=True,
-        preload_module_classes=[nn.MultiheadAttention.__name__],  # reads its linear's weight without calling it
+        preload_module_classes=READ_AT_ONCE,
     )
     return model

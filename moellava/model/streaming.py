@@ -50,6 +50,7 @@ HUB_NAMES = (
     ("vision_tower.vision_model.", "model.vision_tower."),
     ("vision_tower.", "model.vision_tower."),
     ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("vision_model.", "model.vision_model."),
     ("image_newline", "model.image_newline"),
     ("visual.", "model.visual."),
     ("model.", "model.language_model."),

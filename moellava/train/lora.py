@@ -182,6 +182,8 @@ def read_layers(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:
     """
     stacks = [module for module in encoder.modules() if isinstance(module, nn.ModuleList) and module is not encoder]
     read = getattr(model.config, "vision_feature_layer", None)
+    if read is None:  # Phi-3-Vision's name of it
+        read = (getattr(model.config, "img_processor", None) or {}).get("layer_idx")
     states = [read] if isinstance(read, int) else read
     layers = []
     for stack in stacks:

