@@ -212,6 +212,16 @@ BYTE_LEVEL = {"qwen2-vl": "qwen", "smolvlm": "phi", "paligemma": "phi"}
 """Family -> the byte-level vocabulary that it is tested with; the others with a smaller one of SentencePiece's kind."""
 
 
+PLACEHOLDER_FIELDS = {
+    **dict.fromkeys(
+        ("llava-1.5", "llava-1.6", "llava-interleave", "llava-next-video", "llava-onevision"),
+        {"image_token": "image_token_index", "video_token": "video_token_index"},
+    ),
+    "internvl": {"context_image_token": "image_token_id"},
+}
+"""Family -> token of `TOKENS` -> the config's field for its id, if that is not `image_token_id` or `video_token_id`."""
+
+
 def make_tokenizer(family_id: str, golden: Path, folder: Path) -> Any:
     """A real vocabulary with the family's special tokens."""
     from transformers import AutoTokenizer
@@ -301,15 +311,11 @@ def qwen_images() -> Any:
 
 
 def token_ids_of(family_id: str, tokenizer: Any) -> dict[str, int]:
-    """The config fields that name placeholders."""
-    named = {"image_token": "image_token_id", "video_token": "video_token_id"}
-    if family_id in ("llava-1.5", "llava-1.6", "llava-interleave", "llava-next-video", "llava-onevision"):
-        named = {"image_token": "image_token_index", "video_token": "video_token_index"}
-    if family_id == "internvl":
-        named = {"context_image_token": "image_token_id"}
+    """The ids of placeholders, by the config's fields for them."""
+    fields = PLACEHOLDER_FIELDS.get(family_id, {"image_token": "image_token_id", "video_token": "video_token_id"})
     return {
         field: tokenizer.convert_tokens_to_ids(TOKENS[family_id][name])
-        for name, field in named.items()
+        for name, field in fields.items()
         if name in TOKENS[family_id]
     }
 

@@ -7,7 +7,7 @@ from moellava.constants import IGNORE_INDEX
 from moellava.errors import UserError
 from moellava.lmm.family_collators import collator_for
 from moellava.lmm.loaders import find_model, load_lmm
-from moellava.lmm.supported_models import refuse_upcycling
+from moellava.lmm.supported_models import group_names, refuse_upcycling
 from moellava.model.saving import save_pretrained_folder
 from moellava.moe import MoESpec, upcycle
 
@@ -18,6 +18,10 @@ def test_loads_masks_learns_saves_reopens_and_upcycles(conforming_family, sample
     folder, raw, family = find_model(None, str(tiny_lmm(conforming_family)))
     released = load_lmm(folder, raw, family, dtype=torch.float32, trust_remote_code=family.remote_code)
     model = released.model
+
+    names = [name for name, _ in model.named_parameters()]
+    groups = group_names(names, family.keywords)
+    assert sorted(name for group in groups.values() for name in group) == sorted(names)
 
     dataset = samples_of(conforming_family)
     collate = collator_for(conforming_family, released.processor, reader=dataset.reader)
