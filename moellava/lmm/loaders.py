@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ import torch
 
 from moellava.errors import UserError
 from moellava.lmm.mllama import gate_rows
+from moellava.lmm.parts import bring_parts
 from moellava.lmm.processors import load_processor
 from moellava.lmm.prompts import ChatTemplate, ends_answers
-from moellava.lmm.remote import REMOTE_PROCESSORS, load_remote_model, parts_by_keywords
+from moellava.lmm.remote import REMOTE_PROCESSORS, load_remote_model
 from moellava.lmm.supported_models import SUPPORTED_MODELS, LMMFamily, lmm_family_of, undisguised
 from moellava.lmm.templates import recorded_template
 from moellava.log import get_logger
@@ -111,6 +111,7 @@ def load_native(folder: Path, raw: dict[str, Any], family: LMMFamily, *, dtype: 
     """The loader of every family that has a class in transformers."""
     processor = load_processor(folder, family)  # first: a file that is missing is told before gigabytes are read
     model = read(model_class_of(raw), folder, dtype)
+    bring_parts(model, family.keywords)
     settle_template(processor, family, model.config.get_text_config().model_type)
     return ReleasedModel(model, processor, family, folder)
 
@@ -125,7 +126,7 @@ def load_mllama(folder: Path, raw: dict[str, Any], family: LMMFamily, **options:
 def load_remote(folder: Path, raw: dict[str, Any], family: LMMFamily, **options: Any) -> ReleasedModel:
     """The loader of families whose code lies in the folder."""
     model = load_remote_model(folder, raw, **options)
-    model.own_parts = functools.partial(parts_by_keywords, model, family.keywords)
+    bring_parts(model, family.keywords)
     processor = REMOTE_PROCESSORS[family.family_id](folder, raw)
     model.config.image_token_id = processor.image_token_id
     settle_template(processor, family, family.model_type)

@@ -11,19 +11,16 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast
 
 from moellava.data.tokenizers import leading_ids, load_tokenizer
 from moellava.errors import DataError, UserError
-from moellava.lmm.supported_models import Keywords
 from moellava.model.loading import REPORT, check_loaded, quietly
 
 RUNS_BADLY = (ImportError, AttributeError, TypeError, ValueError, OSError, KeyError)
@@ -206,30 +203,6 @@ def load_remote_model(folder: Path, raw: dict[str, Any], *, dtype: torch.dtype) 
         raise refusal(folder, "model", error) from error
     check_loaded(info, str(folder))
     return model.eval()
-
-
-def parts_by_keywords(model: Any, keywords: Keywords) -> dict[str, nn.Module]:
-    """The parts of a model whose layout only its keywords tell, as `parts_of` names them.
-
-    Args:
-        model: of remote code.
-        keywords: of its family; what belongs to no part goes with the projector.
-    """
-    head = model.get_output_embeddings()
-    decoder = [held for held in held_at(model, keywords.language_model) if held is not head]
-    return {
-        "vision_tower": nn.ModuleList(held_at(model, keywords.vision_encoder)),
-        "projector": nn.ModuleList(held_at(model, (*keywords.vision_projector, *keywords.others))),
-        "language_model": nn.ModuleList(decoder),
-        "lm_head": head,
-    }
-
-
-def held_at(model: Any, names: Sequence[str]) -> list[nn.Module]:
-    """The modules of these names; a parameter as a list of itself alone."""
-    root = model if hasattr(model, names[0].partition(".")[0]) else model.model
-    found = [attrgetter(name)(root if hasattr(root, name.partition(".")[0]) else model) for name in names]
-    return [nn.ParameterList([held]) if isinstance(held, nn.Parameter) else held for held in found]
 
 
 def refusal(folder: Path, what: str, error: Exception) -> UserError:

@@ -239,11 +239,16 @@ MERGERS = ("merger", "deepstack_merger_list")
 """What transformers calls the vision encoder, the projector, and a projector that lies inside the encoder."""
 
 
+def has_known_parts(model: Any) -> bool:
+    """Whether the parts of a model are where `parts_of` looks for them."""
+    return any(hasattr(getattr(model, "model", model), name) for name in TOWERS_AT)
+
+
 def parts_of(model: Any) -> dict[str, nn.Module]:
     """The four parts of a composed or released model by name. The head is the embedding itself where the two are tied.
 
     Where the projector lies inside the vision encoder, the parts are lists of the modules that belong to each. A model
-    whose class transformers does not know brings `own_parts`, which says where they are.
+    of another layout brings `own_parts`, which says where they are.
     """
     if hasattr(model, "own_parts"):
         return model.own_parts()

@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 from moellava.errors import UnknownNameError, UserError
+from moellava.lmm.parts import parts_by_keywords
 from moellava.lmm.supported_models import (
     LMM_FAMILIES,
     MULTIMODAL_KEYWORDS,
@@ -16,6 +17,7 @@ from moellava.lmm.supported_models import (
     register_family,
     register_model,
 )
+from moellava.model.builder import parts_of
 
 NATIVE = [name for name, family in LMM_FAMILIES.items() if not family.remote_code]
 
@@ -39,6 +41,19 @@ def test_the_language_model_is_what_the_class_calls_its_decoder(family_and_model
     decoder |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
     groups = group_names([name for name, _ in model.named_parameters()], MULTIMODAL_KEYWORDS[family_id])
     assert {id(model.get_parameter(name)) for name in groups["language_model"]} == decoder
+
+
+def test_what_flags_choose_is_what_the_keywords_say(family_and_model):
+    """By the layouts that are known, and by the keywords alone, as for classes of another layout."""
+    family_id, model = family_and_model
+    keywords = MULTIMODAL_KEYWORDS[family_id]
+    groups = group_names([name for name, _ in model.named_parameters()], keywords)
+    named = {part: {id(model.get_parameter(name)) for name in names} for part, names in groups.items()}
+    for parts in (parts_of(model), parts_by_keywords(model, keywords)):
+        held = {name: {id(parameter) for parameter in part.parameters()} for name, part in parts.items()}
+        assert held["vision_tower"] == named["vision_encoder"]
+        assert held["projector"] - named["others"] == named["vision_projector"]
+        assert held["language_model"] | held["lm_head"] == named["language_model"]
 
 
 def test_the_family_follows_from_the_config(family_and_model):
