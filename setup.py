@@ -28,7 +28,7 @@ setup(
     ],
     extras_require={
         "train": ["deepspeed>=0.19", "ninja", "tensorboard"],
-        "video": ["av>=12"],
+        "video": ["av>=15"],
         "quant": ["bitsandbytes>=0.48"],
         "smolvlm": ["num2words"],
         "demo": ["easy-vqa"],
@@ -38,7 +38,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "num2words",
-            "av>=12",
+            "av>=15",
             "bitsandbytes>=0.48",
             "ruff",
             "mypy",

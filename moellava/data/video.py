@@ -34,7 +34,7 @@ class Clip:
     """What is known of a video before its frames are decoded.
 
     Attributes:
-        size: width and height in pixels.
+        size: width and height in pixels, upright.
         total: frames of the whole video.
         fps: its frames a second.
         indices: the chosen frames, from 0, as of `frame_indices`.
@@ -101,7 +101,7 @@ def _naming_the_file(read: Callable[..., T]) -> Callable[..., T]:
 
 @_naming_the_file
 def probe_video(path: str | Path, count: int) -> Clip:
-    """Which frames of a file stand for it. Its packets are read, no frame is decoded.
+    """Which frames of a file stand for it. Its packets are read, and its first frame is decoded.
 
     Args:
         path: any file that FFmpeg reads.
@@ -113,6 +113,7 @@ def probe_video(path: str | Path, count: int) -> Clip:
     """
     import av
 
+    size = _size_of(path)
     with av.open(str(path)) as container:
         stream = _stream_of(container, path)
         times, keys, unstamped, hidden = array("q"), array("q"), 0, 0
@@ -140,12 +141,13 @@ def probe_video(path: str | Path, count: int) -> Clip:
         stamps: tuple[tuple[int, int], ...] = ()
         if not unstamped and len(set(ordered)) == total and keys and keys[0] == ordered[0]:
             stamps = tuple((ordered[i], keys[bisect_right(keys, ordered[i]) - 1]) for i in indices)
-        return Clip((stream.width, stream.height), total, _fps(stream, ordered), indices, stamps)
+        return Clip(size, total, _fps(stream, ordered), indices, stamps)
 
 
 @_naming_the_file
 def read_frames(path: str | Path, clip: Clip) -> Video:
-    """The chosen frames of a file, decoded from the key frames before them. At most they and one more are in memory.
+    """The chosen frames of a file, upright, decoded from the key frames before them. At most they and one more are in
+    memory.
 
     Args:
         path: the file.
@@ -155,7 +157,7 @@ def read_frames(path: str | Path, clip: Clip) -> Video:
         DataError: the file cannot be decoded, or ends before the last of them.
         UserError: the package av is not installed.
     """
-    return Video(clip, tuple(_each(path, clip, lambda frame: frame.to_image())))
+    return Video(clip, tuple(_each(path, clip, _upright)))
 
 
 def read_video(path: str | Path, count: int) -> Video:
@@ -205,6 +207,22 @@ def _each(path: str | Path, clip: Clip, take: Callable[[av.VideoFrame], T]) -> l
             return taken
     lost = clip.indices[len(taken)]
     raise DataError(f"{path}: the video ends before frame {lost}, though it announces {clip.total} frames")
+
+
+def _upright(frame: av.VideoFrame) -> Image.Image:
+    """A frame as an image, turned as the file says that its camera was held."""
+    return frame.to_image().rotate(frame.rotation, expand=True)
+
+
+def _size_of(path: str | Path) -> tuple[int, int]:
+    """Width and height of the upright frames; only a frame tells how it is to be turned."""
+    import av
+
+    with av.open(str(path)) as container:
+        frame = next(container.decode(_stream_of(container, path)), None)
+    if frame is None:
+        raise DataError(f"{path}: the video has no frame")
+    return (frame.width, frame.height) if frame.rotation % 180 == 0 else (frame.height, frame.width)
 
 
 def _stream_of(container: av.container.InputContainer, path: str | Path) -> av.VideoStream:

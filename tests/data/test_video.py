@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 
@@ -47,6 +48,20 @@ def test_a_video_gives_the_frames_of_those_numbers(name, clips):
         assert [frame.tobytes() for frame in video.frames] == [frames[i].tobytes() for i in video.clip.indices]
         assert {(frame.mode, frame.size) for frame in video.frames} == {("RGB", video.clip.size)}
     assert video.clip.fps == 4 and video.clip.seconds == len(frames) / 4
+
+
+@pytest.mark.parametrize("degrees, matrix", [(-90, (0, 1, -1, 0)), (180, (-1, 0, 0, -1)), (90, (0, -1, 1, 0))])
+def test_frames_are_turned_as_the_camera_was_held(degrees, matrix, clips, tmp_path):
+    """The track's header says it, by a matrix of rows (a b 0) (c d 0) (0 0 1), in units of 1/65536 and 1/2^30."""
+    content = bytearray((clips / "wide.mp4").read_bytes())
+    begin = content.find(b"tkhd") + 4 + 40
+    a, b, c, d = (65536 * entry for entry in matrix)
+    content[begin : begin + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(content)
+    plain, turned = read_video(clips / "wide.mp4", 3), read_video(tmp_path / "turned.mp4", 3)
+    for before, after in zip(plain.frames, turned.frames, strict=True):
+        assert after.tobytes() == before.rotate(degrees, expand=True).tobytes()
+        assert after.size == turned.clip.size == ((96, 48) if degrees == 180 else (48, 96))
 
 
 def test_frames_between_are_jumped_over_where_a_key_frame_allows(clips):
