@@ -85,13 +85,16 @@ def every_tensor(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def merge(base: str, adapter_dir: Path, output_dir: Path) -> dict[str, dict[str, float]]:
+def merge(
+    base: str, adapter_dir: Path, output_dir: Path, trust_remote_code: bool = False
+) -> dict[str, dict[str, float]]:
     """Writes the merged folder.
 
     Args:
         base: the folder that the run with adapters started from.
         adapter_dir: the `adapter/` of that run, or one that peft wrote.
         output_dir: must not hold a model.
+        trust_remote_code: run the Python code in the base's folder, for families that need it.
 
     Returns:
         What was compared -> probe -> max |Δ logit|: `adapter` (how far it moves the base), `merging`, `folder`.
@@ -102,7 +105,7 @@ def merge(base: str, adapter_dir: Path, output_dir: Path) -> dict[str, dict[str,
     """
     adapter, tensors = read_adapter(adapter_dir)
     dtype = getattr(torch, adapter.origin.get("dtype", "float32"))
-    opened = open_folder(resolve_folder(base, "--model-path"), dtype)
+    opened = open_folder(resolve_folder(base, "--model-path", code=trust_remote_code), dtype, trust_remote_code)
     model = opened.model
     rebuild(model, adapter.origin)
     settle_template(opened, base, adapter.origin)
@@ -121,7 +124,7 @@ def merge(base: str, adapter_dir: Path, output_dir: Path) -> dict[str, dict[str,
     refuse_if_above(found["merging"], ROUNDING, before, "Merging")
     for name, tensor in every_tensor(model):
         tensor.data = tensor.data.to(stored[name])
-    found["folder"] = write_compared(opened, probes, output_dir)
+    found["folder"] = write_compared(opened, probes, output_dir, trust_remote_code)
     return found
 
 
@@ -133,7 +136,9 @@ def settle_template(opened: OpenFolder, base: str, origin: dict[str, Any]) -> No
         opened.processor = make_processor(opened.processor.image_processor, opened.tokenizer, opened.model.config)
 
 
-def write_compared(opened: OpenFolder, probes: Probes, output_dir: Path) -> dict[str, float]:
+def write_compared(
+    opened: OpenFolder, probes: Probes, output_dir: Path, trust_remote_code: bool = False
+) -> dict[str, float]:
     """Writes the folder aside, opens it, and moves it to its place if it computes what the model does: max |Δ|.
 
     Raises:
@@ -143,7 +148,7 @@ def write_compared(opened: OpenFolder, probes: Probes, output_dir: Path) -> dict
     try:
         save_pretrained_folder(opened.model, opened.tokenizer, opened.processor, staging)
         logits = probe_logits(opened.model, probes)
-        reopened = open_folder(staging, opened.model.dtype).model
+        reopened = open_folder(staging, opened.model.dtype, trust_remote_code).model
         difference = largest_difference(logits, probe_logits(reopened, probes))
         refuse_if_above(difference, ROUNDING, logits, "Writing and reopening the folder")
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -171,6 +176,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model-path", required=True, help="the folder that the run with --lora_enable started from")
     parser.add_argument("--adapter", required=True, type=Path, help="the adapter/ folder that the run has left")
     parser.add_argument("--output-dir", required=True, type=Path, help="the folder to write")
+    parser.add_argument(
+        "--trust_remote_code",
+        type=lambda word: word.lower() == "true",
+        default=False,
+        help="True: run the Python code in the model's folder, for families that need it",
+    )
     args = parser.parse_args(argv)
     if (args.output_dir / "config.json").exists():
         raise UserError(f"--output-dir {args.output_dir} already holds a model. Choose another folder.")
@@ -179,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         "merging": "merging changes them by",
         "folder": "the folder differs by",
     }
-    for name, differences in merge(args.model_path, args.adapter, args.output_dir).items():
+    for name, differences in merge(args.model_path, args.adapter, args.output_dir, args.trust_remote_code).items():
         for probe, difference in differences.items():
             print(f"{titles[name]:28} max |Δ| {difference:.3e}  {probe}")
     print(f"wrote {args.output_dir}")

@@ -96,8 +96,8 @@ def test_an_encoder_in_full_beside_an_adapted_decoder(run, tiny_lmm):
 
 
 def test_vision_parts_train_beside_experts_when_they_are_asked_for(run, tiny_lmm, tmp_path):
-    sparse = {"moe_enable": True, "moe_mode": "dense", "num_experts": 2}
-    run("qwen2.5-vl", "sparse", **sparse, max_steps=1)
+    words = ["--model-path", tiny_lmm("qwen2.5-vl"), "--output-dir", tmp_path / "sparse", "--moe_mode", "dense"]
+    assert main(["upcycle", *map(str, words), "--num_experts", "2"]) == 0
     folder = run(
         tmp_path / "sparse", "both", moe_enable=True, use_lora=True, **VISION_LORA, train_vision_projector=True
     )
@@ -117,9 +117,9 @@ def test_vision_parts_train_beside_experts_when_they_are_asked_for(run, tiny_lmm
     ],
 )
 def test_a_killed_run_goes_on_to_exactly_the_same_losses(family_id, flags, run, begin_at, losses_of, tmp_path):
-    flags |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 9}
+    flags |= {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 9}
     whole = run(family_id, "whole", **flags)
-    resumed = run(family_id, "resumed", **flags, output_dir=begin_at(1, whole, tmp_path / "resumed"))
+    resumed = run(family_id, "resumed", **flags, output_dir=begin_at(2, whole, tmp_path / "resumed"))
     assert losses_of(resumed) == losses_of(whole)
     one, other = state_of(whole), state_of(resumed)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -178,7 +178,8 @@ def test_a_first_batch_without_an_image_stops_no_run(run, tmp_path, released_fla
     flags = released_flags("", "run")
     turns = [{"from": "user", "value": "Hello?"}, {"from": "bot", "value": "Hello."}]
     (tmp_path / "text.json").write_text(json.dumps([{"id": str(n), "conversations": turns} for n in range(4)]))
-    run("llava-1.5", **VISION_LORA, use_lora=True, data_path=tmp_path / "text.json", output_dir=flags["output_dir"])
+    flags = {"data_path": tmp_path / "text.json", "output_dir": flags["output_dir"], "max_steps": 1}
+    run("llava-1.5", **VISION_LORA, use_lora=True, **flags)
 
 
 def test_targets_that_match_nothing_are_named(run, monkeypatch):
