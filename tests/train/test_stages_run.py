@@ -217,10 +217,13 @@ def tensorboard_tags(folder: Path) -> set[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [1, 2])
 def test_a_run_goes_on_with_another_ep_size(first, double, tmp_path, flags_for, kill_train, run_train, losses_of):
-    """Experts and their optimizer states move from one split over processes to the other."""
+    """Experts and their optimizer states move from one split over processes to the other; both end in one model."""
     flags = flags_for(double, "moe") | {"output_dir": tmp_path / "moe"}
     kill_train(flags | {"ep_size": first}, "checkpoint-4", processes=2)
     result = run_train(flags | {"ep_size": 3 - first}, processes=2)
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     assert f"was written with --ep_size {first}" in result.stderr + result.stdout
     assert losses_of(tmp_path / "moe") == pytest.approx(losses_of(double / "moe"), abs=1e-5)
+    mine, reference = weights(tmp_path / "moe"), weights(double / "moe")
+    assert mine.keys() == reference.keys()
+    assert all(torch.allclose(mine[name], reference[name], atol=1e-5) for name in reference)
