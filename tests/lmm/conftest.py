@@ -418,7 +418,7 @@ def samples_of(opened, pictures, tmp_path) -> Callable[..., MediaDataset]:
     """(family, records, options) -> the data set of that family's tiny model."""
 
     def make(family_id: str, records: list[dict[str, Any]] = RECORDS, **options: Any) -> MediaDataset:
-        released = opened(family_id)
+        released = options.pop("released", None) or opened(family_id)
         (tmp_path / "records.json").write_text(json.dumps(records))
         dataset = MediaDataset(
             load_records(tmp_path / "records.json"),

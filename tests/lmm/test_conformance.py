@@ -23,7 +23,7 @@ def test_loads_masks_learns_saves_reopens_and_upcycles(conforming_family, sample
     groups = group_names(names, family.keywords)
     assert sorted(name for group in groups.values() for name in group) == sorted(names)
 
-    dataset = samples_of(conforming_family)
+    dataset = samples_of(conforming_family, released=released)
     collate = collator_for(conforming_family, released.processor, reader=dataset.reader)
     batch = collate([dataset[index] for index in range(3)])
     trained = batch["labels"] != IGNORE_INDEX
