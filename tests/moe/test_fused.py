@@ -92,6 +92,19 @@ def test_the_router_learns_the_same_where_a_gate_has_vanished():
     torch.testing.assert_close(router_gradient(run_experts), router_gradient(loop_over_experts), atol=1e-7, rtol=1e-5)
 
 
+def test_experts_used_twice_and_a_graph_walked_twice():
+    """What the forward keeps is not used up: a second backward gives the same again."""
+    experts, x, dispatch = problem(Gated)
+    first, second = (gradients(run_experts, experts, x * scale, dispatch)[3:] for scale in (1, 2))
+    weight = torch.linspace(-1, 1, x.numel()).view_as(x)
+    out = run_experts(experts, x, dispatch) + run_experts(experts, 2 * x, dispatch)
+    for times in (1, 2):
+        (out * weight).sum().backward(retain_graph=True)
+        found = [parameter.grad for expert in experts for parameter in expert.parameters()]
+        for mine, one, other in zip(found, first, second, strict=True):
+            torch.testing.assert_close(mine, times * (one + other), atol=1e-5, rtol=1e-5)
+
+
 def test_idle_experts_get_zero_gradients_and_not_none():
     _, _, _, *grads = gradients(run_experts, *problem(Gated))
     idle = grads[6:12]
