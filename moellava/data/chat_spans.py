@@ -71,13 +71,13 @@ def chat_pieces(
 
     Raises:
         UserError: no chat template, or one that is not prefix-stable.
-        DataError: the template rewrites what this conversation says.
+        DataError: the template rewrites what this conversation says, or cannot be masked for one of its shape.
     """
     shape = tuple(None if isinstance(content, str) else kinds_of(content) for _, content in turns)
     try:
         slots, after = _structure(tokenizer, tokenizer.chat_template, shape, opens)
     except UserError as error:
-        raise UserError(f"{name}: {error}") from error
+        raise (DataError if is_sound(tokenizer) else UserError)(f"{name}: {error}") from error
     said = [(role, isinstance(content, str), text) for role, content in turns for text in texts_of(content)]
     pieces = []
     for slot, (role, is_whole, text) in zip(slots, said, strict=True):
@@ -102,6 +102,14 @@ def chat_terminator(tokenizer: PreTrainedTokenizerBase) -> str:
     """What ends an answer in the tokenizer's chat template. Raises UserError as `chat_pieces` does."""
     slots, _ = _structure(tokenizer, tokenizer.chat_template, (None, None), False)
     return slots[1].ending
+
+
+def is_sound(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a question and its answer can be masked in the tokenizer's chat template."""
+    try:
+        return bool(chat_terminator(tokenizer))
+    except UserError:
+        return False
 
 
 def kinds_of(parts: Sequence[Mapping[str, str]]) -> Kinds:

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from moellava.constants import IGNORE_INDEX
-from moellava.errors import UserError
+from moellava.errors import DataError, UserError
 from moellava.lmm.family_collators import collator_for, spans_read
 from moellava.lmm.prompts import parts_of_text
 
@@ -131,3 +131,35 @@ def test_a_rank_without_images_has_a_gradient_for_every_part(family_id, samples_
     assert set(without) == with_image
     parts = ("vision", "connector", "projector", "cross_attn")
     assert not any(gradient.any() for name, gradient in without.items() if any(part in name for part in parts))
+
+
+OWN_TEMPLATE = (
+    "{{ bos_token }}{%- set system = '' %}"
+    "{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}"
+    "{% set messages = messages[1:] %}{% endif %}"
+    "{%- set seen = namespace(images=false) %}"
+    "{%- for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{% set seen.images = true %}{% endif %}{% endfor %}{% endfor %}"
+    "{%- if seen.images and system %}{{ raise_exception('no images beside a system message') }}{% endif %}"
+    "{%- if not seen.images %}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday\n\n' + system + '<|eot_id|>' }}"
+    "{% endif %}{%- for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{%- for part in message['content'] %}{{ '<|image|>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+"""Built like the one beside Llama 3.2 Vision: text alone opens with a system message, text with images does not."""
+
+
+def test_a_template_that_opens_text_and_images_differently(samples_of):
+    text = {"id": "t", "conversations": record(0, "Hi.")["conversations"]}
+    records = [record(1, "<image>\nWhat is it?"), text, text | {"system_prompt": "Be brief."}]
+    dataset = samples_of("llama-3.2-vision", records, template=OWN_TEMPLATE)
+    decode = dataset.reader.processor.tokenizer.decode
+    shown = [decode([token for token in sample["input_ids"].tolist() if token >= 0]) for sample in dataset]
+    assert [said.replace(" ", "").count("Today") for said in shown] == [0, 1, 1]
+    assert "Be brief.<|eot_id|>" in shown[2] and "{" not in shown[2]
+    both = record(1, "<image>\nWhat is it?") | {"system_prompt": "Be brief."}
+    with pytest.raises(DataError, match="(?s)Record <image>.*no images beside a system message") as refused:
+        samples_of("llama-3.2-vision", [both, text, both], template=OWN_TEMPLATE)
+    assert len(refused.value.problems) == 2
