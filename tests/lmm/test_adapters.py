@@ -138,7 +138,7 @@ def test_q_lora_rounds_the_decoder_alone(run, tiny_lmm, tmp_path):
     assert set(moved) == {"vision_encoder", "language_model"}, "the projector keeps its precision"
     assert all(name.endswith("_proj.weight") for name in moved["language_model"])
     for name in moved["vision_encoder"]:
-        assert torch.linalg.matrix_rank(new[name] - old[name], atol=1e-6) <= 2, "not rounded, adapted"
+        assert torch.linalg.matrix_rank(new[name] - old[name], atol=1e-5) <= 2, "not rounded, adapted"
     words = ["--model-path", base, "--adapter", folder / "adapter", "--output-dir", tmp_path / "merged"]
     assert main(["merge-lora", *map(str, words)]) == 0
     merged = state_of(tmp_path / "merged")
