@@ -198,6 +198,7 @@ def run_train():
                 stdout, stderr = process.communicate(timeout=280)
             finally:
                 kill_session(process.pid)  # a launcher that is stopped leaves its ranks behind
+        assert process.returncode or not shared_memory_of(words)
         return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
     return run
@@ -208,9 +209,9 @@ def kill_train():
     """Runs `train.py` until a checkpoint appears, then kills every process of it with SIGKILL."""
 
     def kill(flags: dict[str, object], checkpoint: str, processes: int = 1) -> None:
-        wanted = Path(str(flags["output_dir"])) / checkpoint
+        wanted, words = Path(str(flags["output_dir"])) / checkpoint, command(flags, processes)
         with subprocess.Popen(
-            command(flags, processes),
+            words,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=environment(),
@@ -222,8 +223,15 @@ def kill_train():
                 assert time.monotonic() < deadline, f"{wanted} did not appear"
                 time.sleep(0.02)
             kill_session(process.pid)
+        assert not shared_memory_of(words)
 
     return kill
+
+
+def shared_memory_of(words: list[str]) -> list[Path]:
+    """What a run has left in shared memory, told by its port; empty for a process that ran alone."""
+    port = words[words.index("--master_port") + 1] if "--master_port" in words else "alone"
+    return list(Path("/dev/shm").glob(f"*_{port}_*"))
 
 
 def kill_session(leader: int) -> None:

@@ -1,13 +1,19 @@
-"""Build locks that a killed run has left behind.
+"""What DeepSpeed's operator for CPU processes would leave behind: locks of killed builds, and shared memory.
 
 DeepSpeed loads its C++ operator through torch, which guards the build by a file named `lock` and holds it open. A run
 that is killed at that moment leaves the file, and every later run would wait for it without end and without a word.
+
+The operator lets processes read each other's buffers through files in shared memory, 66 MB each, which it never
+removes: memory that is gone until the machine starts anew. A later run on the same port would also begin with what a
+killed one has left in them.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+import torch.distributed as dist
 
 from moellava.log import get_logger
 
@@ -40,6 +46,17 @@ def remove_abandoned_locks(root: Path, processes: Path = Path("/proc")) -> list[
         logger.warning("Removing %s: a run that was killed while it loaded an operator has left it.", lock)
         lock.unlink(missing_ok=True)
     return abandoned
+
+
+def unlink_shared_buffer(folder: Path = Path("/dev/shm")) -> None:
+    """Takes this process's buffer off the file system; those that have mapped it keep it until they end, however.
+
+    Collective: afterwards nobody could map it any more. The name is the operator's own (`csrc/cpu/comm/shm.cpp`).
+    """
+    dist.barrier()
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
+    (folder / name).unlink(missing_ok=True)
 
 
 def open_files(processes: Path) -> set[str]:

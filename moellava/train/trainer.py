@@ -18,6 +18,7 @@ from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.moe import moe_layers, router_losses, router_metrics, set_routing_context, update_router_bias
 from moellava.train.checkpoint import STAGING, publish
+from moellava.train.extensions import unlink_shared_buffer
 from moellava.train.folder import StageFolder
 from moellava.train.loss import SupervisedHead, cross_entropy_sum, supervised_positions
 from moellava.train.optimizer import missing_from, parameter_groups
@@ -234,6 +235,7 @@ class RunHooks(TrainerCallback):
                     f"--deepspeed {args.deepspeed} was given, but the model is wrapped by "
                     f"{type(trainer.model_wrapped).__name__}. Start with `deepspeed train.py …` or `torchrun …`."
                 )
+            unlink_shared_buffer()
         trainer.begin_interval()
         if not args.skip_dry_save:
             trainer.folder.dry_save(trainer.model, trainer.model_wrapped, trainer.accelerator)
