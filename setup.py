@@ -30,7 +30,7 @@ setup(
         "train": ["deepspeed>=0.19", "ninja", "tensorboard"],
         "video": ["av>=15"],
         "quant": ["bitsandbytes>=0.48"],
-        "smolvlm": ["num2words"],
+        "smolvlm": ["num2words", "transformers>=5.23"],
         "demo": ["easy-vqa"],
         "test": [
             "pytest",
