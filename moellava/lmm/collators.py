@@ -6,10 +6,11 @@ A family whose model wants something unusual has a subclass in `family_collators
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from moellava.lmm.media import MediaReader, Run, Shown, blank, kind_of
@@ -119,3 +120,22 @@ def shown_of(sample: dict[str, Any]) -> list[Any]:
             )
     left = {index: iter(sample.get(name, ())) for index, name in MEDIA_OF.items()}
     return [next(left[token]) for token in ids if token in left]
+
+
+def generation_inputs(
+    prompt: dict[str, Any], collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]], device: Any, dtype: Any
+) -> dict[str, Tensor]:
+    """What `generate` takes: the batch of one prompt, without the blank image that a batch of text alone carries.
+
+    Args:
+        prompt: a sample, of a composed model too, that ends before an answer.
+        collator: of the samples.
+        device, dtype: of the model.
+    """
+    collator = collator.for_prompts() if isinstance(collator, MediaCollator) else collator
+    batch = collator([prompt])
+    del batch["labels"]
+    if not any(int((prompt["input_ids"] == placeholder).sum()) for placeholder in MEDIA_OF):
+        length = int(batch["attention_mask"].sum())
+        batch = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask")}
+    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in batch.items()}

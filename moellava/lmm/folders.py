@@ -55,9 +55,10 @@ def is_released(raw: Mapping[str, Any]) -> bool:
     return "version" not in extras and any(family.fits(undisguised(raw)) for family in LMM_FAMILIES.values())
 
 
-def released_section(family: LMMFamily) -> dict[str, str]:
-    """What the config's `moellava` section says of every released model."""
-    return {"version": CHAT_TEMPLATE, "lmm_family": family.family_id}
+def mark_released(config: Any, family: LMMFamily) -> None:
+    """Writes into a config's `moellava` section what it says of every released model; all else there stays."""
+    section = {"version": CHAT_TEMPLATE, "lmm_family": family.family_id}
+    config.moellava = (getattr(config, "moellava", None) or {}) | section
 
 
 def open_folder(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> OpenFolder:
@@ -71,8 +72,7 @@ def open_folder(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fals
         return OpenFolder(model, tokenizer, processor, None)
     _, raw, family = find_model(None, str(folder))
     released = load_lmm(folder, raw, family, dtype=dtype, trust_remote_code=trust_remote_code)
-    extras = getattr(released.model.config, "moellava", None) or {}
-    released.model.config.moellava = extras | released_section(family)
+    mark_released(released.model.config, family)
     return OpenFolder(released.model, released.tokenizer, released.processor, family)
 
 

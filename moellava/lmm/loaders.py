@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from moellava.errors import UserError
+from moellava.lmm.media import MediaReader
 from moellava.lmm.mllama import gate_rows
 from moellava.lmm.parts import bring_parts
 from moellava.lmm.processors import load_processor
@@ -45,6 +47,11 @@ class ReleasedModel:
     def tokenizer(self) -> Any:
         """The processor's tokenizer."""
         return self.processor.tokenizer
+
+    @functools.cached_property
+    def reader(self) -> MediaReader:
+        """What asks the processor about images and videos; made once, for making it asks already."""
+        return MediaReader(self.processor)
 
 
 def find_model(

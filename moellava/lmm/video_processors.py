@@ -66,7 +66,6 @@ class FrameProcessor(dict):
             return
         self.setdefault("video_processor_type", kind.class_name)
         self["size"] = self["size"] | {AREAS[name]: known[name] for name in AREAS if name in known}
-        self.kind = kind
 
     @property
     def reads_videos(self) -> bool:

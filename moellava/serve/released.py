@@ -20,10 +20,10 @@ from moellava.data.images import open_image
 from moellava.data.preprocess import as_tensor, chat_turns
 from moellava.errors import UserError
 from moellava.lmm import folders
+from moellava.lmm.collators import generation_inputs
 from moellava.lmm.datasets import PLACEHOLDERS, TO_LOAD_IMAGE, encode_turns
 from moellava.lmm.family_collators import collator_for
 from moellava.lmm.loaders import ReleasedModel, find_model, load_lmm
-from moellava.lmm.media import MediaReader
 from moellava.lmm.prompts import ChatTemplate
 from moellava.model.builder import default_device, default_dtype
 from moellava.model.sources import read_config, resolve_folder
@@ -55,7 +55,7 @@ def open_released(model_path: str, device: str | None = None) -> ReleasedModel:
 
 def inputs_of(released: ReleasedModel, request: Request) -> dict[str, Tensor]:
     """What `generate` takes: one row of ids with images and videos in place, and what the processor makes of them."""
-    reader = MediaReader(released.processor)
+    reader = released.reader
     if "video" not in reader.kinds:
         request = request.in_images()
     template = ChatTemplate(released.processor, released.processor.chat_template)
@@ -70,12 +70,8 @@ def inputs_of(released: ReleasedModel, request: Request) -> dict[str, Tensor]:
     collator = collator_for(released.family.family_id, released.processor, reader=reader)
     labels = torch.full((len(ids),), IGNORE_INDEX)
     shown = {"images": pictures, "videos": list(request.videos)}
-    batch = collator([{"input_ids": as_tensor(ids), "labels": labels, **shown, "record": NAME}])
-    del batch["labels"]
-    if not has_media:  # without the blank image that training carries behind its rows
-        batch = {name: batch[name][:, : len(ids)] for name in ("input_ids", "attention_mask")}
-    dtype, device = released.model.dtype, released.model.device
-    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in batch.items()}
+    prompt = {"input_ids": as_tensor(ids), "labels": labels, **shown, "record": NAME}
+    return generation_inputs(prompt, collator, released.model.device, released.model.dtype)
 
 
 def stream_released(released: ReleasedModel, request: Request, sampling: Sampling) -> Iterator[str]:

@@ -157,21 +157,19 @@ def target_names(model: nn.Module, only_experts: bool) -> list[str]:
         only_experts: those of the MoE layers (experts and shared MLPs) and no others. Routers never.
     """
     sparse = [layer for _, layer in moe_layers(model)]
-    roots = sparse if only_experts else [parts_of(model)["language_model"]]
-    wanted = {id(module) for root in roots for module in root.modules() if isinstance(module, nn.Linear)}
-    wanted -= {id(module) for layer in sparse for part in router_modules(layer) for module in part.modules()}
-    return [name for name, module in model.named_modules() if id(module) in wanted]
+    routing = {id(module) for layer in sparse for part in router_modules(layer) for module in part.modules()}
+    linears = linears_in(sparse if only_experts else [parts_of(model)["language_model"]])
+    return names_of(model, [linear for linear in linears if id(linear) not in routing])
 
 
 def vision_target_names(model: nn.Module) -> list[str]:
     """Names of the vision encoder's linears that get an adapter: those of the layers whose output is read."""
-    wanted = {
-        id(module)
-        for layer in read_layers(model, parts_of(model)["vision_tower"])
-        for module in layer.modules()
-        if isinstance(module, nn.Linear)
-    }
-    return [name for name, module in model.named_modules() if id(module) in wanted]
+    return names_of(model, linears_in(read_layers(model, parts_of(model)["vision_tower"])))
+
+
+def linears_in(roots: Iterable[nn.Module]) -> list[nn.Linear]:
+    """Every linear in some modules."""
+    return [module for root in roots for module in root.modules() if isinstance(module, nn.Linear)]
 
 
 def read_layers(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""The parts of a run that differ for released models: opening, records, batches."""
+"""The parts of a run that differ for released models: opening and records."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import torch
 from moellava.config import DataArguments, ModelArguments, MoEArguments, TrainingArguments
 from moellava.data.records import Records
 from moellava.errors import UserError
-from moellava.lmm.collators import MediaCollator
 from moellava.lmm.datasets import TO_LOAD_IMAGE, MediaDataset
-from moellava.lmm.family_collators import collator_for
-from moellava.lmm.folders import released_section
+from moellava.lmm.folders import mark_released
 from moellava.lmm.loaders import ReleasedModel, find_model, load_lmm
 from moellava.lmm.media import MediaReader
 from moellava.lmm.supported_models import LMMFamily, refuse_upcycling
@@ -32,15 +30,8 @@ def open_released(model_args: ModelArguments, moe_args: MoEArguments, dtype: tor
     kind = "moe" if raw.get("moe") else "dense"
     if kind == "moe" and not moe_args.moe_enable:
         raise UserError(f"{folder} is a Mixture of Experts: add --moe_enable True to train it.")
-    released = load_lmm(
-        folder,
-        raw,
-        family,
-        dtype=dtype,
-        trust_remote_code=model_args.trust_remote_code,
-    )
-    extras = getattr(released.model.config, "moellava", None) or {}
-    released.model.config.moellava = extras | released_section(family)
+    released = load_lmm(folder, raw, family, dtype=dtype, trust_remote_code=model_args.trust_remote_code)
+    mark_released(released.model.config, family)
     return released, kind
 
 
@@ -61,8 +52,3 @@ def released_dataset(
         bad_files=data_args.bad_files,
         workers=args.dataloader_num_workers,
     )
-
-
-def released_collator(processor: Any, family: LMMFamily, train_questions: bool = False) -> MediaCollator:
-    """The collator of a family."""
-    return collator_for(family.family_id, processor, train_questions)

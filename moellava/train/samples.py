@@ -6,18 +6,18 @@ model; the reference is the run of labels that follows. Answers take the likelie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
-from moellava.lmm.collators import MediaCollator
+from moellava.lmm.collators import generation_inputs
 from moellava.log import get_logger, is_rank_zero
 from moellava.moe import moe_layers, set_routing_context
 from moellava.train.folder import is_sharded
@@ -136,19 +136,6 @@ def split_at_answer(sample: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         if name in sample:
             prompt[name] = sample[name][: int((ids == placeholder).sum())]
     return prompt, sample["labels"][begin : begin + length].tolist()
-
-
-def generation_inputs(
-    prompt: dict[str, Any], collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]], device: Any, dtype: Any
-) -> dict[str, Tensor]:
-    """What `generate` takes: the batch of one prompt, without the blank image that a batch of text alone carries."""
-    collator = collator.for_prompts() if isinstance(collator, MediaCollator) else collator
-    batch = collator([prompt])
-    del batch["labels"]
-    if not any(int((prompt["input_ids"] == placeholder).sum()) for placeholder in PLACEHOLDER_OF.values()):
-        length = int(batch["attention_mask"].sum())
-        batch = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask")}
-    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in batch.items()}
 
 
 @contextmanager

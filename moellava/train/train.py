@@ -24,6 +24,7 @@ from moellava.data.preprocess import terminator_of
 from moellava.data.records import load_records
 from moellava.errors import UserError
 from moellava.lmm.collators import MediaCollator
+from moellava.lmm.family_collators import collator_for
 from moellava.lmm.prompts import ChatTemplate
 from moellava.log import get_logger, is_rank_zero
 from moellava.model.builder import image_size, parts_of, tokens_per_image
@@ -35,7 +36,7 @@ from moellava.train.extensions import extension_root, remove_abandoned_locks
 from moellava.train.folder import StageFolder
 from moellava.train.lora import trainable_parameters
 from moellava.train.memory import describe, estimate, zero_stage
-from moellava.train.released import released_collator, released_dataset
+from moellava.train.released import released_dataset
 from moellava.train.samples import SampleAnswers
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
 from moellava.train.trainer import StageTrainer
@@ -113,7 +114,7 @@ def make_trainer(
         enable_gradient_checkpointing(parts.model)
         args.activation_checkpointing = False  # the Trainer would switch on its own kind, which routes anew
     set_seed(args.seed)  # a resumed run and a fresh one build models differently; both train from the same state
-    collator = make_collator(parts, model_args)
+    collator = make_collator(parts, model_args, datasets["train_dataset"])
     if isinstance(collator, MediaCollator):
         shown = {kind for dataset in datasets.values() if dataset is not None for kind in dataset.kinds}
         collator.kinds = sorted(shown)
@@ -209,10 +210,11 @@ def make_folder(output_dir: Path, parts: Assembled, meta: dict[str, Any]) -> Sta
     return StageFolder(output_dir, parts.tokenizer, parts.processor, meta)
 
 
-def make_collator(parts: Assembled, model_args: ModelArguments) -> ImageTextCollator | MediaCollator:
+def make_collator(parts: Assembled, model_args: ModelArguments, dataset: Any) -> ImageTextCollator | MediaCollator:
     """The collator of a composed model, or of a released one's family."""
     if parts.family:
-        return released_collator(parts.processor, parts.family, not model_args.mask_question_tokens)
+        train_questions = not model_args.mask_question_tokens
+        return collator_for(parts.family.family_id, parts.processor, train_questions, dataset.reader)
     return ImageTextCollator(
         pad_token_id=parts.tokenizer.pad_token_id,
         image_token_id=parts.model.config.image_token_id,

@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from moellava.errors import UserError
-from moellava.lmm.folders import Probes, is_released, open_folder, released_probes, released_section
+from moellava.lmm.folders import Probes, is_released, mark_released, open_folder, released_probes
 from moellava.lmm.processors import load_processor
 from moellava.lmm.supported_models import LMMFamily, lmm_family_of, refuse_upcycling
 from moellava.model.builder import config_kind, is_published, save_pretrained_folder
@@ -110,7 +110,7 @@ def dense_config(source: Path, raw: dict[str, Any], family: LMMFamily | None) ->
     """The config of a folder in Hugging Face's layout; a released model's says so, for the sparse folder's sake."""
     config = read_dense_config(source, raw)
     if family is not None:
-        config.moellava = (getattr(config, "moellava", None) or {}) | released_section(family)
+        mark_released(config, family)
     return config
 
 
