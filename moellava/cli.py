@@ -8,15 +8,15 @@ import sys
 from moellava.errors import UserError
 
 COMMANDS = {
-    "chat": ("moellava.serve.cli", "talk to a model about images"),
-    "inspect": ("moellava.data.inspect", "records as the model sees them: text, tokens, mask, counts"),
-    "check-data": ("moellava.data.check", "every record and file of a data set"),
-    "verify": ("moellava.model.verify", "recompute the golden.safetensors of a folder"),
-    "upcycle": ("moellava.train.upcycle", "dense folder -> MoE folder, with its certificate"),
-    "export": ("moellava.model.export", "write a model in the layout of LLaVA and MoE-LLaVA"),
-    "merge-lora": ("moellava.train.merge_lora", "base folder + adapter -> merged folder, logits compared"),
-    "models": ("moellava.lmm.command", "families and released models that are known"),
-    "eval": ("moellava.eval.command", "score a model on a benchmark"),
+    "chat": ("moellava.commands.chat", "talk to a model about images"),
+    "inspect": ("moellava.commands.inspect", "records as the model sees them: text, tokens, mask, counts"),
+    "check-data": ("moellava.commands.check_data", "every record and file of a data set"),
+    "verify": ("moellava.commands.verify", "recompute the golden.safetensors of a folder"),
+    "upcycle": ("moellava.commands.upcycle", "dense folder -> MoE folder, with its certificate"),
+    "export": ("moellava.commands.export", "write a model in the layout of LLaVA and MoE-LLaVA"),
+    "merge-lora": ("moellava.commands.merge_lora", "base folder + adapter -> merged folder, logits compared"),
+    "models": ("moellava.commands.models", "families and released models that are known"),
+    "eval": ("moellava.commands.eval", "score a model on a benchmark"),
 }
 """name -> (module with `main(argv: list[str]) -> int`, one-line help)."""
 

@@ -80,7 +80,7 @@ moellava_build_operator() {
   python - >"$VENV/operator.log" 2>&1 <<'PY' || { tail -n 20 "$VENV/operator.log" >&2; return 1; }
 from deepspeed.accelerator import get_accelerator
 
-from moellava.train.extensions import extension_root, remove_abandoned_locks
+from moellava.train.deepspeed.extensions import extension_root, remove_abandoned_locks
 
 remove_abandoned_locks(extension_root())  # a build that was killed leaves its lock, and the next would wait for ever
 builder = get_accelerator().create_op_builder("ShareMemCommBuilder")

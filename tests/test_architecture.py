@@ -15,17 +15,19 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
 FLOORS = [
     {"constants", "errors", "log"},
     {"registry"},
+    {"files"},
     {"conversation"},
     {"mm_utils"},
     {"data"},
     {"moe"},
     {"model"},
     {"lmm"},
-    {"conflicts"},
-    {"config"},
+    {"vlm"},
+    {"serve", "adapters"},
+    {"convert"},
     {"train"},
-    {"serve"},
-    {"eval", "vis"},
+    {"eval"},
+    {"commands"},
     {"cli"},
 ]
 """From the ground up. A room may import from itself and from the floors below it."""

@@ -16,7 +16,7 @@ import pytest
 from transformers import TrainingArguments as HFTrainingArguments
 
 from moellava.cli import COMMANDS
-from moellava.config import ARGUMENT_CLASSES, RENAMED_FLAGS, make_parser, parse_arguments
+from moellava.train.arguments import ARGUMENT_CLASSES, RENAMED_FLAGS, make_parser, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])

@@ -1,9 +1,7 @@
-"""`moellava check-data`: every record, image and video of a data set, all problems in one pass."""
+"""Every record, image and video of a data set, all problems in one pass."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -14,10 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import IMAGE_TOKEN_INDEX
 from moellava.data.dataset import problem_with_template
-from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames, with_frames
+from moellava.data.media import MediaFiles, with_frames
 from moellava.data.preprocess import encode_conversation
-from moellava.data.records import KINDS, Problem, Records, media_of, read_records, read_skip_list
-from moellava.data.tokenizers import load_tokenizer
+from moellava.data.records import KINDS, Problem, Records, media_of, read_records
 from moellava.errors import DataError, UserError
 
 
@@ -125,55 +122,3 @@ def write_skip_list(path: str | Path, problems: Sequence[Problem]) -> int:
     lines = [f"{key}\t{' '.join(text.split())}\n" for key, text in reversed(first.items())]
     Path(path).write_text("".join(lines), encoding="utf-8")
     return len(lines)
-
-
-def _report(findings: Findings, skip_list: str | None) -> str:
-    """The report as text: a line per problem, then the counts."""
-    lines = [problem.text for problem in findings.problems]
-    lines.append(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in findings.counts.items()))
-    if findings.lengths:
-        ordered = sorted(findings.lengths)
-        median, longest = ordered[len(ordered) // 2], ordered[-1]
-        lines.append(f"positions in the model: {ordered[0]} to {longest}, median {median}")
-    lines.append(f"{len(findings.problems)} problems" if findings.problems else "no problem found")
-    if skip_list is not None:
-        count = write_skip_list(skip_list, findings.problems)
-        lines.append(f"{skip_list} lists {count} records to skip (--skip_list in training)")
-    return "\n".join(lines)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moellava check-data", description=__doc__)
-    parser.add_argument("data", nargs="+", help="JSON or JSON Lines files")
-    parser.add_argument("--image-folder", help="what the image paths in the records are relative to")
-    parser.add_argument("--video-folder", help="what the video paths are relative to (default: --image-folder)")
-    parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"frames of a video (default: {NUM_FRAMES})")
-    parser.add_argument("--tokenizer", help="folder or hub id; also checks lengths and masks")
-    parser.add_argument("--version", help="template, with --tokenizer")
-    parser.add_argument("--max-length", type=int, help="positions that a record may take, with --tokenizer")
-    parser.add_argument("--tokens-per-image", type=int, default=576, help="positions of an image (default: 576)")
-    parser.add_argument("--skip-list", help="write the keys of all records that have a problem to this file")
-    parser.add_argument("--known", help="a skip list whose records are left out of the check")
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    return parser
-
-
-def main(argv: list[str]) -> int:
-    """Prints all problems and counts. Exit status 1 if there is a problem."""
-    args = _parser().parse_args(argv)
-    require_frames(args.num_frames, "--num-frames")
-    findings = check(
-        args.data,
-        MediaFiles(args.image_folder, args.video_folder, args.num_frames),
-        load_tokenizer(args.tokenizer, args.version) if args.tokenizer else None,
-        args.version,
-        args.tokens_per_image,
-        args.max_length,
-        read_skip_list(args.known) if args.known else frozenset(),
-    )
-    report = _report(findings, args.skip_list)
-    if args.json:
-        problems = [problem._asdict() for problem in findings.problems]
-        report = json.dumps({"counts": findings.counts, "problems": problems}, ensure_ascii=False, indent=1)
-    print(report)
-    return 1 if findings.problems else 0

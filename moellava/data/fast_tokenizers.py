@@ -7,7 +7,6 @@ and that plain `transformers` opens again from the `tokenizer.json` it is saved 
 from __future__ import annotations
 
 import base64
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from moellava.errors import UserError
+from moellava.files import read_json
 
 _SPACE = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -163,7 +163,7 @@ def from_merges(vocab_file: Path, merges_file: Path) -> Tokenizer:
         vocab_file: token -> id.
         merges_file: merges in order, one a line.
     """
-    vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
+    vocab = read_json(vocab_file)
     lines = merges_file.read_text(encoding="utf-8").split("\n")
     pairs = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
     merges = [(left, right) for left, _, right in pairs]

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from moellava.conversation import Conversation, Piece, SeparatorStyle, conv_templates
-from moellava.data.chat_spans import CHAT_TEMPLATE, chat_pieces, chat_terminator
 from moellava.data.masking import Encoded, engine_for
 from moellava.data.records import ROLES, Source, problem_of_turns
+from moellava.data.render.chat import CHAT_TEMPLATE, chat_pieces, chat_terminator
 from moellava.errors import DataError
 
 OVERLONG = ("truncate", "error", "drop")

@@ -6,7 +6,6 @@ guide asks for (docs/CUSTOM.md). A new kind is one more row in `TOKENIZERS`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +16,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN
 from moellava.conversation import conv_templates
-from moellava.data.chat_spans import CHAT_TEMPLATE
 from moellava.data.fast_tokenizers import CL100K_DIGITS_APART, from_merges, from_sentencepiece, from_tiktoken
+from moellava.data.render.chat import CHAT_TEMPLATE
 from moellava.errors import UserError
+from moellava.files import read_json, resolve_folder
 from moellava.registry import Registry
 
 TOKENIZER_FILES = (
@@ -176,8 +176,8 @@ def load_tokenizer(path: str | Path, version: str | None = None) -> PreTrainedTo
     """
     if version is not None:
         _check_version(version)
-    folder = _folder_of(path)
-    config = _read_json(folder / "tokenizer_config.json")
+    folder = resolve_folder(path, "the tokenizer", patterns=TOKENIZER_FILES)
+    config = read_json(folder / "tokenizer_config.json")
     spec = spec_for(folder)
     saved_by_us = _KIND_KEY in config and (folder / "tokenizer.json").exists()
     if spec.build is not None and spec.has_own_file(folder) and not saved_by_us:
@@ -204,8 +204,8 @@ def spec_for(source: PreTrainedTokenizerBase | str | Path, version: str | None =
         row = TOKENIZERS.get(source.init_kwargs.get(_KIND_KEY, "fast"), TOKENIZERS["fast"])
         names = {key: getattr(source, f"{key}_token") for key in ("bos", "eos", "unk", "pad")}
         return replace(row, adds_bos=bool(leading_ids(source)), **names)
-    folder = _folder_of(source)
-    config = _read_json(folder / "tokenizer_config.json")
+    folder = resolve_folder(source, "the tokenizer", patterns=TOKENIZER_FILES)
+    config = read_json(folder / "tokenizer_config.json")
     if _KIND_KEY in config:
         return TOKENIZERS.get(config[_KIND_KEY], TOKENIZERS["fast"])
     fitting = [spec for spec in TOKENIZERS.values() if spec.classes and spec.fits(folder, config)]
@@ -260,29 +260,6 @@ def _check_version(version: str) -> None:
         conv_templates[version]  # raises UnknownNameError
 
 
-def _folder_of(path: str | Path) -> Path:
-    """The local folder of a path or hub id; a hub id is fetched, tokenizer files only."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(TOKENIZER_FILES)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{path} is neither a folder nor a hub id that can be reached: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-
-
 def _recorded_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, AddedToken]]:
     """Added tokens that the folder lists, by id: from tokenizer_config.json, else from added_tokens.json.
 
@@ -291,7 +268,7 @@ def _recorded_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, Ad
     """
     entries = config.get("added_tokens_decoder") or {
         index: {"content": text, "special": not text.isspace()}
-        for text, index in _read_json(folder / "added_tokens.json").items()
+        for text, index in read_json(folder / "added_tokens.json").items()
     }
     keep = ("content", "single_word", "lstrip", "rstrip", "special")
     tokens = [
@@ -327,7 +304,7 @@ def _open_fast(folder: Path) -> PreTrainedTokenizerFast:
 
 def _wrap(spec: TokenizerSpec, backend: Tokenizer, folder: Path, config: dict[str, Any]) -> PreTrainedTokenizerFast:
     """A `tokenizers.Tokenizer` with the special tokens of its folder, as transformers knows it."""
-    recorded = _read_json(folder / "special_tokens_map.json") | config
+    recorded = read_json(folder / "special_tokens_map.json") | config
     names = {}
     for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = recorded.get(key)

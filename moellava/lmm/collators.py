@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
-from moellava.lmm.media import MediaReader, Run, Shown, blank, kind_of
+from moellava.data.media_reader import MediaReader, Run, Shown, blank, kind_of
 
 MEDIA_OF = {IMAGE_TOKEN_INDEX: "images", VIDEO_TOKEN_INDEX: "videos"}
 """Placeholder -> what of a sample stands behind it."""

@@ -11,15 +11,15 @@ from PIL import Image
 
 from moellava.constants import IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from moellava.conversation import Kind
-from moellava.data.chat_spans import CHAT_TEMPLATE
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.masking import Encoded, engine_for
 from moellava.data.media import with_frames
+from moellava.data.media_reader import MediaReader
 from moellava.data.preprocess import as_tensor, chat_turns
 from moellava.data.records import Medium, Records, media_of
+from moellava.data.render.chat import CHAT_TEMPLATE
 from moellava.data.video import Clip
 from moellava.errors import DataError
-from moellava.lmm.media import MediaReader
 from moellava.lmm.prompts import ChatTemplate, prompt_pieces
 from moellava.lmm.remote import PathProcessor
 from moellava.lmm.supported_models import LMM_FAMILIES

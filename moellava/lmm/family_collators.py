@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from moellava.data.media_reader import MediaReader, Run
 from moellava.errors import UserError
 from moellava.lmm.collators import MediaCollator
-from moellava.lmm.media import MediaReader, Run
 
 
 class PrefixCollator(MediaCollator):

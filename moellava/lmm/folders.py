@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from moellava.data.chat_spans import CHAT_TEMPLATE
+from moellava.data.render.chat import CHAT_TEMPLATE
+from moellava.files import read_config
 from moellava.lmm.family_collators import collator_for
 from moellava.lmm.loaders import find_model, load_lmm
 from moellava.lmm.supported_models import LMM_FAMILIES, LMMFamily, undisguised
 from moellava.model.builder import load_pretrained_model
 from moellava.model.probe import probe_batches
-from moellava.model.sources import read_config
 
 PROBE_TOKENS = 24
 

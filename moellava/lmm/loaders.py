@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from moellava.data.media_reader import MediaReader
 from moellava.errors import UserError
-from moellava.lmm.media import MediaReader
+from moellava.files import CODE_FILES, MODEL_FILES, read_config, resolve_folder
 from moellava.lmm.mllama import gate_rows
 from moellava.lmm.parts import bring_parts
 from moellava.lmm.processors import load_processor
@@ -22,7 +23,6 @@ from moellava.lmm.templates import recorded_template
 from moellava.log import get_logger
 from moellava.model.extended import PREFIX, base_of, extended_class
 from moellava.model.loading import read
-from moellava.model.sources import read_config, resolve_folder
 
 logger = get_logger(__name__)
 
@@ -70,8 +70,8 @@ def find_model(
     if model_local_path is None:
         assert model_id is not None
         known = SUPPORTED_MODELS[model_id]
-        code = known.family.remote_code and trust_remote_code
-        folder = resolve_folder(known.model_hf_path, f"--model_id {model_id}, which is", code=code)
+        patterns = MODEL_FILES + (CODE_FILES if known.family.remote_code and trust_remote_code else ())
+        folder = resolve_folder(known.model_hf_path, f"--model_id {model_id}, which is", patterns=patterns)
         return folder, read_config(folder, "--model_id"), known.family
     folder = resolve_folder(model_local_path, "--model_local_path")
     raw = read_config(folder, "--model_local_path")

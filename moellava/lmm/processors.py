@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils.import_utils import is_torchvision_available
 
 from moellava.errors import UserError
+from moellava.files import read_json
 from moellava.lmm.supported_models import LMMFamily
 from moellava.lmm.video_processors import AREAS, FrameProcessor, VideoKind, kind_of
 
@@ -97,8 +97,3 @@ def _with_frames(cls: Any) -> Any:
     # Of the same name, which is what the processor writes into its folder.
     attributes = {check_argument_for_proper_class.__name__: check_argument_for_proper_class, "__module__": __name__}
     return type(cls.__name__, (cls,), attributes)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file; {} if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

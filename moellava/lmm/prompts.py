@@ -1,6 +1,6 @@
 """A record as its model's chat template renders it: pieces of text, media placeholders, and what is trained.
 
-A question is a list of parts, media and texts. `data/chat_spans.py` renders the conversation with stand-ins for its
+A question is a list of parts, media and texts. `data/render/chat.py` renders the conversation with stand-ins for its
 texts, which shows where the template puts images, and the real texts then take their places:
 
     question  <image>\\nWhat is it?               parts   image, "What is it?"
@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from moellava.conversation import Kind, Piece
-from moellava.data.chat_spans import Content, chat_pieces, chat_terminator
 from moellava.data.records import MEDIA_TAG
+from moellava.data.render.chat import Content, chat_pieces, chat_terminator
 from moellava.errors import DataError
 
 Part = tuple[str, str]

@@ -7,7 +7,6 @@ was given, and are written beside every model that is saved.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedTokenize
 
 from moellava.data.tokenizers import leading_ids, load_tokenizer
 from moellava.errors import DataError, UserError
+from moellava.files import read_json
 from moellava.model.loading import REPORT, check_loaded, quietly
 
 RUNS_BADLY = (ImportError, AttributeError, TypeError, ValueError, OSError, KeyError)
@@ -216,5 +216,4 @@ def refusal(folder: Path, what: str, error: Exception) -> UserError:
 
 def written_for(folder: Path) -> str:
     """The version of transformers that a folder was written with."""
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return str(raw.get("transformers_version", "none"))
+    return str(read_json(folder / "config.json").get("transformers_version", "none"))

@@ -14,14 +14,15 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, Pretrain
 
 from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import UserError
+from moellava.files import read_config, resolve_folder
 from moellava.model.compose import section
 from moellava.model.extended import PREFIX, base_of, extended_class
 from moellava.model.families import family_of
 from moellava.model.loading import read
 from moellava.model.published import EMBEDDINGS, STAGE_1_FILE, is_sparse, open_published, projector_tensors
 from moellava.model.saving import save_pretrained_folder
-from moellava.model.sources import read_config, read_file, read_tensors, resolve_folder
-from moellava.model.vision import TOWERS
+from moellava.model.towers import TOWERS
+from moellava.model.weights import read_file, read_tensors
 from moellava.moe import convert_engine
 
 __all__ = [

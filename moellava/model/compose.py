@@ -18,14 +18,14 @@ from transformers import (
 )
 
 from moellava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-from moellava.data.chat_template import saved_chat_template
+from moellava.data.render.jinja import saved_chat_template
 from moellava.data.tokenizers import load_tokenizer, place_image_token
 from moellava.errors import UserError
+from moellava.files import read_config, resolve_folder
 from moellava.model.families import Family, base_family
 from moellava.model.loading import build, text_config
 from moellava.model.projector import ProjectorKind, initial_weights, parse_projector
-from moellava.model.sources import read_config, read_tensors, resolve_folder
-from moellava.model.vision import (
+from moellava.model.towers import (
     TOWERS,
     check_select_layer,
     composed_image_processor,
@@ -33,6 +33,7 @@ from moellava.model.vision import (
     select_strategy,
     tower_tokens,
 )
+from moellava.model.weights import read_tensors
 
 FORMAT = 1
 """Version of the `moellava` section of a composed model's config.json."""

@@ -22,6 +22,7 @@ from transformers import LlavaConfig, LlavaProcessor, PretrainedConfig, PreTrain
 
 from moellava.data.tokenizers import TOKENIZER_FILES, load_tokenizer, place_image_token
 from moellava.errors import UserError
+from moellava.files import read_config, resolve_folder
 from moellava.log import get_logger
 from moellava.model import projector as projectors
 from moellava.model.compose import (
@@ -37,14 +38,14 @@ from moellava.model.compose import (
 )
 from moellava.model.families import Family, base_family, published_family
 from moellava.model.loading import build, text_config
-from moellava.model.sources import has_weights, read_config, read_file, read_tensors, resolve_folder
-from moellava.model.vision import (
+from moellava.model.towers import (
     ASPECT_RATIOS,
     load_tower,
     tower_config,
     tower_image_processor,
     tower_prefix,
 )
+from moellava.model.weights import has_weights, read_file, read_tensors
 
 TOWER_KEY = re.compile(r"(?:model|transformer)\.(?:image_tower\.image_tower|vision_tower\.vision_tower)\.(.+)")
 PROJECTOR_KEY = re.compile(r"(?:.*\.)?mm_projector\.(?:image_spatial_proj\.)?((?:\d+\.)?(?:weight|bias))")

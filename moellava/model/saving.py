@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from moellava.files import flush, staged
 from moellava.model.extended import extend_in_place, reasons
 
 STAGING = ".saving-model"
 MAX_SHARD_SIZE = "4GB"
 INDEX = "model.safetensors.index.json"
-LAST = "config.json"
 
 
 def save_pretrained_folder(
@@ -52,26 +51,22 @@ def save_pretrained_folder(
     path = Path(path)
     note_meta(model, meta or {})
     state = model.state_dict() if state_dict is None else state_dict
-    staging = path / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
-        check_room(staging, state)
-        write_weights(staging, without_ties(model, state))
-        model.config.save_pretrained(staging)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(staging)
-        # Both write chat_template.jinja, and a base model's or an earlier stage's own would outlive this stage's.
-        tokenizer.chat_template = processor.chat_template
-        processor.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        (staging / "README.md").write_text(folder_page(model.config), encoding="utf-8")
-        flush(staging)
-        move_files(staging, path)
+        with staged(path, STAGING) as staging:
+            check_room(staging, state)
+            write_weights(staging, without_ties(model, state))
+            model.config.save_pretrained(staging)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(staging)
+            # Both write chat_template.jinja, and a base model's or an earlier stage's own would outlive this stage's.
+            tokenizer.chat_template = processor.chat_template
+            processor.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+            (staging / "README.md").write_text(folder_page(model.config), encoding="utf-8")
+            names = {file.name for file in staging.iterdir()}
     except SafetensorError as error:
         raise OSError(errno.EIO, f"cannot write weights: {error}", str(path)) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    remove_old_weights(path, names)
 
 
 def note_meta(model: Any, meta: Mapping[str, Any]) -> None:
@@ -123,31 +118,12 @@ def write_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def flush(folder: Path) -> None:
-    """Waits until every file of a folder is on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        flush_one(path)
-
-
-def flush_one(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def move_files(staging: Path, path: Path) -> None:
-    """Puts each finished file in its place, `config.json` last, and removes weights of an earlier save."""
-    new = sorted((file for file in staging.iterdir()), key=lambda file: (file.name == LAST, file.name))
-    names = {file.name for file in new}
-    for file in new:
-        os.replace(file, path / file.name)
-    for old in [*path.glob("model*.safetensors"), path / INDEX]:
+def remove_old_weights(folder: Path, names: Collection[str]) -> None:
+    """Removes weights of an earlier save that the files `names` of the latest one have not replaced."""
+    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
         if old.name not in names:
             old.unlink(missing_ok=True)
-    flush_one(path)
+    flush(folder)
 
 
 def folder_page(config: Any) -> str:

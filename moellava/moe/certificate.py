@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moellava.files import write_json
 from moellava.moe.spec import MoESpec
 from moellava.moe.upcycle import router_metrics, set_routing_context, upcycle
 
@@ -70,11 +69,8 @@ class Certificate:
 
     def save(self, folder: str | Path) -> Path:
         """Writes `moe_certificate.json` into a folder; a reader sees the old file or the new one."""
-        path = Path(folder) / FILE
-        temporary = path.with_name(FILE + ".new")
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-        return path
+        write_json(Path(folder) / FILE, asdict(self))
+        return Path(folder) / FILE
 
 
 def forward_of(model: nn.Module) -> Forward:

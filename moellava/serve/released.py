@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import TextIteratorStreamer
 
 from moellava.constants import IGNORE_INDEX
-from moellava.data.chat_spans import chat_terminator
 from moellava.data.images import open_image
 from moellava.data.preprocess import as_tensor, chat_turns
+from moellava.data.render.chat import chat_terminator
 from moellava.errors import UserError
+from moellava.files import read_config, resolve_folder
 from moellava.lmm import folders
 from moellava.lmm.collators import generation_inputs
 from moellava.lmm.datasets import PLACEHOLDERS, TO_LOAD_IMAGE, encode_turns
@@ -26,7 +27,6 @@ from moellava.lmm.family_collators import collator_for
 from moellava.lmm.loaders import ReleasedModel, find_model, load_lmm
 from moellava.lmm.prompts import ChatTemplate
 from moellava.model.builder import default_device, default_dtype
-from moellava.model.sources import read_config, resolve_folder
 from moellava.serve.decode import Sampling
 from moellava.serve.prompt import Request
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moellava.config import DataArguments, ModelArguments, MoEArguments, TrainingArguments
+from moellava.adapters.lora import Adapter, adapt
 from moellava.errors import UserError
 from moellava.lmm.folders import OpenFolder
 from moellava.lmm.supported_models import LMMFamily
@@ -18,7 +18,7 @@ from moellava.model.compose import compose, make_processor
 from moellava.model.extended import extend_in_place
 from moellava.moe import MoESpec, convert_engine
 from moellava.moe.certificate import Certificate, upcycle_certified
-from moellava.train.lora import Adapter, adapt
+from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
 from moellava.train.released import open_released
 from moellava.train.stages import PRETRAIN, Stage
 

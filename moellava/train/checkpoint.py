@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moellava.errors import UserError
+from moellava.files import flush_tree, read_json, write_json
 from moellava.log import get_logger
 
 logger = get_logger(__name__)
@@ -36,17 +37,6 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def flush_tree(folder: Path) -> None:
-    """Waits until every file below `folder`, and the names of them, are on the disk."""
-    for root, _, files in os.walk(folder):
-        for path in [*(os.path.join(root, name) for name in files), root]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
 def publish(staged: Path, output_dir: Path, keep: int | None) -> Path:
     """Moves a finished checkpoint to its place in one step, then removes all but the newest `keep`."""
     final = output_dir / staged.name
@@ -64,13 +54,6 @@ def publish(staged: Path, output_dir: Path, keep: int | None) -> Path:
 def clear_staging(output_dir: Path) -> None:
     """Removes what an interrupted save has left."""
     shutil.rmtree(output_dir / STAGING, ignore_errors=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def check_folder(output_dir: Path, identity: dict[str, Any]) -> bool:
@@ -94,7 +77,7 @@ def check_folder(output_dir: Path, identity: dict[str, Any]) -> bool:
                 "no run of train.py has left it there. Choose another folder."
             )
         return False
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(path)
     if not stored["finished"] and last_checkpoint(output_dir) is None:
         return False
     before, now = stored["identity"], json.loads(json.dumps(identity))
@@ -121,5 +104,5 @@ def claim_folder(output_dir: Path, identity: dict[str, Any]) -> None:
 def mark_finished(output_dir: Path) -> None:
     """Notes that the folder holds the run's result; the same command then has nothing left to do."""
     path = output_dir / RUN_FILE
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(path)
     write_json(path, stored | {"finished": True})

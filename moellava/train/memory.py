@@ -7,11 +7,12 @@ the weights too. Activations come on top; they depend on batch and length.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from moellava.files import read_json
 
 FP32_BYTES = 4
 MOMENTS = 2
@@ -21,7 +22,7 @@ def zero_stage(deepspeed: str | dict[str, Any] | None) -> int:
     """The ZeRO stage that a DeepSpeed JSON file (or its content) asks for; 0 without DeepSpeed."""
     if not deepspeed:
         return 0
-    config = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+    config = deepspeed if isinstance(deepspeed, dict) else read_json(Path(deepspeed))
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 

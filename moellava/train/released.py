@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from moellava.config import DataArguments, ModelArguments, MoEArguments, TrainingArguments
+from moellava.data.media_reader import MediaReader
 from moellava.data.records import Records
 from moellava.errors import UserError
 from moellava.lmm.datasets import TO_LOAD_IMAGE, MediaDataset
 from moellava.lmm.folders import mark_released
 from moellava.lmm.loaders import ReleasedModel, find_model, load_lmm
-from moellava.lmm.media import MediaReader
 from moellava.lmm.supported_models import LMMFamily, refuse_upcycling
+from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
 
 
 def open_released(model_args: ModelArguments, moe_args: MoEArguments, dtype: torch.dtype) -> tuple[ReleasedModel, str]:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from torch import nn
 
-from moellava.config import ModelArguments, MoEArguments
 from moellava.errors import UserError
 from moellava.model.builder import parts_of
 from moellava.moe import expert_parameters, moe_layers, router_parameters
+from moellava.train.arguments import ModelArguments, MoEArguments
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,14 @@ from typing import Any
 from huggingface_hub import constants
 from transformers import set_seed
 
-from moellava.config import DataArguments, ModelArguments, MoEArguments, TrainingArguments, parse_arguments
-from moellava.data.chat_spans import chat_terminator
+from moellava.adapters.folder import AdaptedFolder
+from moellava.adapters.gradient_watch import GradientWatch
+from moellava.adapters.lora import trainable_parameters
 from moellava.data.collate import ImageTextCollator
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.preprocess import terminator_of
 from moellava.data.records import load_records
+from moellava.data.render.chat import chat_terminator
 from moellava.errors import UserError
 from moellava.lmm.collators import MediaCollator
 from moellava.lmm.family_collators import collator_for
@@ -29,19 +31,17 @@ from moellava.lmm.prompts import ChatTemplate
 from moellava.log import get_logger, is_rank_zero
 from moellava.model.builder import image_size, parts_of, tokens_per_image
 from moellava.moe import enable_gradient_checkpointing
-from moellava.train.adapter_folder import AdaptedFolder
+from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments, parse_arguments
 from moellava.train.assemble import Assembled, assemble
 from moellava.train.checkpoint import check_folder, claim_folder, last_checkpoint, mark_finished
-from moellava.train.extensions import extension_root, remove_abandoned_locks
+from moellava.train.deepspeed.extensions import extension_root, remove_abandoned_locks
+from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 from moellava.train.folder import StageFolder
-from moellava.train.lora import trainable_parameters
 from moellava.train.memory import describe, estimate, zero_stage
 from moellava.train.released import released_dataset
 from moellava.train.samples import SampleAnswers
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
 from moellava.train.trainer import StageTrainer
-from moellava.train.watch import GradientWatch
-from moellava.train.zero import refuse_zero3_experts, whole_parameters
 
 logger = get_logger(__name__)
 

@@ -18,11 +18,11 @@ from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.moe import moe_layers, router_losses, router_metrics, set_routing_context, update_router_bias
 from moellava.train.checkpoint import STAGING, publish
-from moellava.train.extensions import unlink_shared_buffer
+from moellava.train.deepspeed.extensions import unlink_shared_buffer
+from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, stored_ep_size
 from moellava.train.folder import StageFolder
 from moellava.train.loss import SupervisedHead, cross_entropy_sum, supervised_positions
 from moellava.train.optimizer import missing_from, parameter_groups
-from moellava.train.portable import expert_parallel_size, load_portable, save_portable, stored_ep_size
 from moellava.train.progress import RunLines, RunProgress
 
 logger = get_logger(__name__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from moellava.data.chat_spans import chat_pieces, chat_terminator
 from moellava.data.preprocess import encode_prompt, preprocess, terminator_of
+from moellava.data.render.chat import chat_pieces, chat_terminator
 from moellava.errors import DataError, UserError
 
 CHATML = (

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moellava.conversation import conv_templates
-from moellava.data.chat_template import jinja_of, saved_chat_template
+from moellava.data.render.jinja import jinja_of, saved_chat_template
 
 SNIPPETS = ["a", " ", "\n", "\n\n", "<image>", "{{ x }}", "{% raw %}", "'", '"', "\\n", "🐱", "</s>", "  end"]
 texts = st.lists(st.sampled_from(SNIPPETS), max_size=6).map("".join)

@@ -6,7 +6,7 @@ from collections import Counter
 
 from moellava.constants import IGNORE_INDEX
 from moellava.data.preprocess import pieces_of, preprocess
-from moellava.data.probe import mask_problem
+from moellava.data.tokenizer_facts import mask_problem
 
 MAX_LENGTH = 2048
 

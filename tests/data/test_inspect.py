@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moellava.cli import main
-from moellava.data.probe import facts_of, fit_of
+from moellava.data.tokenizer_facts import facts_of, fit_of
 
 ROOT = Path(__file__).parents[2]
 GREEN = "\033[32m"

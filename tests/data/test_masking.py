@@ -10,7 +10,7 @@ from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.conversation import Kind, Piece, conv_templates
 from moellava.data.masking import engine_for, labels_of
 from moellava.data.preprocess import encode_conversation, encode_prompt, is_plain, pieces_of
-from moellava.data.probe import mask_problem
+from moellava.data.tokenizer_facts import mask_problem
 from moellava.data.tokenizers import load_tokenizer, place_image_token
 
 KINDS = ("mistral", "qwen", "phi", "stablelm")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from moellava.cli import main
+from moellava.commands.inspect import view_of
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.data.collate import ImageTextCollator
 from moellava.data.dataset import SupervisedDataset, cut_length
 from moellava.data.images import open_image
-from moellava.data.inspect import view_of
 from moellava.data.media import MediaFiles
 from moellava.data.records import Medium, load_records, media_of
 from moellava.data.video import read_video

@@ -285,7 +285,7 @@ def test_every_row_names_known_templates():
 def test_errors_say_what_is_wrong(tmp_path, golden_tokenizers):
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="neither a folder nor a hub id"):
+    with pytest.raises(UserError, match="there is no such folder"):
         load_tokenizer(tmp_path / "missing")
     with pytest.raises(UnknownNameError, match="stablelm"):
         load_tokenizer(golden_tokenizers / "phi", "stabelm")

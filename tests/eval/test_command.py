@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from moellava.cli import main
+from moellava.commands.eval import main as evaluate
 from moellava.errors import UserError
-from moellava.eval.command import main as evaluate
 from moellava.model.builder import save_pretrained_folder
 from moellava.model.compose import compose
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from moellava.data.media_reader import MediaReader
 from moellava.data.records import load_records
 from moellava.data.tokenizers import load_tokenizer
 from moellava.lmm.datasets import TO_LOAD_IMAGE, MediaDataset
 from moellava.lmm.loaders import find_model, load_lmm
-from moellava.lmm.media import MediaReader
 from moellava.lmm.processors import build_without_torchvision
 from moellava.lmm.supported_models import LMM_FAMILIES, SUPPORTED_MODELS
 

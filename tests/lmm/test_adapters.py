@@ -8,15 +8,15 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 
+from moellava.adapters.gradient_watch import GradientWatch
+from moellava.adapters.lora import attach, lora_layers, vision_target_names
 from moellava.cli import main
-from moellava.config import parse_arguments
 from moellava.errors import UserError
 from moellava.lmm.folders import open_folder
 from moellava.lmm.supported_models import LMM_FAMILIES, MULTIMODAL_KEYWORDS, group_names
 from moellava.model.builder import parts_of
-from moellava.train.lora import attach, lora_layers, vision_target_names
+from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
-from moellava.train.watch import GradientWatch
 
 VISION_LORA = {"use_vision_lora": True, "lora_r": 2, "lora_alpha": 4}
 
@@ -183,11 +183,11 @@ def test_a_first_batch_without_an_image_stops_no_run(run, tmp_path, released_fla
 
 
 def test_targets_that_match_nothing_are_named(run, monkeypatch):
-    monkeypatch.setattr("moellava.train.lora.read_layers", lambda *_: [])
+    monkeypatch.setattr("moellava.adapters.lora.read_layers", lambda *_: [])
     with pytest.raises(UserError, match="--use_vision_lora True: the vision encoder of this LlavaForCond.* no linear"):
         run("llava-1.5", **VISION_LORA)
     parts = parts_of
-    monkeypatch.setattr("moellava.train.lora.parts_of", lambda m: parts(m) | {"language_model": nn.Identity()})
+    monkeypatch.setattr("moellava.adapters.lora.parts_of", lambda m: parts(m) | {"language_model": nn.Identity()})
     with pytest.raises(UserError, match="--lora_enable True: the language model of this LlavaForCond.* no linear"):
         run("llava-1.5", use_lora=True)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from moellava.config import parse_arguments
 from moellava.errors import UserError
+from moellava.train.arguments import parse_arguments
 
 COMMON = ["--data_path", "x.json", "--output_dir", "out", "--report_to", "none"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moellava.cli import main
-from moellava.lmm.command import markdown
+from moellava.commands.models import markdown
 from moellava.lmm.supported_models import SUPPORTED_MODELS
 from moellava.model.families import FAMILIES
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from moellava.config import parse_arguments
 from moellava.errors import UserError
 from moellava.lmm.loaders import find_model, load_lmm
+from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
 
 REMOTE = {"qwen-vl", "phi3-v"}

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from moellava.cli import main
-from moellava.config import parse_arguments
+from moellava.files import read_config
 from moellava.lmm.folders import is_released, open_folder
 from moellava.lmm.supported_models import LMM_FAMILIES
-from moellava.model.sources import read_config
 from moellava.moe import moe_layers
+from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
 
 
@@ -41,7 +41,7 @@ def assert_equal_models(one, other, atol):
 
 def test_upcycling_streams_and_keeps_the_logits(conforming_family, tiny_lmm, tmp_path, capsys, monkeypatch):
     """Every family, shard by shard, certified with its processor's own inputs."""
-    monkeypatch.setattr("moellava.train.upcycle.in_memory", None)
+    monkeypatch.setattr("moellava.convert.upcycle_folder.in_memory", None)
     folder, target = tiny_lmm(conforming_family), tmp_path / "moe"
     if LMM_FAMILIES[conforming_family].remote_code:
         assert upcycle(folder, target) == 2 and not target.exists()
@@ -64,7 +64,7 @@ def test_upcycling_streams_and_keeps_the_logits(conforming_family, tiny_lmm, tmp
 def test_a_folder_that_cannot_be_streamed_is_converted_in_memory(tiny_lmm, tmp_path, monkeypatch):
     folder = tiny_lmm("qwen2.5-vl")
     assert upcycle(folder, tmp_path / "streamed") == 0
-    monkeypatch.setattr("moellava.train.upcycle.can_stream", lambda *_: False)
+    monkeypatch.setattr("moellava.convert.upcycle_folder.can_stream", lambda *_: False)
     assert upcycle(folder, tmp_path / "whole") == 0
     one, other = (opened_fp32(tmp_path / name).model.state_dict() for name in ("streamed", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -84,7 +84,7 @@ def test_a_decoder_without_plain_mlps_stops_before_anything_is_computed(tiny_lmm
     from moellava.moe import mlp
 
     monkeypatch.setattr(mlp, "KINDS", mlp.KINDS[2:])
-    monkeypatch.setattr("moellava.train.upcycle.run_from_disk", None)
+    monkeypatch.setattr("moellava.convert.upcycle_folder.run_from_disk", None)
     assert upcycle(tiny_lmm("llava-1.5"), tmp_path / "moe") == 2
     assert "is a LlamaMLP, which is not a plain MLP" in capsys.readouterr().err
     assert not (tmp_path / "moe").exists()

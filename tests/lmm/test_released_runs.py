@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from moellava.cli import main
-from moellava.config import parse_arguments
 from moellava.lmm.folders import open_folder
+from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
 
 ROOT = Path(__file__).resolve().parents[2]

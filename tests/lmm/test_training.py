@@ -6,12 +6,12 @@ import logging
 import pytest
 import torch
 
-from moellava.config import parse_arguments
 from moellava.errors import UserError
 from moellava.lmm.loaders import find_model, load_lmm
 from moellava.serve.decode import Sampling
 from moellava.serve.prompt import Request
 from moellava.serve.released import open_released, stream_released
+from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
 
 

@@ -83,7 +83,7 @@ def test_settings_are_found_where_transformers_looks(tmp_path):
 def test_a_processor_of_no_known_kind_keeps_its_settings_and_shows_frames(opened):
     from transformers import LlavaOnevisionProcessor
 
-    from moellava.lmm.media import MediaReader
+    from moellava.data.media_reader import MediaReader
 
     class Stranger(LlavaOnevisionProcessor):
         pass

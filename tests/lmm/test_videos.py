@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 
 from moellava.cli import main as moellava
-from moellava.config import parse_arguments
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
+from moellava.data.media_reader import video_arguments
 from moellava.data.video import read_video
 from moellava.errors import DataError, UserError
 from moellava.lmm.family_collators import collator_for
-from moellava.lmm.media import video_arguments
 from moellava.serve.decode import Sampling
 from moellava.serve.prompt import Request
 from moellava.serve.released import inputs_of, stream_released
+from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
 
 WITH_VIDEO = ["llava-next-video", "llava-onevision", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "internvl", "smolvlm"]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import moellava.model  # noqa: F401  (registers the families)
-from moellava.model.export import flat_rope
+from moellava.convert.export import flat_rope
 from moellava.model.families import FAMILIES
 from moellava.model.loading import text_config
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from moellava.cli import main
+from moellava.convert.export import flat_rope, write_published
 from moellava.errors import UserError
 from moellava.model.builder import load_pretrained_model, save_pretrained_folder
 from moellava.model.compose import compose
-from moellava.model.export import flat_rope, write_published
 from moellava.moe import MoESpec, upcycle
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from moellava.convert.export import published_config, published_state, write_published
 from moellava.errors import UnknownNameError, UserError
 from moellava.model.builder import (
     folder_kind,
@@ -19,7 +20,6 @@ from moellava.model.builder import (
     save_pretrained_folder,
 )
 from moellava.model.compose import compose
-from moellava.model.export import published_config, published_state, write_published
 from moellava.model.families import FAMILIES
 from moellava.model.published import read_published
 from moellava.moe import MoESpec, moe_layers, upcycle

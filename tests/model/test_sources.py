@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from moellava.errors import UserError
-from moellava.model.sources import read_config, read_file, read_tensors, resolve_folder, weight_files
+from moellava.files import read_config, resolve_folder
+from moellava.model.weights import read_file, read_tensors, weight_files
 
 
 class Evil:

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moellava.cli import main
+from moellava.convert.export import write_published
+from moellava.convert.verify import NO_DENSE, ROUTERS_GONE, recompute, verify
 from moellava.errors import UserError
 from moellava.model.builder import save_pretrained_folder
 from moellava.model.compose import compose
-from moellava.model.export import write_published
 from moellava.model.published import read_published
-from moellava.model.verify import NO_DENSE, ROUTERS_GONE, recompute, verify
 from moellava.moe import MoESpec, upcycle
 
 DENSE = ["llama/dense", "phi/dense", "qwen/dense", "stablelm/dense"]

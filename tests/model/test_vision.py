@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 from moellava.errors import UnknownNameError, UserError
-from moellava.model.vision import (
+from moellava.model.towers import (
     check_select_layer,
     composed_image_processor,
     load_tower,

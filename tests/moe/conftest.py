@@ -82,7 +82,7 @@ def launch(tmp_path) -> Callable[..., list[dict]]:
     prelude = (
         "import atexit, json, os, sys, torch, deepspeed\n"
         "torch.set_num_threads(1)\n"
-        "from moellava.train.extensions import unlink_shared_buffer\n"
+        "from moellava.train.deepspeed.extensions import unlink_shared_buffer\n"
         "deepspeed.init_distributed()\n"
         "unlink_shared_buffer()\n"
         "atexit.register(torch.distributed.destroy_process_group)\n"

@@ -6,7 +6,7 @@ import pytest
 from demo import Demo, table
 from recipes import DEFAULT, FULL, RECIPES, SMOKE
 
-from moellava.config import parse_arguments
+from moellava.train.arguments import parse_arguments
 
 GOOD = {
     "stage2": {"accuracy": 0.99, "accuracy_shuffled_images": 0.5},

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moellava.config import parse_arguments
 from moellava.conversation import conv_templates
+from moellava.train.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "scripts" / "v1"

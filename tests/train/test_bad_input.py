@@ -5,8 +5,8 @@ import resource
 
 import pytest
 
-from moellava.config import parse_arguments
 from moellava.errors import UserError
+from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
 
 

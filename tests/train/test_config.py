@@ -5,9 +5,9 @@ from dataclasses import fields
 
 import pytest
 
-from moellava.config import MoEArguments, parse_arguments
 from moellava.errors import UserError
 from moellava.moe.spec import MoESpec
+from moellava.train.arguments import MoEArguments, parse_arguments
 
 BASE = ["--model_name_or_path", "lm", "--data_path", "a.json", "--output_dir", "out"]
 

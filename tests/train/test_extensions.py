@@ -2,7 +2,7 @@
 
 import os
 
-from moellava.train.extensions import extension_root, remove_abandoned_locks
+from moellava.train.deepspeed.extensions import extension_root, remove_abandoned_locks
 
 
 def test_only_locks_without_an_owner_go(tmp_path):

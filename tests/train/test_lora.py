@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+from moellava.adapters.folder import merged
+from moellava.adapters.gradient_watch import GradientWatch
+from moellava.adapters.lora import adapt, attach, lora_layers, lora_parameters, pattern_of, target_names
 from moellava.cli import main
-from moellava.config import parse_arguments
 from moellava.errors import UserError
 from moellava.model.builder import load_pretrained_model, save_pretrained_folder
 from moellava.moe import MoESpec, upcycle
-from moellava.train import merge_lora
-from moellava.train.adapter_folder import merged
-from moellava.train.lora import adapt, attach, lora_layers, lora_parameters, pattern_of, target_names
+from moellava.convert import merge_lora
+from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
-from moellava.train.watch import GradientWatch
 
 # One worker runs this module: its fixtures train a stage each.
 pytestmark = pytest.mark.xdist_group("lora")
@@ -253,9 +253,9 @@ def test_quantised_runs_merge_what_they_have_computed_with(bits, runs, flags_for
 
 def test_quantising_without_bitsandbytes_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.delitem(sys.modules, "moellava.train.quantize", raising=False)
+    monkeypatch.delitem(sys.modules, "moellava.adapters.quantize", raising=False)
     with pytest.raises(UserError, match=r"bitsandbytes.*moellava\[quant\]"):
-        import moellava.train.quantize  # noqa: F401
+        import moellava.adapters.quantize  # noqa: F401
 
 
 # -- merge-lora ----------------------------------------------------------------------------------------------------

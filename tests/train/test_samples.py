@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moellava.config import parse_arguments
 from moellava.errors import UserError
 from moellava.model.builder import load_pretrained_model
 from moellava.serve.answer import Request, answer
+from moellava.train.arguments import parse_arguments
 from moellava.train.samples import SampleAnswers, is_common_effort, split_at_answer
 from moellava.train.train import train
 

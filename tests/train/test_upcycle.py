@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from moellava.cli import main
+from moellava.files import read_config
 from moellava.model.builder import read_composed
-from moellava.model.sources import read_config
 from moellava.moe import MoESpec, upcycle
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -124,7 +124,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from transformers import LlavaConfig
-from moellava.model.streaming import upcycle_folder
+from moellava.convert.streaming import upcycle_folder
 from moellava.moe import MoESpec
 from safetensors import safe_open
 small, big, target = map(Path, sys.argv[1:4])

@@ -7,8 +7,8 @@ import json
 import pytest
 from transformers import LlavaForConditionalGeneration
 
-from moellava.config import parse_arguments
 from moellava.errors import UserError
+from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
 
 ROWS = [

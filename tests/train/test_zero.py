@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from moellava.config import parse_arguments
 from moellava.errors import UserError
-from moellava.train.zero import refuse_zero3_experts, whole_parameters
+from moellava.train.arguments import parse_arguments
+from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,8 +19,8 @@ from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.data.dataset import cut_length, problem_with_template
 from moellava.data.media import NUM_FRAMES, frame_counts, require_frames, with_frames
 from moellava.data.preprocess import is_multimodal, pieces_of
-from moellava.data.probe import Facts, facts_of, model_config
 from moellava.data.records import KINDS, ROLES, load_records, problem_of_turns, tags_of
+from moellava.data.tokenizer_facts import Facts, facts_of, model_config
 from moellava.data.tokenizers import load_tokenizer
 from moellava.data.view import colored, counts_of, tokens_of
 from moellava.errors import UserError

@@ -11,7 +11,6 @@ wrote it. Beside it lies the same by parameter, experts under their global ids, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moellava.errors import UserError
+from moellava.files import read_json, write_json
 from moellava.moe import moe_layers, native_names
-from moellava.train.checkpoint import write_json
 
 FOLDER = "portable"
 META = "meta.json"
@@ -41,7 +40,7 @@ def expert_parallel_size(model: nn.Module) -> int:
 def stored_ep_size(checkpoint: Path) -> int | None:
     """The `ep_size` of the run that wrote a checkpoint; None if it holds no portable states."""
     meta = checkpoint / FOLDER / META
-    return json.loads(meta.read_text(encoding="utf-8"))["ep_size"] if meta.is_file() else None
+    return read_json(meta)["ep_size"] if meta.is_file() else None
 
 
 def save_portable(engine: Any, model: nn.Module, checkpoint: Path) -> None:
@@ -78,7 +77,7 @@ def load_portable(engine: Any, model: nn.Module, checkpoint: Path) -> None:
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    meta = json.loads((checkpoint / FOLDER / META).read_text(encoding="utf-8"))
+    meta = read_json(checkpoint / FOLDER / META)
     start_states(engine, meta["step"])
     stored = StoredStates(checkpoint / FOLDER)
     with torch.no_grad():

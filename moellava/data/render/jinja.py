@@ -12,7 +12,7 @@ import json
 from transformers import PreTrainedTokenizerBase
 
 from moellava.conversation import Conversation, SeparatorStyle, conv_templates
-from moellava.data.chat_spans import CHAT_TEMPLATE
+from moellava.data.render.chat import CHAT_TEMPLATE
 
 _CONTENT = """{%- macro said(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from moellava.data.chat_spans import CHAT_TEMPLATE
+from moellava.data.render.chat import CHAT_TEMPLATE
 from moellava.errors import UserError
 from moellava.lmm.supported_models import SUPPORTED_MODELS
 

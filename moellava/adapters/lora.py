@@ -17,10 +17,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from moellava.config import ModelArguments, MoEArguments, TrainingArguments
 from moellava.errors import UserError
 from moellava.model.builder import parts_of
 from moellava.moe import moe_layers
+from moellava.train.arguments import ModelArguments, MoEArguments, TrainingArguments
 from moellava.train.memory import zero_stage
 from moellava.train.stages import FINETUNE, beside_experts
 
@@ -82,7 +82,7 @@ def adapt(model: nn.Module, model_args: ModelArguments, moe_args: MoEArguments, 
                 f"--bits {args.bits} and --deepspeed {args.deepspeed} (ZeRO-3) conflict: packed weights cannot be "
                 "split by it. Use ZeRO-2 (scripts/zero2.json); the quantised weights are small."
             )
-        from moellava.train.quantize import quantise
+        from moellava.adapters.quantize import quantise
 
         quantise(model, target_names(model, only_experts=False), args.device, **quantised)
     config = LoraConfig(

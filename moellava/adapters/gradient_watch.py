@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from moellava.adapters.lora import NAME, lora_layers, shown
 from moellava.errors import UserError
 from moellava.moe import moe_layers
-from moellava.train.lora import NAME, lora_layers, shown
 from moellava.train.trainer import sum_over_processes
 
 NOT_EACH = re.compile(r"\.lora_A\.|\.experts\.")

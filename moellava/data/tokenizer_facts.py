@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN
 from moellava.conversation import Kind, Piece, conv_templates
-from moellava.data.chat_spans import CHAT_TEMPLATE
 from moellava.data.masking import engine_for
 from moellava.data.preprocess import is_plain, pieces_of, terminator_of
+from moellava.data.render.chat import CHAT_TEMPLATE
 from moellava.data.tokenizers import leading_ids, spec_for
 from moellava.data.view import trained_texts
 from moellava.errors import UserError
+from moellava.files import CONFIG, read_json
 
 PROBE = [
     {"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\nWhat is this? ASSISTANT: </s>"},
@@ -185,8 +186,7 @@ def _ids_after(before: list[Piece], piece: Piece, tokenizer: PreTrainedTokenizer
 
 def model_config(folder: str | Path | None) -> dict[str, Any]:
     """The config.json in a folder; empty where there is none."""
-    path = Path(folder or "") / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if folder is not None and path.exists() else {}
+    return {} if folder is None else read_json(Path(folder) / CONFIG)
 
 
 def _embedding_rows(folder: str | Path | None) -> int | None:

@@ -1,4 +1,4 @@
-"""`moellava merge-lora`: base folder + adapter -> merged folder, with proof that both compute the same.
+"""Base folder + adapter -> merged folder, with proof that both compute the same.
 
 The logits of a probe batch are computed three times: with the adapter beside the frozen weights, with the merged
 weights, and by the folder that was written. The arithmetic is fp32, whatever the weights are stored in, so the first
@@ -7,9 +7,6 @@ two differ by rounding only; a folder in 16 bits is compared with the merged mod
 
 from __future__ import annotations
 
-import argparse
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,17 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from moellava.adapters.folder import check_base, load_adapter, merged, read_adapter
+from moellava.adapters.lora import attach, lora_layers, target_names
 from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import UserError
+from moellava.files import CODE_FILES, MODEL_FILES, resolve_folder, staged
 from moellava.lmm.folders import OpenFolder, Probes, open_folder
 from moellava.model.builder import save_pretrained_folder
 from moellava.model.compose import make_processor
 from moellava.model.extended import extend_in_place
 from moellava.model.probe import probe_batches
-from moellava.model.sources import resolve_folder
 from moellava.moe import MoESpec, moe_layers, set_routing_context, upcycle
-from moellava.train.adapter_folder import check_base, load_adapter, merged, read_adapter
-from moellava.train.lora import attach, lora_layers, target_names
+
+STAGING = ".merging"
 
 ROUNDING = 1e-4
 """Largest |Δ| of an fp32 logit that passes, as a fraction of the largest logit."""
@@ -67,7 +66,7 @@ def rebuild(model: Any, origin: dict[str, Any]) -> None:
         extend_in_place(model)
     quantised = origin.get("quantised", {"bits": 16})
     if quantised["bits"] < 16:
-        from moellava.train.quantize import round_trip
+        from moellava.adapters.quantize import round_trip
 
         round_trip(model, target_names(model, only_experts=False), **quantised)
 
@@ -105,7 +104,11 @@ def merge(
     """
     adapter, tensors = read_adapter(adapter_dir)
     dtype = getattr(torch, adapter.origin.get("dtype", "float32"))
-    opened = open_folder(resolve_folder(base, "--model-path", code=trust_remote_code), dtype, trust_remote_code)
+    opened = open_folder(
+        resolve_folder(base, "--model-path", patterns=MODEL_FILES + (CODE_FILES if trust_remote_code else ())),
+        dtype,
+        trust_remote_code,
+    )
     model = opened.model
     rebuild(model, adapter.origin)
     settle_template(opened, base, adapter.origin)
@@ -144,18 +147,12 @@ def write_compared(
     Raises:
         UserError: it computes something else. Nothing is left then.
     """
-    staging = output_dir.with_name(f".{output_dir.name}.merging")
-    try:
+    with staged(output_dir, STAGING) as staging:
         save_pretrained_folder(opened.model, opened.tokenizer, opened.processor, staging)
         logits = probe_logits(opened.model, probes)
         reopened = open_folder(staging, opened.model.dtype, trust_remote_code).model
         difference = largest_difference(logits, probe_logits(reopened, probes))
         refuse_if_above(difference, ROUNDING, logits, "Writing and reopening the folder")
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, output_dir / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return difference
 
 
@@ -168,30 +165,3 @@ def refuse_if_above(found: dict[str, float], fraction: float, logits: dict[str, 
                 f"{what} changes a logit {probe} by {difference:.3e}, more than rounding ({limit:.3e}). "
                 "Nothing was written."
             )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The subcommand."""
-    parser = argparse.ArgumentParser(prog="moellava merge-lora", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model-path", required=True, help="the folder that the run with --lora_enable started from")
-    parser.add_argument("--adapter", required=True, type=Path, help="the adapter/ folder that the run has left")
-    parser.add_argument("--output-dir", required=True, type=Path, help="the folder to write")
-    parser.add_argument(
-        "--trust_remote_code",
-        type=lambda word: word.lower() == "true",
-        default=False,
-        help="True: run the Python code in the model's folder, for families that need it",
-    )
-    args = parser.parse_args(argv)
-    if (args.output_dir / "config.json").exists():
-        raise UserError(f"--output-dir {args.output_dir} already holds a model. Choose another folder.")
-    titles = {
-        "adapter": "the adapter moves logits by",
-        "merging": "merging changes them by",
-        "folder": "the folder differs by",
-    }
-    for name, differences in merge(args.model_path, args.adapter, args.output_dir, args.trust_remote_code).items():
-        for probe, difference in differences.items():
-            print(f"{titles[name]:28} max |Δ| {difference:.3e}  {probe}")
-    print(f"wrote {args.output_dir}")
-    return 0

@@ -1,8 +1,7 @@
-"""`moellava export`: a composed model as the folder that LLaVA and MoE-LLaVA read (see published.py for the layout)."""
+"""A composed model as the folder that LLaVA and MoE-LLaVA read (see published.py for the layout)."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Mapping
@@ -13,10 +12,9 @@ import torch
 
 from moellava.errors import UserError
 from moellava.model import projector as projectors
-from moellava.model.builder import load_pretrained_model
-from moellava.model.families import FAMILIES, Family, family_of
+from moellava.model.families import Family, family_of
 from moellava.model.loading import ROPE_FIELDS
-from moellava.model.vision import tower_prefix
+from moellava.model.towers import tower_prefix
 from moellava.moe import MoESpec, gather_moe_state_dict, moe_layers
 
 WEIGHTS = "pytorch_model.bin"
@@ -160,21 +158,3 @@ def rename(
     )
     theirs = family.to_theirs(tensors, raw)
     return {key.replace(".mlp.", f".mlp.{inside}"): tensor for key, tensor in theirs.items()}
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The subcommand."""
-    parser = argparse.ArgumentParser(
-        prog="moellava export",
-        description="Write a model in the layout of LLaVA and MoE-LLaVA.",
-        epilog=f"Families: {', '.join(FAMILIES)}.",
-    )
-    parser.add_argument("--model-path", required=True, help="a folder of stage 2 or 3")
-    parser.add_argument("--output-dir", required=True, type=Path, help="the folder to write")
-    args = parser.parse_args(argv)
-    if (args.output_dir / "config.json").exists():
-        raise UserError(f"--output-dir {args.output_dir} already holds a model. Choose another folder.")
-    tokenizer, model, _, _ = load_pretrained_model(args.model_path, device="cpu")
-    write_published(model, tokenizer, args.output_dir)
-    print(f"wrote {args.output_dir}")
-    return 0

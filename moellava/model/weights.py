@@ -1,62 +1,19 @@
-"""Where weights and configs are read from: local folders, folders of the hub, safetensors or pickles without code."""
+"""Weights as they lie in a folder: safetensors, or pickles of nothing but tensors."""
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from moellava.errors import UserError
-
-NEEDED_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
-"""What is fetched from the hub: weights, configs and tokenizers; code only where that was allowed."""
+from moellava.files import read_json
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of an unsharded checkpoint's weights, best first; `NAME.index.json` lists the shards of a sharded one."""
-
-
-def resolve_folder(name: str | Path, flag: str, near: Path | None = None, code: bool = False) -> Path:
-    """A local folder as it is; any other name is fetched from the hub.
-
-    Args:
-        name: a folder or a hub id.
-        flag: what the user called it by, for the error message.
-        near: a folder in whose surroundings a relative `name` is looked for as well.
-        code: fetch Python files as well.
-
-    Raises:
-        UserError: neither a folder nor something that the hub gives.
-    """
-    for parent in [Path(), *([] if near is None else [near.resolve(), *near.resolve().parents[:3]])]:
-        if (parent / name).is_dir():
-            return parent / name
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=[*NEEDED_FILES, *(["*.py"] if code else [])]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{flag} {name}: there is no such folder, and the hub did not give it ({reason})") from error
-
-
-def read_config(folder: Path, flag: str) -> dict[str, Any]:
-    """The `config.json` of a model folder as a dict. Raises UserError if it is missing or no JSON object."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{flag} {folder} holds no config.json, so it is not a model folder.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds a {type(config).__name__}, not a config.")
-    return config
 
 
 def has_weights(folder: Path) -> bool:
@@ -69,7 +26,7 @@ def weight_files(folder: Path) -> list[Path]:
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
             missing = [shard for shard in names if not (folder / shard).is_file()]
             if missing:
                 raise UserError(f"{index} names {len(names)} shards, but {', '.join(missing)} are missing.")

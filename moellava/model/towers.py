@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from moellava.errors import UnknownNameError, UserError
-from moellava.model.sources import read_config, resolve_folder, weight_files
+from moellava.files import read_config, resolve_folder
+from moellava.model.weights import weight_files
 from moellava.registry import Registry
 
 

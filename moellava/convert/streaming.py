@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from moellava.errors import UserError
+from moellava.files import staged
 from moellava.log import get_logger
 from moellava.model.extended import PREFIX, as_extended, base_of, extended_config, model_class
-from moellava.model.saving import INDEX, STAGING, flush, folder_page, move_files
-from moellava.model.sources import weight_files
+from moellava.model.saving import INDEX, STAGING, folder_page, remove_old_weights
+from moellava.model.weights import weight_files
 from moellava.moe import MoESpec
 from moellava.moe.upcycle import decoder_layers, expert_stream
 
@@ -162,10 +163,7 @@ def upcycle_folder(source: Path, target: Path, config: PretrainedConfig, spec: M
         OSError: the disk is full; the target is as it was.
     """
     give_freed_memory_back()
-    staging = target / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with staged(target, STAGING) as staging:
         new_config = sparse_config(config, spec)
         _convert(source, staging, config, new_config, spec, shard_bytes)
         for file in source.iterdir():
@@ -173,10 +171,8 @@ def upcycle_folder(source: Path, target: Path, config: PretrainedConfig, spec: M
                 shutil.copy2(file, staging / file.name)
         new_config.save_pretrained(staging)
         (staging / "README.md").write_text(folder_page(new_config), encoding="utf-8")
-        flush(staging)
-        move_files(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        names = {file.name for file in staging.iterdir()}
+    remove_old_weights(target, names)
 
 
 def give_freed_memory_back() -> None:

@@ -15,7 +15,6 @@ loss does not: nothing in such a folder says what its routers were.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,10 +25,11 @@ from torch.nn import functional
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.errors import UserError
+from moellava.files import read_config
 from moellava.model.builder import is_published, read_composed
 from moellava.model.families import published_family
 from moellava.model.published import from_published, read_published
-from moellava.model.sources import read_config, read_file, read_tensors
+from moellava.model.weights import read_file, read_tensors
 from moellava.moe import MoESpec, moe_layers, router_losses, upcycle
 
 INPUTS = ("input_ids", "attention_mask", "labels", "images")
@@ -186,24 +186,3 @@ def distance(found: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor | Non
     if mask is not None:
         difference = difference[mask]
     return difference.max().item() if difference.isfinite().all() else float("inf")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The subcommand. Exit status: see `PASSED`, `FAILED`, `UNDECIDED`; a tensor passes within `--atol`."""
-    parser = argparse.ArgumentParser(prog="moellava verify", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("dir", type=Path, metavar="DIR", help="a model folder that holds golden.safetensors")
-    parser.add_argument("--atol", type=float, default=1e-4, help="largest |Δ| that passes (default: 1e-4)")
-    parser.add_argument("--dense", type=Path, help="the model it was upcycled from (default: DIR/../dense, if there)")
-    args = parser.parse_args(argv)
-    beside = args.dir.resolve().parent / "dense"
-    result = verify(args.dir, args.dense or (beside if beside.is_dir() else None))
-    wrong = 0
-    for name, found in result.items():
-        if isinstance(found, str):
-            print(f"{name:16} -           {found}")
-            continue
-        wrong += not found <= args.atol
-        print(f"{name:16} {found:.3e}   {'ok' if found <= args.atol else f'above {args.atol:g}'}")
-    if wrong:
-        return FAILED
-    return UNDECIDED if any(isinstance(found, str) for found in result.values()) else PASSED

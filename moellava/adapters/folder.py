@@ -7,8 +7,6 @@ adapter/origin.json                  how the model under it was made: sparse lay
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +17,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from moellava.adapters.lora import NAME, Adapter
 from moellava.errors import UserError
+from moellava.files import read_json, write_json, written
 from moellava.model.saving import apart
-from moellava.train.checkpoint import write_json
 from moellava.train.folder import StageFolder
-from moellava.train.lora import NAME, Adapter
 
 FOLDER = "adapter"
 CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "origin.json"
@@ -99,10 +97,8 @@ def write_adapter(state: dict[str, torch.Tensor], adapter: Adapter, path: Path) 
         state: of the model with adapters.
     """
     path.mkdir(parents=True, exist_ok=True)
-    temporary = path / f"{WEIGHTS}.new"
-    save_file(apart(adapter_tensors(state, adapter)), temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors writes through a private temporary file
-    os.replace(temporary, path / WEIGHTS)
+    with written(path / WEIGHTS) as temporary:
+        save_file(apart(adapter_tensors(state, adapter)), temporary, metadata={"format": "pt"})
     description = adapter.config.to_dict() | {"inference_mode": True}
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in description.items()}
     write_json(path / CONFIG, plain)
@@ -126,10 +122,7 @@ def read_adapter(path: Path) -> tuple[Adapter, dict[str, torch.Tensor]]:
     variants = [name for name in VARIANTS if getattr(config, name)]
     if variants:
         raise UserError(f"{path} holds a variant of LoRA ({', '.join(variants)}) that cannot be merged here.")
-    origin: dict[str, Any] = {}
-    if (path / ORIGIN).is_file():
-        origin = json.loads((path / ORIGIN).read_text(encoding="utf-8"))
-    return Adapter(config, origin), load_file(path / WEIGHTS)
+    return Adapter(config, read_json(path / ORIGIN)), load_file(path / WEIGHTS)
 
 
 def load_adapter(model: nn.Module, adapter: Adapter, tensors: dict[str, torch.Tensor], source: Path) -> None:

@@ -15,11 +15,11 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from moellava.conflicts import Flags, find_conflicts
 from moellava.data.media import NUM_FRAMES
 from moellava.errors import UserError
-from moellava.lmm.arguments import ReleasedArguments, settle
 from moellava.moe.spec import MoESpec
+from moellava.train.conflicts import Flags, find_conflicts
+from moellava.train.released_arguments import ReleasedArguments, settle
 
 
 def _flag(help_text: str, default=None, **kwargs):

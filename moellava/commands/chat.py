@@ -1,0 +1,153 @@
+"""`moellava chat`: one question, or a conversation, about images and videos.
+
+moellava chat --model-path DIR --image-file cat.png --question "What is this?"
+moellava chat --model-path DIR --image-file a.png b.png
+moellava chat --model-path DIR --video-file clip.mp4 --num-frames 8
+python -m moellava.serve.cli --model-path DIR --image-file cat.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from moellava.data.media import NUM_FRAMES, require_frames
+from moellava.data.video import Video, read_video
+from moellava.errors import UserError
+from moellava.model.builder import load_pretrained_model, require_tokenizer
+from moellava.serve.answer import Request, stream
+from moellava.serve.decode import Sampling
+from moellava.serve.released import is_released, open_released, stream_released
+
+HELP = """Ask about what is shown. Further commands:
+  /image FILE …   add images to the next question
+  /video FILE …   add videos to the next question
+  /reset          forget the conversation and what was shown
+  /quit           leave (also Ctrl-D)"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = argparse.ArgumentParser(prog="moellava chat", description="Talk to a model about images and videos.")
+    parser.add_argument("--model-path", required=True, help="folder of a stage, or a published checkpoint")
+    parser.add_argument("--model-base", help="the language model that a published projector or adapter belongs to")
+    parser.add_argument("--image-file", nargs="+", default=[], metavar="IMG", help="images of the first question")
+    parser.add_argument("--video-file", nargs="+", default=[], metavar="CLIP", help="videos of the first question")
+    parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"frames of a video ({NUM_FRAMES})")
+    parser.add_argument("--question", help="ask this, print the answer and leave; without it, a conversation")
+    parser.add_argument("--version", help="conversation template, where the folder's config names none")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer, in tokens (512)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from (1)")
+    parser.add_argument("--seed", type=int, help="of the sampling")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps … (the best there is)")
+    return parser
+
+
+class Chat:
+    """A conversation with a model: what was said, and the images and videos shown.
+
+    Args:
+        speak: request -> its answer in pieces.
+        num_frames: frames that stand for a video.
+    """
+
+    def __init__(self, speak: Callable[[Request], Iterator[str]], num_frames: int = NUM_FRAMES):
+        self.speak = speak
+        self.num_frames = num_frames
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything said and shown."""
+        self.messages: list[dict[str, str]] = []
+        self.images: list[str] = []
+        self.videos: list[Video] = []
+        self.pending: list[str] = []
+        self.pending_videos: list[Video] = []
+
+    def show(self, images: Sequence[str] = (), videos: Sequence[str] = ()) -> None:
+        """Adds files to the next question. Raises DataError for a video that cannot be read; nothing is added then."""
+        read = [read_video(path, self.num_frames) for path in videos]
+        self.pending += images
+        self.pending_videos += read
+
+    def ask(self, question: str) -> Iterator[str]:
+        """The answer, in pieces as they come. A question that fails leaves the conversation as it was."""
+        turn = Request(question, self.pending, videos=self.pending_videos).messages
+        request = Request(
+            messages=[*self.messages, *turn],
+            images=[*self.images, *self.pending],
+            videos=[*self.videos, *self.pending_videos],
+        )
+        pieces = []
+        for piece in self.speak(request):
+            pieces.append(piece)
+            yield piece
+        self.messages = [*request.messages, {"from": "gpt", "value": "".join(pieces)}]
+        self.images += self.pending
+        self.videos += self.pending_videos
+        self.pending, self.pending_videos = [], []
+
+
+def say(pieces: Iterator[str], if_empty: str = "") -> None:
+    """Prints an answer while it grows, or `if_empty` where the model ends its turn at once."""
+    said = False
+    for piece in pieces:
+        said = True
+        print(piece, end="", flush=True)
+    print("" if said else if_empty, flush=True)
+
+
+def converse(chat: Chat) -> None:
+    """Reads questions until the input ends. A mistake is a message, and the conversation goes on."""
+    print(HELP)
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        try:
+            if command == "/reset":
+                chat.reset()
+            elif command == "/image":
+                chat.show(rest.split())
+            elif command == "/video":
+                chat.show(videos=rest.split())
+            elif command.startswith("/"):
+                print(HELP)
+            elif line:
+                say(chat.ask(line), if_empty="(the model says nothing)")
+        except UserError as error:
+            print(error)
+
+
+def open_speaker(args: argparse.Namespace, sampling: Sampling) -> Callable[[Request], Iterator[str]]:
+    """Opens the model: a composed one speaks in its template, a released one in its own chat template."""
+    if args.version is None and args.model_base is None and is_released(args.model_path):
+        return partial(stream_released, open_released(args.model_path, args.device), sampling=sampling)
+    tokenizer, model, processor, _ = load_pretrained_model(args.model_path, args.model_base, device=args.device)
+    require_tokenizer(tokenizer, args.model_path)
+    return partial(stream, model, tokenizer, processor, version=args.version, sampling=sampling)
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the command."""
+    args = make_parser().parse_args(argv)
+    require_frames(args.num_frames, "--num-frames")
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    disable_progress_bar()  # an answer is not preceded by a bar about the weights,
+    set_verbosity_error()  # nor by remarks on the config
+    chat = Chat(open_speaker(args, sampling), args.num_frames)
+    chat.show(args.image_file, args.video_file)
+    if args.question is not None:
+        say(chat.ask(args.question))
+    else:
+        converse(chat)
+    return 0

@@ -1,0 +1,76 @@
+"""`moellava upcycle`: a dense folder -> a sparse one, with its certificate, without training."""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from moellava.convert.streaming import can_stream
+from moellava.convert.upcycle_folder import dense_config, family_of, in_memory, probes_of, stream
+from moellava.errors import UserError
+from moellava.files import read_config, resolve_folder
+from moellava.model.builder import is_published
+from moellava.moe import MoESpec
+
+GIGABYTE = 10**9
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; the certificate goes to stdout and into the new folder."""
+    arguments = parse(argv)
+    target = Path(arguments.output_dir)
+    if (target / "config.json").exists():
+        raise UserError(f"--output-dir {target} already holds a model. Choose another folder, or remove it.")
+    source = resolve_folder(arguments.model_path, "--model-path")
+    raw = read_config(source, "--model-path")
+    family = family_of(raw, arguments.model_path)
+    spec = spec_of(arguments)
+    config = None if is_published(raw) else dense_config(source, raw, family)
+    if config is not None and can_stream(source, config):
+        shard_bytes = int(arguments.shard_size * GIGABYTE)
+        certificate = stream(source, target, config, spec, shard_bytes, probes_of(source, config, family))
+    else:
+        certificate = in_memory(source, target, spec, (config and config.dtype) or torch.float32)
+    certificate.save(target)
+    print("\n".join([*certificate.lines(), f"Written to {target}"]))
+    certificate.check()
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command's flags: its own, and one for each field of `MoESpec`."""
+    parser = argparse.ArgumentParser(prog="moellava upcycle", description=__doc__)
+    parser.add_argument("--model-path", required=True, help="dense folder: of stage 2, released, or published")
+    parser.add_argument("--output-dir", required=True, help="new folder")
+    parser.add_argument("--shard-size", type=float, default=4.0, help="largest file of the new folder, in GB")
+    parser.add_argument("--moe_preset", default="today", help="'moe-llava': the original's routing and loss")
+    hints = typing.get_type_hints(MoESpec)
+    for field in fields(MoESpec):
+        default = getattr(MoESpec(), field.name)
+        kind = hints[field.name]
+        names = [f"--{field.name}"] + ([f"--{field.name.replace('_', '-')}"] if "_" in field.name else [])
+        if kind is bool:
+            parser.add_argument(*names, nargs="?", const=True, type=_truth, help=f"default {default}")
+        elif kind in (int, float, str):
+            parser.add_argument(*names, type=kind, help=f"default {default}")
+        else:
+            parser.add_argument(*names, type=int, nargs="+", help=f"default {default}")
+    return parser.parse_args(argv)
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def spec_of(arguments: argparse.Namespace) -> MoESpec:
+    """The options; a capacity factor alone means that experts drop what exceeds it, as in `train.py`."""
+    given = {f.name: value for f in fields(MoESpec) if (value := getattr(arguments, f.name)) is not None}
+    if "capacity_factor" in given or "eval_capacity_factor" in given:
+        given.setdefault("drop_tokens", True)
+    return MoESpec.from_preset(arguments.moe_preset, **given)

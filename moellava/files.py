@@ -1,0 +1,129 @@
+"""Files and folders: what is read, what is written whole or not at all, and where a name leads. Nobody else does this.
+
+A write goes beside its target, on the same disk, is flushed, and moves to its place in one step. So a full disk or a
+kill leaves the old content or the new one, never half of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moellava.errors import UserError
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+"""What is fetched from the hub of a model: weights, configs and tokenizers; code only where that was allowed."""
+
+CODE_FILES = ("*.py",)
+
+CONFIG = "config.json"
+"""The file that makes a folder a model's; it is moved last."""
+
+LEVELS_ABOVE = 3
+"""How far up from a folder a relative name in its config is looked for."""
+
+
+def resolve_folder(
+    name: str | Path, flag: str, near: Path | None = None, patterns: Sequence[str] = MODEL_FILES
+) -> Path:
+    """A local folder as it is; any other name is fetched from the hub.
+
+    Args:
+        name: a folder or a hub id.
+        flag: what the user called it by, for the message.
+        near: a folder in whose surroundings a relative `name` is looked for as well.
+        patterns: files that are fetched.
+
+    Raises:
+        UserError: neither a folder nor something that the hub gives.
+    """
+    for parent in [Path(), *([] if near is None else [near.resolve(), *near.resolve().parents[:LEVELS_ABOVE]])]:
+        if (parent / name).is_dir():
+            return parent / name
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{flag} {name}: there is no such folder, and the hub did not give it ({reason})") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; {} if there is no such file. Raises UserError if it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_config(folder: Path, flag: str) -> dict[str, Any]:
+    """The `config.json` of a model folder. Raises UserError if it is missing or no JSON object."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise UserError(f"{flag} {folder} holds no config.json, so it is not a model folder.")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a {type(config).__name__}, not a config.")
+    return config
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A path to write to instead of `path`, which it replaces when the block ends without an error."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.chmod(0o644)  # safetensors writes through a private temporary file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def staged(folder: Path, name: str) -> Iterator[Path]:
+    """An empty folder `name` inside `folder` to write to; its files move up, `config.json` last, when the block ends
+    without an error. Files of the same names are replaced, others stay. Nothing of it is left after an error."""
+    staging, is_new = folder / name, not folder.exists()
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        flush_tree(staging)
+        for file in sorted(staging.iterdir(), key=lambda file: (file.name == CONFIG, file.name)):
+            os.replace(file, folder / file.name)
+        flush(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """Waits until every file below a folder, and the names of them, are on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
