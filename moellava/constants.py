@@ -13,3 +13,6 @@ DEFAULT_IMAGE_TOKEN = "<image>"
 DEFAULT_VIDEO_TOKEN = "<video>"
 DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
+
+CHAT_TEMPLATE = "chat_template"
+"""What `--version` calls the chat template of the model's own folder."""

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN
+from moellava.errors import UserError
 from moellava.registry import Registry
 
 
@@ -32,7 +33,7 @@ class SeparatorStyle(Enum):
     """`[INST] <<SYS>>…<</SYS>> question [/INST] answer </s><s>[INST] …`"""
 
 
-class Kind(Enum):
+class Origin(Enum):
     """Where a piece of text comes from."""
 
     TEMPLATE = auto()
@@ -49,12 +50,12 @@ class Piece(NamedTuple):
     Attributes:
         text: the text itself.
         trained: whether the tokens that begin in it carry labels.
-        kind: whose text it is.
+        origin: whose text it is.
     """
 
     text: str
     trained: bool = False
-    kind: Kind = Kind.TEMPLATE
+    origin: Origin = Origin.TEMPLATE
 
 
 @dataclass
@@ -107,12 +108,23 @@ class Conversation:
         # Spelled out: `replace` costs a tenth of what it takes to tokenize a short caption.
         return Conversation(self.system, self.roles, [], 0, self.sep_style, self.sep, self.sep2, self.version)
 
+    def with_system(self, system: str) -> Conversation:
+        """The conversation with another system text, behind the marker that opens the template's own (ChatML).
+
+        Raises:
+            UserError: the template has no place for one.
+        """
+        if not self.system:
+            raise UserError(f"the template {self.version!r} has no place for a system prompt")
+        marker, newline, _ = self.system.rpartition("\n") if self.sep_style is SeparatorStyle.MPT else ("", "", "")
+        return replace(self, system=marker + newline + system)
+
     def pieces(self) -> list[Piece]:
         """The rendered text in order, each part with its flag; `get_prompt` is its join.
 
         Questions are kept even where nothing of them is shown: they part one answer from the next.
         """
-        return [piece for piece in _RENDERERS[self.sep_style](self) if piece.text or piece.kind is Kind.QUESTION]
+        return [piece for piece in _RENDERERS[self.sep_style](self) if piece.text or piece.origin is Origin.QUESTION]
 
     def get_prompt(self) -> str:
         """The text of the conversation."""
@@ -121,7 +133,7 @@ class Conversation:
 
 def _message(text: str, turn: int, lead: str = "") -> Piece:
     """A message after `lead`; in an answer the space that leads it is trained, as the tokens that begin there are."""
-    return Piece(lead + text, True, Kind.ANSWER) if turn % 2 else Piece(lead + text, False, Kind.QUESTION)
+    return Piece(lead + text, True, Origin.ANSWER) if turn % 2 else Piece(lead + text, False, Origin.QUESTION)
 
 
 def _render_colon(conversation: Conversation) -> Iterator[Piece]:

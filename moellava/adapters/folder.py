@@ -8,7 +8,6 @@ adapter/origin.json                  how the model under it was made: sparse lay
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from torch import nn
 from moellava.adapters.lora import NAME, Adapter
 from moellava.errors import UserError
 from moellava.files import read_json, write_json, written
+from moellava.model.parts import Keywords
 from moellava.model.saving import apart
-from moellava.train.folder import StageFolder
 
 FOLDER = "adapter"
 CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "origin.json"
@@ -107,8 +106,12 @@ def write_adapter(state: dict[str, torch.Tensor], adapter: Adapter, path: Path) 
     write_json(path / ORIGIN, adapter.origin)
 
 
-def read_adapter(path: Path) -> tuple[Adapter, dict[str, torch.Tensor]]:
+def read_adapter(path: Path, keywords: Keywords) -> tuple[Adapter, dict[str, torch.Tensor]]:
     """An adapter and its tensors under peft's names. One that peft alone wrote has an empty origin.
+
+    Args:
+        path: its folder.
+        keywords: of the model that it belongs to.
 
     Raises:
         UserError: the folder holds no LoRA adapter.
@@ -122,7 +125,7 @@ def read_adapter(path: Path) -> tuple[Adapter, dict[str, torch.Tensor]]:
     variants = [name for name in VARIANTS if getattr(config, name)]
     if variants:
         raise UserError(f"{path} holds a variant of LoRA ({', '.join(variants)}) that cannot be merged here.")
-    return Adapter(config, read_json(path / ORIGIN)), load_file(path / WEIGHTS)
+    return Adapter(config, read_json(path / ORIGIN), keywords), load_file(path / WEIGHTS)
 
 
 def load_adapter(model: nn.Module, adapter: Adapter, tensors: dict[str, torch.Tensor], source: Path) -> None:
@@ -142,29 +145,3 @@ def load_adapter(model: nn.Module, adapter: Adapter, tensors: dict[str, torch.Te
     with torch.no_grad():
         for name, value in tensors.items():
             own[name].copy_(value)
-
-
-@dataclass
-class AdaptedFolder(StageFolder):
-    """Writes and reads the model of a run with adapters. State dicts that it is given hold the adapters unmerged."""
-
-    adapter: Adapter = field(kw_only=True)
-
-    def write(self, model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-        """Writes the adapter, then the merged model."""
-        self.adapter.origin["moellava"] = model.config.moellava | self.meta
-        write_adapter(state, self.adapter, path / FOLDER)
-        super().write(model, merged(state, self.adapter.scaling), path)
-
-    def load(self, model: nn.Module, path: Path) -> None:
-        """Copies a checkpoint's adapter into the model; what lies under it is as the stage has built it anew."""
-        stored, tensors = read_adapter(path / FOLDER)
-        check_base(model.state_dict(), stored.origin, f"--model_name_or_path {self.adapter.origin['base']}")
-        load_adapter(model, self.adapter, tensors, path / FOLDER)
-
-    def _compare(self, path: Path, state: dict[str, torch.Tensor]) -> None:
-        super()._compare(path, merged(state, self.adapter.scaling))
-        saved = load_file(path / FOLDER / WEIGHTS)
-        for name, value in adapter_tensors(state, self.adapter).items():
-            if not torch.equal(saved[name], value.cpu()):
-                raise UserError(f"The dry save before step 0 changed {name}: the folder could not be trusted.")

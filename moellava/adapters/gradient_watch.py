@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from moellava.adapters.lora import NAME, lora_layers, shown
 from moellava.errors import UserError
 from moellava.moe import moe_layers
-from moellava.train.trainer import sum_over_processes
+from moellava.processes import sum_over_processes
 
 NOT_EACH = re.compile(r"\.lora_A\.|\.experts\.")
 """Names of parameters that are not judged one by one."""
@@ -36,13 +36,13 @@ class GradientWatch(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, encoder: nn.Module | None = None):
-        self.kinds: dict[str, str] = {}
+        self.sorts: dict[str, str] = {}
         self.counts: dict[str, torch.Tensor] = {}
         self.handles: dict[str, list[Any]] = {}
         # Cross-attention layers (Llama 3.2 Vision) see nothing in a step without images either.
         readers = [layer for layer in model.modules() if hasattr(layer, "cross_attn")]
-        eyes = [*readers, *([encoder] if encoder else [])]
-        seeing = {id(module) for part in eyes for module in part.modules()}
+        read_images = [*readers, *([encoder] if encoder else [])]
+        in_vision = {id(module) for part in read_images for module in part.modules()}
         unwatched = {id(parameter) for parameter in encoder.parameters()} if encoder else set()
         expert_of = {
             id(module): f"the experts of layer {index}"
@@ -52,16 +52,16 @@ class GradientWatch(TrainerCallback):
         }
         adapters = {}
         for name, layer in lora_layers(model):
-            kind = VISION if id(layer) in seeing else DECODER
-            adapters[id(layer.lora_B[NAME].weight)] = (expert_of.get(id(layer), name), kind)
+            sort = VISION if id(layer) in in_vision else DECODER
+            adapters[id(layer.lora_B[NAME].weight)] = (expert_of.get(id(layer), name), sort)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and id(parameter) in adapters:
                 self._watch(parameter, *adapters[id(parameter)])
             elif parameter.requires_grad and id(parameter) not in unwatched and not NOT_EACH.search(name):
                 self._watch(parameter, name, WHOLE)
 
-    def _watch(self, parameter: nn.Parameter, part: str, kind: str) -> None:
-        self.kinds[part] = kind
+    def _watch(self, parameter: nn.Parameter, part: str, sort: str) -> None:
+        self.sorts[part] = sort
         self.counts.setdefault(part, torch.zeros(2, device=parameter.device))
 
         def note(gradient: torch.Tensor) -> None:
@@ -77,15 +77,15 @@ class GradientWatch(TrainerCallback):
         sums = sum_over_processes(torch.stack(list(self.counts.values())).double()).tolist()
         reached = {part for part, (calls, _) in zip(self.counts, sums, strict=True) if calls}
         moved = {part for part, (_, alive) in zip(self.counts, sums, strict=True) if alive}
-        vision = {part for part, kind in self.kinds.items() if kind == VISION}
-        blind = set() if vision & moved else vision & reached
-        dead = {part for part in self.counts if part not in (reached if self.kinds[part] == WHOLE else moved)} - blind
+        vision = {part for part, sort in self.sorts.items() if sort == VISION}
+        waiting = set() if vision & moved else vision & reached
+        dead = {part for part in self.counts if part not in (reached if self.sorts[part] == WHOLE else moved)} - waiting
         if dead:
             raise UserError(
                 f"In the first step no gradient has reached {len(dead)} of {len(sums)} trained parts: {shown(dead)}. "
                 "They would stay as they are, so the run stops here."
             )
-        for part in [part for part in self.counts if part not in blind]:
+        for part in [part for part in self.counts if part not in waiting]:
             for handle in self.handles.pop(part):
                 handle.remove()
-            del self.counts[part], self.kinds[part]
+            del self.counts[part], self.sorts[part]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -18,14 +18,15 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from moellava.errors import UserError
-from moellava.model.builder import parts_of
+from moellava.model.parts import Keywords, group_of
 from moellava.moe import moe_layers
-from moellava.train.arguments import ModelArguments, MoEArguments, TrainingArguments
-from moellava.train.memory import zero_stage
-from moellava.train.stages import FINETUNE, beside_experts
+from moellava.vlm import VLM
 
 NAME = "default"
 """peft's name of the one adapter that a model has here."""
+
+HEAD = "lm_head."
+"""What the names of the head's tensors begin with; it is no part of the decoder."""
 
 
 @dataclass
@@ -35,11 +36,13 @@ class Adapter:
     Args:
         config: peft's description; `modules_to_save` names what is saved whole beside the matrices.
         origin: how the model under the adapter was made; written beside it, read by `moellava merge-lora`.
+        keywords: where the model's parts are.
         full: what trains in full.
     """
 
     config: LoraConfig
     origin: dict[str, Any]
+    keywords: Keywords
     full: list[nn.Parameter] = field(default_factory=list)
 
     @property
@@ -55,64 +58,9 @@ class Adapter:
             return True
         if self.config.bias == "lora_only":
             return name.endswith(".base_layer.bias")
-        in_decoder = ".language_model." in name or ".text_model." in name
-        return self.config.bias == "all" and name.endswith(".bias") and in_decoder
-
-
-def adapt(model: nn.Module, model_args: ModelArguments, moe_args: MoEArguments, args: TrainingArguments) -> Adapter:
-    """Attaches the adapters that the flags ask for, over quantised linears with --bits 4 or 8.
-
-    Args:
-        model: assembled, the native engine's.
-
-    Raises:
-        UserError: nothing to adapt, or flags that do not go together.
-    """
-    targets = wanted_targets(model, model_args, moe_args, args)
-    quantised: dict[str, Any] = {"bits": args.bits, "quant_type": args.quant_type, "double_quant": args.double_quant}
-    origin = {
-        "base": model_args.model_name_or_path,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "moe": getattr(model.config, "moe", None),
-        "quantised": quantised,
-    }
-    if args.bits < 16:
-        if zero_stage(args.deepspeed) == 3:
-            raise UserError(
-                f"--bits {args.bits} and --deepspeed {args.deepspeed} (ZeRO-3) conflict: packed weights cannot be "
-                "split by it. Use ZeRO-2 (scripts/zero2.json); the quantised weights are small."
-            )
-        from moellava.adapters.quantize import quantise
-
-        quantise(model, target_names(model, only_experts=False), args.device, **quantised)
-    config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        bias=args.lora_bias,
-        target_modules=pattern_of(targets, (name for name, _ in model.named_modules())),
-        base_model_name_or_path=model_args.model_name_or_path,
-    )
-    attach(model, config, targets)
-    full = trained_in_full(model, model_args, moe_args, args.lora_enable)
-    # Routers are saved whether they train or not: a frozen one's balancing bias moves all the same.
-    routers = [part for _, layer in moe_layers(model) for part in router_modules(layer)]
-    config.modules_to_save = sorted({*names_of(model, routers), *covering(model, full)})
-    return Adapter(config, origin, full)
-
-
-def trained_in_full(
-    model: nn.Module, model_args: ModelArguments, moe_args: MoEArguments, lora_enable: bool
-) -> list[nn.Parameter]:
-    """What trains in full beside adapters: what the stage trains without them, less the parts that are adapted.
-
-    Args:
-        lora_enable: whether the decoder has adapters; else those of the vision encoder are the only ones.
-    """
-    if moe_args.moe_enable:
-        return beside_experts(model, model_args, moe_args)
-    rests = model_args.freeze_backbone or lora_enable
-    return list(FINETUNE.selects(model, replace(model_args, freeze_backbone=rests), moe_args))
+        if self.config.bias != "all" or not name.endswith(".bias"):
+            return False
+        return group_of(name, self.keywords) == "language_model" and not name.startswith(HEAD)
 
 
 def covering(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[str]:
@@ -133,38 +81,22 @@ def covering(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[str]:
     return list(walk(model, ""))
 
 
-def wanted_targets(
-    model: nn.Module, model_args: ModelArguments, moe_args: MoEArguments, args: TrainingArguments
-) -> list[str]:
-    """Names of the linears that the flags want adapted. Raises UserError where a flag finds none."""
-    asked = {}
-    if args.lora_enable:
-        asked["--lora_enable True"] = target_names(model, only_experts=moe_args.moe_enable and args.only_lora_ffn)
-    if model_args.use_vision_lora:
-        asked["--use_vision_lora True"] = vision_target_names(model)
-    for flag, found in asked.items():
-        if not found:
-            where = "vision encoder" if "vision" in flag else "language model"
-            raise UserError(f"{flag}: the {where} of this {type(model).__name__} has no linear layer for an adapter.")
-    return [name for found in asked.values() for name in found]
-
-
-def target_names(model: nn.Module, only_experts: bool) -> list[str]:
+def target_names(vlm: VLM, only_experts: bool) -> list[str]:
     """Names of the linears that get an adapter.
 
     Args:
-        model: a composed model; a sparse one with the native engine.
+        vlm: if it is sparse, with the native engine.
         only_experts: those of the MoE layers (experts and shared MLPs) and no others. Routers never.
     """
-    sparse = [layer for _, layer in moe_layers(model)]
+    sparse = [layer for _, layer in moe_layers(vlm.model)]
     routing = {id(module) for layer in sparse for part in router_modules(layer) for module in part.modules()}
-    linears = linears_in(sparse if only_experts else [parts_of(model)["language_model"]])
-    return names_of(model, [linear for linear in linears if id(linear) not in routing])
+    linears = linears_in(sparse if only_experts else [vlm.parts["language_model"]])
+    return names_of(vlm.model, [linear for linear in linears if id(linear) not in routing])
 
 
-def vision_target_names(model: nn.Module) -> list[str]:
+def vision_target_names(vlm: VLM) -> list[str]:
     """Names of the vision encoder's linears that get an adapter: those of the layers whose output is read."""
-    return names_of(model, linears_in(read_layers(model, parts_of(model)["vision_tower"])))
+    return names_of(vlm.model, linears_in(read_layers(vlm.model, vlm.parts["vision_tower"])))
 
 
 def linears_in(roots: Iterable[nn.Module]) -> list[nn.Linear]:
@@ -258,12 +190,12 @@ def cast_adapters(model: nn.Module) -> None:
         parameter.data = parameter.data.float()
 
 
-def trainable_parameters(model: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
+def trainable_parameters(vlm: VLM, adapter: Adapter) -> list[nn.Parameter]:
     """What trains: adapters, the biases that --lora_bias names, and what trains in full."""
-    chosen = lora_parameters(model) + adapter.full
+    chosen = lora_parameters(vlm.model) + adapter.full
     if adapter.config.bias == "lora_only":
-        chosen += [layer.base_layer.bias for _, layer in lora_layers(model) if layer.base_layer.bias is not None]
+        chosen += [layer.base_layer.bias for _, layer in lora_layers(vlm.model) if layer.base_layer.bias is not None]
     elif adapter.config.bias == "all":
-        decoder = parts_of(model)["language_model"]
+        decoder = vlm.parts["language_model"]
         chosen += [parameter for name, parameter in decoder.named_parameters() if name.endswith("bias")]
     return chosen

@@ -89,8 +89,8 @@ def flat_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A text config's fields with `rope_parameters` under the names of transformers 4."""
     rope = dict(fields.get("rope_parameters") or {})
     flat = {name: rope.pop(name) for name in ROPE_FIELDS if name in rope}
-    kind = rope.pop("rope_type", "default")
-    flat["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    projector = rope.pop("rope_type", "default")
+    flat["rope_scaling"] = None if projector == "default" else {"type": projector, **rope}
     return {**{name: value for name, value in fields.items() if name != "rope_parameters"}, **flat}
 
 
@@ -126,7 +126,7 @@ def published_state(model: Any, raw: Mapping[str, Any]) -> dict[str, torch.Tenso
     family = family_of(model)
     inner = family.layers.split(".")[0]
     prefix = tower_prefix(model.config.vision_config)
-    kind = projectors.parse_projector(raw["image_projector_type"])
+    projector = projectors.parse_projector(raw["image_projector_type"])
     result: dict[str, torch.Tensor] = {}
     language: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in gather_moe_state_dict(model).items():
@@ -135,8 +135,8 @@ def published_state(model: Any, raw: Mapping[str, Any]) -> dict[str, torch.Tenso
             result[f"{inner}.image_tower.image_tower.vision_model.{name}"] = tensor
         elif key.startswith("model.multi_modal_projector."):
             name = key.removeprefix("model.multi_modal_projector.")
-            if int(name.removeprefix("linear_").split(".")[0]) <= kind.layers:
-                result[f"{inner}.mm_projector.image_spatial_proj.{projectors.to_published(name, kind)}"] = tensor
+            if int(name.removeprefix("linear_").split(".")[0]) <= projector.layers:
+                result[f"{inner}.mm_projector.image_spatial_proj.{projectors.to_published(name, projector)}"] = tensor
         elif match := ROUTING_KEY.fullmatch(key):
             part = "deepspeed_moe.gate.wg" if match[2] == "router" else match[2]
             result[f"{family.layers}.{match[1]}.mlp.{part}.{match[3]}"] = tensor

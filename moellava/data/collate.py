@@ -1,99 +1,131 @@
-"""Samples -> batches of a composed model. Here and nowhere else does a placeholder become the model's image tokens.
+"""Samples -> batches. Here and nowhere else does a placeholder become the model's own tokens.
 
-input_ids of a sample     1  7 -200 8            (one -200 per image)
-in the batch (3 a image)  1  7  I I I  8 pad     I = the model's image token
+input_ids of a sample     1  7 -200 8            (one -200 per image, one -201 per video)
+in the batch (a run of 3) 1  7  I I I  8 pad     I = the model's image token
 labels                    …  … -100 -100 -100 …
+
+One collator for every processor that `MediaReader` can ask; an architecture whose model wants something unusual has a
+subclass.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
+from moellava.data.media_reader import MediaReader, Run, Shown, blank, modality_of
 
 
-@dataclass
-class ImageTextCollator:
-    """Pads samples of `SupervisedDataset` on the right and expands their images.
+class MediaCollator:
+    """Pads samples of `SupervisedDataset` and puts the tokens of images and videos in place of placeholders.
+
+    Args:
+        reader: of the model's processor.
+        pad_token_id: fills `input_ids` where `attention_mask` is 0.
+        train_questions: train on every token but padding and media (`--mask_question_tokens False`).
 
     Attributes:
-        pad_token_id: fills `input_ids` where `attention_mask` is 0.
-        image_token_id: the model's image token.
-        tokens_per_image: how often it stands for one image.
-        image_size: (height, width) in pixels of what the vision tower takes.
-        pad_to_multiple_of: the batch's length becomes a multiple of it.
+        modalities: what every batch shows, if need be a blank one, so that vision encoder and projector run equally
+            often in every step on every rank; ranks that wait for each other's parameters (ZeRO-3) would not meet
+            otherwise. A batch that shows nothing shows a blank image all the same.
+        for_prompts: whether batches are prompts to be answered: padded on the left, and nothing blank in them.
     """
 
-    pad_token_id: int
-    image_token_id: int
-    tokens_per_image: int
-    image_size: tuple[int, int]
-    pad_to_multiple_of: int | None = None
+    modalities: Sequence[str] = ()
+    for_prompts = False
+
+    def __init__(self, reader: MediaReader, pad_token_id: int, train_questions: bool = False):
+        self.reader = reader
+        self.pad_token_id = pad_token_id
+        self.train_questions = train_questions
+
+    def of_prompts(self) -> MediaCollator:
+        """A copy for prompts to be answered."""
+        other = copy.copy(self)
+        other.for_prompts = True
+        return other
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The batch: `input_ids`, `attention_mask`, `labels` [B, L], and `pixel_values` [images of the batch, 3, H, W].
+        """The batch: `input_ids`, `attention_mask`, `labels` [B, L], and what the processor makes of images and videos
+        (`pixel_values` …).
 
-        A batch without any image carries one blank one, so that vision tower and projector take part in every step on
-        every rank. Its tokens stand in the right padding of a row: nothing attends to them and no label is there.
+        Rows are padded on the right, and blank images and videos stand in that padding: nothing attends to their tokens
+        and no label is there. Prompts have no `labels`.
 
         Raises:
-            ValueError: a sample's placeholders and images differ in number; its record is named.
+            ValueError: a sample's placeholders and its media differ in number; its record is named.
         """
-        rows = [self._expanded(sample) for sample in samples]
-        pixels = [sample["pixel_values"] for sample in samples if len(sample["pixel_values"])]
-        lengths = [len(ids) for ids, _ in rows]
-        width = max(lengths)
-        blank_row = min(range(len(rows)), key=lengths.__getitem__)
-        if not pixels:
-            width = max(width, lengths[blank_row] + self.tokens_per_image)
-        width = _round_up(width, self.pad_to_multiple_of)
-        batch = self._padded(rows, width, left=False)
-        if not pixels:
-            batch["input_ids"][blank_row, width - self.tokens_per_image :] = self.image_token_id
-            pixels = [torch.zeros(1, 3, *self.image_size)]
-        return {**batch, "pixel_values": torch.cat(pixels)}
+        shown = [shown_of(sample) for sample in samples]
+        blanks = [] if self.for_prompts else self._blanks(shown)
+        read = [row for row in [*shown, blanks] if row]
+        names = ", ".join(sample["record"] for sample, row in zip(samples, shown, strict=True) if row)
+        media = self.reader.read(read, names or "a blank image") if read else None
+        extras = list(media.runs[0][0].extras) if media else []
+        runs = iter(media.runs if media else [])
+        rows = [
+            self._row(sample, next(runs) if row else [], extras) for sample, row in zip(samples, shown, strict=True)
+        ]
+        batch = self._padded(rows, next(runs, []))
+        if self.for_prompts:
+            del batch["labels"]
+        return batch | (media.tensors if media else {})
 
-    def left_pad(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The batch to generate from: padded on the left, `pixel_values` only if there is an image.
+    def _blanks(self, shown: Sequence[Sequence[Shown]]) -> list[Shown]:
+        """What a batch has to show beside what its samples show."""
+        seen = {modality_of(one) for row in shown for one in row}
+        missing = [] if self.reader.is_one_input else [blank(name) for name in self.modalities if name not in seen]
+        return missing or ([] if seen else [blank("image")])
 
-        Samples need no `labels` and no `record`.
-        """
-        rows = [self._expanded(sample) for sample in samples]
-        batch = self._padded(rows, max(len(ids) for ids, _ in rows), left=True)
-        del batch["labels"]
-        pixels = [sample["pixel_values"] for sample in samples if len(sample["pixel_values"])]
-        return {**batch, "pixel_values": torch.cat(pixels)} if pixels else batch
+    def _row(self, sample: dict[str, Any], runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[int]]:
+        """A sample's tokens, labels, and further numbers, with every placeholder replaced by its run."""
+        row: dict[str, list[int]] = {name: [] for name in ("input_ids", "labels", *names)}
+        remaining = iter(runs)
+        for token, label in zip(sample["input_ids"].tolist(), sample["labels"].tolist(), strict=True):
+            if token in PLACEHOLDERS:
+                run = next(remaining)
+                row["input_ids"] += run.ids
+                row["labels"] += [IGNORE_INDEX] * len(run.ids)
+                for name in names:
+                    row[name] += run.extras[name]
+                continue
+            row["input_ids"].append(token)
+            row["labels"].append(token if self.train_questions else label)
+            for name in names:
+                row[name].append(0)
+        return row
 
-    def _expanded(self, sample: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and labels with every placeholder replaced by image tokens, [L + images · (tokens_per_image - 1)]."""
-        ids = sample["input_ids"]
-        labels = sample.get("labels", torch.full_like(ids, IGNORE_INDEX))
-        is_image = ids == IMAGE_TOKEN_INDEX
-        placeholders, images = int(is_image.sum()), len(sample["pixel_values"])
-        if placeholders != images:
-            raise ValueError(f"{sample.get('record', 'a sample')} has {placeholders} placeholders but {images} images")
-        repeats = torch.where(is_image, self.tokens_per_image, 1)
-        ids = ids.masked_fill(is_image, self.image_token_id).repeat_interleave(repeats)
-        return ids, labels.masked_fill(is_image, IGNORE_INDEX).repeat_interleave(repeats)
-
-    def _padded(
-        self, rows: Sequence[tuple[torch.Tensor, torch.Tensor]], width: int, left: bool
-    ) -> dict[str, torch.Tensor]:
-        shape = (len(rows), width)
-        input_ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, IGNORE_INDEX)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        for row, (ids, row_labels) in enumerate(rows):
-            where = slice(width - len(ids), width) if left else slice(0, len(ids))
-            input_ids[row, where] = ids
-            labels[row, where] = row_labels
-            attention_mask[row, where] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    def _padded(self, rows: Sequence[dict[str, list[int]]], blanks: Sequence[Run]) -> dict[str, torch.Tensor]:
+        """Tensors [B, L] of all rows, with the runs of what is blank behind the shortest of them."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        shortest = min(range(len(rows)), key=lengths.__getitem__)
+        width = max(max(lengths), lengths[shortest] + sum(len(run.ids) for run in blanks))
+        filler = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
+        batch = {name: torch.full((len(rows), width), filler.get(name, 0)) for name in rows[0]}
+        batch["attention_mask"] = torch.zeros(len(rows), width, dtype=torch.long)
+        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            place = slice(width - length, width) if self.for_prompts else slice(0, length)
+            batch["attention_mask"][number, place] = 1
+            for name, values in row.items():
+                batch[name][number, place] = torch.tensor(values)
+        end = width
+        for run in reversed(blanks):
+            begin = end - len(run.ids)
+            for name, values in {"input_ids": run.ids, **run.extras}.items():
+                batch[name][shortest, begin:end] = torch.tensor(values)
+            end = begin
+        return batch
 
 
-def _round_up(length: int, multiple: int | None) -> int:
-    return length if multiple is None else -(-length // multiple) * multiple
+PLACEHOLDERS = {IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX}
+
+
+def shown_of(sample: dict[str, Any]) -> list[Any]:
+    """The images and videos of a sample, in the order of their placeholders. Raises ValueError: see `MediaCollator`."""
+    placeholders = sum(token in PLACEHOLDERS for token in sample["input_ids"].tolist())
+    if placeholders != len(sample["media"]):
+        raise ValueError(f"{sample['record']} has {placeholders} placeholders but {len(sample['media'])} media")
+    return sample["media"]

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate, chain
-from pathlib import Path
+from itertools import chain
 from typing import Any, NamedTuple
 
-import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from moellava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, IMAGE_TOKEN_INDEX
-from moellava.data.masking import Encoded
-from moellava.data.media import NUM_FRAMES, MediaFiles, frame_counts, with_frames
-from moellava.data.preprocess import as_tensor, encode_conversation, is_plain
-from moellava.data.records import KINDS, Medium, Records, media_of, paths_of
+from moellava.data.encoder import Encoder, Example
+from moellava.data.media import MediaFiles
+from moellava.data.preprocess import as_tensor
+from moellava.data.records import MODALITIES, Medium, Records, media_of
 from moellava.data.scan import mapped, shared
+from moellava.data.video import Video
 from moellava.errors import DataError
 from moellava.log import get_logger
-from moellava.mm_utils import pixel_values
 
 OVERLONG = ("error", "drop", "truncate")
 BAD_FILES = ("error", "skip")
 COUNTS = ("records", "skip_listed", "bad_files", "dropped", "truncated", "samples")
 
 
-class Finding(NamedTuple):
+class Verdict(NamedTuple):
     """What became of a record.
 
     Attributes:
@@ -35,7 +31,7 @@ class Finding(NamedTuple):
         left_out: the count of `COUNTS` that it goes into, if it is left out without being an error.
         why: what is said about that.
         length: positions that it takes in the model.
-        shows: whether it has an image or a video.
+        modalities: what it shows.
         cut: whether its end was cut.
     """
 
@@ -43,50 +39,46 @@ class Finding(NamedTuple):
     left_out: str | None = None
     why: str | None = None
     length: int = 0
-    shows: bool = False
+    modalities: frozenset[str] = frozenset()
     cut: bool = False
 
 
 class SupervisedDataset(Dataset):
-    """Samples of a model with a vision tower, from validated records.
+    """Samples of a vision-language model, from validated records.
 
     Args:
         records: of `load_records`.
-        tokenizer: of `load_tokenizer`.
-        version: a name of `conv_templates`.
-        image_processor: a Hugging Face image processor; needed if a record has an image or a video.
-        image_folder, video_folder, num_frames: as of `MediaFiles`; a video is its frames, an image each.
-        tokens_per_image: positions that one image takes in the model's sequence.
-        aspect_ratio: 'square' or 'pad', as of `pixel_values`.
-        max_length: the longest sample, in positions: text tokens and expanded images. None: no limit.
+        encoder: of the model.
+        files: where images and videos lie.
+        max_length: the longest sample, in positions: text tokens and media. None: no limit.
         overlong: what happens to a longer one: 'error', 'drop' (counted), or 'truncate': its end is cut, before an
             image or video that does not fit whole (counted; dropped if nothing to train on is left).
-        use_im_start_end: put `<im_start>` and `<im_end>` around each image.
         bad_files: 'error', or 'skip': leave out (and count) records with a file that is missing, cut short or no image
             or video, or a video with too few frames.
+        takes_media: False refuses records with media.
         workers: processes that look at the records, beside each other; 0: this one does. Processes that train together
             share the records (`shared`).
 
+    Attributes:
+        lengths: positions that each sample takes in the model.
+        shows_media: whether each sample has an image or a video.
+        modalities: what the samples show, all together.
+
     Raises:
         DataError: with one line for every problem of every record.
+        UserError: a template that cannot be masked.
     """
 
     def __init__(
         self,
         records: Records,
-        tokenizer: PreTrainedTokenizerBase,
+        encoder: Encoder,
+        files: MediaFiles | None = None,
         *,
-        version: str,
-        tokens_per_image: int,
-        image_processor: Any = None,
-        image_folder: str | Path | None = None,
-        video_folder: str | Path | None = None,
-        num_frames: int = NUM_FRAMES,
-        aspect_ratio: str = "square",
         max_length: int | None = None,
         overlong: str = "error",
-        use_im_start_end: bool = False,
         bad_files: str = "error",
+        takes_media: bool = True,
         workers: int = 0,
     ):
         if overlong not in OVERLONG or bad_files not in BAD_FILES:
@@ -94,202 +86,137 @@ class SupervisedDataset(Dataset):
                 f"overlong must be in {OVERLONG} and bad_files in {BAD_FILES}: {overlong!r}, {bad_files!r}"
             )
         self.records = records
-        self.tokenizer = tokenizer
-        self.version = version
-        self.image_processor = image_processor
-        self.files = MediaFiles(image_folder, video_folder, num_frames)
-        self.tokens_per_image = tokens_per_image
-        self.aspect_ratio = aspect_ratio
+        self.encoder = encoder
+        self.files = files or MediaFiles()
         self.max_length = max_length
         self.overlong = overlong
-        self.image_ids = image_ids_of(tokenizer, use_im_start_end)
         self._counts = dict.fromkeys(COUNTS, 0) | {"records": len(records), "skip_listed": records.skipped}
         self._kept = array("q")
         self._lengths = array("q")
-        self._has_image = array("b")
-        self._scan(bad_files, workers)
+        self._shows_media = array("b")
+        self._seen: set[str] = set()
+        self._scan(takes_media, bad_files, workers)
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A sample: `input_ids` and `labels` LongTensors [L], -200 once per image or frame, `pixel_values`
-        [n_images, 3, H, W], and `record`, its name.
+        """A sample: `input_ids` and `labels` LongTensors [L], -200 once per image or frame and -201 once per video,
+        `media`, what they show in their order (images, videos, or the paths of images), and `record`, its name.
 
         Raises:
             DataError: a file has become unreadable.
         """
         number = self._kept[index]
         record, name = self.records[number], self.records.name(number)
-        encoded, _ = self._encode(record, name)
-        return {
-            "input_ids": as_tensor(encoded.ids),
-            "labels": as_tensor(encoded.labels),
-            "pixel_values": self._pixels(record, encoded.ids.count(IMAGE_TOKEN_INDEX), name),
-            "record": name,
-        }
+        example = self._encode(record, name)
+        try:
+            media = opened(example.media, self.encoder, self.files)
+        except DataError as error:
+            raise DataError(f"{name}: {error} (`moellava check-data` lists all such files)") from error
+        return sample_of(example, media, name)
 
     @property
     def lengths(self) -> list[int]:
-        """Positions that each sample takes in the model: text tokens and expanded images."""
         return self._lengths.tolist()
 
     @property
-    def modalities(self) -> list[bool]:
-        """Whether each sample has an image or a video."""
-        return [bool(flag) for flag in self._has_image]
+    def shows_media(self) -> list[bool]:
+        return [bool(flag) for flag in self._shows_media]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(modality for modality in MODALITIES if modality in self._seen)
 
     def report(self) -> dict[str, int]:
         """Counts of `COUNTS`: records read, left out by the skip list, left out for a bad file, dropped because too
         long or with nothing left to train on, cut; and the samples that remain."""
         return dict(self._counts)
 
-    def _scan(self, bad_files: str, workers: int) -> None:
+    def _scan(self, takes_media: bool, bad_files: str, workers: int) -> None:
         """Validates every record and keeps the indices and lengths of those that are trained on."""
-        broken = self._broken_files()
+        broken = self._broken_files(takes_media)
 
-        def look(number: int) -> Finding:
+        def look(number: int) -> Verdict:
             record, name = self.records[number], self.records.name(number)
             bad = [f"{name}: {broken[medium]}" for medium in media_of(record) if medium in broken]
             if not bad:
-                return self._measure(record, name)
-            return Finding(left_out="bad_files", why=bad[0]) if bad_files == "skip" else Finding(bad)
+                return self._judge(record, name)
+            return Verdict(left_out="bad_files", why=bad[0]) if bad_files == "skip" else Verdict(bad)
 
-        found = shared(range(len(self.records)), lambda numbers: mapped(look, numbers, workers))
-        for number, finding in enumerate(found):
-            self._take(number, finding)
+        verdicts = shared(range(len(self.records)), lambda numbers: mapped(look, numbers, workers))
+        for number, verdict in enumerate(verdicts):
+            self._take(number, verdict)
         self._counts["samples"] = len(self._kept)
-        problems = [problem for finding in found for problem in finding.problems]
+        problems = [problem for verdict in verdicts for problem in verdict.problems]
         if not problems and not self._kept:
             problems.append(f"no sample remains: {self._counts}")
         if problems:
             raise DataError(problems)
 
-    def _take(self, number: int, finding: Finding) -> None:
+    def _take(self, number: int, verdict: Verdict) -> None:
         """Keeps a record, or counts it."""
-        self._counts["truncated"] += finding.cut
-        if finding.left_out:
-            self._counts[finding.left_out] += 1
-        elif not finding.problems:
+        self._counts["truncated"] += verdict.cut
+        if verdict.left_out:
+            self._counts[verdict.left_out] += 1
+        elif not verdict.problems:
             self._kept.append(number)
-            self._lengths.append(finding.length)
-            self._has_image.append(finding.shows)
-        if finding.why:
-            get_logger().warning("skipped: %s", finding.why)
+            self._lengths.append(verdict.length)
+            self._shows_media.append(bool(verdict.modalities))
+            self._seen |= verdict.modalities
+        if verdict.why:
+            get_logger().warning("skipped: %s", verdict.why)
 
-    def _broken_files(self) -> dict[Medium, str]:
+    def _broken_files(self, takes_media: bool) -> dict[Medium, str]:
         """What is wrong with the files of images and videos that something is wrong with."""
         media = list(dict.fromkeys(chain.from_iterable(map(media_of, self.records))))
-        if media and self.image_processor is None:
-            counts = " and ".join(f"{sum(medium.kind == kind for medium in media)} {kind}s" for kind in KINDS)
-            raise DataError(f"{counts} are named in the data, but there is no image tower to see them")
+        if media and not takes_media:
+            counts = [f"{sum(medium.modality == name for medium in media)} {name}s" for name in MODALITIES]
+            raise DataError(f"{' and '.join(counts)} are named in the data, but --is_multimodal False refuses media")
         problems = shared(media, lambda share: list(map(self.files.problems(share).get, share)))
         return {medium: problem for medium, problem in zip(media, problems, strict=True) if problem}
 
-    def _measure(self, record: dict[str, Any], name: str) -> Finding:
+    def _judge(self, record: dict[str, Any], name: str) -> Verdict:
         """What becomes of a record whose files are sound."""
-        problem = problem_with_template(record, self.version)
+        problem = self.encoder.renderer.problem(record)
         if problem:
-            return Finding([f"{name} {problem}"])
+            return Verdict([f"{name} {problem}"])
         try:
-            encoded, cut = self._encode(record, name)
-            length = self._length(encoded.ids, record)
+            example = self._encode(record, name)
         except DataError as error:
-            return Finding([text if name in text else f"{name}: {text}" for text in error.problems])
-        too_long = self.max_length is not None and length > self.max_length
+            return Verdict([text if name in text else f"{name}: {text}" for text in error.problems])
+        too_long = self.max_length is not None and example.length > self.max_length
         if too_long and self.overlong == "error":
             limit = f"--model_max_length is {self.max_length} (see --overlong)"
-            return Finding([f"{name} takes {length} positions but {limit}"])
-        if not encoded.is_trained and not (cut or too_long):
-            return Finding([f'{name} has no answer to train on: "{record["conversations"][0]["value"][:80]}"'])
-        if too_long or not encoded.is_trained:
-            return Finding(left_out="dropped")
-        return Finding(length=length, shows=self._shows(encoded.ids), cut=cut)
+            return Verdict([f"{name} takes {example.length} positions but {limit}"])
+        if not example.is_trained and not (example.cut or too_long):
+            return Verdict([f'{name} has no answer to train on: "{record["conversations"][0]["value"][:80]}"'])
+        if too_long or not example.is_trained:
+            return Verdict(left_out="dropped")
+        shown = frozenset("image" if self.encoder.in_frames else medium.modality for medium in example.media)
+        return Verdict(length=example.length, modalities=shown, cut=bool(example.cut))
 
-    def _encode(self, record: dict[str, Any], name: str) -> tuple[Encoded, bool]:
-        """Ids and labels of a record, and whether they were cut to `max_length`."""
-        media = frame_counts(record, self.files.num_frames)
-        source = with_frames(record["conversations"], self.files.num_frames)
-        encoded = encode_conversation(source, self.tokenizer, self.version, bool(media), self.image_ids, name)
-        if (
-            self.overlong != "truncate"
-            or self.max_length is None
-            or self._length(encoded.ids, record) <= self.max_length
-        ):
-            return encoded, False
-        end = cut_length(encoded.ids, self.max_length, self.tokens_per_image, self.image_ids, media)
-        return Encoded(encoded.ids[:end], encoded.labels[:end]), True
-
-    def _shows(self, ids: Sequence[int]) -> bool:
-        """Whether an image or a video is in a sample."""
-        return IMAGE_TOKEN_INDEX in ids
-
-    def _length(self, ids: Sequence[int], record: dict[str, Any]) -> int:
-        return len(ids) + ids.count(IMAGE_TOKEN_INDEX) * (self.tokens_per_image - 1)
-
-    def _pixels(self, record: dict[str, Any], shown: int, name: str) -> torch.Tensor:
-        """The first `shown` images of a record, frames counted."""
-        counts = frame_counts(record, self.files.num_frames)
-        last = sum(1 for before in accumulate(counts, initial=0) if before < shown)
-        if not shown:
-            return torch.empty(0, 3, 0, 0)
-        try:
-            images = self.files.pictures(media_of(record)[:last])
-        except DataError as error:
-            raise DataError(f"{name}: {error} (`moellava check-data` lists all such files)") from error
-        return pixel_values(images, self.image_processor, self.aspect_ratio)
+    def _encode(self, record: dict[str, Any], name: str) -> Example:
+        limit = self.max_length if self.overlong == "truncate" else None
+        return self.encoder.encode(record, name, self.files, max_length=limit)
 
 
-def image_ids_of(tokenizer: PreTrainedTokenizerBase, use_im_start_end: bool) -> tuple[int, ...]:
-    """What one image becomes in `input_ids`: its placeholder, between `<im_start>` and `<im_end>` where asked for.
-
-    Raises:
-        ValueError: the tokenizer lacks those two (`place_image_token` adds them).
-    """
-    if not use_im_start_end:
-        return (IMAGE_TOKEN_INDEX,)
-    known = tokenizer.added_tokens_encoder
-    for text in (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN):
-        if text not in known:
-            raise ValueError(f"the tokenizer has no {text}: call place_image_token with it first")
-    return known[DEFAULT_IM_START_TOKEN], IMAGE_TOKEN_INDEX, known[DEFAULT_IM_END_TOKEN]
+def opened(media: Sequence[Medium], encoder: Encoder, files: MediaFiles) -> list[Any]:
+    """What a model is shown: images, the frames of videos or videos, or the paths of images. Raises DataError."""
+    if not encoder.reader.loads_images:
+        return [files.file_of(medium) for medium in media]
+    shown: list[Any] = []
+    for medium in media:
+        content = files.read(medium)
+        shown += content.frames if encoder.in_frames and isinstance(content, Video) else [content]
+    return shown
 
 
-def problem_with_template(record: dict[str, Any], version: str) -> str | None:
-    """What a sound record lacks for a template, as the end of a sentence; None if nothing."""
-    if not is_plain(version):
-        return None
-    turns = len(record["conversations"])
-    if turns != 2 or not media_of(record):
-        counts = " and ".join(f"{len(paths_of(record, kind))} {kind}s" for kind in KINDS)
-        return f"has {turns} turns and {counts}, but --version {version} trains on one caption of something shown"
-    return None
-
-
-def cut_length(
-    ids: Sequence[int], max_length: int, tokens_per_image: int, image_ids: Sequence[int], media: Sequence[int] = ()
-) -> int:
-    """How many of the ids fit into `max_length` positions without ending inside an image, its wrapping, or a video.
-
-    Args:
-        ids: with `IMAGE_TOKEN_INDEX` once per image, which takes `tokens_per_image` positions.
-        max_length: positions.
-        image_ids: what one image is in `ids`.
-        media: how many images make one image or video, in order (of `frame_counts`); missing ones are 1.
-    """
-    lead = list(image_ids).index(IMAGE_TOKEN_INDEX)
-    remaining = iter(media)
-    positions, index = 0, 0
-    while index < len(ids):
-        end = index + 1
-        if index + lead < len(ids) and ids[index + lead] == IMAGE_TOKEN_INDEX:
-            end = index + lead
-            for _ in range(next(remaining, 1)):
-                end = ids.index(IMAGE_TOKEN_INDEX, end) + 1
-            end += len(image_ids) - lead - 1
-        step = ids[index:end]
-        positions += len(step) + step.count(IMAGE_TOKEN_INDEX) * (tokens_per_image - 1)
-        if positions > max_length:
-            return index
-        index = end
-    return index
+def sample_of(example: Example, media: Sequence[Any], name: str) -> dict[str, Any]:
+    """A sample as the collator takes it. See `SupervisedDataset.__getitem__`."""
+    return {
+        "input_ids": as_tensor(example.ids),
+        "labels": as_tensor(example.labels),
+        "media": list(media),
+        "record": name,
+    }

@@ -32,6 +32,15 @@ def open_image(path: str | Path) -> Image.Image:
         raise DataError(f"{path}: the image cannot be read: {error}") from error
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height in pixels, from the file's head. Raises DataError: see `open_image`."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: the image cannot be read: {error}") from error
+
+
 def image_problem(path: str | Path, in_full: bool = False) -> str | None:
     """What is wrong with an image file, or None.
 

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from moellava.conversation import Kind, Piece
+from moellava.conversation import Origin, Piece
 from moellava.data.tokenizers import leading_ids
 from moellava.errors import UserError
 
@@ -153,11 +153,11 @@ class MaskEngine:
         found: list[Stretch] = []
         current = Stretch("", start=Start.OPENING)
         unbroken = False
-        for piece_text, trained, kind in pieces:
+        for piece_text, trained, origin in pieces:
             parts: Sequence[Part]
-            if kind is Kind.TEMPLATE:
+            if origin is Origin.TEMPLATE:
                 parts = self._template_cuts(piece_text)
-            elif has_image and kind is Kind.QUESTION and DEFAULT_IMAGE_TOKEN in piece_text:
+            elif has_image and origin is Origin.QUESTION and DEFAULT_IMAGE_TOKEN in piece_text:
                 parts = _image_cuts(piece_text, image_ids)
             else:
                 parts = ((piece_text, None),)

@@ -1,20 +1,20 @@
-"""The files that records show: where they lie, what is wrong with them, and what is in them.
+"""The images and videos that records show: where they lie, what is wrong with them, and what is in them.
 
-In a composed model a video is its frames: `<video>` in a question becomes as many `<image>`s.
+For a model without a way for videos, a video is its frames: `<video>` in a question becomes as many `<image>`s.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
-from moellava.data.images import image_problem, open_image
-from moellava.data.records import ROLES, Medium, Source, media_of
+from moellava.data.images import image_problem, image_size, open_image
+from moellava.data.records import ROLES, Medium, Source
 from moellava.data.video import Clip, Video, probe_video, read_frames, video_problem
 from moellava.errors import UserError
 
@@ -27,9 +27,11 @@ CLIPS_KEPT = 16384
 NUM_FRAMES = 8
 """Frames of a video, unless --num_frames says otherwise."""
 
+_VIDEO_TAG = re.compile(re.escape(DEFAULT_VIDEO_TOKEN))
+
 
 class MediaFiles:
-    """The images and videos of records.
+    """The images and videos of records: files by their paths, or, in a chat, what has been opened already.
 
     Args:
         image_folder: what image paths are relative to.
@@ -50,11 +52,11 @@ class MediaFiles:
 
     def file_of(self, medium: Medium) -> Path:
         """Where an image or a video lies."""
-        return (self.image_folder if medium.kind == "image" else self.video_folder) / medium.path
+        return (self.image_folder if medium.modality == "image" else self.video_folder) / medium.path
 
     def problem(self, medium: Medium, in_full: bool = False) -> str | None:
-        """What is wrong with its file, or None; `in_full` as of `image_problem` and `video_problem`."""
-        if medium.kind == "image":
+        """What is wrong with its file, or None; for `in_full` see `image_problem` and `video_problem`."""
+        if medium.modality == "image":
             return image_problem(self.file_of(medium), in_full)
         return video_problem(self.file_of(medium), self.num_frames, in_full)
 
@@ -66,22 +68,36 @@ class MediaFiles:
             return {medium: problem for medium, problem in zip(distinct, found, strict=True) if problem}
 
     def clip(self, medium: Medium) -> Clip:
-        """Which frames of a video are shown. Raises DataError as `probe_video` does."""
+        """Which frames of a video are shown. Raises DataError: see `probe_video`."""
+        if isinstance(medium.path, Video):
+            return medium.path.clip
         if medium.path not in self._clips:
             if len(self._clips) == CLIPS_KEPT:
                 self._clips.clear()
             self._clips[medium.path] = probe_video(self.file_of(medium), self.num_frames)
         return self._clips[medium.path]
 
+    def frames_of(self, medium: Medium) -> int:
+        """Images that an image or a video is, where a video is its frames."""
+        if medium.modality == "image":
+            return 1
+        return len(medium.path.frames) if isinstance(medium.path, Video) else self.num_frames
+
+    def size(self, medium: Medium) -> tuple[int, int]:
+        """Width and height in pixels. Raises DataError where the file cannot be read."""
+        if medium.modality == "video":
+            return self.clip(medium).size
+        if isinstance(medium.path, Image.Image):
+            return medium.path.size
+        return image_size(self.file_of(medium))
+
     def read(self, medium: Medium) -> Image.Image | Video:
-        """An image, or the shown frames of a video. Raises DataError as `open_image` and `read_frames` do."""
-        if medium.kind == "image":
+        """An image, or the shown frames of a video. Raises DataError: see `open_image` and `read_frames`."""
+        if isinstance(medium.path, Image.Image | Video):
+            return medium.path
+        if medium.modality == "image":
             return open_image(self.file_of(medium))
         return read_frames(self.file_of(medium), self.clip(medium))
-
-    def pictures(self, media: Iterable[Medium]) -> list[Image.Image]:
-        """Images and the frames of videos, in order. Raises as `read` does."""
-        return [picture for medium in media for picture in pictures_of(self.read(medium))]
 
 
 def require_frames(num_frames: int, flag: str) -> None:
@@ -95,15 +111,17 @@ def pictures_of(shown: Image.Image | Video) -> Sequence[Image.Image]:
     return shown.frames if isinstance(shown, Video) else (shown,)
 
 
-def with_frames(source: Source, num_frames: int) -> Source:
-    """A conversation whose questions show the frames of each video, one `<image>` a frame."""
-    frames = DEFAULT_IMAGE_TOKEN * num_frames
+def with_frames(source: Source, counts: Sequence[int]) -> Source:
+    """A conversation whose questions show the frames of each video, one `<image>` a frame.
+
+    Args:
+        source: turns.
+        counts: frames of each video, in the order of their tags.
+    """
+    remaining = iter(counts)
     return [
-        turn | {"value": turn["value"].replace(DEFAULT_VIDEO_TOKEN, frames)} if turn["from"] == ROLES[0] else turn
+        turn | {"value": _VIDEO_TAG.sub(lambda _: DEFAULT_IMAGE_TOKEN * next(remaining, 1), turn["value"])}
+        if turn["from"] == ROLES[0]
+        else turn
         for turn in source
     ]
-
-
-def frame_counts(record: dict[str, Any], num_frames: int) -> list[int]:
-    """How many images each image or video of a record is, in the order of their tags."""
-    return [1 if medium.kind == "image" else num_frames for medium in media_of(record)]

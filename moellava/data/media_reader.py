@@ -9,7 +9,9 @@ separators, once for the images of a batch and once for its videos:
 
 So the text of a record never passes through a processor, which would take special tokens for real that are only typed.
 Plain text at the ends of a run (Gemma 3's line breaks, the time of a video's first frame) goes into the prompt instead,
-where it may join its neighbours.
+where it may join its neighbours. Where every image is the same run and pixels of one size (LLaVA-1.5, and what is
+composed of a language model and a tower), the processor's text is asked for once, and from then on its image processor
+alone.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from moellava.data.records import KINDS
+from moellava.data.records import MODALITIES
 from moellava.data.video import USUAL_FPS, Clip, Video
 from moellava.errors import DataError, UserError
-from moellava.lmm.video_processors import FrameProcessor
 
 BLANK = (56, 56)
 """Width and height in pixels of what stands in where a batch shows nothing."""
+
+WIDE = (168, 56)
+"""Another shape, to find out whether a processor cares for it."""
 
 PER_TOKEN = "token_type_ids"
 """How the names of a processor's outputs end that hold a number for each token."""
@@ -68,17 +72,22 @@ class MediaReader:
 
     Args:
         processor: a Hugging Face processor with an image processor and a tokenizer.
+        loads_images: False where the processor takes the paths of images.
 
     Attributes:
         placeholder, placeholder_id: what stands for an image in the text that the processor reads.
-        kinds: the kinds of media that it reads; where videos are not among them, their frames are shown as images.
+        placeholders: the same for every modality that it reads; where videos are not among them, their frames are
+            shown as images.
+        fixed_run: the run of every image, where all are alike; else None.
 
     Raises:
         UserError: its placeholder is no special token, or it has no end-of-sequence token.
     """
 
-    def __init__(self, processor: Any):
+    def __init__(self, processor: Any, loads_images: bool = True):
         self.processor = processor
+        self.loads_images = loads_images
+        self.fixed_run: Run | None = None
         tokenizer = processor.tokenizer
         self.placeholder: str = processor.image_token
         special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -91,17 +100,20 @@ class MediaReader:
         self.separator: str = tokenizer.eos_token
         self.separator_id: int = tokenizer.eos_token_id
         self.special_ids = frozenset(special.values()) - {tokenizer.bos_token_id}  # PaliGemma adds one behind images
-        self.kinds = {"image": self.placeholder}
+        self.placeholders = {"image": self.placeholder}
         if reads_videos(processor):
-            self.kinds["video"] = processor.video_token
-        self._places = re.compile("|".join(f"(?P<{kind}>{re.escape(text)})" for kind, text in self.kinds.items()))
+            self.placeholders["video"] = processor.video_token
+        self._places = re.compile(
+            "|".join(f"(?P<{modality}>{re.escape(text)})" for modality, text in self.placeholders.items())
+        )
         self.run_length = lru_cache(maxsize=65536)(self._run_length)
         self._clip_run = lru_cache(maxsize=16384)(self._run_of_clip)
-        self.spelled = self._spelled(self._asked("image", [[blank("image")]])[0][0][0])
+        blank_run, self.fixed_run = self._probed()
+        self.spelled = self._spelled(blank_run)
         """The placeholder with the plain text that the processor puts around it."""
-        self.is_timed = "video" in self.kinds and self._tells_times()
+        self.is_timed = "video" in self.placeholders and self._tells_times()
         """Whether a video's tokens tell the times of its frames."""
-        self.is_one_input = "video" in self.kinds and "pixel_values" in self.read([[blank("video")]]).tensors
+        self.is_one_input = "video" in self.placeholders and "pixel_values" in self.read([[blank("video")]]).tensors
         """Whether the model reads images and videos as one input, in one pass through its vision encoder."""
 
     def read(self, samples: Sequence[Sequence[Shown]], name: str = "the batch") -> Media:
@@ -113,23 +125,35 @@ class MediaReader:
         runs: dict[str, Iterator[Run]] = {}
         tensors: list[dict[str, torch.Tensor]] = []
         try:
-            for kind in KINDS:
-                rows = [[shown for shown in sample if kind_of(shown) == kind] for sample in samples]
+            for modality in MODALITIES:
+                rows = [[shown for shown in sample if modality_of(shown) == modality] for sample in samples]
                 if any(rows):
-                    found, inputs = self._asked(kind, [row for row in rows if row])
-                    runs[kind] = iter([run for row in found for run in row])
+                    found, inputs = self._asked(modality, [row for row in rows if row])
+                    runs[modality] = iter([run for row in found for run in row])
                     tensors.append(inputs)
             joined = self._joined(samples, tensors)
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
-        return Media([[self._trimmed(next(runs[kind_of(shown)])) for shown in sample] for sample in samples], joined)
+        return Media(
+            [[self._trimmed(next(runs[modality_of(shown)])) for shown in sample] for sample in samples], joined
+        )
+
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether the size of an image decides over its tokens."""
+        return self.fixed_run is None
+
+    @property
+    def reads_videos(self) -> bool:
+        """Whether it has a way for videos; otherwise they are their frames."""
+        return "video" in self.placeholders
 
     def clip_length(self, clip: Clip) -> int:
         """Tokens of a video."""
         return len(self._trimmed(self._clip_run(self._essence(clip))).ids)
 
     def carried(self, text: str, clips: Iterator[Clip]) -> tuple[str, list[str]]:
-        """Text of a template with its placeholders spelled out, and their kinds in order.
+        """Text of a template with its placeholders spelled out, and their modalities in order.
 
         An image's placeholder stands for a video as well, for not every tokenizer knows the one for videos.
 
@@ -137,9 +161,11 @@ class MediaReader:
             text: of the template.
             clips: of the conversation's videos, in order; those of this text are taken.
         """
-        kinds = [str(place.lastgroup) for place in self._places.finditer(text)]
-        spelled = iter([self.spelled if kind == "image" else self._spelled_clip(next(clips, None)) for kind in kinds])
-        return self._places.sub(lambda _: next(spelled), text), kinds
+        modalities = [str(place.lastgroup) for place in self._places.finditer(text)]
+        spelled = iter(
+            [self.spelled if modality == "image" else self._spelled_clip(next(clips, None)) for modality in modalities]
+        )
+        return self._places.sub(lambda _: next(spelled), text), modalities
 
     def _spelled_clip(self, clip: Clip | None) -> str:
         """As `_spelled`, for a video; None where the template shows more of them than there are."""
@@ -151,15 +177,18 @@ class MediaReader:
         decode = self.processor.tokenizer.decode
         return self.placeholder.join(decode(ids, skip_special_tokens=True) for ids in (run.ids[:begin], run.ids[end:]))
 
-    def _asked(self, kind: str, samples: Sequence[Sequence[Any]]) -> tuple[list[list[Run]], dict[str, torch.Tensor]]:
+    def _asked(
+        self, modality: str, samples: Sequence[Sequence[Any]]
+    ) -> tuple[list[list[Run]], dict[str, torch.Tensor]]:
         """What the processor makes of images, or of videos. Raises DataError as `read` does, without a name."""
-        texts = [self.separator + (self.kinds[kind] + self.separator) * len(row) for row in samples]
-        given = {"images": [list(row) for row in samples]} if kind == "image" else video_arguments(samples)
+        if modality == "image" and self.fixed_run is not None:
+            return self._pixels(samples, self.fixed_run)
+        texts = [self.separator + (self.placeholders[modality] + self.separator) * len(row) for row in samples]
+        given = {"images": [list(row) for row in samples]} if modality == "image" else video_arguments(samples)
         try:
             output = self.processor(text=texts, padding=True, return_tensors="pt", **given)
         except (ValueError, ZeroDivisionError, IndexError) as error:
-            sizes = [size_of(shown) for row in samples for shown in row]
-            raise DataError(f"the processor cannot take {kind}s of {sizes} pixels: {error}") from error
+            raise DataError(f"the processor cannot take {modality}s of {sizes_of(samples)} pixels: {error}") from error
         output.pop("labels", None)
         ids, attended = output.pop("input_ids"), output.pop("attention_mask").bool()
         per_token = {key: output.pop(key) for key in list(output) if key.endswith(PER_TOKEN)}
@@ -170,6 +199,30 @@ class MediaReader:
             runs.append(self._cut(ids[number][kept].tolist(), extras, len(row)))
         return runs, dict(output)
 
+    def _probed(self) -> tuple[Run, Run | None]:
+        """The run of a blank image, and that of every image where shape changes neither it nor the tensors."""
+        (first, tensors), (second, others) = (
+            self._asked("image", [[Image.new("RGB", size)]]) for size in (BLANK, WIDE)
+        )
+        run = first[0][0]
+        is_fixed = (
+            not run.extras
+            and run == second[0][0]
+            and set(tensors) == {"pixel_values"}
+            and tensors["pixel_values"].shape == others["pixel_values"].shape
+        )
+        return run, run if is_fixed else None
+
+    def _pixels(
+        self, samples: Sequence[Sequence[Image.Image]], run: Run
+    ) -> tuple[list[list[Run]], dict[str, torch.Tensor]]:
+        """The same as `_asked`, where every image is one run."""
+        try:
+            pixels = self.processor.image_processor([image for row in samples for image in row], return_tensors="pt")
+        except (ValueError, ZeroDivisionError, IndexError) as error:
+            raise DataError(f"the processor cannot take images of {sizes_of(samples)} pixels: {error}") from error
+        return [[run] * len(row) for row in samples], {"pixel_values": pixels["pixel_values"]}
+
     def _joined(
         self, samples: Sequence[Sequence[Shown]], tensors: Sequence[dict[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
@@ -177,7 +230,7 @@ class MediaReader:
         joined = {key: value for inputs in tensors for key, value in inputs.items()}
         if sum(map(len, tensors)) == len(joined):
             return joined
-        alone = [self._asked(kind_of(shown), [[shown]])[1] for sample in samples for shown in sample]
+        alone = [self._asked(modality_of(shown), [[shown]])[1] for sample in samples for shown in sample]
         axis = alone[0]["pixel_values"].ndim - 4  # SmolVLM has an axis for samples before the one for images
         return {key: torch.cat([inputs[key] for inputs in alone], dim=axis) for key in joined}
 
@@ -201,12 +254,14 @@ class MediaReader:
         ]
 
     def _run_length(self, size: tuple[int, int], count: int) -> int:
-        """Tokens of one image.
+        """Tokens of one image. Cheap, and the same for all sizes, where there is a `fixed_run`.
 
         Args:
             size: its width and height in pixels.
             count: images of its record; some processors cut an image into tiles only if it is alone.
         """
+        if self.fixed_run is not None:
+            return len(self._trimmed(self.fixed_run).ids)
         return len(self.read([[Image.new("RGB", size)] * count]).runs[0][0].ids)
 
     def _run_of_clip(self, clip: Clip) -> Run:
@@ -224,28 +279,32 @@ class MediaReader:
         return self._run_of_clip(early).ids != self._run_of_clip(late).ids
 
 
-def blank(kind: str) -> Shown:
+def blank(modality: str) -> Shown:
     """A black image, or a video of two black frames: the least that every processor takes."""
     image = Image.new("RGB", BLANK)
-    return image if kind == "image" else Video(Clip(BLANK, 2, USUAL_FPS, (0, 1)), (image, image))
+    return image if modality == "image" else Video(Clip(BLANK, 2, USUAL_FPS, (0, 1)), (image, image))
 
 
 def reads_videos(processor: Any) -> bool:
     """Whether a processor has a way for videos."""
     video_processor = getattr(processor, "video_processor", None)
-    if isinstance(video_processor, FrameProcessor) and not video_processor.reads_videos:
+    if video_processor is None or getattr(processor, "video_token", None) is None:
         return False
-    return video_processor is not None and getattr(processor, "video_token", None) is not None
+    return getattr(video_processor, "reads_videos", True)  # a stand-in for a video processor may know no way
 
 
-def kind_of(shown: Shown) -> str:
-    """Of `KINDS`."""
+def modality_of(shown: Shown) -> str:
+    """'image' or 'video'."""
     return "video" if isinstance(shown, Video) else "image"
 
 
-def size_of(shown: Any) -> Any:
-    """Width and height in pixels of an image or a video; the path of an image that is not opened."""
-    return shown.clip.size if isinstance(shown, Video) else getattr(shown, "size", shown)
+def sizes_of(samples: Sequence[Sequence[Any]]) -> list[Any]:
+    """Width and height in pixels of images and videos; the path of an image that is not opened."""
+    return [
+        shown.clip.size if isinstance(shown, Video) else getattr(shown, "size", shown)
+        for row in samples
+        for shown in row
+    ]
 
 
 def video_arguments(samples: Sequence[Sequence[Video]]) -> dict[str, Any]:

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from moellava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from moellava.conversation import Conversation, Piece, SeparatorStyle, conv_templates
+from moellava.constants import IMAGE_TOKEN_INDEX
 from moellava.data.masking import Encoded, engine_for
-from moellava.data.records import ROLES, Source, problem_of_turns
-from moellava.data.render.chat import CHAT_TEMPLATE, chat_pieces, chat_terminator
+from moellava.data.records import Source
+from moellava.data.render import renderer_for
 from moellava.errors import DataError
 
 OVERLONG = ("truncate", "error", "drop")
@@ -74,83 +73,10 @@ def encode_conversation(
     image_ids: Sequence[int] = (IMAGE_TOKEN_INDEX,),
     name: str = "the conversation",
 ) -> Encoded:
-    """Ids and labels of one conversation, at full length. Arguments and errors as of `preprocess`."""
-    pieces = pieces_of(source, tokenizer, version, has_image, name)
-    return engine_for(tokenizer).encode(pieces, is_multimodal(version, has_image), image_ids)
-
-
-def encode_prompt(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    version: str,
-    has_image: bool,
-    image_ids: Sequence[int] = (IMAGE_TOKEN_INDEX,),
-) -> list[int]:
-    """Ids of a conversation that the human has the last word in, up to where the answer begins.
-
-    They are the ids that training saw there. Arguments and errors as of `preprocess`.
-    """
-    pieces = pieces_of(source, tokenizer, version, has_image, opens=True)
-    return engine_for(tokenizer).encode(pieces, is_multimodal(version, has_image), image_ids).ids
-
-
-def is_plain(version: str) -> bool:
-    """Whether a version is that of stage 1, which keeps only the image tags of a question."""
-    return version != CHAT_TEMPLATE and conv_templates[version].sep_style is SeparatorStyle.PLAIN
-
-
-def is_multimodal(version: str, has_image: bool) -> bool:
-    """Whether `<image>` in a question stands for an image: if the record has one, and always in stage 1."""
-    return has_image or is_plain(version)
-
-
-def terminator_of(version: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What ends an answer, hence what stops generation."""
-    return chat_terminator(tokenizer) if version == CHAT_TEMPLATE else conv_templates[version].terminator
-
-
-def pieces_of(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    version: str,
-    has_image: bool,
-    name: str = "the conversation",
-    opens: bool = False,
-) -> list[Piece]:
-    """A conversation, rendered; with `opens`, what opens the next answer follows it. Errors as of `preprocess`."""
-    if version == CHAT_TEMPLATE:
-        return chat_pieces(tokenizer, chat_turns(source, name), name, opens)
-    conversation = conversation_of(source, version, has_image, name)
-    if opens:
-        conversation.append_message(conversation.roles[1], None)
-    return conversation.pieces()
-
-
-def chat_turns(source: Source, name: str = "the conversation") -> list[tuple[str, str]]:
-    """A conversation with the roles of chat templates. Raises DataError as `conversation_of` does."""
-    problem = problem_of_turns(source)
-    if problem:
-        raise DataError(f"{name} {problem}")
-    turns = source[1:] if source[0]["from"] == ROLES[1] else source
-    return [("user" if turn["from"] == ROLES[0] else "assistant", turn["value"]) for turn in turns]
-
-
-def conversation_of(
-    source: Source, version: str, has_image: bool = False, name: str = "the conversation"
-) -> Conversation:
-    """The template of `version` filled with a conversation.
-
-    Raises:
-        DataError: no turns, unknown roles, or roles that do not alternate.
-    """
-    conversation = conv_templates[version].start()
-    wrapped = conversation.image_tag != DEFAULT_IMAGE_TOKEN and has_image
-    for number, (_, text) in enumerate(chat_turns(source, name)):
-        if wrapped and number % 2 == 0:
-            bare = text.replace(conversation.image_tag, DEFAULT_IMAGE_TOKEN)
-            text = bare.replace(DEFAULT_IMAGE_TOKEN, conversation.image_tag)
-        conversation.append_message(conversation.roles[number % 2], text)
-    return conversation
+    """Ids and labels of one conversation, at full length. Arguments and errors: see `preprocess`."""
+    renderer = renderer_for(version, tokenizer)
+    pieces = renderer.pieces(source, has_media=has_image, name=name)
+    return engine_for(tokenizer).encode(pieces, renderer.places_media(has_image), image_ids)
 
 
 def as_tensor(numbers: Sequence[int]) -> torch.Tensor:

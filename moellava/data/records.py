@@ -20,22 +20,22 @@ Source = Sequence[dict[str, str]]
 
 ROLES = ("human", "gpt")
 
-KINDS = ("image", "video")
+MODALITIES = ("image", "video")
 """What a record may show: a key of the record, and the name of the tag that stands for one in its questions."""
 
-MEDIA_TAG = re.compile(f"<({'|'.join(KINDS)})>")
+MEDIA_TAG = re.compile(f"<({'|'.join(MODALITIES)})>")
 
 
 class Medium(NamedTuple):
     """An image or a video of a record.
 
     Attributes:
-        kind: of `KINDS`.
-        path: of its file, as the record writes it.
+        modality: of `MODALITIES`.
+        path: of its file, as the record writes it; in a chat also the image or the video itself.
     """
 
-    kind: str
-    path: str
+    modality: str
+    path: Any
 
 
 class Problem(NamedTuple):
@@ -172,12 +172,12 @@ def read_skip_list(path: str | Path) -> frozenset[str]:
     return frozenset(line.split("\t")[0] for line in lines if line.strip())
 
 
-def paths_of(record: dict[str, Any], kind: str) -> list[str]:
+def paths_of(record: dict[str, Any], modality: str) -> list[Any]:
     """The image or video paths of a record, as it writes them."""
-    paths = record.get(kind)
+    paths = record.get(modality)
     if not paths:
         return []
-    return [paths] if isinstance(paths, str) else list(paths)
+    return list(paths) if isinstance(paths, list | tuple) else [paths]
 
 
 def images_of(record: dict[str, Any]) -> list[str]:
@@ -187,13 +187,13 @@ def images_of(record: dict[str, Any]) -> list[str]:
 
 def media_of(record: dict[str, Any]) -> list[Medium]:
     """The images and videos of a sound record, in the order of their tags."""
-    left = {kind: iter(paths_of(record, kind)) for kind in KINDS}
-    return [Medium(kind, next(left[kind])) for kind in tags_of(record["conversations"])]
+    left = {modality: iter(paths_of(record, modality)) for modality in MODALITIES}
+    return [Medium(modality, next(left[modality])) for modality in tags_of(record["conversations"])]
 
 
 def tags_of(source: Source) -> list[str]:
-    """The kinds of the media tags in the questions of a conversation, in their order."""
-    return [kind for turn in source if turn["from"] == ROLES[0] for kind in MEDIA_TAG.findall(turn["value"])]
+    """What the media tags stand for in the questions of a conversation, in their order."""
+    return [modality for turn in source if turn["from"] == ROLES[0] for modality in MEDIA_TAG.findall(turn["value"])]
 
 
 def problem_of(record: Any) -> str | None:
@@ -202,12 +202,12 @@ def problem_of(record: Any) -> str | None:
         return f"is no JSON object: {str(record)[:80]}"
     if "conversations" not in record:
         return f'has no "conversations" (its keys: {", ".join(map(str, record)) or "none"})'
-    for kind in KINDS:
-        paths = record.get(kind)
+    for modality in MODALITIES:
+        paths = record.get(modality)
         if paths is not None and not isinstance(paths, (str, list)):
-            return f'has "{kind}", which is neither a path nor a list of paths: {str(paths)[:80]}'
-        if not all(isinstance(path, str) and path for path in paths_of(record, kind)):
-            return f'has an entry of "{kind}" that is no path: {str(paths)[:80]}'
+            return f'has "{modality}", which is neither a path nor a list of paths: {str(paths)[:80]}'
+        if not all(isinstance(path, str) and path for path in paths_of(record, modality)):
+            return f'has an entry of "{modality}" that is no path: {str(paths)[:80]}'
     return problem_of_turns(record["conversations"]) or _problem_of_counts(record)
 
 
@@ -234,11 +234,11 @@ def problem_of_turns(source: Any) -> str | None:
 def _problem_of_counts(record: dict[str, Any]) -> str | None:
     turns = record["conversations"]
     tags = tags_of(turns)
-    for kind in KINDS:
-        given = len(paths_of(record, kind))
-        if tags.count(kind) != given:
+    for modality in MODALITIES:
+        given = len(paths_of(record, modality))
+        if tags.count(modality) != given:
             shown = turns[0]["value"][:80]
-            return f'has {given} {kind}s but {tags.count(kind)} <{kind}> tags in its questions: "{shown}"'
+            return f'has {given} {modality}s but {tags.count(modality)} <{modality}> tags in its questions: "{shown}"'
     return None
 
 

@@ -11,11 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moellava.constants import DEFAULT_IMAGE_TOKEN
-from moellava.conversation import Kind, Piece, conv_templates
+from moellava.constants import CHAT_TEMPLATE, DEFAULT_IMAGE_TOKEN
+from moellava.conversation import Origin, Piece, conv_templates
 from moellava.data.masking import engine_for
 from moellava.data.preprocess import is_plain, pieces_of, terminator_of
-from moellava.data.render.chat import CHAT_TEMPLATE
 from moellava.data.tokenizers import leading_ids, spec_for
 from moellava.data.view import trained_texts
 from moellava.errors import UserError
@@ -171,9 +170,9 @@ def _spaces(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.eos_token is None:
         return "unknown: no special token"
     opening = [Piece("x"), Piece(tokenizer.eos_token)]
-    spaced = _ids_after([Piece("x")], Piece(" word", kind=Kind.ANSWER), tokenizer)
-    plain = _ids_after([], Piece("word", kind=Kind.ANSWER), tokenizer)
-    after = _ids_after(opening, Piece("word", kind=Kind.ANSWER), tokenizer)
+    spaced = _ids_after([Piece("x")], Piece(" word", origin=Origin.ANSWER), tokenizer)
+    plain = _ids_after([], Piece("word", origin=Origin.ANSWER), tokenizer)
+    after = _ids_after(opening, Piece("word", origin=Origin.ANSWER), tokenizer)
     first, later = ("added" if ids == spaced else "none" for ids in (plain, after))
     return f"{first} before the first word, {later} after a special token"
 

@@ -14,10 +14,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moellava.constants import DEFAULT_IMAGE_TOKEN
+from moellava.constants import CHAT_TEMPLATE, DEFAULT_IMAGE_TOKEN
 from moellava.conversation import conv_templates
 from moellava.data.fast_tokenizers import CL100K_DIGITS_APART, from_merges, from_sentencepiece, from_tiktoken
-from moellava.data.render.chat import CHAT_TEMPLATE
 from moellava.errors import UserError
 from moellava.files import read_json, resolve_folder
 from moellava.registry import Registry

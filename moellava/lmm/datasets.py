@@ -17,7 +17,7 @@ from moellava.data.media import with_frames
 from moellava.data.media_reader import MediaReader
 from moellava.data.preprocess import as_tensor, chat_turns
 from moellava.data.records import Medium, Records, media_of
-from moellava.data.render.chat import CHAT_TEMPLATE
+from moellava.constants import CHAT_TEMPLATE
 from moellava.data.video import Clip
 from moellava.errors import DataError
 from moellava.lmm.prompts import ChatTemplate, prompt_pieces

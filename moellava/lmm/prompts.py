@@ -18,7 +18,7 @@ from typing import Any
 
 from moellava.conversation import Kind, Piece
 from moellava.data.records import MEDIA_TAG
-from moellava.data.render.chat import Content, chat_pieces, chat_terminator
+from moellava.data.render.spans import Content, chat_pieces, chat_terminator
 from moellava.errors import DataError
 
 Part = tuple[str, str]

@@ -1,10 +1,12 @@
-"""Language model + vision tower + projector -> Hugging Face's LLaVA, with its tokenizer and processor."""
+"""Language model + vision tower + projector -> Hugging Face's LLaVA, with its tokenizer and processor.
+
+`describe_parts` says what is composed of a language model and a tower; `describe_composed`, what a folder holds that a
+stage of ours has left, or other code that writes Hugging Face's LLaVA.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +19,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from moellava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from moellava.data.encoder import image_tokens
 from moellava.data.render.jinja import saved_chat_template
 from moellava.data.tokenizers import load_tokenizer, place_image_token
 from moellava.errors import UserError
-from moellava.files import read_config, resolve_folder
-from moellava.model.families import Family, base_family
-from moellava.model.loading import build, text_config
-from moellava.model.projector import ProjectorKind, initial_weights, parse_projector
+from moellava.model.build import build, open_config, read, text_config
+from moellava.model.description import Description
+from moellava.model.families import Family, base_family, family_of
+from moellava.model.manifest import Manifest
+from moellava.model.parts import LLAVA
+from moellava.model.projector import ProjectorSpec, initial_weights, parse_projector
+from moellava.model.section import Section, section_of
 from moellava.model.towers import (
     TOWERS,
     check_select_layer,
@@ -35,89 +40,126 @@ from moellava.model.towers import (
 )
 from moellava.model.weights import read_tensors
 
-FORMAT = 1
-"""Version of the `moellava` section of a composed model's config.json."""
-
 OLD_BUFFERS = ("rotary_emb.inv_freq", "position_ids", ".masked_bias", ".attn.bias")
 """Endings of tensors that older checkpoints store although they follow from the config."""
 
-
-@dataclass
-class Composed:
-    """A composed model and what makes its inputs."""
-
-    model: Any
-    tokenizer: PreTrainedTokenizerFast
-    processor: LlavaProcessor
+PROJECTOR_OF = {"gelu": "mlp2x_gelu"}
+"""Hugging Face's `projector_hidden_act` -> the projector that its class then has."""
 
 
-def compose(
-    model_name_or_path: str,
-    image_tower: str,
-    *,
-    version: str,
-    image_projector_type: str = "linear",
-    mm_vision_select_layer: int = -1,
-    mm_vision_select_feature: str = "patch",
-    image_aspect_ratio: str = "square",
-    use_im_start_end: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> Composed:
-    """Builds a vision-language model whose projector has learnt nothing yet.
+@dataclass(frozen=True)
+class Composition:
+    """How a language model and a tower are put together.
 
     Args:
-        model_name_or_path: the language model, a folder or a hub id.
-        image_tower: CLIP or SigLIP, a folder or a hub id.
-        version: the conversation template that its folder will name.
+        version: the conversation template that the folder will name.
         image_projector_type: linear, identity or mlpNx_gelu.
         mm_vision_select_layer: index of the tower's hidden states (-1: the last layer's, before any final norm).
         mm_vision_select_feature: patch, or cls_patch to keep the class token.
         image_aspect_ratio: square, or pad to pad images to a square first.
         use_im_start_end: also add tokens that stand before and after an image.
-        dtype: of all weights.
+    """
+
+    version: str
+    image_projector_type: str = "linear"
+    mm_vision_select_layer: int = -1
+    mm_vision_select_feature: str = "patch"
+    image_aspect_ratio: str = "square"
+    use_im_start_end: bool = False
+
+
+def describe_parts(llm: Manifest, image_tower: str, options: Composition, dtype: torch.dtype) -> Description:
+    """A vision-language model whose projector has learnt nothing yet.
+
+    Args:
+        llm: the language model's folder.
+        image_tower: CLIP or SigLIP, a folder or a hub id.
+        options: how they are put together.
+        dtype: of the tower, which is read here for its config.
 
     Raises:
-        UserError: a folder of the wrong kind, an unknown name (the known ones are listed), or parts that do not fit.
+        UserError: a folder of the wrong sort, an unknown name (the known ones are listed), or parts that do not fit.
     """
-    kind = parse_projector(image_projector_type)
-    folder = resolve_folder(model_name_or_path, "--model_name_or_path")
-    raw = read_config(folder, "--model_name_or_path")
-    family = base_family(raw)
+    projector = parse_projector(options.image_projector_type)
+    family = base_family(llm.config)
     tower = load_tower(image_tower, dtype)
     vision = tower.model.config
-    check_select_layer(vision, mm_vision_select_layer)
-    strategy = select_strategy(vision, mm_vision_select_feature)
-
-    state = language_model_tensors(folder, family, raw)
-    tokenizer = load_tokenizer(str(folder), version)
+    check_select_layer(vision, options.mm_vision_select_layer)
+    strategy = select_strategy(vision, options.mm_vision_select_feature)
+    state = language_model_tensors(llm, family)
+    tokenizer = load_tokenizer(llm.folder, options.version)
     rows = state["model.language_model.embed_tokens.weight"].shape[0]
-    token_ids = place_image_token(tokenizer, rows, image_tokens(use_im_start_end))
-
-    text = text_config(family, family.text_config(raw))
-    config = llava_config(vision, text, kind, strategy, mm_vision_select_layer, token_ids[0])
-    config.moellava = section(
-        family,
-        version=version,
-        image_aspect_ratio=image_aspect_ratio,
-        image_projector_type=image_projector_type,
+    token_ids = place_image_token(tokenizer, rows, image_tokens(options.use_im_start_end))
+    text = text_config(family, family.text_config(llm.config))
+    config = llava_config(vision, text, projector, strategy, options.mm_vision_select_layer, token_ids[0])
+    Section(
+        version=options.version,
+        family=family.name,
+        image_aspect_ratio=options.image_aspect_ratio,
+        image_projector_type=options.image_projector_type,
         image_tower=str(image_tower),
-        use_im_start_end=use_im_start_end,
+        use_im_start_end=options.use_im_start_end,
         image_token_ids=token_ids,
         head_bias="lm_head.bias" in state,
+    ).put(config)
+
+    def load(dtype: torch.dtype) -> Any:
+        drawn = initial_weights(projector, vision.hidden_size, text.hidden_size)
+        parts = {"vision_tower": tower.model.state_dict(), "multi_modal_projector": drawn}
+        placed = {f"model.{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
+        model = build(config, state | placed, dtype, llm.name)
+        grow_embeddings(model, max(token_ids) + 1)
+        model.generation_config = generation_config(tokenizer)
+        return model
+
+    def inputs() -> tuple[Any, Any]:
+        return tokenizer, make_processor(tower.image_processor, tokenizer, config)
+
+    return Description(llm.folder, config, LLAVA, inputs, load)
+
+
+def describe_composed(manifest: Manifest) -> Description:
+    """A folder in Hugging Face's LLaVA layout, extended or not.
+
+    Raises:
+        UserError: another class, or a projector that none of our names describes.
+    """
+    config = open_config(manifest.folder, manifest.config)
+    if not isinstance(config, LlavaConfig):
+        raise UserError(f"{manifest.folder} is a {config.model_type!r} model, which no stage of ours writes.")
+    if manifest.section is None:
+        adopted(config).put(config)
+
+    def inputs() -> tuple[Any, Any]:
+        section = section_of(config)
+        tokenizer = load_tokenizer(manifest.folder, section and section.version)
+        return tokenizer, LlavaProcessor.from_pretrained(manifest.folder, tokenizer=tokenizer)
+
+    return Description(manifest.folder, config, LLAVA, inputs, lambda dtype: read(manifest.folder, config, dtype))
+
+
+def adopted(config: PretrainedConfig) -> Section:
+    """The section of a folder that other code composed: what its config implies, and its family's template.
+
+    Raises:
+        UserError: a projector that none of our names describes.
+    """
+    if config.projector_hidden_act not in PROJECTOR_OF:
+        known = ", ".join(PROJECTOR_OF)
+        raise UserError(f"Its projector's activation is {config.projector_hidden_act!r}. Known: {known}")
+    family = family_of(config)
+    return Section(
+        version=family.version,
+        family=family.name,
+        image_projector_type=PROJECTOR_OF[config.projector_hidden_act],
+        image_tower=config.vision_config.name_or_path or None,
     )
-    projector = initial_weights(kind, vision.hidden_size, text.hidden_size)
-    state |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.model.state_dict().items()}
-    state |= {f"model.multi_modal_projector.{name}": tensor for name, tensor in projector.items()}
-    model = build(config, state, dtype, str(model_name_or_path))
-    grow_embeddings(model, max(token_ids) + 1)
-    model.generation_config = generation_config(tokenizer)
-    return Composed(model, tokenizer, make_processor(tower.image_processor, tokenizer, config))
 
 
 def llava_config(
     vision: PretrainedConfig,
     text: PretrainedConfig,
-    projector: ProjectorKind,
+    projector: ProjectorSpec,
     strategy: str,
     select_layer: int,
     image_token: int,
@@ -134,52 +176,15 @@ def llava_config(
     )
 
 
-def section(
-    family: Family,
-    *,
-    image_aspect_ratio: str,
-    image_projector_type: str,
-    image_tower: str | None,
-    version: str | None = None,
-    use_im_start_end: bool = False,
-    image_token_ids: list[int] | None = None,
-    head_bias: bool = False,
-) -> dict[str, Any]:
-    """The `moellava` section of a composed model's config: what Hugging Face's config has no word for.
-
-    Args:
-        version: the conversation template; default: the family's.
-        image_token_ids: ids of `<image>` and, if they are used, `<im_start>` and `<im_end>`.
-        head_bias: whether the language-model head has a bias.
-    """
-    return {
-        "format": FORMAT,
-        "family": family.name,
-        "version": version or family.version,
-        "stage": None,
-        "image_aspect_ratio": image_aspect_ratio,
-        "image_projector_type": image_projector_type,
-        "image_tower": image_tower,
-        "use_im_start_end": use_im_start_end,
-        "image_token_ids": image_token_ids,
-        "head_bias": head_bias,
-    }
-
-
-def image_tokens(use_im_start_end: bool) -> tuple[str, ...]:
-    """The special tokens that a composed model adds to its tokenizer."""
-    return (DEFAULT_IMAGE_TOKEN, *((DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN) if use_im_start_end else ()))
-
-
-def language_model_tensors(folder: Path, family: Family, raw: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def language_model_tensors(llm: Manifest, family: Family) -> dict[str, torch.Tensor]:
     """A base checkpoint's tensors under the composed model's names."""
     state: dict[str, torch.Tensor] = {}
-    for key, tensor in read_tensors(folder).items():
+    for key, tensor in read_tensors(llm.folder).items():
         if not key.endswith(OLD_BUFFERS):
-            state |= {composed_name(name): value for name, value in family.to_ours(key, tensor, raw).items()}
+            state |= {composed_name(name): value for name, value in family.to_ours(key, tensor, llm.config).items()}
     if "model.language_model.embed_tokens.weight" not in state:
         raise UserError(
-            f"--model_name_or_path {folder} has no embeddings under the names of the family {family.name!r}: "
+            f"{llm.flag} {llm.name} has no embeddings under the names of the family {family.name!r}: "
             f"it holds {', '.join(list(state)[:3])} …"
         )
     return state
@@ -220,19 +225,19 @@ def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
 def make_processor(
     image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig
 ) -> LlavaProcessor:
-    """Hugging Face's LLaVA processor, which makes of images and prompts just what our own preprocessing does.
+    """Hugging Face's LLaVA processor, which makes of images and prompts just what training reads.
 
     Args:
         image_processor: the tower's own, or that of a composed model.
-        config: the composed model's; its `moellava` section names the template and the aspect ratio.
+        config: the composed model's; its section names the template and the aspect ratio.
     """
+    section = section_of(config) or Section()
+    vision = config.vision_config
     return LlavaProcessor(
-        image_processor=composed_image_processor(
-            image_processor, config.moellava["image_aspect_ratio"], config.vision_config
-        ),
+        image_processor=composed_image_processor(image_processor, section.image_aspect_ratio, vision),
         tokenizer=tokenizer,
-        patch_size=config.vision_config.patch_size,
+        patch_size=vision.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=TOWERS[config.vision_config.model_type].class_tokens,
-        chat_template=saved_chat_template(config.moellava["version"], tokenizer),
+        num_additional_image_tokens=TOWERS[vision.model_type].class_tokens,
+        chat_template=saved_chat_template(section.version, tokenizer),
     )

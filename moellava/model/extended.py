@@ -23,6 +23,7 @@ from transformers import (
 
 from moellava.errors import UserError
 from moellava.model.projector import DeepProjector, parse_projector
+from moellava.model.section import Section, section_of
 from moellava.moe import MoESpec, upcycle
 
 PREFIX = "moellava_"
@@ -58,13 +59,13 @@ class ExtendedModel:
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        extras = getattr(config, "moellava", None) or {}
+        section = section_of(config) or Section()
         if is_deep(config):
-            kind = parse_projector(extras["image_projector_type"])
+            projector = parse_projector(str(section.image_projector_type))
             self.model.multi_modal_projector = DeepProjector(
-                config.vision_config.hidden_size, config.text_config.hidden_size, kind.layers
+                config.vision_config.hidden_size, config.text_config.hidden_size, projector.layers
             )
-        if extras.get("head_bias"):
+        if section.head_bias:
             self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=True)
         if getattr(config, "moe", None):
             upcycle(self, MoESpec.from_config(config.moe), initialize=False)
@@ -72,20 +73,21 @@ class ExtendedModel:
 
 def is_deep(config: PretrainedConfig) -> bool:
     """Whether the projector has more than two layers."""
-    name = (getattr(config, "moellava", None) or {}).get("image_projector_type")
+    name = (section_of(config) or Section()).image_projector_type
     return name is not None and parse_projector(name).is_deep
 
 
 def reasons(config: PretrainedConfig) -> list[str]:
     """Why plain transformers cannot hold this model; empty if it can."""
-    extras = getattr(config, "moellava", None) or {}
+    section = section_of(config) or Section()
     found = []
     if getattr(config, "moe", None):
         found.append("its decoder has Mixture-of-Experts layers")
-    if extras.get("head_bias"):
+    if section.head_bias:
         found.append("its language-model head has a bias, which LlavaForConditionalGeneration lacks")
     if is_deep(config):
-        found.append(f"its projector is {extras['image_projector_type']}, deeper than LlavaForConditionalGeneration's")
+        name = section.image_projector_type
+        found.append(f"its projector is {name}, deeper than LlavaForConditionalGeneration's")
     return found
 
 

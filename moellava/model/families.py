@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from moellava.errors import UnknownNameError, UserError
+from moellava.model.section import section_of
 from moellava.registry import Registry
 
 
@@ -147,9 +148,9 @@ def family_of(config: Any) -> Family:
     """
     config = getattr(config, "config", config)
     raw = config if isinstance(config, Mapping) else config.to_dict()
-    named = (raw.get("moellava") or {}).get("family")
-    if named is not None:
-        return FAMILIES[named]
+    section = section_of(raw)
+    if section is not None and section.family is not None:
+        return FAMILIES[section.family]
     text = raw.get("text_config") or raw
     return base_family(text)
 

@@ -28,7 +28,7 @@ KNOWN = "linear, identity, mlpNx_gelu (N layers, for instance mlp2x_gelu)"
 
 
 @dataclass(frozen=True)
-class ProjectorKind:
+class ProjectorSpec:
     """What a projector's name says.
 
     Args:
@@ -50,14 +50,14 @@ class ProjectorKind:
         return self.layers > 2
 
 
-def parse_projector(name: str) -> ProjectorKind:
+def parse_projector(name: str) -> ProjectorSpec:
     """Reads `--image_projector_type`. Raises UnknownNameError for a name that is not known, with those that are."""
     if name in ("identity", "linear"):
-        return ProjectorKind(name, 0 if name == "identity" else 1)
+        return ProjectorSpec(name, 0 if name == "identity" else 1)
     match = re.fullmatch(r"mlp(\d+)x_gelu", name)
     if match is None or int(match[1]) < 1:
         raise UnknownNameError(f"Unknown projector {name!r}. Known: {KNOWN}")
-    return ProjectorKind(name, int(match[1]))
+    return ProjectorSpec(name, int(match[1]))
 
 
 class FixedIdentity(nn.Module):
@@ -100,16 +100,16 @@ class DeepProjector(nn.Module):
         return features
 
 
-def check_widths(kind: ProjectorKind, in_features: int, out_features: int) -> None:
+def check_widths(spec: ProjectorSpec, in_features: int, out_features: int) -> None:
     """Raises UserError where `identity` would have to change the width."""
-    if kind.layers == 0 and in_features != out_features:
+    if spec.layers == 0 and in_features != out_features:
         raise UserError(
             f"--image_projector_type identity needs equal widths, but the tower gives {in_features} "
             f"and the language model takes {out_features}. Use linear."
         )
 
 
-def initial_weights(kind: ProjectorKind, in_features: int, out_features: int) -> dict[str, torch.Tensor]:
+def initial_weights(spec: ProjectorSpec, in_features: int, out_features: int) -> dict[str, torch.Tensor]:
     """A new projector's tensors, as LLaVA draws them (torch's default for linear layers, from the global seed).
 
     Args:
@@ -119,37 +119,37 @@ def initial_weights(kind: ProjectorKind, in_features: int, out_features: int) ->
     Returns:
         `linear_1.weight`, `linear_1.bias`, … as the composed model names them.
     """
-    check_widths(kind, in_features, out_features)
+    check_widths(spec, in_features, out_features)
     layers = {
         f"linear_{index}": nn.Linear(in_features if index == 1 else out_features, out_features)
-        for index in range(1, kind.layers + 1)
+        for index in range(1, spec.layers + 1)
     }
-    return nn.ModuleDict(layers).state_dict() | identities(kind, out_features)
+    return nn.ModuleDict(layers).state_dict() | identities(spec, out_features)
 
 
-def identities(kind: ProjectorKind, features: int) -> dict[str, torch.Tensor]:
-    """The tensors of the layers that this kind does not have and Hugging Face's class does."""
-    layers = {f"linear_{index}": FixedIdentity(features) for index in range(kind.layers + 1, 3)}
+def identities(spec: ProjectorSpec, features: int) -> dict[str, torch.Tensor]:
+    """The tensors of the layers that this projector does not have and Hugging Face's class does."""
+    layers = {f"linear_{index}": FixedIdentity(features) for index in range(spec.layers + 1, 3)}
     return nn.ModuleDict(layers).state_dict()
 
 
-def pin_identities(projector: nn.Module, kind: ProjectorKind) -> None:
-    """Puts `FixedIdentity` where this kind of projector has no layer. Raises UserError if a matrix there is not one."""
-    for index in range(kind.layers + 1, 3):
+def pin_identities(projector: nn.Module, spec: ProjectorSpec) -> None:
+    """Puts `FixedIdentity` where this projector has no layer. Raises UserError if a matrix there is not one."""
+    for index in range(spec.layers + 1, 3):
         layer = getattr(projector, f"linear_{index}")
         identity = FixedIdentity(layer.out_features, layer.weight.device, layer.weight.dtype)
         if not torch.equal(layer.weight, identity.weight) or layer.bias.any():
             raise UserError(
-                f"The config says that the projector is {kind.name!r}, but its linear_{index} is not the identity: "
+                f"The config says that the projector is {spec.name!r}, but its linear_{index} is not the identity: "
                 "config.json and the weights do not belong together."
             )
         setattr(projector, f"linear_{index}", identity)
 
 
-def to_published(key: str, kind: ProjectorKind) -> str:
+def to_published(key: str, spec: ProjectorSpec) -> str:
     """Our projector key -> the reference's inside `image_spatial_proj` (`linear_2.bias` -> `2.bias`)."""
     layer, name = key.removeprefix("linear_").split(".")
-    return name if kind.name == "linear" else f"{2 * (int(layer) - 1)}.{name}"
+    return name if spec.name == "linear" else f"{2 * (int(layer) - 1)}.{name}"
 
 
 def from_published(key: str) -> str:

@@ -18,33 +18,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaConfig, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import LlavaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from moellava.data.encoder import image_tokens
 from moellava.data.tokenizers import TOKENIZER_FILES, load_tokenizer, place_image_token
 from moellava.errors import UserError
-from moellava.files import read_config, resolve_folder
+from moellava.files import resolve_folder
 from moellava.log import get_logger
 from moellava.model import projector as projectors
+from moellava.model.build import build, text_config
 from moellava.model.compose import (
     OLD_BUFFERS,
     composed_name,
     generation_config,
     grow_embeddings,
-    image_tokens,
     language_model_tensors,
     llava_config,
     make_processor,
-    section,
 )
+from moellava.model.description import Description
 from moellava.model.families import Family, base_family, published_family
-from moellava.model.loading import build, text_config
-from moellava.model.towers import (
-    ASPECT_RATIOS,
-    load_tower,
-    tower_config,
-    tower_image_processor,
-    tower_prefix,
-)
+from moellava.model.manifest import Manifest
+from moellava.model.parts import LLAVA
+from moellava.model.section import Section, note, section_of
+from moellava.model.towers import ASPECT_RATIOS, load_tower, tower_config, tower_image_processor, tower_prefix
 from moellava.model.weights import has_weights, read_file, read_tensors
 
 TOWER_KEY = re.compile(r"(?:model|transformer)\.(?:image_tower\.image_tower|vision_tower\.vision_tower)\.(.+)")
@@ -61,90 +58,98 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 logger = get_logger(__name__)
 
 
-def open_published(
-    folder: Path, model_base: str | Path | None, dtype: torch.dtype
-) -> tuple[Any, PreTrainedTokenizerFast | None, LlavaProcessor | None]:
-    """A published folder -> model, tokenizer, processor; the latter two are None where there is no tokenizer.
+def describe_published(manifest: Manifest) -> Description:
+    """A folder that LLaVA or MoE-LLaVA wrote.
 
     Args:
-        folder: holds config.json, and either all weights or, after stage 1, `mm_projector.bin`.
-        model_base: the language model, needed after stage 1, and where the folder has no tokenizer.
-        dtype: of all weights.
+        manifest: holds config.json, and either all weights or, after stage 1, `mm_projector.bin`; its `base` is the
+            language model, needed after stage 1, and where the folder has no tokenizer.
 
     Raises:
-        UserError: files are missing, or the folder uses something that a composed model has not.
+        UserError: the folder uses something that a composed model has not.
     """
-    model = read_published(folder, dtype, model_base)
-    extras = model.config.moellava
-    rows = model.get_input_embeddings().weight.shape[0]
-    source = folder if model_base is None else resolve_folder(str(model_base), "--model-base")
+    family = published_family(manifest.config)
+    tower = read_folder_near(manifest)
+    config = composed_config(manifest, family, tower)
+    rows = config.text_config.vocab_size
+    tokenizer = tokenizer_beside(manifest, config)
+    token_ids = [rows]
+    if tokenizer is not None:
+        section = section_of(config) or Section()
+        token_ids = place_image_token(tokenizer, max(rows, len(tokenizer)), image_tokens(section.use_im_start_end))
+        note(config, image_token_ids=token_ids)
+    config.image_token_index = token_ids[0]
+
+    def load(dtype: torch.dtype) -> Any:
+        state = published_tensors(manifest, family, config, tower, dtype)
+        note(config, head_bias="lm_head.bias" in state)  # that of a base, after stage 1
+        model = build(config, state, dtype, str(manifest.folder))
+        grow_embeddings(model, max(token_ids) + 1)
+        if tokenizer is not None:
+            model.generation_config = generation_config(tokenizer)
+        return model
+
+    def inputs() -> tuple[Any, Any]:
+        if tokenizer is None:
+            return None, None
+        image_processor = tower_image_processor(tower, config.vision_config)
+        return tokenizer, make_processor(image_processor, tokenizer, config)
+
+    return Description(manifest.folder, config, LLAVA, inputs, load, streams=False)
+
+
+def read_folder_near(manifest: Manifest) -> Path:
+    """The folder of the tower that a published config names, which may be relative to where the model lies."""
+    return resolve_folder(tower_name(manifest.config), "the config's image tower", near=manifest.folder)
+
+
+def tokenizer_beside(manifest: Manifest, config: PretrainedConfig) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a published folder, or of its base; None, said in the log, where there is none."""
+    source = manifest.folder if manifest.base is None else manifest.base.folder
     if not any(path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
         logger.warning("%s holds no tokenizer: the model comes without one. Give the base as --model-base.", source)
-        grow_embeddings(model, rows + 1)
-        model.config.image_token_index = rows
-        return model, None, None
-    tokenizer = load_tokenizer(str(source), extras["version"])
-    token_ids = place_image_token(tokenizer, max(rows, len(tokenizer)), image_tokens(extras["use_im_start_end"]))
-    grow_embeddings(model, max(token_ids) + 1)
-    model.config.image_token_index, extras["image_token_ids"] = token_ids[0], token_ids
-    model.generation_config = generation_config(tokenizer)
-    tower = resolve_folder(extras["image_tower"], "the config's image tower", near=folder)
-    image_processor = tower_image_processor(tower, model.config.vision_config)
-    return model, tokenizer, make_processor(image_processor, tokenizer, model.config)
-
-
-def read_published(folder: Path, dtype: torch.dtype, model_base: str | Path | None = None) -> Any:
-    """The model of a published folder; its image token is not placed yet (`image_token_index` is the last row).
-
-    Raises:
-        UserError: see `open_published`.
-    """
-    raw = read_config(folder, "--model-path")
-    family = published_family(raw)
-    config = composed_config(raw, family, folder)
-    state = published_tensors(folder, family, raw, config, model_base)
-    if not any(name.startswith("model.vision_tower.") for name in state):
-        tower = load_tower(str(resolve_folder(tower_name(raw), "the config's image tower", near=folder)), dtype)
-        state |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.model.state_dict().items()}
-    config.moellava["head_bias"] = "lm_head.bias" in state  # that of a base, after stage 1
-    kind = projectors.parse_projector(config.moellava["image_projector_type"])
-    for name, tensor in projectors.identities(kind, config.text_config.hidden_size).items():
-        state[f"model.multi_modal_projector.{name}"] = tensor
-    return build(config, state, dtype, str(folder))
+        return None
+    return load_tokenizer(source, (section_of(config) or Section()).version)
 
 
 def published_tensors(
-    folder: Path, family: Family, raw: Mapping[str, Any], config: PretrainedConfig, model_base: str | Path | None
+    manifest: Manifest, family: Family, config: PretrainedConfig, tower: Path, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """A published folder's tensors under the composed model's names."""
-    if not has_weights(folder) and (folder / STAGE_1_FILE).is_file():
-        return stage_1_tensors(folder, model_base)
-    prefix = tower_prefix(config.vision_config)
+    """A published folder's tensors under the composed model's names, the tower's from its own folder if need be."""
     state: dict[str, torch.Tensor] = {}
-    for key, tensor in read_tensors(folder).items():
-        if not key.endswith(OLD_BUFFERS):
-            state |= from_published(key, tensor, family, raw, prefix)
+    if not has_weights(manifest.folder) and (manifest.folder / STAGE_1_FILE).is_file():
+        state = stage_1_tensors(manifest)
+    else:
+        prefix = tower_prefix(config.vision_config)
+        for key, tensor in read_tensors(manifest.folder).items():
+            if not key.endswith(OLD_BUFFERS):
+                state |= from_published(key, tensor, family, manifest.config, prefix)
+    if not any(name.startswith("model.vision_tower.") for name in state):
+        loaded = load_tower(str(tower), dtype)
+        state |= {f"model.vision_tower.{name}": tensor for name, tensor in loaded.model.state_dict().items()}
+    projector = projectors.parse_projector(str((section_of(config) or Section()).image_projector_type))
+    for name, tensor in projectors.identities(projector, config.text_config.hidden_size).items():
+        state[f"model.multi_modal_projector.{name}"] = tensor
     return state
 
 
-def stage_1_tensors(folder: Path, model_base: str | Path | None) -> dict[str, torch.Tensor]:
+def stage_1_tensors(manifest: Manifest) -> dict[str, torch.Tensor]:
     """The language model's tensors and the projector that stage 1 left. Raises UserError without a language model."""
-    if model_base is None:
+    path = manifest.folder / STAGE_1_FILE
+    if manifest.base is None:
         raise UserError(
-            f"--model-path {folder} holds a stage-1 projector alone ({STAGE_1_FILE}). "
+            f"{manifest.flag} {manifest.name} holds a stage-1 projector alone ({STAGE_1_FILE}). "
             "Give the language model that it was trained on as --model-base."
         )
-    base = resolve_folder(str(model_base), "--model-base")
-    raw = read_config(base, "--model-base")
-    found = dict(read_file(folder / STAGE_1_FILE))
+    found = dict(read_file(path))
     if any(key.endswith(EMBEDDINGS) for key in found):
         raise UserError(
-            f"{folder / STAGE_1_FILE} also holds embeddings of <im_start> and <im_end>. Train on from it with "
+            f"{path} also holds embeddings of <im_start> and <im_end>. Train on from it with "
             "--pretrain_mm_mlp_adapter and --mm_use_im_start_end True."
         )
-    projector = projector_tensors(found)
-    return language_model_tensors(base, base_family(raw), raw) | {
-        f"model.multi_modal_projector.{key}": tensor for key, tensor in projector.items()
+    tensors = language_model_tensors(manifest.base, base_family(manifest.base.config))
+    return tensors | {
+        f"model.multi_modal_projector.{key}": tensor for key, tensor in projector_tensors(found).items()
     }
 
 
@@ -195,35 +200,35 @@ def tower_name(raw: Mapping[str, Any]) -> str:
     return name
 
 
-def is_sparse(raw: Mapping[str, Any]) -> bool:
-    """Whether a config, ours or a published one, is that of a sparse model."""
-    return bool(raw.get("moe")) and raw["moe"].get("moe_enable", True)
+def composed_config(manifest: Manifest, family: Family, tower: Path) -> LlavaConfig:
+    """A published config as that of a composed model; its image token is not placed yet.
 
-
-def composed_config(raw: Mapping[str, Any], family: Family, folder: Path) -> LlavaConfig:
-    """A published config as that of a composed model."""
+    Args:
+        tower: the folder of its vision tower.
+    """
+    raw = manifest.config
     aspect_ratio = raw.get("image_aspect_ratio") or "square"
     if aspect_ratio not in ASPECT_RATIOS:
         raise UserError(
-            f"{folder} cuts images into tiles (image_aspect_ratio {aspect_ratio!r}): that is LLaVA-1.6. "
+            f"{manifest.folder} cuts images into tiles (image_aspect_ratio {aspect_ratio!r}): that is LLaVA-1.6. "
             "Open its Hugging Face conversion (llava-hf/…) by its model id instead."
         )
-    tower = tower_name(raw)
-    vision = tower_config(resolve_folder(tower, "the config's image tower", near=folder), "the config's image tower")
-    projector = raw.get("image_projector_type") or raw.get("mm_projector_type") or "linear"
+    vision = tower_config(tower, "the config's image tower")
+    name = raw.get("image_projector_type") or raw.get("mm_projector_type") or "linear"
     # The reference drops the first token for 'patch' whatever the tower: of a SigLIP, which has no class token, a
     # patch is lost.
     strategy = "full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default"
     text = text_config(family, (family.published_text_config or family.text_config)(raw))
-    kind, layer = projectors.parse_projector(projector), raw.get("mm_vision_select_layer", -2)
-    config = llava_config(vision, text, kind, strategy, layer, text.vocab_size - 1)
-    config.moellava = section(
-        family,
+    projector, layer = projectors.parse_projector(name), raw.get("mm_vision_select_layer", -2)
+    config = llava_config(vision, text, projector, strategy, layer, text.vocab_size - 1)
+    Section(
+        version=family.version,
+        family=family.name,
         image_aspect_ratio=aspect_ratio,
-        image_projector_type=projector,
-        image_tower=tower,
+        image_projector_type=name,
+        image_tower=tower_name(raw),
         use_im_start_end=bool(raw.get("mm_use_im_start_end")),
-    )
-    if is_sparse(raw):
+    ).put(config)
+    if manifest.is_sparse:
         config.moe = dict(raw["moe"])
     return config

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from moellava.files import flush, staged
 from moellava.model.extended import extend_in_place, reasons
+from moellava.model.section import Section, note, section_of
 
 STAGING = ".saving-model"
 MAX_SHARD_SIZE = "4GB"
@@ -71,7 +72,7 @@ def save_pretrained_folder(
 
 def note_meta(model: Any, meta: Mapping[str, Any]) -> None:
     """Brings the config up to what the model now is: its sparse layers, and what the stage says of itself."""
-    model.config.moellava = {**(getattr(model.config, "moellava", None) or {}), **meta}
+    note(model.config, **meta)
     if reasons(model.config):
         extend_in_place(model)
     model.config.architectures = [type(model).__name__]
@@ -128,11 +129,11 @@ def remove_old_weights(folder: Path, names: Collection[str]) -> None:
 
 def folder_page(config: Any) -> str:
     """The folder's README: what it is, and what opens it."""
-    extras = config.moellava
+    section = section_of(config) or Section()
     why = reasons(config)
+    what = section.architecture or section.family or config.model_type
     lines = [
-        f"# {extras.get('stage') or 'A composed'} model ({extras.get('family', config.model_type)}, "
-        f"template {extras.get('version')})",
+        f"# {section.stage or 'A composed'} model ({what}, template {section.version})",
         "",
         "    moellava chat --model-path . --image-file IMAGE",
         "",

@@ -27,8 +27,8 @@ from moellava.registry import Registry
 
 
 @dataclass(frozen=True)
-class TowerKind:
-    """A kind of vision tower.
+class TowerSpec:
+    """What a tower is, by its `model_type`.
 
     Args:
         full_model_type: `model_type` of the image-text model whose vision half it is.
@@ -43,9 +43,9 @@ class TowerKind:
     image_processor: type[BaseImageProcessor]
 
 
-TOWERS: Registry[TowerKind] = Registry("vision tower")
-TOWERS.register("clip_vision_model", TowerKind("clip", CLIPVisionModel, 1, CLIPImageProcessorPil))
-TOWERS.register("siglip_vision_model", TowerKind("siglip", SiglipVisionModel, 0, SiglipImageProcessorPil))
+TOWERS: Registry[TowerSpec] = Registry("vision tower")
+TOWERS.register("clip_vision_model", TowerSpec("clip", CLIPVisionModel, 1, CLIPImageProcessorPil))
+TOWERS.register("siglip_vision_model", TowerSpec("siglip", SiglipVisionModel, 0, SiglipImageProcessorPil))
 
 SELECT_FEATURES = ("patch", "cls_patch")
 ASPECT_RATIOS = ("square", "pad")
@@ -67,24 +67,24 @@ def tower_config(folder: Path, flag: str = "--image_tower") -> PretrainedConfig:
     """
     raw = read_config(folder, flag)
     model_type = raw.get("model_type")
-    for name, kind in TOWERS.items():
+    for name, spec in TOWERS.items():
         if model_type == name:
             return AutoConfig.for_model(**raw)
-        if model_type == kind.full_model_type:
+        if model_type == spec.full_model_type:
             return AutoConfig.for_model(**{**raw.get("vision_config", {}), "model_type": name})
-    known = ", ".join(f"{name} (or the {kind.full_model_type} around it)" for name, kind in TOWERS.items())
+    known = ", ".join(f"{name} (or the {spec.full_model_type} around it)" for name, spec in TOWERS.items())
     raise UnknownNameError(f"{flag} {folder} is a {model_type!r} model, not a known vision tower. Known: {known}")
 
 
 def tower_image_processor(folder: Path, config: PretrainedConfig) -> BaseImageProcessor:
-    """The image processor that lies beside a tower, or the default of its kind at the tower's resolution."""
-    kind = TOWERS[config.model_type]
+    """The image processor that lies beside a tower, or the default of its class at the tower's resolution."""
+    spec = TOWERS[config.model_type]
     if (folder / "preprocessor_config.json").is_file():
-        return kind.image_processor.from_pretrained(folder)
+        return spec.image_processor.from_pretrained(folder)
     side = {"height": config.image_size, "width": config.image_size}
-    if kind.image_processor is CLIPImageProcessorPil:
+    if spec.image_processor is CLIPImageProcessorPil:
         return CLIPImageProcessorPil(size={"shortest_edge": config.image_size}, crop_size=side)
-    return kind.image_processor(size=side)
+    return spec.image_processor(size=side)
 
 
 def load_tower(name: str, dtype: torch.dtype, flag: str = "--image_tower") -> Tower:
@@ -98,9 +98,9 @@ def load_tower(name: str, dtype: torch.dtype, flag: str = "--image_tower") -> To
     """
     folder = resolve_folder(name, flag)
     config = tower_config(folder, flag)
-    kind = TOWERS[config.model_type]
+    spec = TOWERS[config.model_type]
     weight_files(folder)
-    model, info = kind.model.from_pretrained(
+    model, info = spec.model.from_pretrained(
         folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])

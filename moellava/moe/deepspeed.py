@@ -13,7 +13,6 @@ Legend: T tokens, D hidden, E experts, W = ep_size ranks, R rows that this rank 
 from __future__ import annotations
 
 import copy
-import os
 
 import torch
 import torch.distributed as dist
@@ -26,6 +25,7 @@ from moellava.moe.experts import Dispatch, run_experts, sort_by_expert
 from moellava.moe.layer import NativeMoE, RoutedMLP
 from moellava.moe.router import Routing
 from moellava.moe.spec import MoESpec
+from moellava.processes import rank, world_size
 
 
 class LocalExperts(Experts):
@@ -140,16 +140,6 @@ class Exchange(torch.autograd.Function):
     def backward(ctx, grad_QD: Tensor):
         out_splits, in_splits, group = ctx.splits
         return Exchange.apply(grad_QD, in_splits, out_splits, group), None, None, None
-
-
-def rank() -> int:
-    """This process's rank, also before process groups exist (`RANK` as launchers set it)."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Number of processes, also before process groups exist."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def to_deepspeed(layer: NativeMoE, ep_size: int) -> DeepSpeedMoE:

@@ -1,155 +1,113 @@
-"""Answers of a model: to many requests at once, or one as it grows. No deepspeed, no trainer."""
+"""Answers of any vision-language model: to many requests at once, or one as it grows. No deepspeed, no trainer."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
-from moellava.constants import IMAGE_TOKEN_INDEX
-from moellava.data.collate import ImageTextCollator
-from moellava.data.images import open_image
-from moellava.data.preprocess import terminator_of
+from moellava.data.collate import MediaCollator
+from moellava.data.dataset import opened, sample_of
+from moellava.data.encoder import Example
+from moellava.data.media import MediaFiles
+from moellava.data.records import Medium
+from moellava.data.video import Video
 from moellava.errors import UserError
-from moellava.mm_utils import pixel_values
-from moellava.model.builder import image_size, tokens_per_image
-from moellava.serve.decode import Answers, Sampling, decode
-from moellava.serve.prompt import Picture, Request, encode, image_ids_of, version_of
+from moellava.serve.ending import Ending
+from moellava.serve.generate import Sampling, generate
+from moellava.serve.generate import stream as stream_row
+from moellava.serve.prompt import Request
+from moellava.vlm import VLM
 
 CACHE_BYTES = 2**28
-"""Preprocessed images that one call of `answer` keeps: 198 of 336 × 336, 5,461 of 64 × 64."""
+"""Images that one call of `answer` keeps open: 795 of 336 × 336, 21,845 of 64 × 64."""
 
-UNFINISHED_CHARACTER = "\ufffd"
-"""What a tokenizer shows for a character whose last bytes have not come yet."""
+CHANNELS = 3
+
+NAME = "the request"
 
 
-class ImageCache:
-    """Preprocessed images by path or by object; the ones not used for longest go first.
+class OpenImages(MediaFiles):
+    """Files whose images stay open for the next question about them; the ones not used for longest go first.
 
     Args:
-        image_processor: of the model's processor.
-        aspect_ratio: square or pad.
         limit: bytes kept.
     """
 
-    def __init__(self, image_processor: Any, aspect_ratio: str, limit: int = CACHE_BYTES):
-        self.image_processor = image_processor
-        self.aspect_ratio = aspect_ratio
+    def __init__(self, limit: int = CACHE_BYTES):
+        super().__init__()
         self.limit = limit
         self.bytes = 0
-        self.kept: OrderedDict[Any, tuple[Picture, Tensor]] = OrderedDict()
+        self.kept: OrderedDict[str, Image.Image] = OrderedDict()
 
-    def __call__(self, picture: Picture) -> Tensor:
-        """Pixels [1, 3, H, W]. Raises DataError if the file cannot be read."""
-        key = str(picture) if isinstance(picture, str | Path) else id(picture)
+    def read(self, medium: Medium) -> Image.Image | Video:
+        """See `MediaFiles.read`."""
+        if medium.modality != "image" or not isinstance(medium.path, str | Path):
+            return super().read(medium)
+        key = str(medium.path)
         if key in self.kept:
             self.kept.move_to_end(key)
-            return self.kept[key][1]
-        image = open_image(picture) if isinstance(picture, str | Path) else picture
-        pixels = pixel_values([image], self.image_processor, self.aspect_ratio)
-        self.kept[key] = (picture, pixels)  # the picture too: while it lives, its id is its own
-        self.bytes += pixels.nbytes
+            return self.kept[key]
+        image: Any = super().read(medium)
+        self.kept[key] = image
+        self.bytes += _bytes_of(image)
         while self.bytes > self.limit and len(self.kept) > 1:
-            self.bytes -= self.kept.popitem(last=False)[1][1].nbytes
-        return pixels
+            self.bytes -= _bytes_of(self.kept.popitem(last=False)[1])
+        return image
+
+
+def _bytes_of(image: Image.Image) -> int:
+    return image.width * image.height * CHANNELS
 
 
 @dataclass
 class Prompts:
-    """What turns requests into batches for one model.
+    """What turns requests into batches for one model. Raises UserError for a model that cannot be asked here.
 
     Args:
-        version: name of the template.
-        collator: places image tokens and pads on the left.
-        images: preprocessed images.
-        image_ids: what one image becomes in the ids.
-        room: longest prompt with its answer, in tokens.
+        vlm: the model.
+        files: opens what requests show.
     """
 
-    tokenizer: Any
-    version: str
-    collator: ImageTextCollator
-    images: ImageCache
-    image_ids: list[int]
-    room: int
+    vlm: VLM
+    files: MediaFiles = field(default_factory=OpenImages)
 
-    @classmethod
-    def of(cls, model: nn.Module, tokenizer: Any, processor: Any, version: str | None) -> Prompts:
-        """Reads from the model's config whatever training has written there."""
-        collator = ImageTextCollator(
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            image_token_id=model.config.image_token_id,
-            tokens_per_image=tokens_per_image(model),
-            image_size=image_size(model),
-        )
-        saved = getattr(model.config, "moellava", None) or {}
-        images = ImageCache(processor.image_processor, saved.get("image_aspect_ratio") or "square")
-        room = model.config.get_text_config().max_position_embeddings
-        version = version_of(model, version)
-        return cls(tokenizer, version, collator, images, image_ids_of(model, tokenizer), room)
+    def __post_init__(self) -> None:
+        self.vlm.require_answers()
+        self.collator: MediaCollator = self.vlm.collator().of_prompts()
+        self.ending = Ending(self.vlm.tokenizer, self.vlm.encoder.renderer.terminator)
 
-    def ids(self, request: Request) -> list[int]:
-        """Token ids with one placeholder per image. Raises UserError where no room is left for an answer."""
-        ids = encode(request, self.tokenizer, self.version, self.image_ids)
-        if self.length(ids) >= self.room:
+    def example(self, request: Request) -> Example:
+        """A request as its model reads it. Raises UserError where no room is left for an answer."""
+        example = self.vlm.encoder.encode(request.record, NAME, self.files, opens=True)
+        if example.length >= self.vlm.context_length:
             raise UserError(
-                f"The prompt has {self.length(ids)} tokens, images included, but the model reads at most {self.room}: "
-                f"{request.messages[-1]['value'][:80]!r}"
+                f"The prompt has {example.length} tokens, images included, but the model reads at most "
+                f"{self.vlm.context_length}: {request.messages[-1]['value'][:80]!r}"
             )
-        return ids
+        return example
 
-    def length(self, ids: list[int]) -> int:
-        """Tokens of a prompt once each image has its patches."""
-        return len(ids) + ids.count(IMAGE_TOKEN_INDEX) * (self.collator.tokens_per_image - 1)
+    def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """What the model takes of some prompts, padded on the left."""
+        shown = [opened(example.media, self.vlm.encoder, self.files) for example in examples]
+        return self.collator([sample_of(example, media, NAME) for example, media in zip(examples, shown, strict=True)])
 
-    def batch(self, requests: Sequence[Request], ids: Sequence[list[int]]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` [B, L], left-padded, and `pixel_values` of all their images."""
-        samples = []
-        for request, row in zip(requests, ids, strict=True):
-            pixels = [self.images(picture) for picture in request.images]
-            samples.append(
-                {
-                    "input_ids": torch.tensor(row),
-                    "pixel_values": torch.cat(pixels) if pixels else torch.empty(0, 3, *self.collator.image_size),
-                }
-            )
-        return self.collator.left_pad(samples)
-
-    def answers(self, ids: Sequence[list[int]], max_new_tokens: int) -> Answers:
-        """Empty answers for a batch; each may grow until the model's context is full."""
-        limits = [min(max_new_tokens, self.room - self.length(row)) for row in ids]
-        return Answers(self.tokenizer, terminator_of(self.version, self.tokenizer), limits)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back to what it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+    def options(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """What `generate` is told of a batch; an answer may grow until the model's context is full."""
+        return {
+            "placeholders": self.vlm.placeholder_ids,
+            "pad_token_id": self.collator.pad_token_id,
+            "limits": [self.vlm.context_length - example.length for example in examples],
+        }
 
 
 def answer(
-    model: nn.Module,
-    tokenizer: Any,
-    processor: Any,
-    requests: Sequence[Request],
-    *,
-    version: str | None = None,
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    batch_size: int = 8,
+    vlm: VLM, requests: Sequence[Request], sampling: Sampling | None = None, *, batch_size: int = 8, **options: Any
 ) -> list[str]:
     """Answers of a model, in the order of the requests.
 
@@ -157,67 +115,32 @@ def answer(
     tokens). Requests of similar length share a batch, the longest first: what does not fit into memory shows at once.
 
     Args:
-        model, tokenizer, processor: as `load_pretrained_model` gives them.
+        vlm: of `open_vlm`.
         requests: questions or conversations, with or without images and videos.
-        version: conversation template; None takes the saved config's.
-        max_new_tokens: longest answer, in tokens.
-        temperature, top_p, seed: see `Sampling`; temperature 0 takes the likeliest token.
+        sampling: how tokens are chosen; None: the likeliest, or as `options` say.
         batch_size: requests that run together.
+        options: fields of `Sampling` by name, instead of it.
 
     Raises:
-        UserError: no template is known, a prompt exceeds the model's context, or an image cannot be read.
+        UserError: a prompt exceeds the model's context, an image cannot be read, or an option means nothing.
     """
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    requests = [request.in_images() for request in requests]
-    prompts = Prompts.of(model, tokenizer, processor, version)
-    ids = [prompts.ids(request) for request in requests]
-    order = sorted(range(len(requests)), key=lambda index: prompts.length(ids[index]), reverse=True)
+    sampling = sampling or Sampling(**options)
+    prompts = Prompts(vlm)
+    examples = [prompts.example(request) for request in requests]
+    order = sorted(range(len(requests)), key=lambda index: examples[index].length, reverse=True)
     texts = [""] * len(requests)
-    with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            rows = [ids[index] for index in chosen]
-            answers = prompts.answers(rows, max_new_tokens)
-            for _ in decode(model, prompts.batch([requests[index] for index in chosen], rows), answers, sampling):
-                pass
-            for row, index in enumerate(chosen):
-                texts[index] = answers.text(row).strip()
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [examples[index] for index in chosen]
+        said = generate(vlm.model, prompts.batch(rows), prompts.ending, sampling, **prompts.options(rows))
+        for index, tokens in zip(chosen, said, strict=True):
+            texts[index] = prompts.ending.text(tokens)
     return texts
 
 
-def stream(
-    model: nn.Module,
-    tokenizer: Any,
-    processor: Any,
-    request: Request,
-    *,
-    version: str | None = None,
-    sampling: Sampling | None = None,
-) -> Iterator[str]:
-    """One answer in pieces, as they are certain; their join is what `answer` gives. Arguments as of `answer`."""
-    prompts = Prompts.of(model, tokenizer, processor, version)
-    sampling = sampling or Sampling()
-    request = request.in_images()
-    rows = [prompts.ids(request)]
-    answers = prompts.answers(rows, sampling.max_new_tokens)
-    shown = ""
-    with evaluating(model):
-        for _ in decode(model, prompts.batch([request], rows), answers, sampling):
-            certain = settled(answers.text(0).lstrip(), answers.terminator)
-            if certain.startswith(shown) and len(certain) > len(shown):
-                yield certain[len(shown) :]
-                shown = certain
-    whole = answers.text(0).strip()
-    if len(whole) > len(shown):
-        yield whole[len(shown) :]
-
-
-def settled(text: str, terminator: str) -> str:
-    """The part of a growing answer that will not change: no half character, no space or terminator at its end."""
-    if text.endswith(UNFINISHED_CHARACTER):
-        text = text.rstrip(UNFINISHED_CHARACTER)
-    for size in range(min(len(terminator), len(text)), 0, -1):
-        if terminator.startswith(text[-size:]):
-            text = text[:-size]
-            break
-    return text.rstrip()
+def stream(vlm: VLM, request: Request, sampling: Sampling | None = None) -> Iterator[str]:
+    """One answer in pieces, as they are certain; their join is what `answer` gives. Arguments: see `answer`."""
+    prompts = Prompts(vlm)
+    rows = [prompts.example(request)]
+    batch, options = prompts.batch(rows), prompts.options(rows)
+    yield from stream_row(vlm.model, batch, prompts.ending, sampling or Sampling(), **options)

@@ -1,4 +1,4 @@
-"""What a model is asked: a question or a conversation with its images and videos, and the token ids that it becomes."""
+"""What a model is asked: a question or a conversation with its images and videos."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from moellava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from moellava.conversation import conv_templates
-from moellava.data.media import pictures_of
-from moellava.data.preprocess import encode_prompt, pieces_of
-from moellava.data.records import KINDS, MEDIA_TAG, ROLES, tags_of
+from moellava.constants import DEFAULT_IMAGE_TOKEN
+from moellava.data.records import MODALITIES, tags_of
 from moellava.data.video import Video
 from moellava.errors import UserError
 
@@ -25,11 +22,12 @@ class Request:
     """One thing to answer.
 
     Args:
-        question: the text of a single turn. Images and videos are put before it, unless it has tags of that kind.
+        question: the text of a single turn. Images and videos are put before it, unless it has tags of theirs.
         images: paths or PIL images, in the order of the `<image>` tags.
         messages: instead of `question`, a LLaVA conversation `[{"from": "human"|"gpt", "value": str}, …]` that ends
             with a human turn.
-        videos: frames of videos, as of `read_video`, in the order of the `<video>` tags.
+        videos: paths, or frames as `read_video` gives them, in the order of the `<video>` tags.
+        system_prompt: in place of the one that the model's template brings.
 
     Raises:
         UserError: turns that do not alternate, or tags that are not as many as images or videos.
@@ -38,44 +36,37 @@ class Request:
     question: str | None = None
     images: Sequence[Picture] = ()
     messages: Sequence[dict[str, str]] = field(default_factory=list)
-    videos: Sequence[Video] = ()
+    videos: Sequence[str | Path | Video] = ()
+    system_prompt: str | None = None
 
     def __post_init__(self) -> None:
         if (self.question is None) == (not self.messages):
             raise UserError("A request has either a question or messages.")
         if self.question is not None:
             question = self.question
-            for kind, shown in self._shown().items():
-                question = with_tags(question, len(shown), f"<{kind}>")
+            for modality, shown in self._shown().items():
+                question = with_tags(question, len(shown), f"<{modality}>")
             self.messages = [{"from": "human", "value": question}]
         roles = [message["from"] for message in self.messages]
         if roles != ["human", "gpt"] * (len(roles) // 2) + ["human"]:
             raise UserError(f"Messages go human, gpt, human … and end with human; these are {', '.join(roles)}.")
         tags = tags_of(self.messages)
-        for kind, shown in self._shown().items():
-            if tags.count(kind) != len(shown):
+        for modality, shown in self._shown().items():
+            if tags.count(modality) != len(shown):
                 raise UserError(
-                    f"The request has {len(shown)} {kind}s but {tags.count(kind)} <{kind}> tags: "
+                    f"The request has {len(shown)} {modality}s but {tags.count(modality)} <{modality}> tags: "
                     f"{self.messages[-1]['value'][:80]!r}"
                 )
 
-    def in_images(self) -> Request:
-        """The same request with every video as its frames, for models that see images only."""
-        if not self.videos:
-            return self
-        left = {kind: iter(shown) for kind, shown in self._shown().items()}
-        images = [pictures_of(next(left[kind])) for kind in tags_of(self.messages)]
-        counts = iter(map(len, images))
-        messages = [
-            {**turn, "value": MEDIA_TAG.sub(lambda _: DEFAULT_IMAGE_TOKEN * next(counts), turn["value"])}
-            if turn["from"] == ROLES[0]
-            else turn
-            for turn in self.messages
-        ]
-        return Request(messages=messages, images=[image for row in images for image in row])
+    @property
+    def record(self) -> dict[str, Any]:
+        """The request as a record, whose answer is missing."""
+        system = {} if self.system_prompt is None else {"system_prompt": self.system_prompt}
+        shown = {modality: list(media) for modality, media in self._shown().items()}
+        return {"conversations": list(self.messages), **shown, **system}
 
     def _shown(self) -> dict[str, Sequence[Any]]:
-        return dict(zip(KINDS, (self.images, self.videos), strict=True))
+        return dict(zip(MODALITIES, (self.images, self.videos), strict=True))
 
 
 def with_tags(question: str, count: int, tag: str = DEFAULT_IMAGE_TOKEN) -> str:
@@ -83,34 +74,3 @@ def with_tags(question: str, count: int, tag: str = DEFAULT_IMAGE_TOKEN) -> str:
     if count == 0 or tag in question:
         return question
     return f"{tag}\n" * count + question
-
-
-def version_of(model: Any, version: str | None = None) -> str:
-    """The template that a model was trained with, from its saved config. Raises UserError where it names none."""
-    if version is None:
-        version = (getattr(model.config, "moellava", None) or {}).get("version")
-    if version is None:
-        raise UserError(
-            "The model's config does not say which conversation template it was trained with: name it with --version "
-            f"({', '.join(conv_templates)})."
-        )
-    return version
-
-
-def encode(request: Request, tokenizer: Any, version: str, image_ids: Sequence[int]) -> list[int]:
-    """The token ids of a request in its template, from the engine that training uses."""
-    return encode_prompt(request.messages, tokenizer, version, bool(request.images), image_ids)
-
-
-def text_of(request: Request, tokenizer: Any, version: str) -> str:
-    """The prompt as text, as a report shows it."""
-    pieces = pieces_of(request.messages, tokenizer, version, bool(request.images), opens=True)
-    return "".join(piece.text for piece in pieces)
-
-
-def image_ids_of(model: Any, tokenizer: Any) -> list[int]:
-    """What one image becomes in the ids: the placeholder, between start and end tokens where the model has them."""
-    if not (getattr(model.config, "moellava", None) or {}).get("use_im_start_end"):
-        return [IMAGE_TOKEN_INDEX]
-    start, end = tokenizer.convert_tokens_to_ids([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN])
-    return [start, IMAGE_TOKEN_INDEX, end]

@@ -34,7 +34,10 @@ class ModelArguments(ReleasedArguments):
     """What is composed or loaded, and which part of it trains."""
 
     model_name_or_path: str = _flag("Folder or hub id: a language model, or any folder that a stage has left.", "")
-    version: str = _flag("Conversation template: plain for stage 1; v1, qwen, phi, stablelm … after it.", "v1")
+    version: str | None = _flag(
+        "Conversation template: plain for stage 1; v1, qwen, phi, stablelm … after it. Unset: the folder's own, or the "
+        "one that goes with the language model."
+    )
     image_tower: str | None = _flag("Folder or hub id of a CLIP or SigLIP tower; with a language model only.")
     image_projector_type: str = _flag("linear, identity, or mlpNx_gelu with N layers.", "linear")
     mm_vision_select_layer: int = _flag(

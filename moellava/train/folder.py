@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
+from moellava.adapters.folder import (
+    FOLDER,
+    WEIGHTS,
+    adapter_tensors,
+    check_base,
+    load_adapter,
+    merged,
+    read_adapter,
+    write_adapter,
+)
+from moellava.adapters.lora import Adapter
 from moellava.errors import UserError
 from moellava.log import get_logger
-from moellava.model.builder import save_pretrained_folder
+from moellava.model.weights import read_file, read_tensors, weight_files
 from moellava.moe import gather_moe_state_dict
 from moellava.train.checkpoint import last_checkpoint
+from moellava.vlm import VLM
 
 logger = get_logger(__name__)
 
@@ -26,16 +36,20 @@ DRY_SAVE = ".dry-save"
 class StageFolder:
     """Writes and reads the model of a run.
 
+    A run with adapters leaves the merged model, as any stage does, and the adapter alone in peft's format beside it.
+    The state dicts that are given here hold the adapters unmerged.
+
     Args:
         output_dir: the run's folder.
-        tokenizer, processor: saved beside the weights.
-        meta: what the config's `moellava` section says: version, stage, image_aspect_ratio …
+        vlm: its model.
+        stage: the stage's name, for the config's `moellava` section.
+        adapter: what was attached to the model; None without adapters.
     """
 
     output_dir: Path
-    tokenizer: Any
-    processor: Any
-    meta: dict[str, Any]
+    vlm: VLM
+    stage: str
+    adapter: Adapter | None = None
 
     def gather(self, model: nn.Module, wrapped: nn.Module, accelerator) -> dict[str, torch.Tensor]:
         """The whole state dict on the first process, experts under their global ids; {} elsewhere. Collective."""
@@ -43,25 +57,26 @@ class StageFolder:
             return accelerator.get_state_dict(wrapped)
         return gather_moe_state_dict(model)
 
-    def write(self, model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    def write(self, state: dict[str, torch.Tensor], path: Path) -> None:
         """Writes the folder; each file appears whole or not at all."""
-        save_pretrained_folder(model, self.tokenizer, self.processor, path, state_dict=state, meta=self.meta)
+        if self.adapter is not None:
+            section = self.vlm.section.but(stage=self.stage)
+            self.adapter.origin["moellava"] = asdict(section)
+            write_adapter(state, self.adapter, path / FOLDER)
+        self.vlm.save(path, state_dict=self._whole(state), meta={"stage": self.stage})
+
+    def _whole(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The state dict of the model without adapters."""
+        return state if self.adapter is None else merged(state, self.adapter.scaling)
 
     def load(self, model: nn.Module, path: Path) -> None:
-        """Copies the weights of a checkpoint into a model of the same shape (the native engine's resume)."""
-        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
-            name for name, _ in model.named_parameters()
-        }
-        missing = set(model.state_dict())
-        for file in sorted(path.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as weights:
-                part = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 (not a dict)
-            result = model.load_state_dict(part, strict=False)
-            if result.unexpected_keys:
-                raise UserError(f"{file} holds tensors that this model has not: {result.unexpected_keys[:3]} …")
-            missing -= set(part)
-        if missing - tied:
-            raise UserError(f"{path} lacks tensors of this model: {sorted(missing - tied)[:3]} …")
+        """Copies what a checkpoint has trained into a model of the same shape (the native engine's resume)."""
+        if self.adapter is not None:  # what lies under it is as the stage has built it anew
+            stored, tensors = read_adapter(path / FOLDER, self.adapter.keywords)
+            check_base(model.state_dict(), stored.origin, f"--model_name_or_path {self.adapter.origin['base']}")
+            load_adapter(model, self.adapter, tensors, path / FOLDER)
+            return
+        load_whole(model, path)
 
     def dry_save(self, model: nn.Module, wrapped: nn.Module, accelerator) -> None:
         """Writes the folder once before step 0, compares every tensor with the model's, and removes it.
@@ -72,7 +87,7 @@ class StageFolder:
         if accelerator.is_main_process:
             path = self.output_dir / DRY_SAVE
             try:
-                self.write(model, state, path)
+                self.write(state, path)
                 self._compare(path, state)
             except (OSError, RuntimeError) as error:
                 raise UserError(
@@ -84,18 +99,10 @@ class StageFolder:
         accelerator.wait_for_everyone()
 
     def _compare(self, path: Path, state: dict[str, torch.Tensor]) -> None:
-        saved: dict[str, torch.Tensor] = {}
-        for file in path.glob("*.safetensors"):
-            with safe_open(file, framework="pt") as weights:
-                saved |= {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
-        for name, value in state.items():
-            # A tied tensor is stored once, under one of its names.
-            if name in saved and not torch.equal(saved[name], value.cpu()):
-                raise UserError(f"The dry save before step 0 changed {name}: the folder could not be trusted.")
-        stored = {value.data_ptr() for name, value in state.items() if name in saved}
-        lost = [name for name, value in state.items() if name not in saved and value.data_ptr() not in stored]
-        if lost:
-            raise UserError(f"The dry save before step 0 lost {len(lost)} tensors: {', '.join(lost[:5])} …")
+        compare_saved(read_tensors(path), self._whole(state))
+        if self.adapter is not None:
+            saved = {name: tensor for name, tensor in read_file(path / FOLDER / WEIGHTS)}
+            compare_saved(saved, adapter_tensors(state, self.adapter))
 
     def failed_save(self, error: Exception, step: int) -> str:
         """The message of a save that failed: what is safe, and how to go on."""
@@ -107,3 +114,30 @@ class StageFolder:
 def is_sharded(model: nn.Module) -> bool:
     """True if each process holds a piece of every parameter only (DeepSpeed's ZeRO-3)."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def load_whole(model: nn.Module, path: Path) -> None:
+    """Copies the weights of a folder into a model, file by file. Raises UserError where they do not fit."""
+    kept = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - kept
+    missing = set(model.state_dict())
+    for file in weight_files(path):
+        part = dict(read_file(file))
+        result = model.load_state_dict(part, strict=False)
+        if result.unexpected_keys:
+            raise UserError(f"{file} holds tensors that this model has not: {result.unexpected_keys[:3]} …")
+        missing -= set(part)
+    if missing - tied:
+        raise UserError(f"{path} lacks tensors of this model: {sorted(missing - tied)[:3]} …")
+
+
+def compare_saved(saved: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+    """Raises UserError unless every tensor of a state dict was saved as it is."""
+    for name, value in state.items():
+        # A tied tensor is stored once, under one of its names.
+        if name in saved and not torch.equal(saved[name], value.cpu()):
+            raise UserError(f"The dry save before step 0 changed {name}: the folder could not be trusted.")
+    stored = {value.data_ptr() for name, value in state.items() if name in saved}
+    lost = [name for name, value in state.items() if name not in saved and value.data_ptr() not in stored]
+    if lost:
+        raise UserError(f"The dry save before step 0 lost {len(lost)} tensors: {', '.join(lost[:5])} …")

@@ -11,26 +11,31 @@ from typing import Any
 
 from torch import nn
 
-from moellava.model.builder import parts_of
 
 
 def parameter_groups(
-    model: nn.Module, *, weight_decay: float, learning_rate: float, projector_lr: float | None = None
+    model: nn.Module,
+    projector: nn.Module,
+    *,
+    weight_decay: float,
+    learning_rate: float,
+    projector_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Groups of the trainable parameters, each with a name. Biases and norms (1-D tensors) do not decay.
 
     Args:
-        model: composed or released model.
+        model: the model.
+        projector: its projector.
         weight_decay: AdamW's decoupled decay (Loshchilov and Hutter 2019, arXiv:1711.05101).
         learning_rate: of everything but the projector.
         projector_lr: of the projector; None: `learning_rate`.
     """
-    projector = {id(parameter) for parameter in parts_of(model)["projector"].parameters()}
+    in_projector = {id(parameter) for parameter in projector.parameters()}
     groups: dict[str, dict[str, Any]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        part = "projector" if id(parameter) in projector and projector_lr is not None else "model"
+        part = "projector" if id(parameter) in in_projector and projector_lr is not None else "model"
         decays = parameter.ndim > 1 and weight_decay > 0
         name = f"{part}_{'decay' if decays else 'no_decay'}"
         group = groups.setdefault(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from moellava.data.render.chat import CHAT_TEMPLATE
 from moellava.errors import UserError
 from moellava.lmm.supported_models import SUPPORTED_MODELS
 
@@ -43,7 +42,7 @@ class ReleasedArguments:
     use_lora: bool = field(default=False, metadata={"help": "The same as --lora_enable."})
     q_lora: bool = field(default=False, metadata={"help": "The same as --lora_enable True --bits 4."})
     mask_question_tokens: bool = field(
-        default=True, metadata={"help": "False: train on every token but padding and media. Released models only."}
+        default=True, metadata={"help": "False: train on every token but padding and media."}
     )
     user_key: str = field(default="human", metadata={"help": "What the records call the user's turns."})
     assistant_key: str = field(default="gpt", metadata={"help": "What the records call the model's turns."})
@@ -82,13 +81,12 @@ def settle(model: Any, training: Any) -> None:
             "with --freeze_backbone True --train_vision_projector True."
         )
     model.model_name_or_path = model.model_local_path or SUPPORTED_MODELS[model.model_id].model_hf_path
-    model.version = CHAT_TEMPLATE
     model.freeze_mm_mlp_adapter = not model.train_vision_projector
 
 
 def refuse_alone(model: Any) -> None:
     """Raises UserError for flags that only a released model reads."""
     default = {f.name: f.default for f in fields(ReleasedArguments)}
-    for name in ("trust_remote_code", "mask_question_tokens"):
+    for name in ("trust_remote_code",):
         if getattr(model, name) != default[name]:
             raise UserError(f"--{name} {getattr(model, name)} needs --model_id or --model_local_path.")

@@ -16,9 +16,9 @@ from pathlib import Path
 from torch import nn
 
 from moellava.errors import UserError
-from moellava.model.builder import parts_of
 from moellava.moe import expert_parameters, moe_layers, router_parameters
 from moellava.train.arguments import ModelArguments, MoEArguments
+from moellava.vlm import VLM
 
 
 @dataclass(frozen=True)
@@ -27,68 +27,63 @@ class Stage:
 
     Args:
         name: what stands in logs and in the saved config.
-        selects: (model, model arguments, MoE arguments) -> the parameters that train.
+        selects: (VLM, model arguments, MoE arguments) -> the parameters that train.
     """
 
     name: str
-    selects: Callable[[nn.Module, ModelArguments, MoEArguments], Iterable[nn.Parameter]]
+    selects: Callable[[VLM, ModelArguments, MoEArguments], Iterable[nn.Parameter]]
 
 
-def _projector(model: nn.Module, args: ModelArguments, moe: MoEArguments) -> list[nn.Parameter]:
-    parts = parts_of(model)
-    chosen = list(parts["projector"].parameters())
-    if model.config.moellava["use_im_start_end"]:  # the two new tokens mean nothing until their embeddings have learnt
-        chosen += list(model.get_input_embeddings().parameters())
+def _projector(vlm: VLM, args: ModelArguments, moe: MoEArguments) -> list[nn.Parameter]:
+    chosen = list(vlm.parts["projector"].parameters())
+    if vlm.section.use_im_start_end:  # the two new tokens mean nothing until their embeddings have learnt
+        chosen += list(vlm.model.get_input_embeddings().parameters())
     return chosen
 
 
-def _language_model_and_projector(model: nn.Module, args: ModelArguments, moe: MoEArguments) -> list[nn.Parameter]:
-    parts = parts_of(model)
-    chosen = vision_parameters(model, args, with_projector=not args.freeze_mm_mlp_adapter)
+def _language_model_and_projector(vlm: VLM, args: ModelArguments, moe: MoEArguments) -> list[nn.Parameter]:
+    with_projector = vlm.trains_projector and not args.freeze_mm_mlp_adapter
+    if args.train_vision_projector is not None:
+        with_projector = args.train_vision_projector
+    chosen = vision_parameters(vlm, args, with_projector)
     if not args.freeze_backbone:
-        chosen += list(parts["language_model"].parameters()) + list(parts["lm_head"].parameters())
+        chosen += [*vlm.parts["language_model"].parameters(), *vlm.parts["lm_head"].parameters()]
     return chosen
 
 
-def vision_parameters(model: nn.Module, args: ModelArguments, with_projector: bool) -> list[nn.Parameter]:
+def vision_parameters(vlm: VLM, args: ModelArguments, with_projector: bool) -> list[nn.Parameter]:
     """What trains in full on the way from pixels to embeddings: the projector, and the encoder if a flag says so."""
-    parts = parts_of(model)
-    chosen = list(parts["projector"].parameters()) + loose_parameters(model) if with_projector else []
+    parts = vlm.parts
+    chosen = list(parts["projector"].parameters()) if with_projector else []
     return chosen + (list(parts["vision_tower"].parameters()) if args.train_vision_encoder else [])
 
 
-def loose_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of no part, such as the line break between rows of patches; they belong with the projector."""
-    placed = {id(parameter) for part in parts_of(model).values() for parameter in part.parameters()}
-    return [parameter for parameter in model.parameters() if id(parameter) not in placed]
-
-
-def _experts_and_routers(model: nn.Module, args: ModelArguments, moe: MoEArguments) -> list[nn.Parameter]:
+def _experts_and_routers(vlm: VLM, args: ModelArguments, moe: MoEArguments) -> list[nn.Parameter]:
     if moe.train_modules is None:
-        return list(expert_parameters(model)) + beside_experts(model, args, moe)
-    return _named_modules(model, moe.train_modules, _routers(model, moe)) + _vision_if_named(model, args)
+        return list(expert_parameters(vlm.model)) + beside_experts(vlm, args, moe)
+    return _named_modules(vlm, moe.train_modules, _routers(vlm, moe)) + _vision_if_named(vlm, args)
 
 
-def beside_experts(model: nn.Module, args: ModelArguments, moe: MoEArguments) -> list[nn.Parameter]:
+def beside_experts(vlm: VLM, args: ModelArguments, moe: MoEArguments) -> list[nn.Parameter]:
     """What trains in stage 3 beside the experts: routers, and of the vision parts those that flags ask for by name."""
-    return _routers(model, moe) + _vision_if_named(model, args)
+    return _routers(vlm, moe) + _vision_if_named(vlm, args)
 
 
-def _routers(model: nn.Module, moe: MoEArguments) -> list[nn.Parameter]:
-    return [] if moe.spec().freeze_router else list(router_parameters(model))
+def _routers(vlm: VLM, moe: MoEArguments) -> list[nn.Parameter]:
+    return [] if moe.spec().freeze_router else list(router_parameters(vlm.model))
 
 
-def _vision_if_named(model: nn.Module, args: ModelArguments) -> list[nn.Parameter]:
-    return vision_parameters(model, args, with_projector=bool(args.train_vision_projector))
+def _vision_if_named(vlm: VLM, args: ModelArguments) -> list[nn.Parameter]:
+    return vision_parameters(vlm, args, with_projector=bool(args.train_vision_projector))
 
 
-def _named_modules(model: nn.Module, names: list[str], routers: list[nn.Parameter]) -> list[nn.Parameter]:
+def _named_modules(vlm: VLM, names: list[str], routers: list[nn.Parameter]) -> list[nn.Parameter]:
     """Parameters of the decoder's modules whose dotted name ends in one of `names` ('wg': the routers).
 
     Whole name components are compared, so 'fc1' never selects 'fc10'. The reference names dense MLPs
     'mlp.fc1'; inside an expert the same layer is found under the part after 'mlp.'.
     """
-    decoder = parts_of(model)["language_model"]
+    decoder = vlm.parts["language_model"]
     chosen: list[nn.Parameter] = []
     unmatched = []
     for name in names:
@@ -131,17 +126,16 @@ def freeze_all_but(model: nn.Module, trainable: Iterable[nn.Parameter]) -> None:
         raise UserError("Nothing would train: the flags freeze every part of the model.")
 
 
-def parameter_table(model: nn.Module) -> dict[str, dict[str, int]]:
+def parameter_table(vlm: VLM) -> dict[str, dict[str, int]]:
     """Part of the model -> its number of trainable and frozen parameters, each parameter counted once.
 
     Rows: vision_tower, projector, language_model (what is left of it), experts, routers, lm_head.
     """
     groups: dict[str, Iterable[nn.Parameter]] = {}
-    if moe_layers(model):
-        groups["routers"] = router_parameters(model)
-        groups["experts"] = expert_parameters(model)
-    groups |= {name: module.parameters() for name, module in parts_of(model).items()}
-    groups["other"] = model.parameters()
+    if moe_layers(vlm.model):
+        groups["routers"] = router_parameters(vlm.model)
+        groups["experts"] = expert_parameters(vlm.model)
+    groups |= {name: module.parameters() for name, module in vlm.parts.items()}
     seen: set[int] = set()
     table = {}
     for name, parameters in groups.items():

@@ -16,20 +16,13 @@ from typing import Any
 from huggingface_hub import constants
 from transformers import set_seed
 
-from moellava.adapters.folder import AdaptedFolder
 from moellava.adapters.gradient_watch import GradientWatch
 from moellava.adapters.lora import trainable_parameters
-from moellava.data.collate import ImageTextCollator
 from moellava.data.dataset import SupervisedDataset
-from moellava.data.preprocess import terminator_of
+from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
-from moellava.data.render.chat import chat_terminator
 from moellava.errors import UserError
-from moellava.lmm.collators import MediaCollator
-from moellava.lmm.family_collators import collator_for
-from moellava.lmm.prompts import ChatTemplate
 from moellava.log import get_logger, is_rank_zero
-from moellava.model.builder import image_size, parts_of, tokens_per_image
 from moellava.moe import enable_gradient_checkpointing
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments, parse_arguments
 from moellava.train.assemble import Assembled, assemble
@@ -38,10 +31,10 @@ from moellava.train.deepspeed.extensions import extension_root, remove_abandoned
 from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 from moellava.train.folder import StageFolder
 from moellava.train.memory import describe, estimate, zero_stage
-from moellava.train.released import released_dataset
 from moellava.train.samples import SampleAnswers
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
 from moellava.train.trainer import StageTrainer
+from moellava.vlm import VLM
 
 logger = get_logger(__name__)
 
@@ -78,17 +71,18 @@ def train(
         constants.HF_HUB_CACHE = model_args.cache_dir  # where all downloads go that name no folder
     set_seed(args.seed)
     with whole_parameters(args):
-        parts = assemble(stage, model_args, data_args, moe_args, args)
-    adapted = parts.adapter and trainable_parameters(parts.model, parts.adapter)
-    freeze_all_but(parts.model, adapted or stage.selects(parts.model, model_args, moe_args))
+        assembled = assemble(stage, model_args, data_args, moe_args, args)
+    vlm, adapter = assembled.vlm, assembled.adapter
+    trained = trainable_parameters(vlm, adapter) if adapter else stage.selects(vlm, model_args, moe_args)
+    freeze_all_but(vlm.model, trained)
     datasets = {
-        "train_dataset": make_dataset(data_args.data_path, parts, model_args, data_args, args),
-        "eval_dataset": make_dataset(data_args.eval_data_path, parts, model_args, data_args, args),
+        "train_dataset": make_dataset(data_args.data_path, vlm, model_args, data_args, args),
+        "eval_dataset": make_dataset(data_args.eval_data_path, vlm, model_args, data_args, args),
     }
     if is_rank_zero():
         claim_folder(output_dir, identity)
-        report(parts, stage, args)
-    run(make_trainer(stage, parts, model_args, args, datasets), stage, output_dir)
+        report(assembled, stage, args)
+    run(make_trainer(stage, assembled, model_args, args, datasets), stage, output_dir)
     return output_dir
 
 
@@ -107,37 +101,29 @@ def run(trainer: StageTrainer, stage: Stage, output_dir: Path) -> None:
 
 
 def make_trainer(
-    stage: Stage, parts: Assembled, model_args: ModelArguments, args: TrainingArguments, datasets: dict[str, Any]
+    stage: Stage, assembled: Assembled, model_args: ModelArguments, args: TrainingArguments, datasets: dict[str, Any]
 ) -> StageTrainer:
     """The trainer of a stage, with what watches over its gradients and what shows its answers."""
+    vlm = assembled.vlm
     if args.activation_checkpointing:
-        enable_gradient_checkpointing(parts.model)
-        args.activation_checkpointing = False  # the Trainer would switch on its own kind, which routes anew
+        enable_gradient_checkpointing(vlm.model)
+        args.activation_checkpointing = False  # the Trainer would switch on its own, which routes anew
     set_seed(args.seed)  # a resumed run and a fresh one build models differently; both train from the same state
-    collator = make_collator(parts, model_args, datasets["train_dataset"])
-    if isinstance(collator, MediaCollator):
-        shown = {kind for dataset in datasets.values() if dataset is not None for kind in dataset.kinds}
-        collator.kinds = sorted(shown)
+    collator = vlm.collator(train_questions=not model_args.mask_question_tokens)
+    shown = {modality for dataset in datasets.values() if dataset is not None for modality in dataset.modalities}
+    collator.modalities = sorted(shown)
     trainer = StageTrainer(
-        folder=make_folder(Path(args.output_dir), parts, {"stage": stage.name, "version": model_args.version}),
-        image_token_id=parts.model.config.image_token_id,
-        model=parts.model,
+        vlm=vlm,
+        folder=StageFolder(Path(args.output_dir), vlm, stage.name, assembled.adapter),
         args=args,
         data_collator=collator,
         **datasets,
     )
-    if parts.adapter:
-        trainer.add_callback(GradientWatch(parts.model, parts_of(parts.model)["vision_tower"]))
+    if assembled.adapter:
+        trainer.add_callback(GradientWatch(vlm.model, vlm.parts["vision_tower"]))
     if args.eval_samples:
-        trainer.add_callback(SampleAnswers(trainer, args.eval_samples, parts.tokenizer, terminator(parts, model_args)))
+        trainer.add_callback(SampleAnswers(trainer, args.eval_samples))
     return trainer
-
-
-def terminator(parts: Assembled, model_args: ModelArguments) -> str:
-    """What ends an answer in the model's template."""
-    if parts.family:
-        return chat_terminator(ChatTemplate(parts.processor, parts.processor.chat_template))
-    return terminator_of(model_args.version, parts.tokenizer)
 
 
 def run_identity(
@@ -173,28 +159,19 @@ def run_identity(
 
 
 def make_dataset(
-    paths: list[str], parts: Assembled, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+    paths: list[str], vlm: VLM, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> SupervisedDataset | None:
     """Reads and checks every record. Raises DataError with all problems of the files; None without files."""
     if not paths:
         return None
-    records = load_records(paths, data_args.skip_list, (model_args.user_key, model_args.assistant_key))
-    if parts.family:
-        return released_dataset(records, parts.processor, parts.family, data_args, args)
     dataset = SupervisedDataset(
-        records,
-        parts.tokenizer,
-        version=model_args.version,
-        image_processor=parts.processor.image_processor if data_args.is_multimodal else None,
-        image_folder=data_args.image_folder,
-        video_folder=data_args.video_folder,
-        num_frames=data_args.num_frames,
-        tokens_per_image=tokens_per_image(parts.model),
-        aspect_ratio=parts.model.config.moellava["image_aspect_ratio"],
+        load_records(paths, data_args.skip_list, (model_args.user_key, model_args.assistant_key)),
+        vlm.encoder,
+        MediaFiles(data_args.image_folder, data_args.video_folder, data_args.num_frames),
         max_length=args.model_max_length,
         overlong=data_args.overlong,
-        use_im_start_end=parts.model.config.moellava["use_im_start_end"],
         bad_files=data_args.bad_files,
+        takes_media=data_args.is_multimodal,
         workers=args.dataloader_num_workers,
     )
     if not data_args.lazy_preprocess:
@@ -203,36 +180,16 @@ def make_dataset(
     return dataset
 
 
-def make_folder(output_dir: Path, parts: Assembled, meta: dict[str, Any]) -> StageFolder:
-    """What writes the run's folder: a merged model and the adapter beside it, or the model as it is."""
-    if parts.adapter:
-        return AdaptedFolder(output_dir, parts.tokenizer, parts.processor, meta, adapter=parts.adapter)
-    return StageFolder(output_dir, parts.tokenizer, parts.processor, meta)
-
-
-def make_collator(parts: Assembled, model_args: ModelArguments, dataset: Any) -> ImageTextCollator | MediaCollator:
-    """The collator of a composed model, or of a released one's family."""
-    if parts.family:
-        train_questions = not model_args.mask_question_tokens
-        return collator_for(parts.family.family_id, parts.processor, train_questions, dataset.reader)
-    return ImageTextCollator(
-        pad_token_id=parts.tokenizer.pad_token_id,
-        image_token_id=parts.model.config.image_token_id,
-        tokens_per_image=tokens_per_image(parts.model),
-        image_size=image_size(parts.model),
-    )
-
-
-def report(parts: Assembled, stage: Stage, args: TrainingArguments) -> None:
+def report(assembled: Assembled, stage: Stage, args: TrainingArguments) -> None:
     """Says what a run is before it starts: what trains (saved as `parameters.json`), the certificate, the memory."""
     output_dir = Path(args.output_dir)
-    table = parameter_table(parts.model)
-    logger.info("Stage %s\n%s", stage.name, render_table(table))
+    table = parameter_table(assembled.vlm)
+    logger.info("Stage %s, template %s\n%s", stage.name, assembled.vlm.section.version, render_table(table))
     save_table(table, output_dir / "parameters.json")
-    if parts.certificate:
-        parts.certificate.save(output_dir)
-        logger.info("%s", "\n".join(parts.certificate.lines()))
-    logger.info("%s", describe(estimate(parts.model, zero_stage(args.deepspeed), args.world_size)))
+    if assembled.certificate:
+        assembled.certificate.save(output_dir)
+        logger.info("%s", "\n".join(assembled.certificate.lines()))
+    logger.info("%s", describe(estimate(assembled.vlm.model, zero_stage(args.deepspeed), args.world_size)))
 
 
 def main(argv: list[str] | None = None) -> int:

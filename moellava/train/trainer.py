@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -17,6 +16,7 @@ from moellava.data.sampler import GroupedSampler
 from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.moe import moe_layers, router_losses, router_metrics, set_routing_context, update_router_bias
+from moellava.processes import sum_over_processes
 from moellava.train.checkpoint import STAGING, publish
 from moellava.train.deepspeed.extensions import unlink_shared_buffer
 from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, stored_ep_size
@@ -24,6 +24,7 @@ from moellava.train.folder import StageFolder
 from moellava.train.loss import SupervisedHead, cross_entropy_sum, supervised_positions
 from moellava.train.optimizer import missing_from, parameter_groups
 from moellava.train.progress import RunLines, RunProgress
+from moellava.vlm import VLM
 
 logger = get_logger(__name__)
 
@@ -32,17 +33,16 @@ class StageTrainer(Trainer):
     """Trains one stage.
 
     Args:
-        folder: writes complete model folders (`StageFolder`).
-        image_token_id: the placeholder's id; its positions, and those of the model's placeholder of videos, are the
-            image tokens of the routing statistics.
+        vlm: its model.
+        folder: writes complete model folders.
         kwargs: of `transformers.Trainer`.
     """
 
-    def __init__(self, *, folder: StageFolder, image_token_id: int, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, *, vlm: VLM, folder: StageFolder, **kwargs):
+        super().__init__(model=vlm.model, **kwargs)
+        self.vlm = vlm
         self.folder = folder
-        # Models that see videos as images have no token for them.
-        self.image_token_ids = [image_token_id, getattr(self.model.config, "video_token_id", image_token_id)]
+        self.image_token_ids = vlm.placeholder_ids  # the image tokens of the routing statistics
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the supervised tokens of the whole step
         self.head = SupervisedHead(self.model.get_output_embeddings())
         self.is_moe = bool(moe_layers(self.model))
@@ -141,7 +141,7 @@ class StageTrainer(Trainer):
         grouped = self.args.group_by_modality_length
         self.train_sampler = GroupedSampler(
             dataset.lengths if grouped else [1] * len(dataset),  # equal lengths: a plain shuffle
-            dataset.modalities if grouped else None,
+            dataset.shows_media if grouped else None,
             # Not grouped, a step holds the same samples however it is split over processes and accumulation.
             batch_size=self.args.train_batch_size * (1 if grouped else self.args.gradient_accumulation_steps),
             world_size=self.args.world_size,
@@ -154,6 +154,7 @@ class StageTrainer(Trainer):
         if self.optimizer is None:
             groups = parameter_groups(
                 self.model,
+                self.vlm.parts["projector"],
                 weight_decay=self.args.weight_decay,
                 learning_rate=self.args.learning_rate,
                 projector_lr=self.args.mm_projector_lr,
@@ -195,7 +196,7 @@ class StageTrainer(Trainer):
         """Writes a complete folder that the next stage, chat and (if dense) plain transformers open."""
         state = self.folder.gather(self.model, self.model_wrapped, self.accelerator)
         if self.args.should_save:
-            self.folder.write(self.model, state, Path(output_dir or self.args.output_dir))
+            self.folder.write(state, Path(output_dir or self.args.output_dir))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -253,13 +254,6 @@ class RunHooks(TrainerCallback):
         """Says how many records were left out or cut, so that no loss of data stays silent."""
         counts = self.trainer.train_dataset.report()
         logger.info("Epoch data: %s", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
-
-
-def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Sums a tensor over all processes, in place; the tensor itself where there is one process."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
 
 
 def flat_metrics(metrics: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import pytest
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.data.preprocess import encode_prompt, preprocess, terminator_of
-from moellava.data.render.chat import chat_pieces, chat_terminator
+from moellava.data.render.spans import chat_pieces, chat_terminator
 from moellava.errors import DataError, UserError
 
 CHATML = (

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from moellava.conversation import Kind, Piece, conv_templates
+from moellava.conversation import Origin, Piece, conv_templates
 from moellava.data.masking import engine_for, labels_of
 from moellava.data.preprocess import encode_conversation, encode_prompt, is_plain, pieces_of
 from moellava.data.tokenizer_facts import mask_problem
@@ -117,7 +117,7 @@ def test_a_token_belongs_to_the_range_it_begins_in():
 
 def test_text_is_cut_where_a_token_would_straddle_a_border(tokenizers):
     engine = engine_for(tokenizers["qwen"])
-    pieces = [Piece("answer:\n"), Piece("\nyes", True, Kind.ANSWER), Piece("|>", True), Piece("<|user"), Piece("x")]
+    pieces = [Piece("answer:\n"), Piece("\nyes", True, Origin.ANSWER), Piece("|>", True), Piece("<|user"), Piece("x")]
     joined = tokenizers["qwen"]("answer:\n\nyes|><|userx").input_ids
     encoded = engine.encode(pieces)
     assert encoded.ids != joined

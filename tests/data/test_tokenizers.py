@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from moellava.conversation import Kind, Piece, conv_templates
+from moellava.conversation import Origin, Piece, conv_templates
 from moellava.data.fast_tokenizers import CL100K_DIGITS_APART, from_sentencepiece, from_tiktoken
 from moellava.data.masking import engine_for
 from moellava.data.preprocess import preprocess
@@ -253,7 +253,7 @@ def test_other_sentencepiece_models(tmp_path, options):
     def check(text):
         # A byte's spelling that stands alone behind a symbol is read as the byte: known, and told from all else here.
         assume(not re.search(r"(<sym>|the)<0x[0-9A-F]{2}>($|<sym>|the)", text))
-        ids = engine.encode([Piece(text, kind=Kind.ANSWER)]).ids[1:]
+        ids = engine.encode([Piece(text, origin=Origin.ANSWER)]).ids[1:]
         assert ids == library.encode(text)
 
     check()
@@ -265,7 +265,7 @@ def test_a_vocabulary_that_merges_into_its_special_token(tmp_path):
     backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    pieces = [Piece("</s>a", True, Kind.ANSWER), Piece("</s>", True)]
+    pieces = [Piece("</s>a", True, Origin.ANSWER), Piece("</s>", True)]
     assert engine_for(tokenizer).encode(pieces).ids == [6, 7, 8, 1]
 
 

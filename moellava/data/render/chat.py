@@ -1,221 +1,169 @@
-"""`--version chat_template`: the tokenizer's own chat template, with the trained spans found by prefix difference.
+"""A Jinja chat template as a renderer (`--version chat_template`).
 
-A conversation is rendered up to each answer, with the generation prompt, and once more with the answer: what was added
-is the answer, from the point where generation would begin, and what ends it. That is sound only if every rendering is a
-prefix of the next. A template for which it is not (one that drops earlier reasoning, say, or repeats a message) is
-refused, with the place where the renderings part.
+Its messages are texts, with media tags in them, or lists of parts, media and texts. `spans.py` renders the conversation
+with stand-ins for its texts, which shows where the template puts media, and the real texts then take their places:
+
+    question  <image>\\nWhat is it?               parts   image, "What is it?"
+    rendered  USER: <image>\\n|·Message0part1x·   pieces  USER: <image>\\n (the template's), What is it? (plain text)
+
+So special tokens and placeholders exist only where the template writes them; typed in a message, they are text.
 """
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
+from moellava.constants import CHAT_TEMPLATE
+from moellava.conversation import Origin, Piece
+from moellava.data.records import MEDIA_TAG, Source
+from moellava.data.render.renderer import Renderer, turns_of
+from moellava.data.render.spans import Content, chat_pieces, chat_terminator
+from moellava.errors import DataError
 
-from moellava.conversation import Kind, Piece
-from moellava.errors import DataError, UserError
+SYSTEMS_KEPT = 64
+"""System prompts whose renderings are kept apart; a data set has few."""
 
-CHAT_TEMPLATE = "chat_template"
-"""The name that `--version` knows it by."""
-
-_EDGE = "\u2003"
-"""Whitespace around a stand-in message: a template that strips messages strips it, and no template writes it itself."""
-
-Content = str | Sequence[Mapping[str, str]]
-"""A message: text, or parts such as `{"type": "image"}` and `{"type": "text", "text": …}`."""
-
-Kinds = tuple[str, ...]
-"""What the parts of a message are."""
-
-Turns = Sequence[tuple[str, Content]]
-"""(role, message) in turn; roles are 'user' and 'assistant', and an answer is text or one part of text."""
+Part = tuple[str, str]
+"""('text', the text), ('image', '') or ('video', '')."""
 
 
-class Slot(NamedTuple):
-    """Where a text stands in the rendering: a message, or a part of one.
-
-    Attributes:
-        before: what the template writes in front of it, placeholders of media included; not trained.
-        lead: template text in front of an answer that generation would write, trained.
-        ending: what ends an answer, trained; empty for a question.
-        keeps_left: whether whitespace on the left of the text is kept.
-        keeps_right: whether whitespace on its right is kept.
-    """
-
-    before: str
-    lead: str
-    ending: str
-    keeps_left: bool
-    keeps_right: bool
-
-    def text_of(self, message: str) -> str:
-        """The message as the template writes it."""
-        message = message if self.keeps_left else message.lstrip()
-        return message if self.keeps_right else message.rstrip()
-
-
-def chat_pieces(
-    tokenizer: PreTrainedTokenizerBase, turns: Turns, name: str = "the conversation", opens: bool = False
-) -> list[Piece]:
-    """A conversation as its tokenizer's chat template renders it, with the trained flags.
+class ChatRenderer(Renderer):
+    """The chat template of a tokenizer, over texts, or of a processor, over lists of parts.
 
     Args:
-        tokenizer: has a chat template.
-        turns: alternating, the user first.
-        name: of the record, for messages.
-        opens: whether what opens the next answer follows, the user having the last word.
-
-    Raises:
-        UserError: no chat template, or one that is not prefix-stable.
-        DataError: the template rewrites what this conversation says, or cannot be masked for one of its shape.
+        source: a tokenizer or a processor; its `apply_chat_template` renders.
+        template: in Jinja; None: the source's own.
+        in_parts: whether messages are lists of parts.
     """
-    shape = tuple(None if isinstance(content, str) else kinds_of(content) for _, content in turns)
-    try:
-        slots, after = _structure(tokenizer, tokenizer.chat_template, shape, opens)
-    except UserError as error:
-        raise (DataError if is_sound(tokenizer) else UserError)(f"{name}: {error}") from error
-    said = [(role, isinstance(content, str), text) for role, content in turns for text in texts_of(content)]
-    pieces = []
-    for slot, (role, is_whole, text) in zip(slots, said, strict=True):
-        answer = role == "assistant"
-        # Where a question comes in parts, its images are parts of their own, and no tag in its texts is one.
-        kind = Kind.QUESTION if is_whole and not answer else Kind.ANSWER
-        pieces += [
-            Piece(slot.before),
-            Piece(slot.lead, True),
-            Piece(slot.text_of(text), answer, kind),
-            Piece(slot.ending, True),
-        ]
-    pieces = [piece for piece in [*pieces, Piece(after)] if piece.text]
-    rendered = _render(tokenizer, turns, opens)
-    ours = "".join(piece.text for piece in pieces)
-    if rendered != ours:
-        raise DataError(f"{name}: the chat template rewrites what is said: {_parting(ours, rendered)}")
-    return pieces
+
+    version = CHAT_TEMPLATE
+
+    def __init__(self, source: Any, template: str | None = None, in_parts: bool = False):
+        self.source = source
+        self.template = source.chat_template if template is None else template
+        self.in_parts = in_parts
+        self.keeps_tags = not in_parts
+        self.shows_videos = in_parts
+        self._with_system = lru_cache(maxsize=SYSTEMS_KEPT)(self._template_with)
+
+    def _template_with(self, system: str | None) -> ChatTemplate:
+        return ChatTemplate(self.source, self.template, system, self.in_parts)
+
+    @property
+    def terminator(self) -> str:
+        return chat_terminator(self._with_system(None))
+
+    @property
+    def ends_with_special_token(self) -> bool:
+        """Whether an answer ends with a special token, without which generation would not stop. Raises UserError where
+        the template cannot be masked."""
+        ending, template = self.terminator, self._with_system(None)
+        return any(token.special and token.content in ending for token in template.added_tokens_decoder.values())
+
+    def pieces(
+        self,
+        source: Source,
+        *,
+        has_media: bool,
+        name: str = "the conversation",
+        opens: bool = False,
+        system: str | None = None,
+    ) -> list[Piece]:
+        turns: Sequence[tuple[str, Content]] = turns_of(source, name)
+        if self.in_parts:
+            turns = [
+                (role, text if role != "user" else message_in_parts(text, has_media, name)) for role, text in turns
+            ]
+        pieces = chat_pieces(self._with_system(system), turns, name, opens)
+        numbered = getattr(self.source, "numbered", None)
+        return [self._unnumbered(piece, numbered) for piece in pieces] if numbered else pieces
+
+    def _unnumbered(self, piece: Piece, numbered: Any) -> Piece:
+        """A piece whose placeholders, where the template writes them with a number each, are the processor's one."""
+        if piece.origin is not Origin.TEMPLATE:
+            return piece
+        return piece._replace(text=numbered.sub(self.source.image_token, piece.text))
 
 
-def chat_terminator(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What ends an answer in the tokenizer's chat template. Raises UserError as `chat_pieces` does."""
-    slots, _ = _structure(tokenizer, tokenizer.chat_template, (None, None), False)
-    return slots[1].ending
-
-
-def is_sound(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a question and its answer can be masked in the tokenizer's chat template."""
-    try:
-        return bool(chat_terminator(tokenizer))
-    except UserError:
-        return False
-
-
-def kinds_of(parts: Sequence[Mapping[str, str]]) -> Kinds:
-    """What the parts of a message are: 'text', 'image', 'video'."""
-    return tuple(part["type"] for part in parts)
-
-
-def texts_of(content: Content) -> list[str]:
-    """The texts of a message, in order."""
-    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
-
-
-def _stand_in(number: int, kinds: Kinds | None) -> Content:
-    """What stands for message `number` while the template is examined; parts of the same kinds."""
-    if kinds is None:
-        return f"{_EDGE}Message{number}x{_EDGE}"
-    return [
-        {"type": kind, "text": f"{_EDGE}Message{number}part{part}x{_EDGE}"} if kind == "text" else {"type": kind}
-        for part, kind in enumerate(kinds)
-    ]
-
-
-@lru_cache(maxsize=256)
-def _structure(
-    tokenizer: PreTrainedTokenizerBase, template: Any, shape: tuple[Kinds | None, ...], opens: bool
-) -> tuple[tuple[Slot, ...], str]:
-    """Where the texts of messages stand, and the text after the last one; found with stand-ins for them.
+class ChatTemplate:
+    """A chat template with what `spans.py` asks of a tokenizer.
 
     Args:
-        tokenizer: renders.
-        template: only tells apart the states of a tokenizer whose template is changed.
-        shape: for each message the kinds of its parts, None for plain text.
-        opens: as of `chat_pieces`.
+        source: see `ChatRenderer`.
+        chat_template: in Jinja.
+        system: a system prompt that opens every conversation; None leaves that to the template.
+        in_parts: whether every message is a list of parts.
     """
-    if not template:
-        raise UserError(
-            "--version chat_template needs a tokenizer with a chat template and this one has none: name one of our "
-            "templates instead, or add a chat_template.jinja to its folder"
+
+    def __init__(self, source: Any, chat_template: Any, system: str | None = None, in_parts: bool = False):
+        self.source = source
+        self.chat_template = chat_template
+        self.system = system
+        self.in_parts = in_parts
+        self.added_tokens_decoder = getattr(source, "tokenizer", source).added_tokens_decoder
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], tokenize: bool = False, add_generation_prompt: bool = False
+    ) -> str:
+        """Text of messages whose content is a text or a list of parts.
+
+        Raises:
+            ValueError: the template cannot render them.
+        """
+        render = functools.partial(
+            self.source.apply_chat_template,
+            chat_template=self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=tokenize,
         )
-    turns = [("assistant" if n % 2 else "user", _stand_in(n, kinds)) for n, kinds in enumerate(shape)]
-    whole = _render(tokenizer, turns, opens)
-    slots, position = [], 0
-    for number, (role, content) in enumerate(turns):
-        for text in texts_of(content):
-            place, end = _place(whole, text.strip(), position, f"message {number} of {len(turns)}")
-            begin, ending = place, ""
-            if role == "assistant":
-                begin, ending = _around_answer(tokenizer, turns, number, whole, place, end)
-            if not position <= begin <= place:
-                raise UserError(f"the chat template opens answer {number} elsewhere than where it stands: {whole!r}")
-            keeps = whole[place] == _EDGE, whole[end - 1] == _EDGE
-            slots.append(Slot(whole[position:begin], whole[begin:place], ending, *keeps))
-            position = end + len(ending)
-    return tuple(slots), whole[position:]
+        turns = [{"role": turn["role"], "content": self._content(turn["content"])} for turn in messages]
+        if self.system is None:
+            return render(turns)
+        rendered = render([{"role": "system", "content": self._content(self.system)}, *turns])
+        if _LISTED in rendered:  # Llama 3.2's template wants a system prompt as text, and would print a list as one
+            rendered = render([{"role": "system", "content": self.system}, *turns])
+        return rendered
+
+    def _content(self, content: Content) -> Content:
+        return [_part("text", content)] if self.in_parts and isinstance(content, str) else content
 
 
-def _place(whole: str, stand_in: str, position: int, what: str) -> tuple[int, int]:
-    """The characters (begin, end) of a stand-in, with the whitespace around it that the template keeps."""
-    place = whole.find(stand_in, position)
-    if place < 0 or whole.count(stand_in) != 1:
-        raise UserError(f"the chat template leaves out, repeats or reorders the texts of messages: {what}")
-    end = place + len(stand_in)
-    return place - (whole[place - 1 : place] == _EDGE), end + (whole[end : end + 1] == _EDGE)
+_LISTED = "[{'type': 'text', 'text': "
+"""How a template begins that prints a list of parts instead of going through it."""
 
 
-def _around_answer(
-    tokenizer: PreTrainedTokenizerBase, turns: Turns, number: int, whole: str, place: int, end: int
-) -> tuple[int, str]:
-    """Where generation of answer `number` would begin, and what ends it. Raises UserError if prefixes differ."""
-    opening = _difference(whole, _render(tokenizer, turns[:number], True), f"the prompt of answer {number}")
-    upto = _render(tokenizer, turns[: number + 1], False)
-    _difference(whole, upto, f"the text up to answer {number}")
-    return len(opening) if opening else place, _ending(tokenizer, upto[end:])
+def _part(name: str, text: str) -> dict[str, str]:
+    return {"type": name, "text": text} if name == "text" else {"type": name}
 
 
-def _difference(whole: str, prefix: str, what: str) -> str:
-    """`prefix`, if the whole rendering begins with it. Raises UserError with the place where they part."""
-    if not whole.startswith(prefix):
-        raise UserError(
-            f"the chat template is not prefix-stable, so that answers cannot be told from the rest: {what} is not the "
-            f"beginning of the whole conversation; {_parting(prefix, whole)}"
-        )
-    return prefix
+def message_in_parts(text: str, has_media: bool, name: str) -> list[dict[str, str]]:
+    """A human message as a chat template takes it. Raises DataError where nothing is said or shown."""
+    parts = parts_of_text(text, has_media)
+    if not parts:
+        raise DataError(f"{name} has a question that says nothing and shows nothing")
+    return [_part(*part) for part in parts]
 
 
-def _ending(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
-    """What of the text behind an answer ends it: up to its first special token, or else all of it."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    found = re.search("|".join(map(re.escape, sorted(special, key=len, reverse=True))), tail) if special else None
-    ending = tail[: found.end()] if found else tail
-    if not ending:
-        raise UserError("the chat template ends an answer with nothing: a model trained on it would never stop")
-    return ending
+def parts_of_text(text: str, has_media: bool) -> list[Part]:
+    """A human message in parts: the media tags apart, with the line breaks that only set them off removed.
 
-
-def _render(tokenizer: PreTrainedTokenizerBase, turns: Turns, opens: bool) -> str:
-    messages = [{"role": role, "content": content} for role, content in turns]
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"the chat template cannot render {len(turns)} alternating messages: {error}") from error
-
-
-def _parting(one: str, other: str) -> str:
-    """Where two texts part, for an error message."""
-    same = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return (
-        f"after {one[max(0, same - 30) : same]!r} one has {one[same : same + 40]!r}, other {other[same : same + 40]!r}"
-    )
+    Args:
+        text: of the record.
+        has_media: whether the record has media; otherwise tags are text.
+    """
+    if not has_media:
+        return [("text", text)] if text else []
+    parts: list[Part] = []
+    pieces = MEDIA_TAG.split(text)
+    for number, piece in enumerate(pieces):
+        if number % 2:
+            parts.append((piece, ""))
+            continue
+        piece = piece.lstrip("\n") if number else piece
+        piece = piece.rstrip("\n") if number < len(pieces) - 1 else piece
+        if piece.strip():
+            parts.append(("text", piece))
+    return parts

@@ -11,8 +11,8 @@ import json
 
 from transformers import PreTrainedTokenizerBase
 
+from moellava.constants import CHAT_TEMPLATE
 from moellava.conversation import Conversation, SeparatorStyle, conv_templates
-from moellava.data.render.chat import CHAT_TEMPLATE
 
 _CONTENT = """{%- macro said(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}

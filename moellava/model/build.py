@@ -11,9 +11,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, logging
 
 from moellava.errors import UserError
-from moellava.model.extended import as_extended, model_class, reasons
+from moellava.model.extended import PREFIX, as_extended, base_of, extended_config, model_class, reasons
 from moellava.model.families import Family
 from moellava.model.projector import parse_projector, pin_identities
+from moellava.model.section import section_of
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 """Older names of what is `rope_parameters` today; Hugging Face still reads them, though they are no fields any more."""
@@ -59,13 +60,38 @@ def build(config: PretrainedConfig, state: Mapping[str, torch.Tensor], dtype: to
     return model.eval()
 
 
-def read(cls: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> Any:
-    """A model from a folder in Hugging Face's layout. Raises UserError as `build` does."""
+def read(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    """The model of a folder in Hugging Face's layout.
+
+    Args:
+        folder: weights under the names of the model's class, of today or of the hub.
+        config: of `open_config`.
+        dtype: of all weights.
+
+    Raises:
+        UserError: see `build`.
+    """
     with quietly():
-        model, info = cls.from_pretrained(folder, dtype=dtype, **REPORT)
+        model, info = class_of(config).from_pretrained(folder, config=config, dtype=dtype, **REPORT)
     check_loaded(info, str(folder))
     pin(model)
     return model.eval()
+
+
+def open_config(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
+    """The config of a folder in Hugging Face's layout, extended or not.
+
+    Args:
+        raw: its config.json.
+    """
+    if raw["model_type"].startswith(PREFIX):
+        return extended_config(base_of(raw["model_type"]).config_class).from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder)
+
+
+def class_of(config: PretrainedConfig) -> Any:
+    """The model class of a vision-language model's config, composed or released, extended where it asks for that."""
+    return model_class(config, base_of(config.model_type))
 
 
 @contextmanager
@@ -81,19 +107,19 @@ def quietly() -> Iterator[None]:
 
 def pin(model: PreTrainedModel) -> None:
     """Puts constants where our config says that the projector does not learn."""
-    extras = getattr(model.config, "moellava", None) or {}
-    if "image_projector_type" in extras:
-        pin_identities(model.model.multi_modal_projector, parse_projector(extras["image_projector_type"]))
+    section = section_of(model.config)
+    if section is not None and section.image_projector_type is not None:
+        pin_identities(model.model.multi_modal_projector, parse_projector(section.image_projector_type))
 
 
 def check_loaded(info: Mapping[str, Any], source: str) -> None:
     """Raises UserError unless every weight of the model was there, in its shape, and nothing was left over."""
     problems = []
-    for kind in ("missing", "unexpected"):
-        keys = sorted(info[f"{kind}_keys"])
+    for fault in ("missing", "unexpected"):
+        keys = sorted(info[f"{fault}_keys"])
         if keys:
             more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
-            problems.append(f"{kind}: {', '.join(keys[:SHOWN_KEYS])}{more}")
+            problems.append(f"{fault}: {', '.join(keys[:SHOWN_KEYS])}{more}")
     for key, found, wanted in sorted(info["mismatched_keys"])[:SHOWN_KEYS]:
         problems.append(f"{key} is {tuple(found)}, but its config says {tuple(wanted)}")
     if problems:

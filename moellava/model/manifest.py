@@ -1,0 +1,84 @@
+"""What a model folder holds, read once. Nothing below reads its config.json again or resolves its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moellava.files import MODEL_FILES, read_config, resolve_folder
+from moellava.model.section import Section, section_of
+from moellava.model.towers import TOWERS
+
+LANGUAGE_MODEL, TOWER, VLM = "a language model", "a vision tower", "a vision-language model"
+"""What a folder may hold."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A model folder.
+
+    Args:
+        folder: where it lies.
+        name: what the user called it.
+        flag: the flag that named it, for messages.
+        config: its config.json.
+        base: the language model of a published folder that holds a projector alone, or whose tokenizer lies elsewhere.
+    """
+
+    folder: Path
+    name: str
+    flag: str
+    config: dict[str, Any]
+    base: Manifest | None = None
+
+    @cached_property
+    def section(self) -> Section | None:
+        """What it says of itself, if a stage of ours or `moellava upcycle` has left it."""
+        return section_of(self.config)
+
+    @cached_property
+    def holds(self) -> str:
+        """`LANGUAGE_MODEL`, `TOWER` or `VLM`, by its config."""
+        model_type = self.config.get("model_type", "")
+        if model_type in TOWERS or model_type in {tower.full_model_type for tower in TOWERS.values()}:
+            return TOWER
+        is_vlm = self.section or self.is_published or {"text_config", "vision_config", "visual", "img_processor"} & set(self.config)
+        return VLM if is_vlm else LANGUAGE_MODEL
+
+    @property
+    def is_published(self) -> bool:
+        """Whether LLaVA's or MoE-LLaVA's code wrote it: a language model's config, with the tower's name in it."""
+        raw = self.config
+        return "text_config" not in raw and ("mm_image_tower" in raw or "mm_vision_tower" in raw)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it is a Mixture of Experts that was upcycled, here or by MoE-LLaVA."""
+        return is_sparse(self.config)
+
+
+def is_sparse(raw: Mapping[str, Any]) -> bool:
+    """Whether a config, ours or a published one, is that of an upcycled model."""
+    return bool(raw.get("moe")) and raw["moe"].get("moe_enable", True)
+
+
+def read_folder(
+    name: str | Path, flag: str, *, base: str | Path | None = None, patterns: Sequence[str] = MODEL_FILES
+) -> Manifest:
+    """Reads a folder, or what the hub keeps under an id.
+
+    Args:
+        name: folder or hub id.
+        flag: the flag that named it.
+        base: the language model of a published folder (`--model-base`).
+        patterns: files to fetch from the hub.
+
+    Raises:
+        UserError: no such folder, or no config.json in it.
+    """
+    folder = resolve_folder(name, flag, patterns=patterns)
+    below = None if base is None else read_folder(base, "--model-base")
+    return Manifest(folder, str(name), flag, read_config(folder, flag), below)

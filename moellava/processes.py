@@ -1,0 +1,25 @@
+"""The processes of a run, as launchers set them and as torch.distributed joins them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """This process's rank, also before process groups exist (`RANK` as launchers set it)."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes, also before process groups exist."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Sums a tensor over all processes, in place; the tensor itself where there is one process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values

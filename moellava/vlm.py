@@ -1,0 +1,311 @@
+"""One type for every vision-language model, and the one way to open any folder.
+
+A folder is opened in three steps: it is *read* (`Manifest`), *described* as data (`Description`), and *built* (`VLM`).
+Composed, released and published models, dense or sparse, differ in their descriptions alone: nobody who holds a `VLM`
+asks which of them it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from moellava.constants import CHAT_TEMPLATE, IMAGE_TOKEN_INDEX
+from moellava.data.collate import MediaCollator
+from moellava.data.dataset import sample_of
+from moellava.data.encoder import Encoder, Example, image_ids_of
+from moellava.data.media_reader import MediaReader
+from moellava.data.render import ChatRenderer, Renderer, renderer_for
+from moellava.data.render.jinja import saved_chat_template
+from moellava.errors import UserError
+from moellava.lmm.architecture import Architecture, fitting_architecture
+from moellava.lmm.loaders import describe_released
+from moellava.model import manifest as folders
+from moellava.model.compose import Composition, describe_composed, describe_parts, make_processor
+from moellava.model.description import Description
+from moellava.model.extended import extend_in_place
+from moellava.model.manifest import Manifest, read_folder
+from moellava.model.parts import Keywords, parts_of
+from moellava.model.published import describe_published
+from moellava.model.saving import save_pretrained_folder
+from moellava.model.section import Section, note, section_of
+from moellava.moe import MoESpec, convert_engine
+
+PROBE_TOKENS = 24
+PROBE_PIXELS = 56
+"""Text tokens, and height and width in pixels of the image, that two models are compared on."""
+
+Probes = dict[str, dict[str, Any]]
+"""'text' and 'image' -> inputs of the model."""
+
+
+@dataclass
+class VLM:
+    """A vision-language model and what makes its inputs.
+
+    Args:
+        model: of its Hugging Face class, or of that class extended.
+        tokenizer, processor: None where a published folder came without a tokenizer.
+        keywords: where its parts are.
+        architecture: of a released model, its entry; None for what is composed here.
+        source: what the user called it.
+    """
+
+    model: Any
+    tokenizer: Any
+    processor: Any
+    keywords: Keywords
+    architecture: Architecture | None = None
+    source: str = "this model"
+
+    @property
+    def section(self) -> Section:
+        """What the model's config says of it. To change it, use `note`."""
+        return section_of(self.model.config) or Section()
+
+    @property
+    def parts(self) -> dict[str, nn.ModuleList]:
+        """See `parts_of`."""
+        return parts_of(self.model, self.keywords)
+
+    @property
+    def spec(self) -> MoESpec | None:
+        """Options of a sparse model; None for a dense one."""
+        moe = getattr(self.model.config, "moe", None)
+        return MoESpec.from_config(moe) if moe else None
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence, in tokens."""
+        return self.model.config.get_text_config().max_position_embeddings
+
+    @property
+    def trains_projector(self) -> bool:
+        """Whether fine-tuning trains the projector unless a flag says otherwise. That of a released model has learnt
+        on more than a user's data will tell it."""
+        return self.architecture is None
+
+    @property
+    def placeholder_ids(self) -> list[int]:
+        """Token ids that stand for images and videos in the model's input."""
+        config = self.model.config
+        named = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+        return [index for index in named if isinstance(index, int)]
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What every sample and every prompt goes through. Raises UserError where there is no tokenizer."""
+        self.require_tokenizer()
+        return encoder_of(self.tokenizer, self.processor, self.section, self.architecture)
+
+    @property
+    def reader(self) -> Any:
+        """What images and videos become."""
+        return self.encoder.reader
+
+    def require_tokenizer(self) -> None:
+        """Raises UserError if the folder came without a tokenizer, for those who cannot go on without one."""
+        if self.tokenizer is None:
+            raise UserError(
+                f"{self.source} holds no tokenizer. Copy the files of the language model's tokenizer into it, "
+                "or give the language model as --model-base."
+            )
+
+    def require_answers(self) -> None:
+        """Raises UserError for a model that only the code of its own repository can ask."""
+        self.require_tokenizer()
+        if self.architecture is not None and (self.architecture.remote_code or not self.architecture.loads_images):
+            raise UserError(f"{self.source}: {self.architecture.name} models chat with the code of their repository.")
+
+    def collator(self, train_questions: bool = False) -> MediaCollator:
+        """The collator of its samples. For `train_questions` see `MediaCollator`."""
+        return collator_of(self.encoder, self.architecture, train_questions)
+
+    def probes(self) -> Probes:
+        """What it is compared with another model on."""
+        collator = None if self.tokenizer is None else self.collator()
+        return probes_of(self.model.config, collator, self.model.dtype)
+
+    def settle(self, version: str | None = None, image_aspect_ratio: str | None = None) -> None:
+        """Gives it another conversation template, or another way to bring images to the tower's shape.
+
+        Raises:
+            UserError: an aspect ratio for a model whose processor brings its own.
+        """
+        section = self.section
+        version = version or section.version
+        if self.architecture is not None:
+            if image_aspect_ratio not in (None, section.image_aspect_ratio):
+                raise UserError(
+                    f"--image_aspect_ratio {image_aspect_ratio}: {self.source} is a released model, whose own processor "
+                    "says how images are cut. Leave the flag out."
+                )
+            if version != CHAT_TEMPLATE:
+                self.processor.chat_template = saved_chat_template(version, self.tokenizer)
+            note(self.model.config, version=version)
+        else:
+            ratio = image_aspect_ratio or section.image_aspect_ratio
+            note(self.model.config, version=version, image_aspect_ratio=ratio)
+            self.processor = make_processor(self.processor.image_processor, self.tokenizer, self.model.config)
+        self.__dict__.pop("encoder", None)
+
+    def sparse(self, spec: MoESpec) -> None:
+        """Notes that its MLPs have been upcycled."""
+        self.model.config.moe = spec.to_config()
+        extend_in_place(self.model)
+
+    def save(
+        self, path: str | Path, *, state_dict: Mapping[str, torch.Tensor] | None = None, meta: Mapping[str, Any] = {}
+    ) -> None:
+        """Writes one complete folder. See `save_pretrained_folder`."""
+        save_pretrained_folder(self.model, self.tokenizer, self.processor, path, state_dict=state_dict, meta=meta)
+
+
+def encoder_of(tokenizer: Any, processor: Any, section: Section, architecture: Architecture | None) -> Encoder:
+    """The encoder of a model. Raises UserError where its processor or its template cannot be used."""
+    reader = MediaReader(processor, architecture is None or architecture.loads_images)
+    in_parts = architecture is not None and section.version == CHAT_TEMPLATE
+    renderer: Renderer = renderer_for(section.version, tokenizer)
+    if in_parts:  # the processor's template writes placeholders of its own
+        renderer = ChatRenderer(processor, processor.chat_template, in_parts=True)
+    return Encoder(tokenizer, renderer, reader, image_ids_of(tokenizer, section.use_im_start_end))
+
+
+def collator_of(encoder: Encoder, architecture: Architecture | None, train_questions: bool = False) -> MediaCollator:
+    """The collator of a model's samples."""
+    collator = (architecture and architecture.collator) or MediaCollator
+    pad, end = encoder.tokenizer.pad_token_id, encoder.tokenizer.eos_token_id
+    return collator(encoder.reader, end if pad is None else pad, train_questions)
+
+
+def probes_of(config: Any, collator: MediaCollator | None, dtype: torch.dtype = torch.float32, seed: int = 0) -> Probes:
+    """Random text, and random text around a random image, as inputs of a model.
+
+    Args:
+        config: the model's.
+        collator: of its samples; None for a composed model without a tokenizer, whose config says all.
+        dtype: of the pixels.
+        seed: of ids and pixels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    words = config.get_text_config().vocab_size
+    if collator is not None:
+        words = min(collator.reader.processor.tokenizer.vocab_size, words)
+    ids = torch.randint(words // 2, words, (PROBE_TOKENS,), generator=generator).tolist()
+    half = PROBE_TOKENS // 2
+    text = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, PROBE_TOKENS, dtype=torch.long)}
+    if collator is None:
+        around = torch.tensor([[*ids[:half], *[config.image_token_id] * config.image_seq_length, *ids[half:]]])
+        pixels = torch.randn(1, 3, *[config.vision_config.image_size] * 2, generator=generator)
+        image = {"input_ids": around, "attention_mask": torch.ones_like(around), "pixel_values": pixels}
+    else:
+        shape = (PROBE_PIXELS, PROBE_PIXELS, 3)
+        pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        shown = [*ids[:half], IMAGE_TOKEN_INDEX, *ids[half:]]
+        sample = sample_of(Example(shown, [-100] * len(shown)), [Image.fromarray(pixels.numpy())], "probe")
+        image = collator.of_prompts()([sample])
+    shown_in = {name: value.to(dtype) if value.is_floating_point() else value for name, value in image.items()}
+    return {"text": text, "image": shown_in}
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that a device computes in well: bf16 or fp16 on GPUs, fp32 on CPUs."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float16 if device.type == "mps" else torch.float32
+
+
+def default_device() -> torch.device:
+    """A GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+
+
+def describe(manifest: Manifest, trust_remote_code: bool = False, architecture: Architecture | None = None) -> Description:
+    """A folder as data.
+
+    Args:
+        manifest: of the folder.
+        trust_remote_code: run the Python code in it, for architectures that need it.
+        architecture: what a registered id says that it is; None: by its config.
+
+    Raises:
+        UserError: no vision-language model, one of a class that is not known, or a folder that lacks files.
+    """
+    if manifest.holds != folders.VLM:
+        raise UserError(
+            f"{manifest.flag} {manifest.name} is {manifest.holds}, no vision-language model. Stage 1 composes one of a "
+            "language model and a vision tower: train.py --model_name_or_path LLM --image_tower TOWER --version plain"
+        )
+    if manifest.is_published:
+        return describe_published(manifest)
+    known = architecture or fitting_architecture(manifest.config, manifest.section)
+    return describe_composed(manifest) if known is None else describe_released(manifest, known, trust_remote_code)
+
+
+def build(description: Description, dtype: torch.dtype, source: str = "this model") -> VLM:
+    """The model of a description, in evaluation mode on the CPU. Raises UserError: see `describe`."""
+    tokenizer, processor = description.inputs()  # first: a file that is missing is told before gigabytes are read
+    model = description.load(dtype)
+    return VLM(model, tokenizer, processor, description.keywords, description.architecture, source)
+
+
+def open_vlm(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    engine: str = "native",
+    version: str | None = None,
+    trust_remote_code: bool = False,
+    flag: str = "--model-path",
+) -> VLM:
+    """Opens any folder: ours of any stage, a released model's, or one that LLaVA or MoE-LLaVA published.
+
+    Args:
+        path: folder or hub id.
+        base: the language model, where a published folder holds no more than an `mm_projector.bin` and its config; or
+            where its tokenizer lies elsewhere.
+        device: default: a GPU where there is one.
+        dtype: default: what the device computes in well.
+        engine: what runs a sparse model's experts, 'native' or 'deepspeed'.
+        version: conversation template in place of the one that the folder names.
+        trust_remote_code: run the Python code in the folder, for architectures that need it.
+        flag: what named the folder, for messages.
+
+    Raises:
+        UserError: the folder holds something else, lacks files or weights, or its parts do not belong together.
+    """
+    where = torch.device(device) if device is not None else default_device()
+    manifest = read_folder(path, flag, base=base)
+    vlm = build(describe(manifest, trust_remote_code), dtype or default_dtype(where), f"{flag} {path}")
+    if version is not None:
+        vlm.settle(version)
+    if engine != "native":
+        convert_engine(vlm.model, engine)
+    vlm.model.to(where)
+    return vlm
+
+
+def compose(llm: str | Path, image_tower: str, options: Composition, dtype: torch.dtype = torch.float32) -> VLM:
+    """A vision-language model of a language model and a tower, whose projector has learnt nothing yet.
+
+    Args:
+        llm, image_tower: folders or hub ids.
+        options: how they are put together.
+        dtype: of all weights.
+
+    Raises:
+        UserError: see `describe_parts`.
+    """
+    manifest = read_folder(llm, "--model_name_or_path")
+    return build(describe_parts(manifest, image_tower, options, dtype), dtype, str(llm))
