@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ from moellava.data.preprocess import terminator_of
 from moellava.errors import UserError
 from moellava.mm_utils import pixel_values
 from moellava.model.builder import image_size, tokens_per_image
-from moellava.serve.decode import Answers, Sampling, decode
+from moellava.serve.ending import Ending
+from moellava.serve.generate import Sampling, generate
+from moellava.serve.generate import stream as stream_row
 from moellava.serve.prompt import Picture, Request, encode, image_ids_of, version_of
 
 CACHE_BYTES = 2**28
 """Preprocessed images that one call of `answer` keeps: 198 of 336 × 336, 5,461 of 64 × 64."""
-
-UNFINISHED_CHARACTER = "\ufffd"
-"""What a tokenizer shows for a character whose last bytes have not come yet."""
 
 
 class ImageCache:
@@ -70,6 +68,7 @@ class Prompts:
         images: preprocessed images.
         image_ids: what one image becomes in the ids.
         room: longest prompt with its answer, in tokens.
+        ending: where an answer ends.
     """
 
     tokenizer: Any
@@ -78,6 +77,7 @@ class Prompts:
     images: ImageCache
     image_ids: list[int]
     room: int
+    ending: Ending
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: Any, processor: Any, version: str | None) -> Prompts:
@@ -92,7 +92,8 @@ class Prompts:
         images = ImageCache(processor.image_processor, saved.get("image_aspect_ratio") or "square")
         room = model.config.get_text_config().max_position_embeddings
         version = version_of(model, version)
-        return cls(tokenizer, version, collator, images, image_ids_of(model, tokenizer), room)
+        ending = Ending(tokenizer, terminator_of(version, tokenizer))
+        return cls(tokenizer, version, collator, images, image_ids_of(model, tokenizer), room, ending)
 
     def ids(self, request: Request) -> list[int]:
         """Token ids with one placeholder per image. Raises UserError where no room is left for an answer."""
@@ -121,21 +122,13 @@ class Prompts:
             )
         return self.collator.left_pad(samples)
 
-    def answers(self, ids: Sequence[list[int]], max_new_tokens: int) -> Answers:
-        """Empty answers for a batch; each may grow until the model's context is full."""
-        limits = [min(max_new_tokens, self.room - self.length(row)) for row in ids]
-        return Answers(self.tokenizer, terminator_of(self.version, self.tokenizer), limits)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back to what it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+    def options(self, ids: Sequence[list[int]]) -> dict[str, Any]:
+        """What `generate` is told of a batch; an answer may grow until the model's context is full."""
+        return {
+            "placeholders": [self.collator.image_token_id],
+            "pad_token_id": self.collator.pad_token_id,
+            "limits": [self.room - self.length(row) for row in ids],
+        }
 
 
 def answer(
@@ -173,15 +166,13 @@ def answer(
     ids = [prompts.ids(request) for request in requests]
     order = sorted(range(len(requests)), key=lambda index: prompts.length(ids[index]), reverse=True)
     texts = [""] * len(requests)
-    with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            rows = [ids[index] for index in chosen]
-            answers = prompts.answers(rows, max_new_tokens)
-            for _ in decode(model, prompts.batch([requests[index] for index in chosen], rows), answers, sampling):
-                pass
-            for row, index in enumerate(chosen):
-                texts[index] = answers.text(row).strip()
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [ids[index] for index in chosen]
+        batch = prompts.batch([requests[index] for index in chosen], rows)
+        said = generate(model, batch, prompts.ending, sampling, **prompts.options(rows))
+        for index, tokens in zip(chosen, said, strict=True):
+            texts[index] = prompts.ending.text(tokens)
     return texts
 
 
@@ -194,30 +185,9 @@ def stream(
     version: str | None = None,
     sampling: Sampling | None = None,
 ) -> Iterator[str]:
-    """One answer in pieces, as they are certain; their join is what `answer` gives. Arguments as of `answer`."""
+    """One answer in pieces, as they are certain; their join is what `answer` gives. Arguments: see `answer`."""
     prompts = Prompts.of(model, tokenizer, processor, version)
-    sampling = sampling or Sampling()
     request = request.in_images()
     rows = [prompts.ids(request)]
-    answers = prompts.answers(rows, sampling.max_new_tokens)
-    shown = ""
-    with evaluating(model):
-        for _ in decode(model, prompts.batch([request], rows), answers, sampling):
-            certain = settled(answers.text(0).lstrip(), answers.terminator)
-            if certain.startswith(shown) and len(certain) > len(shown):
-                yield certain[len(shown) :]
-                shown = certain
-    whole = answers.text(0).strip()
-    if len(whole) > len(shown):
-        yield whole[len(shown) :]
-
-
-def settled(text: str, terminator: str) -> str:
-    """The part of a growing answer that will not change: no half character, no space or terminator at its end."""
-    if text.endswith(UNFINISHED_CHARACTER):
-        text = text.rstrip(UNFINISHED_CHARACTER)
-    for size in range(min(len(terminator), len(text)), 0, -1):
-        if terminator.startswith(text[-size:]):
-            text = text[:-size]
-            break
-    return text.rstrip()
+    batch = prompts.batch([request], rows)
+    yield from stream_row(model, batch, prompts.ending, sampling or Sampling(), **prompts.options(rows))

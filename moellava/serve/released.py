@@ -1,4 +1,4 @@
-"""Chat with released models (Qwen2-VL, LLaVA-OneVision …): their own chat template, processor and `generate`.
+"""Chat with released models (Qwen2-VL, LLaVA-OneVision …): their own chat template and processor.
 
 The prompt is made by what training makes its samples with, so that both read the same tokens.
 """
@@ -6,13 +6,11 @@ The prompt is made by what training makes its samples with, so that both read th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TextIteratorStreamer
 
 from moellava.constants import IGNORE_INDEX
 from moellava.data.images import open_image
@@ -27,7 +25,8 @@ from moellava.lmm.family_collators import collator_for
 from moellava.lmm.loaders import ReleasedModel, find_model, load_lmm
 from moellava.lmm.prompts import ChatTemplate
 from moellava.model.builder import default_device, default_dtype
-from moellava.serve.decode import Sampling
+from moellava.serve.ending import Ending
+from moellava.serve.generate import Sampling, placeholders_of, stream
 from moellava.serve.prompt import Request
 
 NAME = "the question"
@@ -75,27 +74,13 @@ def inputs_of(released: ReleasedModel, request: Request) -> dict[str, Tensor]:
 
 
 def stream_released(released: ReleasedModel, request: Request, sampling: Sampling) -> Iterator[str]:
-    """An answer in pieces, as they come. Raises UserError as `moellava.serve.answer.stream` does."""
-    tokenizer, model = released.tokenizer, released.model
-    inputs = inputs_of(released, request)
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
-    chosen: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature:
-        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+    """An answer in pieces, as they are certain. Raises UserError as `moellava.serve.answer.stream` does."""
     template: Any = ChatTemplate(released.processor, released.processor.chat_template)
-    terminator = tokenizer.convert_tokens_to_ids(chat_terminator(template))
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        run = pool.submit(
-            model.generate,
-            **inputs,
-            **chosen,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted({terminator, tokenizer.eos_token_id}),
-            pad_token_id=tokenizer.pad_token_id,
-            streamer=streamer,
-        )
-        run.add_done_callback(lambda _: streamer.end())  # an error in the thread must not leave us waiting
-        yield from (piece for piece in streamer if piece)
-        run.result()
+    yield from stream(
+        released.model,
+        inputs_of(released, request),
+        Ending(released.tokenizer, chat_terminator(template)),
+        sampling,
+        placeholders=placeholders_of(released.model.config),
+        pad_token_id=released.tokenizer.pad_token_id,
+    )
