@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from functools import partial
 
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -19,7 +20,7 @@ from moellava.data.video import Video, read_video
 from moellava.errors import UserError
 from moellava.model.builder import load_pretrained_model, require_tokenizer
 from moellava.serve.answer import Request, stream
-from moellava.serve.decode import Sampling
+from moellava.serve.generate import Sampling
 from moellava.serve.released import is_released, open_released, stream_released
 
 HELP = """Ask about what is shown. Further commands:
@@ -42,6 +43,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer, in tokens (512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from (1)")
+    parser.add_argument("--top-k", type=int, default=0, help="how many tokens are sampled from (0: all)")
+    parser.add_argument("--num-beams", type=int, default=1, help="answers followed at once, the likeliest is given (1)")
+    parser.add_argument(
+        "--repetition-penalty", type=float, help="above 1 against repetition (as the model's folder says)"
+    )
     parser.add_argument("--seed", type=int, help="of the sampling")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps … (the best there is)")
     return parser
@@ -141,7 +147,7 @@ def main(argv: list[str]) -> int:
     """Entry point of the command."""
     args = make_parser().parse_args(argv)
     require_frames(args.num_frames, "--num-frames")
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     disable_progress_bar()  # an answer is not preceded by a bar about the weights,
     set_verbosity_error()  # nor by remarks on the config
     chat = Chat(open_speaker(args, sampling), args.num_frames)

@@ -7,8 +7,8 @@ model; the reference is the run of labels that follows. Answers take the likelie
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from transformers.integrations import TensorBoardCallback
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from moellava.lmm.collators import generation_inputs
 from moellava.log import get_logger, is_rank_zero
-from moellava.moe import moe_layers, set_routing_context
+from moellava.moe import moe_layers
+from moellava.serve.ending import Ending
+from moellava.serve.generate import Sampling, generate, placeholders_of
 from moellava.train.folder import is_sharded
 
 logger = get_logger(__name__)
@@ -83,25 +85,23 @@ class SampleAnswers(TrainerCallback):
     def _answer(self, model: Any, sample: dict[str, Any], together: bool) -> Answered:
         prompt, reference = split_at_answer(sample)
         inputs = generation_inputs(prompt, self.trainer.data_collator, self.trainer.args.device, model.dtype)
-        stops = {self.tokenizer.eos_token_id, self.tokenizer.get_added_vocab().get(self.terminator)} - {None}
-        with at_rest(model):
-            tokens = model.generate(
-                **inputs,
-                do_sample=False,
-                max_new_tokens=ANSWER_TOKENS,
-                eos_token_id=sorted(stops),
-                pad_token_id=self.tokenizer.pad_token_id,
-                synced_gpus=together,  # who has ended goes on with dummy steps until all have
-            )
-        said = tokens[0, inputs["input_ids"].shape[1] :].tolist()
-        texts = [self._text(ids) for ids in (prompt["input_ids"].tolist(), said, reference)]
-        return Answered(prompt["record"], *texts)
+        (said,) = generate(
+            model,
+            inputs,
+            self.ending,
+            Sampling(ANSWER_TOKENS),
+            placeholders=placeholders_of(model.config),
+            pad_token_id=self.tokenizer.pad_token_id,
+            synced=together,
+        )
+        shown = [token for token in prompt["input_ids"].tolist() if token >= 0]
+        question = self.tokenizer.decode(shown, skip_special_tokens=True).strip()
+        return Answered(prompt["record"], question, self.ending.text(said), self.ending.text(reference))
 
-    def _text(self, ids: Sequence[int]) -> str:
-        """Ids without placeholders as text, up to what ends an answer where that is plain text."""
-        text = self.tokenizer.decode([token for token in ids if token >= 0], skip_special_tokens=True)
-        plain = self.terminator not in self.tokenizer.get_added_vocab()
-        return (text.split(self.terminator, 1)[0] if plain and self.terminator else text).strip()
+    @cached_property
+    def ending(self) -> Ending:
+        """Where an answer ends."""
+        return Ending(self.tokenizer, self.terminator)
 
     def _show(self, answered: Sequence[Answered], step: int) -> None:
         for number, one in enumerate(answered):
@@ -136,15 +136,3 @@ def split_at_answer(sample: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         if name in sample:
             prompt[name] = sample[name][: int((ids == placeholder).sum())]
     return prompt, sample["labels"][begin : begin + length].tolist()
-
-
-@contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with every token counting for the routers, and back to what it was."""
-    training = model.training
-    model.eval()
-    set_routing_context(model)
-    try:
-        yield
-    finally:
-        model.train(training)

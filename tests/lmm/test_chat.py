@@ -6,7 +6,7 @@ import pytest
 
 from moellava.cli import main as moellava
 from moellava.errors import UserError
-from moellava.serve.decode import Sampling
+from moellava.serve.generate import Sampling
 from moellava.serve.prompt import Request
 from moellava.serve.released import inputs_of, is_released, open_released, stream_released
 
@@ -46,7 +46,7 @@ def test_a_stream_is_what_generate_gives(family, opened, pictures):
         inputs = inputs_of(released, request)
         tokens = released.model.generate(**inputs, max_new_tokens=5, do_sample=False)
         new = tokens[0, inputs["input_ids"].shape[1] :]
-        assert said == released.tokenizer.decode(new, skip_special_tokens=True)
+        assert said == released.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
 def test_an_error_while_generating_reaches_the_asker(opened, monkeypatch):

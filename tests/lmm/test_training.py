@@ -8,7 +8,7 @@ import torch
 
 from moellava.errors import UserError
 from moellava.lmm.loaders import find_model, load_lmm
-from moellava.serve.decode import Sampling
+from moellava.serve.generate import Sampling
 from moellava.serve.prompt import Request
 from moellava.serve.released import open_released, stream_released
 from moellava.train.arguments import parse_arguments

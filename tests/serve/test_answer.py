@@ -9,8 +9,8 @@ from PIL import Image
 from moellava.data.preprocess import preprocess
 from moellava.errors import DataError, UserError
 from moellava.moe import MoESpec, upcycle
-from moellava.serve.answer import ImageCache, answer, settled, stream
-from moellava.serve.decode import Answers, Sampling
+from moellava.serve.answer import ImageCache, answer, stream
+from moellava.serve.generate import Sampling
 from moellava.serve.prompt import Request, encode
 
 QUESTION = "what colour is it?"
@@ -168,54 +168,6 @@ def test_a_stream_joins_to_the_answer(composed, taught, pictures):
         assert len(pieces) > 1
     said = stream(taught.model, taught.tokenizer, taught.processor, Request("and the sky?"))
     assert "".join(said) == "blue it is"
-
-
-@pytest.mark.parametrize(
-    ("text", "certain"),
-    [("a cat", "a cat"), ("a cat ", "a cat"), ("caf\ufffd", "caf"), ("so #", "so"), ("so ##", "so"), ("", "")],
-)
-def test_what_may_still_change_is_held_back(text, certain):
-    assert settled(text, "###") == certain
-
-
-# -- decoding ------------------------------------------------------------------------------------------------------
-
-
-def test_a_terminator_of_several_tokens_ends_an_answer(composed):
-    tokenizer = composed.tokenizer
-    answers = Answers(tokenizer, "###", [50, 50])
-    tokens = tokenizer("yes ###Human: more", add_special_tokens=False).input_ids
-    for token in tokens:
-        answers.add([token, tokens[0]])
-    assert answers.finished == [True, False]
-    assert answers.text(0).strip() == "yes"
-
-
-def test_a_row_that_has_ended_stays_as_it_is(composed):
-    answers = Answers(composed.tokenizer, "</s>", [10, 3])
-    eos = composed.tokenizer.eos_token_id
-    for token in (1000, eos, 1001, 1002):
-        answers.add([token, 1000])
-    assert answers.tokens == [[1000], [1000] * 3]
-    assert answers.finished == [True, True]
-
-
-def test_sampling_is_repeatable_and_bounded():
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(2000, 4)
-    drawn = Sampling(temperature=1.0, top_p=0.6).choose(logits, torch.Generator().manual_seed(0))
-    again = Sampling(temperature=1.0, top_p=0.6).choose(logits, torch.Generator().manual_seed(0))
-    assert torch.equal(drawn, again)
-    share = torch.bincount(drawn, minlength=4) / 2000
-    assert share[2:].sum() == 0
-    assert abs(share[0] - 0.5 / 0.8) < 0.05
-    assert (Sampling(temperature=1.0, top_p=1e-6).choose(logits) == 0).all()
-    assert (Sampling().choose(logits) == 0).all()
-
-
-@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_sampling_refuses_what_means_nothing(wrong):
-    with pytest.raises(UserError, match=next(iter(wrong))):
-        Sampling(**wrong)
 
 
 def test_a_seed_repeats_an_answer(composed):

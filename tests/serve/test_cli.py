@@ -74,9 +74,9 @@ def test_a_mistake_is_one_message(capsys, tmp_path):
 
 
 def test_a_conversation_remembers_turns_and_images(composed, pictures):
+    from moellava.commands.chat import Chat
     from moellava.serve.answer import stream
-    from moellava.serve.cli import Chat
-    from moellava.serve.decode import Sampling
+    from moellava.serve.generate import Sampling
 
     parts = (composed.model, composed.tokenizer, composed.processor)
     chat = Chat(partial(stream, *parts, sampling=Sampling(max_new_tokens=3)))
@@ -96,7 +96,7 @@ def test_a_conversation_remembers_turns_and_images(composed, pictures):
 
 
 def test_several_images_and_an_end_of_input(composed, pictures, monkeypatch, capsys):
-    import moellava.serve.cli as cli
+    import moellava.commands.chat as cli
 
     monkeypatch.setattr(
         cli, "load_pretrained_model", lambda *_, **__: (composed.tokenizer, composed.model, composed.processor, 512)
