@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from moellava.constants import CHAT_TEMPLATE, IMAGE_TOKEN_INDEX
+from moellava.constants import CHAT_TEMPLATE, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.data.collate import MediaCollator
 from moellava.data.dataset import sample_of
 from moellava.data.encoder import Encoder, Example, image_ids_of
@@ -103,7 +103,7 @@ class VLM:
     def encoder(self) -> Encoder:
         """What every sample and every prompt goes through. Raises UserError where there is no tokenizer."""
         self.require_tokenizer()
-        return encoder_of(self.tokenizer, self.processor, self.section, self.architecture)
+        return encoder_of(self.tokenizer, self.processor, self.model.config, self.architecture)
 
     @property
     def reader(self) -> Any:
@@ -130,8 +130,7 @@ class VLM:
 
     def probes(self) -> Probes:
         """What it is compared with another model on."""
-        collator = None if self.tokenizer is None else self.collator()
-        return probes_of(self.model.config, collator, self.model.dtype)
+        return probes_of(self.model.config, self.collator(), self.model.dtype)
 
     def settle(self, version: str | None = None, image_aspect_ratio: str | None = None) -> None:
         """Gives it another conversation template, or another way to bring images to the tower's shape.
@@ -168,8 +167,9 @@ class VLM:
         save_pretrained_folder(self.model, self.tokenizer, self.processor, path, state_dict=state_dict, meta=meta)
 
 
-def encoder_of(tokenizer: Any, processor: Any, section: Section, architecture: Architecture | None) -> Encoder:
+def encoder_of(tokenizer: Any, processor: Any, config: Any, architecture: Architecture | None) -> Encoder:
     """The encoder of a model. Raises UserError where its processor or its template cannot be used."""
+    section = section_of(config) or Section()
     reader = MediaReader(processor, architecture is None or architecture.loads_images)
     in_parts = architecture is not None and section.version == CHAT_TEMPLATE
     renderer: Renderer = renderer_for(section.version, tokenizer)
@@ -185,34 +185,27 @@ def collator_of(encoder: Encoder, architecture: Architecture | None, train_quest
     return collator(encoder.reader, end if pad is None else pad, train_questions)
 
 
-def probes_of(config: Any, collator: MediaCollator | None, dtype: torch.dtype = torch.float32, seed: int = 0) -> Probes:
+def probes_of(config: Any, collator: MediaCollator, dtype: torch.dtype = torch.float32, seed: int = 0) -> Probes:
     """Random text, and random text around a random image, as inputs of a model.
 
     Args:
         config: the model's.
-        collator: of its samples; None for a composed model without a tokenizer, whose config says all.
+        collator: of its samples.
         dtype: of the pixels.
         seed: of ids and pixels.
     """
     generator = torch.Generator().manual_seed(seed)
-    words = config.get_text_config().vocab_size
-    if collator is not None:
-        words = min(collator.reader.processor.tokenizer.vocab_size, words)
+    words = min(collator.reader.processor.tokenizer.vocab_size, config.get_text_config().vocab_size)
     ids = torch.randint(words // 2, words, (PROBE_TOKENS,), generator=generator).tolist()
     half = PROBE_TOKENS // 2
-    text = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, PROBE_TOKENS, dtype=torch.long)}
-    if collator is None:
-        around = torch.tensor([[*ids[:half], *[config.image_token_id] * config.image_seq_length, *ids[half:]]])
-        pixels = torch.randn(1, 3, *[config.vision_config.image_size] * 2, generator=generator)
-        image = {"input_ids": around, "attention_mask": torch.ones_like(around), "pixel_values": pixels}
-    else:
-        shape = (PROBE_PIXELS, PROBE_PIXELS, 3)
-        pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        shown = [*ids[:half], IMAGE_TOKEN_INDEX, *ids[half:]]
-        sample = sample_of(Example(shown, [-100] * len(shown)), [Image.fromarray(pixels.numpy())], "probe")
-        image = collator.of_prompts()([sample])
-    shown_in = {name: value.to(dtype) if value.is_floating_point() else value for name, value in image.items()}
-    return {"text": text, "image": shown_in}
+    pixels = torch.randint(0, 256, (PROBE_PIXELS, PROBE_PIXELS, 3), generator=generator, dtype=torch.uint8)
+    shown = [*ids[:half], IMAGE_TOKEN_INDEX, *ids[half:]]
+    example = Example(shown, [IGNORE_INDEX] * len(shown))
+    image = collator.of_prompts()([sample_of(example, [Image.fromarray(pixels.numpy())], "probe")])
+    return {
+        "text": {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, PROBE_TOKENS, dtype=torch.long)},
+        "image": {name: value.to(dtype) if value.is_floating_point() else value for name, value in image.items()},
+    }
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

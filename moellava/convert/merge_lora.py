@@ -16,15 +16,12 @@ from torch import nn
 
 from moellava.adapters.folder import check_base, load_adapter, merged, read_adapter
 from moellava.adapters.lora import attach, lora_layers, target_names
-from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import UserError
-from moellava.files import CODE_FILES, MODEL_FILES, resolve_folder, staged
-from moellava.lmm.folders import OpenFolder, Probes, open_folder
-from moellava.model.builder import save_pretrained_folder
-from moellava.model.compose import make_processor
-from moellava.model.extended import extend_in_place
-from moellava.model.probe import probe_batches
+from moellava.files import CODE_FILES, MODEL_FILES, staged
+from moellava.model.manifest import read_folder
+from moellava.model.section import note, section_of
 from moellava.moe import MoESpec, moe_layers, set_routing_context, upcycle
+from moellava.vlm import VLM, Probes, build, describe, open_vlm
 
 STAGING = ".merging"
 
@@ -34,16 +31,16 @@ ROUNDING = 1e-4
 PROBE_NAMES = {"text": "without an image", "image": "with an image"}
 
 
-def probe_logits(model: Any, probes: Probes | None = None) -> dict[str, torch.Tensor]:
+def probe_logits(vlm: VLM, probes: Probes) -> dict[str, torch.Tensor]:
     """fp32 logits [1, L, V] of random tokens, alone and around a random image; the same for equal models.
 
     Args:
-        model: in evaluation mode.
-        probes: inputs; None: those of a composed model.
+        vlm: in evaluation mode.
+        probes: inputs.
     """
+    model, found = vlm.model, {}
     set_routing_context(model)
-    found = {}
-    for name, probe in (probes or probe_batches(model.config)).items():
+    for name, probe in probes.items():
         inputs = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in probe.items()}
         with torch.inference_mode():
             found[PROBE_NAMES[name]] = model(**inputs, use_cache=False).logits.float()
@@ -58,17 +55,17 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     }
 
 
-def rebuild(model: Any, origin: dict[str, Any]) -> None:
+def rebuild(vlm: VLM, origin: dict[str, Any]) -> None:
     """Makes of the base what the adapter has learnt on: its sparse layers, its quantised weights (dense again)."""
-    if origin.get("moe") and not moe_layers(model):
-        upcycle(model, MoESpec.from_config(origin["moe"]))
-        model.config.moe = origin["moe"]
-        extend_in_place(model)
+    if origin.get("moe") and not moe_layers(vlm.model):
+        spec = MoESpec.from_config(origin["moe"])
+        upcycle(vlm.model, spec)
+        vlm.sparse(spec)
     quantised = origin.get("quantised", {"bits": 16})
     if quantised["bits"] < 16:
         from moellava.adapters.quantize import round_trip
 
-        round_trip(model, target_names(model, only_experts=False), **quantised)
+        round_trip(vlm.model, target_names(vlm, only_experts=False), **quantised)
 
 
 def detach(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -93,7 +90,7 @@ def merge(
         base: the folder that the run with adapters started from.
         adapter_dir: the `adapter/` of that run, or one that peft wrote.
         output_dir: must not hold a model.
-        trust_remote_code: run the Python code in the base's folder, for families that need it.
+        trust_remote_code: run the Python code in the base's folder, for architectures that need it.
 
     Returns:
         What was compared -> probe -> max |Δ logit|: `adapter` (how far it moves the base), `merging`, `folder`.
@@ -102,55 +99,50 @@ def merge(
         UserError: base and adapter do not belong together, or merging changes logits by more than rounding. Nothing
             is left in `output_dir` then.
     """
-    adapter, tensors = read_adapter(adapter_dir)
-    dtype = getattr(torch, adapter.origin.get("dtype", "float32"))
-    opened = open_folder(
-        resolve_folder(base, "--model-path", patterns=MODEL_FILES + (CODE_FILES if trust_remote_code else ())),
-        dtype,
-        trust_remote_code,
-    )
-    model = opened.model
-    rebuild(model, adapter.origin)
-    settle_template(opened, base, adapter.origin)
+    patterns = MODEL_FILES + (CODE_FILES if trust_remote_code else ())
+    description = describe(read_folder(base, "--model-path", patterns=patterns), trust_remote_code)
+    adapter, tensors = read_adapter(adapter_dir, description.keywords)
+    vlm = build(description, getattr(torch, adapter.origin.get("dtype", "float32")), f"--model-path {base}")
+    rebuild(vlm, adapter.origin)
+    restore_section(vlm, adapter.origin)
+    model = vlm.model
     stored = {name: tensor.dtype for name, tensor in every_tensor(model)}
     model.float()
-    probes = opened.probes()
-    without = probe_logits(model, probes)
+    probes = vlm.probes()
+    without = probe_logits(vlm, probes)
     attach(model, adapter.config)
     load_adapter(model, adapter, tensors, adapter_dir)
     model.eval()
     check_base(model.state_dict(), adapter.origin, f"--model-path {base}")
-    before = probe_logits(model, probes)
+    before = probe_logits(vlm, probes)
     detach(model, merged(model.state_dict(), adapter.scaling))
-    after = probe_logits(model, probes)
+    after = probe_logits(vlm, probes)
     found = {"adapter": largest_difference(before, without), "merging": largest_difference(before, after)}
     refuse_if_above(found["merging"], ROUNDING, before, "Merging")
     for name, tensor in every_tensor(model):
         tensor.data = tensor.data.to(stored[name])
-    found["folder"] = write_compared(opened, probes, output_dir, trust_remote_code)
+    found["folder"] = write_compared(vlm, probes, output_dir, trust_remote_code)
     return found
 
 
-def settle_template(opened: OpenFolder, base: str, origin: dict[str, Any]) -> None:
-    """Brings config, tokenizer and processor up to the template that the adapter's run has used."""
-    extras = opened.model.config.moellava = opened.model.config.moellava | origin.get("moellava", {})
-    if opened.family is None:
-        opened.tokenizer = load_tokenizer(base, extras["version"])
-        opened.processor = make_processor(opened.processor.image_processor, opened.tokenizer, opened.model.config)
+def restore_section(vlm: VLM, origin: dict[str, Any]) -> None:
+    """Brings config and processor up to the template, stage and image shape that the adapter's run has used."""
+    said = section_of(origin)
+    if said is not None:
+        vlm.settle(said.version, said.image_aspect_ratio)
+        note(vlm.model.config, stage=said.stage)
 
 
-def write_compared(
-    opened: OpenFolder, probes: Probes, output_dir: Path, trust_remote_code: bool = False
-) -> dict[str, float]:
+def write_compared(vlm: VLM, probes: Probes, output_dir: Path, trust_remote_code: bool = False) -> dict[str, float]:
     """Writes the folder aside, opens it, and moves it to its place if it computes what the model does: max |Δ|.
 
     Raises:
         UserError: it computes something else. Nothing is left then.
     """
     with staged(output_dir, STAGING) as staging:
-        save_pretrained_folder(opened.model, opened.tokenizer, opened.processor, staging)
-        logits = probe_logits(opened.model, probes)
-        reopened = open_folder(staging, opened.model.dtype, trust_remote_code).model
+        vlm.save(staging)
+        logits = probe_logits(vlm, probes)
+        reopened = open_vlm(staging, device="cpu", dtype=vlm.model.dtype, trust_remote_code=trust_remote_code)
         difference = largest_difference(logits, probe_logits(reopened, probes))
         refuse_if_above(difference, ROUNDING, logits, "Writing and reopening the folder")
     return difference

@@ -18,14 +18,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from moellava.errors import UserError
 from moellava.files import staged
 from moellava.log import get_logger
-from moellava.model.extended import PREFIX, as_extended, base_of, extended_config, model_class
+from moellava.model.build import class_of, on_meta
+from moellava.model.description import Description
+from moellava.model.extended import as_extended
 from moellava.model.saving import INDEX, STAGING, folder_page, remove_old_weights
-from moellava.model.weights import weight_files
+from moellava.model.section import note
+from moellava.model.weights import locate, weight_files
 from moellava.moe import MoESpec
 from moellava.moe.upcycle import decoder_layers, expert_stream
 
@@ -44,22 +47,6 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """torch dtype -> its name in a safetensors header."""
-
-HUB_NAMES = (
-    ("language_model.model.", "model.language_model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("vision_tower.vision_model.", "model.vision_tower."),
-    ("vision_tower.", "model.vision_tower."),
-    ("multi_modal_projector.", "model.multi_modal_projector."),
-    ("vision_model.", "model.vision_model."),
-    ("image_newline", "model.image_newline"),
-    ("visual.", "model.visual."),
-    ("model.", "model.language_model."),
-)
-"""How folders on the hub name what Hugging Face's class today calls otherwise: (there, here)."""
-
-CONSTANTS = (".position_ids", ".inv_freq")
-"""Endings of tensors that older versions saved and today's compute."""
 
 MMAP_THRESHOLD = -3
 """glibc's M_MMAP_THRESHOLD."""
@@ -148,7 +135,7 @@ def _cut(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
     return shards
 
 
-def upcycle_folder(source: Path, target: Path, config: PretrainedConfig, spec: MoESpec, shard_bytes: int) -> None:
+def convert_files(source: Path, target: Path, config: PretrainedConfig, spec: MoESpec, shard_bytes: int) -> None:
     """Writes the sparse folder of a dense one.
 
     Args:
@@ -189,7 +176,7 @@ def sparse_config(config: PretrainedConfig, spec: MoESpec) -> PretrainedConfig:
     """The new folder's config."""
     sparse = type(config).from_dict(config.to_dict())
     sparse.moe = spec.to_config()
-    sparse.moellava = {**(getattr(config, "moellava", None) or {}), "stage": "moe"}
+    note(sparse, stage="moe")
     sparse = as_extended(sparse)
     sparse.architectures = [class_of(sparse).__name__]
     return sparse
@@ -224,30 +211,12 @@ def _convert(
         raise UserError(f"{source} lacks tensors of its config.json: {', '.join(sorted(output.missing)[:5])} …")
 
 
-def on_meta(config: PretrainedConfig) -> nn.Module:
-    """The structure of a config's model, without memory."""
-    with torch.device("meta"):
-        return class_of(config)(config)
-
-
-def class_of(config: PretrainedConfig) -> Any:
-    """The model class of a vision-language model's config, composed or released."""
-    return model_class(config, base_of(config.model_type))
-
-
-def read_dense_config(folder: Path, raw: dict[str, Any]) -> PretrainedConfig:
-    """The config of a folder in Hugging Face's layout, extended or not."""
-    if raw["model_type"].startswith(PREFIX):
-        return extended_config(base_of(raw["model_type"]).config_class).from_pretrained(folder)
-    return AutoConfig.from_pretrained(folder)
-
-
-def can_stream(source: Path, config: PretrainedConfig) -> bool:
+def can_stream(description: Description) -> bool:
     """Whether a folder holds safetensors whose names are those of its model class, of today or of the hub."""
-    files = weight_files(source)
-    if any(file.suffix != ".safetensors" for file in files):
+    files = weight_files(description.folder) if description.streams else []
+    if not files or any(file.suffix != ".safetensors" for file in files):
         return False
-    dense = on_meta(config)
+    dense = on_meta(description.config)
     return set(locate(files, dense)) <= set(dense.state_dict())
 
 
@@ -276,39 +245,6 @@ def _planned(
                 dtype = tensor.dtype if name.startswith(f"{prefix}router.") else dtypes.get(prefix + parts[0])
         planned[name] = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
     return planned
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor of the dense folder lies: the file, and its name there."""
-
-    file: Path
-    name: str
-
-    def read(self) -> Tensor:
-        """The tensor."""
-        with safe_open(self.file, framework="pt") as handle:
-            return handle.get_tensor(self.name)
-
-
-def locate(files: list[Path], model: nn.Module) -> dict[str, Place]:
-    """Name in the model class -> place, in the order of the files. Names without a counterpart stay as they are."""
-    known = set(model.state_dict())
-    places = {}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 (no mapping)
-                if name in known or not name.endswith(CONSTANTS):
-                    places[_todays_name(name, known)] = Place(file, name)
-    return places
-
-
-def _todays_name(name: str, known: set[str]) -> str:
-    if name not in known:
-        for there, here in HUB_NAMES:
-            if name.startswith(there) and (renamed := here + name.removeprefix(there)) in known:
-                return renamed
-    return name
 
 
 def _dtypes(places: dict[str, Place]) -> dict[str, torch.dtype]:

@@ -6,75 +6,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
-from moellava.convert.streaming import on_meta, read_dense_config, sparse_config, upcycle_folder
+from moellava.convert.streaming import can_stream, convert_files, sparse_config
 from moellava.errors import UserError
-from moellava.lmm.folders import Probes, is_released, mark_released, open_folder, released_probes
-from moellava.lmm.processors import load_processor
-from moellava.lmm.supported_models import LMMFamily, lmm_family_of, refuse_upcycling
-from moellava.model.builder import config_kind, save_pretrained_folder
-from moellava.model.extended import extend_in_place
+from moellava.lmm.architecture import refuse_upcycling
+from moellava.model.build import on_meta
+from moellava.model.description import Description
+from moellava.model.manifest import Manifest
 from moellava.model.offload import run_from_disk
-from moellava.model.probe import probe_batches
 from moellava.moe import MoESpec
 from moellava.moe.certificate import Certificate, compare, dense_logits, forward_of, upcycle_certified
+from moellava.vlm import build, collator_of, describe, encoder_of, probes_of
 
 
-def family_of(raw: dict[str, Any], path: str) -> LMMFamily | None:
-    """The family of a released model; None for a composed one.
+def upcycle_folder(source: Manifest, target: Path, spec: MoESpec, shard_bytes: int) -> Certificate:
+    """Writes the sparse folder of a dense one. Neither model is ever whole in memory where its folder is laid out as
+    its class is; a published one is opened, converted and written as a whole.
+
+    Args:
+        source: a dense vision-language model.
+        target: the new folder.
+        spec: options.
+        shard_bytes: largest file of the new folder.
 
     Raises:
-        UserError: the folder is no dense vision-language model, or is of a family that cannot be upcycled here.
+        UserError: no dense vision-language model, or one whose decoder cannot be cut into experts.
     """
-    released = is_released(raw)
-    kind = ("moe" if raw.get("moe") else "dense") if released else config_kind(raw)
-    reason = {
-        "moe": "is sparse already. `train.py --moe_enable True` trains it further.",
-        "llm": "is a language model without a vision tower. Stage 1 composes the two: train.py --version plain.",
-        "tower": "is a vision tower. Give the folder of a dense vision-language model.",
-    }
-    if kind in reason:
-        raise UserError(f"--model-path {path} {reason[kind]}")
-    if not released:
-        return None
-    family = lmm_family_of(raw, f"--model-path {path}")
-    refuse_upcycling(family, f"--model-path {path}")
-    return family
+    if source.is_sparse:
+        raise UserError(
+            f"{source.flag} {source.name} is sparse already. `train.py --moe_enable True` trains it further."
+        )
+    description = describe(source)
+    if description.architecture is not None:
+        refuse_upcycling(description.architecture, f"{source.flag} {source.name}")
+    if can_stream(description):
+        return stream(description, target, spec, shard_bytes)
+    return in_memory(description, target, spec, f"{source.flag} {source.name}")
 
 
-def dense_config(source: Path, raw: dict[str, Any], family: LMMFamily | None) -> PretrainedConfig:
-    """The config of a folder in Hugging Face's layout; a released model's says so, for the sparse folder's sake."""
-    config = read_dense_config(source, raw)
-    if family is not None:
-        mark_released(config, family)
-    return config
-
-
-def probes_of(source: Path, config: PretrainedConfig, family: LMMFamily | None) -> Probes:
-    """What both models are run on. LLaVA's kind is probed by its config alone, others by their processor."""
-    dtype = config.dtype or torch.float32
-    if family is None or config.model_type == "llava":
-        return probe_batches(config, dtype)
-    return released_probes(config, load_processor(source, family), family, dtype)
-
-
-def stream(
-    source: Path, target: Path, config: PretrainedConfig, spec: MoESpec, shard_bytes: int, probes: Probes
-) -> Certificate:
-    """Converts and certifies file by file: neither model is ever whole in memory."""
+def stream(description: Description, target: Path, spec: MoESpec, shard_bytes: int) -> Certificate:
+    """Converts and certifies file by file."""
+    config, architecture = description.config, description.architecture
     dtype, sparse = config.dtype or torch.float32, sparse_config(config, spec)
     on_meta(sparse)  # a decoder that cannot be cut into experts says so before anything is computed
-    dense = dense_logits(forward_of(run_from_disk(source, config, dtype)), probes)
-    upcycle_folder(source, target, config, spec, shard_bytes)
+    encoder = encoder_of(*description.inputs(), config, architecture)
+    probes: dict[str, Any] = probes_of(config, collator_of(encoder, architecture), dtype)
+    dense = dense_logits(forward_of(run_from_disk(description.folder, config, dtype)), probes)
+    convert_files(description.folder, target, config, spec, shard_bytes)
     return compare(forward_of(run_from_disk(target, sparse, dtype)), probes, dense, spec, dtype)
 
 
-def in_memory(source: Path, target: Path, spec: MoESpec, dtype: torch.dtype) -> Certificate:
-    """The same for folders whose layout is not Hugging Face's: opened, converted and written as a whole."""
-    opened = open_folder(source, dtype)
-    certificate = upcycle_certified(opened.model, spec, opened.probes())
-    opened.model.config.moe = spec.to_config()
-    extend_in_place(opened.model)
-    save_pretrained_folder(opened.model, opened.tokenizer, opened.processor, target, meta={"stage": "moe"})
+def in_memory(description: Description, target: Path, spec: MoESpec, source: str) -> Certificate:
+    """The same as a whole."""
+    vlm = build(description, description.config.dtype or torch.float32, source)
+    vlm.require_tokenizer()
+    certificate = upcycle_certified(vlm.model, spec, vlm.probes())
+    vlm.sparse(spec)
+    vlm.save(target, meta={"stage": "moe"})
     return certificate

@@ -89,6 +89,12 @@ def open_config(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
     return AutoConfig.from_pretrained(folder)
 
 
+def on_meta(config: PretrainedConfig) -> Any:
+    """The structure of a config's model, without memory."""
+    with torch.device("meta"):
+        return class_of(config)(config)
+
+
 def class_of(config: PretrainedConfig) -> Any:
     """The model class of a vision-language model's config, composed or released, extended where it asks for that."""
     return model_class(config, base_of(config.model_type))

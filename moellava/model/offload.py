@@ -13,8 +13,8 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers import PretrainedConfig
 
-from moellava.convert.streaming import class_of, locate
-from moellava.model.weights import weight_files
+from moellava.model.build import class_of
+from moellava.model.weights import locate, weight_files
 
 HEAD = "lm_head.weight"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -73,3 +74,53 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{path} holds no plain dictionary of tensors.")
     return content
+
+
+HUB_NAMES = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.vision_model.", "model.vision_tower."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("vision_model.", "model.vision_model."),
+    ("image_newline", "model.image_newline"),
+    ("visual.", "model.visual."),
+    ("model.", "model.language_model."),
+)
+"""How folders on the hub name what Hugging Face's class today calls otherwise: (there, here)."""
+
+CONSTANTS = (".position_ids", ".inv_freq")
+"""Endings of tensors that older versions saved and today's compute."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the dense folder lies: the file, and its name there."""
+
+    file: Path
+    name: str
+
+    def read(self) -> torch.Tensor:
+        """The tensor."""
+        with safe_open(self.file, framework="pt") as handle:
+            return handle.get_tensor(self.name)
+
+
+def locate(files: list[Path], model: torch.nn.Module) -> dict[str, Place]:
+    """Name in the model class -> place, in the order of the files. Names without a counterpart stay as they are."""
+    known = set(model.state_dict())
+    places = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 (no mapping)
+                if name in known or not name.endswith(CONSTANTS):
+                    places[_todays_name(name, known)] = Place(file, name)
+    return places
+
+
+def _todays_name(name: str, known: set[str]) -> str:
+    if name not in known:
+        for there, here in HUB_NAMES:
+            if name.startswith(there) and (renamed := here + name.removeprefix(there)) in known:
+                return renamed
+    return name

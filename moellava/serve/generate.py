@@ -154,12 +154,6 @@ class TokenQueue(BaseStreamer):
             yield token
 
 
-def placeholders_of(config: Any) -> list[int]:
-    """The tokens that stand for patches of images and frames in a model's prompts."""
-    named = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
-    return [token for token in named if token is not None]
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and every module back to the mode that it was in: parts that are frozen may be in their own."""

@@ -16,26 +16,18 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
-from moellava.lmm.collators import generation_inputs
+from moellava.constants import IGNORE_INDEX
+from moellava.data.collate import PLACEHOLDERS
 from moellava.log import get_logger, is_rank_zero
 from moellava.moe import moe_layers
 from moellava.serve.ending import Ending
-from moellava.serve.generate import Sampling, generate, placeholders_of
+from moellava.serve.generate import Sampling, generate
 from moellava.train.folder import is_sharded
 
 logger = get_logger(__name__)
 
 ANSWER_TOKENS = 64
 """Longest sample answer, in tokens."""
-
-PLACEHOLDER_OF = {
-    "pixel_values": IMAGE_TOKEN_INDEX,
-    "images": IMAGE_TOKEN_INDEX,
-    "videos": VIDEO_TOKEN_INDEX,
-}
-"""Where a sample holds what its placeholders show -> the placeholder."""
-
 
 @dataclass
 class Answered:
@@ -61,14 +53,10 @@ class SampleAnswers(TrainerCallback):
     Args:
         trainer: whose model and evaluation data they are.
         count: how many records, spread evenly over the data.
-        tokenizer: the model's.
-        terminator: what ends an answer in the model's template.
     """
 
-    def __init__(self, trainer: Any, count: int, tokenizer: Any, terminator: str):
+    def __init__(self, trainer: Any, count: int):
         self.trainer = trainer
-        self.tokenizer = tokenizer
-        self.terminator = terminator
         total = len(trainer.eval_dataset)
         self.chosen = [place * total // min(count, total) for place in range(min(count, total))]
 
@@ -83,25 +71,26 @@ class SampleAnswers(TrainerCallback):
             self._show(answered, state.global_step)
 
     def _answer(self, model: Any, sample: dict[str, Any], together: bool) -> Answered:
+        vlm = self.trainer.vlm
         prompt, reference = split_at_answer(sample)
-        inputs = generation_inputs(prompt, self.trainer.data_collator, self.trainer.args.device, model.dtype)
         (said,) = generate(
             model,
-            inputs,
+            self.trainer.data_collator.of_prompts()([prompt]),
             self.ending,
             Sampling(ANSWER_TOKENS),
-            placeholders=placeholders_of(model.config),
-            pad_token_id=self.tokenizer.pad_token_id,
+            placeholders=vlm.placeholder_ids,
+            pad_token_id=vlm.tokenizer.pad_token_id,
             synced=together,
         )
-        shown = [token for token in prompt["input_ids"].tolist() if token >= 0]
-        question = self.tokenizer.decode(shown, skip_special_tokens=True).strip()
+        shown = [token for token in prompt["input_ids"].tolist() if token not in PLACEHOLDERS]
+        question = vlm.tokenizer.decode(shown, skip_special_tokens=True).strip()
         return Answered(prompt["record"], question, self.ending.text(said), self.ending.text(reference))
 
     @cached_property
     def ending(self) -> Ending:
         """Where an answer ends."""
-        return Ending(self.tokenizer, self.terminator)
+        vlm = self.trainer.vlm
+        return Ending(vlm.tokenizer, vlm.encoder.renderer.terminator)
 
     def _show(self, answered: Sequence[Answered], step: int) -> None:
         for number, one in enumerate(answered):
@@ -131,8 +120,6 @@ def split_at_answer(sample: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     begin = int(trained.long().argmax())
     length = int(trained[begin:].long().cumprod(0).sum())
     ids = sample["input_ids"][:begin]
-    prompt = sample | {"input_ids": ids, "labels": torch.full_like(ids, IGNORE_INDEX)}
-    for name, placeholder in PLACEHOLDER_OF.items():
-        if name in sample:
-            prompt[name] = sample[name][: int((ids == placeholder).sum())]
+    shown = sum(token in PLACEHOLDERS for token in ids.tolist())
+    prompt = sample | {"input_ids": ids, "labels": torch.full_like(ids, IGNORE_INDEX), "media": sample["media"][:shown]}
     return prompt, sample["labels"][begin : begin + length].tolist()
