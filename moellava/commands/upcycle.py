@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import typing
-from dataclasses import fields
 from pathlib import Path
 
 import torch
+from transformers import HfArgumentParser
 
 from moellava.convert.streaming import can_stream
 from moellava.convert.upcycle_folder import dense_config, family_of, in_memory, probes_of, stream
@@ -15,6 +14,8 @@ from moellava.errors import UserError
 from moellava.files import read_config, resolve_folder
 from moellava.model.builder import is_published
 from moellava.moe import MoESpec
+from moellava.moe.flags import FlagHelp
+from moellava.moe.spec import MoESpecFlags, given_options
 
 GIGABYTE = 10**9
 
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
     source = resolve_folder(arguments.model_path, "--model-path")
     raw = read_config(source, "--model-path")
     family = family_of(raw, arguments.model_path)
-    spec = spec_of(arguments)
+    spec = MoESpec.from_preset(arguments.moe_preset, **given_options(arguments))
     config = None if is_published(raw) else dense_config(source, raw, family)
     if config is not None and can_stream(source, config):
         shard_bytes = int(arguments.shard_size * GIGABYTE)
@@ -42,35 +43,12 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command's flags: its own, and one for each field of `MoESpec`."""
-    parser = argparse.ArgumentParser(prog="moellava upcycle", description=__doc__)
+    """The command's flags: its own, and one for each option of `MoESpec`."""
+    parser = HfArgumentParser(MoESpecFlags, prog="moellava upcycle", description=__doc__, formatter_class=FlagHelp)
     parser.add_argument("--model-path", required=True, help="dense folder: of stage 2, released, or published")
     parser.add_argument("--output-dir", required=True, help="new folder")
     parser.add_argument("--shard-size", type=float, default=4.0, help="largest file of the new folder, in GB")
-    parser.add_argument("--moe_preset", default="today", help="'moe-llava': the original's routing and loss")
-    hints = typing.get_type_hints(MoESpec)
-    for field in fields(MoESpec):
-        default = getattr(MoESpec(), field.name)
-        kind = hints[field.name]
-        names = [f"--{field.name}"] + ([f"--{field.name.replace('_', '-')}"] if "_" in field.name else [])
-        if kind is bool:
-            parser.add_argument(*names, nargs="?", const=True, type=_truth, help=f"default {default}")
-        elif kind in (int, float, str):
-            parser.add_argument(*names, type=kind, help=f"default {default}")
-        else:
-            parser.add_argument(*names, type=int, nargs="+", help=f"default {default}")
+    parser.add_argument(
+        "--moe_preset", "--moe-preset", default="today", help="'moe-llava': the original's routing and loss"
+    )
     return parser.parse_args(argv)
-
-
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() == "true"
-
-
-def spec_of(arguments: argparse.Namespace) -> MoESpec:
-    """The options; a capacity factor alone means that experts drop what exceeds it, as in `train.py`."""
-    given = {f.name: value for f in fields(MoESpec) if (value := getattr(arguments, f.name)) is not None}
-    if "capacity_factor" in given or "eval_capacity_factor" in given:
-        given.setdefault("drop_tokens", True)
-    return MoESpec.from_preset(arguments.moe_preset, **given)

@@ -13,10 +13,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moellava verify", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("dir", type=Path, metavar="DIR", help="a model folder that holds golden.safetensors")
     parser.add_argument("--atol", type=float, default=1e-4, help="largest |Δ| that passes (default: 1e-4)")
-    parser.add_argument("--dense", type=Path, help="the model it was upcycled from (default: DIR/../dense, if there)")
     args = parser.parse_args(argv)
-    beside = args.dir.resolve().parent / "dense"
-    result = verify(args.dir, args.dense or (beside if beside.is_dir() else None))
+    result = verify(args.dir)
     wrong = 0
     for name, found in result.items():
         if isinstance(found, str):

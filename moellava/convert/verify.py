@@ -5,17 +5,11 @@ wrote the folder computed from them. Its sequences were put together as LLaVA do
 in place of -200, zeros on the right of the shorter ones. Padding is routed and counted like any token by that code, so
 the balancing loss needs those zeros as well.
 
-`upcycled_logits` and `upcycled_loss` are those of the sparse model as upcycling left it: every expert a copy of the
-dense model's MLP. Who made the golden files then moved routers and experts by noise from a seed, so that experts
-differ. That noise is drawn again and taken off; that it was the right one shows in the experts, which must come out as
-copies of one another. From a folder that was trained instead, the logits still follow from the dense model, if that
-lies beside (`../dense`, or `--dense DIR`) and experts share each token in twos, so that the routers do not matter. The
-loss does not: nothing in such a folder says what its routers were.
+What is recomputed follows from the folder alone. A tensor that does not is named, with the reason.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,26 +21,15 @@ from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.errors import UserError
 from moellava.files import read_config
 from moellava.model.builder import is_published, read_composed
-from moellava.model.families import published_family
-from moellava.model.published import from_published, read_published
-from moellava.model.weights import read_file, read_tensors
-from moellava.moe import MoESpec, moe_layers, router_losses, upcycle
+from moellava.model.published import read_published
+from moellava.model.weights import read_file
+from moellava.moe import moe_layers, router_losses
 
 INPUTS = ("input_ids", "attention_mask", "labels", "images")
 GOLDEN = "golden.safetensors"
-ROUTERS_GONE = "depends on the routers before they learnt, which this folder does not hold"
-NO_DENSE = "needs the dense model that it was upcycled from: --dense DIR"
-
-NOISE_SEED = 5
-NOISE = {".deepspeed_moe.gate.": 0.3, ".deepspeed_moe.experts.": 0.05, ".mlp.coefficient.": 0.05}
-"""Standard deviation of the noise in a golden folder's tensors, by a part of their names; drawn in the file's order."""
-COPIES_ATOL = 1e-6
-"""How near to each other the experts must be once the noise is off; fp32 rounds at 3e-8 here."""
-
-EXPERT = re.compile(r"\.experts\.\d+\.")
 
 PASSED, FAILED, UNDECIDED = 0, 1, 3
-"""Exit status: all reproduced; one is not; none is wrong, but some cannot be recomputed (2 is an error of the user)."""
+"""Exit status: all reproduced; one is not; none is wrong, but some are not computed (2 is an error of the user)."""
 
 
 def spliced(model: Any, golden: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,18 +79,17 @@ def recompute(model: Any, golden: Mapping[str, torch.Tensor]) -> tuple[dict[str,
 
 
 @torch.inference_mode()
-def verify(folder: Path, dense: Path | None = None) -> dict[str, float | str]:
+def verify(folder: Path) -> dict[str, float | str]:
     """Compares each tensor of a folder's golden file with what the folder's model computes.
 
     Args:
         folder: a model folder that holds `golden.safetensors`.
-        dense: the model that it was upcycled from.
 
     Returns:
-        tensor name -> max |Δ|, or why it cannot be computed. Logits count where the expanded attention mask is 1.
+        tensor name -> max |Δ|, or why it is not computed. Logits count where the expanded attention mask is 1.
 
     Raises:
-        UserError: no golden file, an unknown tensor in it, or a folder that does not open.
+        UserError: no golden file, one without inputs or without results, or a folder that does not open.
     """
     path = folder / GOLDEN
     if not path.is_file():
@@ -116,66 +98,22 @@ def verify(folder: Path, dense: Path | None = None) -> dict[str, float | str]:
     missing = [name for name in INPUTS if name not in golden]
     if missing:
         raise UserError(f"{path} lacks its inputs {', '.join(missing)}.")
-    model = open_any(folder)
-    tensors, mask = recompute(model, golden)
-    computed: dict[str, torch.Tensor | str] = dict(tensors)
-    if any(name.startswith("upcycled_") for name in golden) and getattr(model.config, "moe", None):
-        computed |= upcycled(folder, model, golden, dense)
+    if len(golden) == len(INPUTS):
+        raise UserError(f"{path} holds inputs alone: there is nothing to compare.")
+    computed, mask = recompute(open_any(folder), golden)
     result: dict[str, float | str] = {}
     for name in sorted(set(golden) - set(INPUTS)):
-        if name not in computed:
-            raise UserError(f"{path} holds {name!r}, which this model does not compute.")
-        found = computed[name]
-        compared = mask if name.endswith("logits") else None
-        result[name] = found if isinstance(found, str) else distance(found, golden[name], compared)
+        if name in computed:
+            result[name] = distance(computed[name], golden[name], mask if name == "logits" else None)
+        else:
+            result[name] = f"not computed: all that follows from this folder is {', '.join(sorted(computed))}"
     return result
 
 
 def open_any(folder: Path) -> Any:
-    """The model of a folder of any kind in fp32, on the CPU."""
+    """The model of a folder, ours or a published one, in fp32 on the CPU."""
     raw = read_config(folder, "DIR")
     return read_published(folder, torch.float32) if is_published(raw) else read_composed(folder, raw, torch.float32)
-
-
-def upcycled(
-    folder: Path, model: Any, golden: Mapping[str, torch.Tensor], dense: Path | None
-) -> dict[str, torch.Tensor | str]:
-    """What the sparse model computed as upcycling left it, or why that cannot be told.
-
-    Args:
-        folder, model: the sparse model; its weights may be changed.
-        dense: the folder of the dense model, if there is one.
-    """
-    spec = MoESpec.from_config(model.config.moe)
-    loss: torch.Tensor | str = ROUTERS_GONE
-    if (state := as_upcycled(folder)) is not None:
-        model.load_state_dict(model.state_dict() | state)
-        computed, _ = recompute(model, golden)
-        logits, loss = computed["logits"], computed["loss"]
-    elif spec.top_k_experts < 2:
-        return {"upcycled_logits": ROUTERS_GONE, "upcycled_loss": ROUTERS_GONE}
-    elif dense is None:
-        return {"upcycled_logits": NO_DENSE, "upcycled_loss": ROUTERS_GONE}
-    else:
-        logits = recompute(upcycle(open_any(dense), spec), golden)[0]["logits"]
-    return {"upcycled_logits": logits, "upcycled_loss": loss}
-
-
-def as_upcycled(folder: Path) -> dict[str, torch.Tensor] | None:
-    """The sparse layers' tensors without the golden files' noise, by the model's names; None if they have none."""
-    raw = read_config(folder, "DIR")
-    if not is_published(raw):
-        return None
-    family, generator = published_family(raw), torch.Generator().manual_seed(NOISE_SEED)
-    state: dict[str, torch.Tensor] = {}
-    for key, tensor in read_tensors(folder).items():
-        for part, deviation in NOISE.items():
-            if part in key:
-                clean = tensor.float() - deviation * torch.randn(tensor.shape, generator=generator)
-                state |= from_published(key, clean, family, raw, prefix="")
-    first_of = {name: EXPERT.sub(".experts.0.", name) for name in state if EXPERT.search(name)}
-    are_copies = all(distance(state[name], state[first]) <= COPIES_ATOL for name, first in first_of.items())
-    return state if are_copies else None
 
 
 def distance(found: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor | None = None) -> float:

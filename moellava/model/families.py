@@ -68,7 +68,7 @@ def same_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of language model.
+    """A family of language models.
 
     Args:
         name: key in `FAMILIES`.
@@ -77,8 +77,6 @@ class Family:
         published_types: what follows `llava_` or `moe_llava_` in the `model_type` of published checkpoints.
         marks: config fields that only this family's raw configs have, where two families share a `model_type`.
         version: the conversation template that goes with its tokenizer.
-        attention_linears: linear layers of `layer.self_attn` that take LoRA.
-        mlp_linears: linear layers of `layer.mlp`, in Hugging Face's names.
         text_config: raw config -> fields of the Hugging Face config (further fields are dropped).
         their_config: the inverse: Hugging Face fields -> the family's own, for folders that are written.
         layers: what the decoder layers are called in the family's own format.
@@ -91,8 +89,6 @@ class Family:
     base_model_types: tuple[str, ...]
     published_types: tuple[str, ...]
     version: str
-    attention_linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    mlp_linears: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     text_config: Callable[[Mapping[str, Any]], dict[str, Any]] = same_fields
     published_text_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     their_config: Callable[[Mapping[str, Any]], dict[str, Any]] = same_fields

@@ -7,7 +7,8 @@ averaging, and checkpoints with one file per global expert. What is replaced, an
 * at ep_size 1 a layer performs no collective; at ep_size > 1 always three in a forward (counts, rows out, rows back)
   and two in a backward, whatever the ranks' lengths are, so that unequal ranks cannot wait for each other.
 
-Legend: T tokens, D hidden, E experts, W = ep_size ranks, R rows that this rank sends, Q rows that it receives.
+Legend: T tokens, D hidden, E experts, W = ep_size ranks, P = E / W experts of one rank, R rows that this rank sends,
+Q rows that it receives.
 """
 
 from __future__ import annotations
@@ -107,20 +108,21 @@ class DeepSpeedMoE(RoutedMLP, MoE):
 
     def _run_spread(self, experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch) -> Tensor:
         """Sends each row to the rank of its expert and adds what comes back."""
-        group, width = self.deepspeed_moe.ep_group, len(experts)
+        group = self.deepspeed_moe.ep_group
         if group is None:
             raise RuntimeError(
                 "A model with ep_size > 1 runs after deepspeed.initialize, which sets its process groups."
             )
-        sent_WE = torch.tensor(dispatch.counts, device=x_TD.device).view(self.ep_size, width)
-        received_WE = torch.empty_like(sent_WE)
-        dist.all_to_all_single(received_WE, sent_WE, group=group)
-        out_splits, in_splits = sent_WE.sum(1).tolist(), received_WE.sum(1).tolist()
+        sent_WP = torch.tensor(dispatch.counts, device=x_TD.device).view(self.ep_size, len(experts))
+        received_WP = torch.empty_like(sent_WP)
+        dist.all_to_all_single(received_WP, sent_WP, group=group)
+        out_splits, in_splits = sent_WP.sum(1).tolist(), received_WP.sum(1).tolist()
         row_QD = Exchange.apply(x_TD.index_select(0, dispatch.token_R), out_splits, in_splits, group)
-        expert_Q = torch.arange(width, device=x_TD.device).repeat(self.ep_size).repeat_interleave(received_WE.flatten())
+        expert_Q = torch.arange(len(experts), device=x_TD.device).repeat(self.ep_size)
+        expert_Q = expert_Q.repeat_interleave(received_WP.flatten())
         order_Q = expert_Q.argsort(stable=True)
         ones_Q = torch.ones(len(order_Q), device=x_TD.device)
-        arrived = Dispatch(order_Q, ones_Q, received_WE.sum(0).tolist())
+        arrived = Dispatch(order_Q, ones_Q, received_WP.sum(0).tolist())
         back_RD = Exchange.apply(run_experts(experts, row_QD, arrived), in_splits, out_splits, group)
         weighted_RD = (back_RD * dispatch.gate_R.unsqueeze(1)).to(x_TD.dtype)
         return torch.zeros_like(x_TD).index_add(0, dispatch.token_R, weighted_RD)
@@ -184,13 +186,3 @@ def collect_experts(layer: DeepSpeedMoE, own: list[nn.Module]) -> list[nn.Module
             dist.broadcast(parameter.data, dist.get_global_rank(group, owner), group=group)
         experts.append(expert)
     return experts
-
-
-def generation_arguments(model: nn.Module) -> dict[str, bool]:
-    """Keyword arguments of `generate` for a model of any engine.
-
-    Where experts are spread, a rank that has finished must go on with dummy steps until all have: the others wait for
-    its share of each exchange.
-    """
-    spread = any(isinstance(module, DeepSpeedMoE) and module.ep_size > 1 for module in model.modules())
-    return {"synced_gpus": True} if spread else {}

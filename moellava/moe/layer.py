@@ -145,7 +145,6 @@ class NativeMoE(RoutedMLP):
         super().__init__()
         like = next(experts[0].parameters())
         self._start(spec, len(experts), hidden, shared, like)
-        self.gate = None
         self.experts = nn.ModuleList(experts)
 
     def local_experts(self) -> dict[int, nn.Module]:

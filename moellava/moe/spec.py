@@ -1,11 +1,15 @@
-"""What a sparse model is: the options of upcycling and routing, as one dataclass that config.json keeps."""
+"""What a sparse model is: the options of upcycling and routing, as one dataclass that config.json keeps.
+
+An option stands here once: its field says name, default, help, range and choices, and flags follow from that.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from moellava.errors import UserError
+from moellava.moe.flags import Range, check_options, option, optional_flags
 from moellava.registry import Registry
 
 FORMAT = 1
@@ -32,113 +36,119 @@ PRESETS.register(
 )
 """name -> the values it gives to fields that the user left at their default."""
 
-CHOICES = {
-    "init": ("copy", "noise", "drop", "granular", "shared"),
-    "router_balance": ("sequence", "batch", "first_choice", "bias", "none"),
-    "second_expert": ("top", "sampled"),
-    "top1_gate": ("exact", "probability"),
-    "aux_over_layers": ("mean", "sum"),
-}
+CUSTOM = "custom"
+"""The `moe_mode` of layers that are given by index."""
+
+COUNT, FRACTION, NOT_NEGATIVE = Range(least=1), Range(least=0, most=1), Range(least=0)
 
 
 @dataclass
 class MoESpec:
-    """Options of a sparse model. Field names are the flags of `train.py` and of `moellava upcycle`.
+    """Options of a sparse model. Each field is a flag of `train.py` and of `moellava upcycle` (`moe/flags.py`).
 
     Raises:
         UserError: a value that is out of range or unknown, or two that contradict each other.
     """
 
-    moe_mode: str = "second_half"
-    """Which decoder layers become sparse: first_half, second_half, sparse (0, 2, 4 …), dense (all), or custom."""
-    moe_layers_idx: list[int] | None = None
-    """Decoder layers by index; overrides `moe_mode`, which then reads 'custom'."""
-    num_experts: list[int] = field(default_factory=lambda: [4])
-    """Experts of each sparse layer: one number for all of them, or one per sparse layer."""
-    top_k_experts: int = 2
-    """Experts that each token visits."""
-    drop_tokens: bool = False
-    """True: an expert takes at most its capacity of tokens. False: every token reaches all its experts."""
-    capacity_factor: float = 1.0
-    """Tokens that an expert takes in training, as a multiple of the even share k × tokens / experts."""
-    eval_capacity_factor: float = 2.0
-    """The same in evaluation."""
-    min_capacity: int = 0
-    """Tokens that an expert may always take, whatever the factor says."""
-    use_residual: bool = False
-    """Mix the routed output with the original MLP by two learned coefficients that sum to 1 (arXiv:2201.05596)."""
-    init: str = "copy"
-    """How experts start: copy, noise, drop, granular, shared (docs/MOE.md)."""
-    init_noise: float = 0.01
-    """`noise`: standard deviation added, as a fraction of each weight matrix's own."""
-    init_drop_ratio: float = 0.1
-    """`drop`: fraction of the intermediate units of each expert that is drawn anew."""
-    granularity: int = 1
-    """`granular`: slices that each MLP is cut into; `num_experts` and `top_k_experts` are multiples of it."""
-    init_seed: int = 0
-    """Seed of routers and of whatever an init draws; the same on every rank."""
-    router_aux_loss_coef: float = 0.01
-    """Weight of the balancing loss."""
-    router_z_loss_coef: float = 0.0
-    """Weight of the z-loss (arXiv:2202.08906, eq. 5)."""
-    router_balance: str = "sequence"
-    """Which balancing acts: a loss over each sequence, over the batch, over first choices (the original's), the
-    loss-free bias (arXiv:2408.15664), or none."""
-    router_bias_rate: float = 1e-3
-    """`bias`: step of the balancing bias after each optimizer step, in units of a router probability."""
-    router_jitter: float = 0.0
-    """Training noise: the router's input is multiplied by a factor from [1 - jitter, 1 + jitter]."""
-    freeze_router: bool = False
-    """Routers (and residual coefficients) keep their values."""
-    second_expert: str = "top"
-    """top: the k best. sampled: with k = 2 the second is drawn with Gumbel noise in training, as the original does."""
-    top1_gate: str = "exact"
-    """With k = 1: exact scales the output by p / stop_gradient(p) = 1; probability scales it by p."""
-    aux_over_layers: str = "mean"
-    """How the losses of the layers are pooled: mean or sum."""
+    moe_mode: str = option(
+        "second_half",
+        "Which decoder layers become sparse: one half, every second one (sparse: 0, 2, 4 …), all of them (dense), or "
+        "those of --moe_layers_idx (custom).",
+        choices=(*MODES, CUSTOM),
+    )
+    moe_layers_idx: list[int] | None = option(None, "Decoder layers by index, from 0, instead of --moe_mode.")
+    num_experts: list[int] = option(
+        [4], "Experts of each sparse layer: one number for all of them, or one per sparse layer.", COUNT
+    )
+    top_k_experts: int = option(2, "Experts that each token visits.", COUNT)
+    drop_tokens: bool = option(
+        False,
+        "True: an expert takes at most its capacity of tokens, which a capacity factor alone also means. "
+        "False: every token reaches all its experts.",
+    )
+    capacity_factor: float = option(
+        1.0,
+        "Tokens that an expert takes in training, as a multiple of the even share k × tokens / experts.",
+        Range(above=0),
+    )
+    eval_capacity_factor: float = option(2.0, "The same in evaluation.", Range(above=0))
+    min_capacity: int = option(0, "Tokens that an expert may always take, whatever the factor says.", NOT_NEGATIVE)
+    use_residual: bool = option(
+        False,
+        "Residual MoE: the dense MLP stays, and is mixed with the experts' output by two learned coefficients that sum "
+        "to 1 (arXiv:2201.05596).",
+    )
+    init: str = option(
+        "copy", "How experts start (docs/MOE.md).", choices=("copy", "noise", "drop", "granular", "shared")
+    )
+    init_noise: float = option(
+        0.01,
+        "--init noise: standard deviation of what is added, as a fraction of each weight matrix's own.",
+        NOT_NEGATIVE,
+    )
+    init_drop_ratio: float = option(
+        0.1, "--init drop: fraction of the intermediate units of each expert that is drawn anew.", FRACTION
+    )
+    granularity: int = option(
+        1,
+        "--init granular: slices that each MLP is cut into; --num_experts and --top_k_experts are multiples of it.",
+        COUNT,
+    )
+    init_seed: int = option(0, "Seed of the routers and of whatever an init draws; the same on every rank.")
+    router_aux_loss_coef: float = option(0.01, "Weight of the balancing loss.", NOT_NEGATIVE)
+    router_z_loss_coef: float = option(0.0, "Weight of the z-loss (arXiv:2202.08906, eq. 5).", NOT_NEGATIVE)
+    router_balance: str = option(
+        "sequence",
+        "Which balancing acts: a loss over each sequence, over the batch, over first choices (the original's), the "
+        "loss-free bias (arXiv:2408.15664), or none.",
+        choices=("sequence", "batch", "first_choice", "bias", "none"),
+    )
+    router_bias_rate: float = option(
+        1e-3,
+        "--router_balance bias: step of the bias after each optimizer step, in units of a router probability.",
+        NOT_NEGATIVE,
+    )
+    router_jitter: float = option(
+        0.0,
+        "Noise in training: the router's input is multiplied by factors from [1 - jitter, 1 + jitter].",
+        Range(least=0, below=1),
+    )
+    freeze_router: bool = option(False, "Routers (and residual coefficients) keep the values they start with.")
+    second_expert: str = option(
+        "top",
+        "top: the k best. sampled: with k = 2 the second is drawn with Gumbel noise in training, as the original does.",
+        choices=("top", "sampled"),
+    )
+    top1_gate: str = option(
+        "exact",
+        "With k = 1: exact scales the output by p / stop_gradient(p) = 1; probability by p, as the original does.",
+        choices=("exact", "probability"),
+    )
+    aux_over_layers: str = option(
+        "mean", "How the losses of the layers are pooled; the original takes the sum.", choices=("mean", "sum")
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.num_experts, int):
             self.num_experts = [self.num_experts]
         if self.moe_layers_idx is not None:
-            self.moe_mode = "custom"
-        elif self.moe_mode == "custom":
+            self.moe_mode = CUSTOM
+        elif self.moe_mode == CUSTOM:
             raise UserError("--moe_mode custom needs --moe_layers_idx with the indices of the layers to convert.")
-        else:
-            MODES[self.moe_mode]
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"--{name} {getattr(self, name)!r} is unknown. Known: {', '.join(known)}.")
-        self._check_ranges()
+        check_options(self)
+        if self.top_k_experts > min(self.num_experts):
+            raise UserError(
+                f"--top_k_experts {self.top_k_experts} does not fit --num_experts {self.num_experts}: "
+                "choose between 1 and the smallest number of experts."
+            )
+        if self.second_expert == "sampled" and self.top_k_experts != 2:
+            raise UserError(f"--second_expert sampled needs --top_k_experts 2, not {self.top_k_experts}.")
         if self.init == "granular":
             self._check_granular()
         elif self.granularity != 1:
             raise UserError(f"--granularity {self.granularity} needs --init granular, but --init is {self.init}.")
 
-    def _check_ranges(self) -> None:
-        if not self.num_experts or min(self.num_experts) < 1:
-            raise UserError(f"--num_experts {self.num_experts}: every layer needs at least one expert.")
-        if not 1 <= self.top_k_experts <= min(self.num_experts):
-            raise UserError(
-                f"--top_k_experts {self.top_k_experts} does not fit --num_experts {self.num_experts}: "
-                "choose between 1 and the smallest number of experts."
-            )
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)} must be above 0.")
-        if not 0 <= self.init_drop_ratio <= 1:
-            raise UserError(f"--init_drop_ratio {self.init_drop_ratio} must lie between 0 and 1.")
-        if not 0 <= self.router_jitter < 1:
-            raise UserError(f"--router_jitter {self.router_jitter} must lie between 0 and 1.")
-        for name in ("init_noise", "router_aux_loss_coef", "router_z_loss_coef", "router_bias_rate", "min_capacity"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)} must not be negative.")
-        if self.second_expert == "sampled" and self.top_k_experts != 2:
-            raise UserError(f"--second_expert sampled needs --top_k_experts 2, not {self.top_k_experts}.")
-
     def _check_granular(self) -> None:
-        if self.granularity < 1:
-            raise UserError(f"--granularity {self.granularity} must be at least 1.")
         for count in self.num_experts:
             if count % self.granularity:
                 raise UserError(
@@ -199,3 +209,19 @@ class MoESpec:
     def from_preset(cls, preset: str, **values: Any) -> MoESpec:
         """A preset's values, then those that are given."""
         return cls(**{**PRESETS[preset], **values})
+
+
+MoESpecFlags = optional_flags(MoESpec, "options of the sparse model")
+"""The flags of a command that makes or trains a sparse model."""
+
+
+def given_options(flags: Any) -> dict[str, Any]:
+    """The options that the user gave, by name. A capacity factor alone means that experts drop what exceeds it.
+
+    Args:
+        flags: what has the fields of `MoESpecFlags`: the parsed flags of a command.
+    """
+    given = {item.name: value for item in fields(MoESpec) if (value := getattr(flags, item.name)) is not None}
+    if "capacity_factor" in given or "eval_capacity_factor" in given:
+        given.setdefault("drop_tokens", True)
+    return given

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -66,19 +65,3 @@ def _spread_experts(prefix: str, layer: RoutedMLP) -> dict[str, Tensor]:
             if dist.get_rank() == 0:
                 state[f"{prefix}{NATIVE}.{index}.{part}"] = value.cpu()
     return state
-
-
-@torch.no_grad()
-def load_moe_state_dict(model: nn.Module, state: dict[str, Tensor], strict: bool = True) -> None:
-    """Copies a state dict with native names into a model of any engine; each rank takes its own experts.
-
-    Args:
-        state: as `gather_moe_state_dict` gives it, on every rank.
-        strict: missing and unexpected names are errors (those of other ranks' experts are neither).
-    """
-    names = native_names(model)
-    wanted = {name: state[names.get(name, name)] for name in model.state_dict() if names.get(name, name) in state}
-    foreign = set(state) - {names.get(name, name) for name in model.state_dict()}
-    spread = tuple(f"{prefix}{NATIVE}." for prefix, layer in named_sparse_layers(model))
-    unexpected = {name: state[name] for name in foreign if not (spread and name.startswith(spread))}
-    model.load_state_dict(wanted | unexpected, strict=strict)

@@ -17,7 +17,8 @@ from transformers import HfArgumentParser
 
 from moellava.data.media import NUM_FRAMES
 from moellava.errors import UserError
-from moellava.moe.spec import MoESpec
+from moellava.moe.flags import FlagHelp
+from moellava.moe.spec import MoESpec, MoESpecFlags, given_options
 from moellava.train.conflicts import Flags, find_conflicts
 from moellava.train.released_arguments import ReleasedArguments, settle
 
@@ -77,8 +78,8 @@ class DataArguments:
 
 
 @dataclass
-class MoEArguments:
-    """What becomes a Mixture of Experts, and its losses. Unset flags take `MoESpec`'s defaults, or the preset's."""
+class MoEArguments(MoESpecFlags):
+    """What becomes a Mixture of Experts. One flag for each option of `MoESpec`, None until it is given, and these."""
 
     moe_enable: bool = _flag("Stage 3: replace dense MLPs by MoE layers; experts and routers train.", False)
     moe_preset: str | None = _flag("'moe-llava' restores the original's routing and loss (docs/MOE.md).")
@@ -86,36 +87,10 @@ class MoEArguments:
     train_modules: list[str] | None = _flag(
         "Stage 3: module names to train instead of experts and routers; 'wg' stands for the routers."
     )
-    moe_mode: str | None = _flag("Which layers: first_half, second_half, sparse (0, 2, 4 …) or dense (all).")
-    moe_layers_idx: list[int] | None = _flag("Layer indices, instead of --moe_mode.")
-    num_experts: list[int] | None = _flag("Experts per MoE layer: one number, or one per layer. Unset: 4.")
-    top_k_experts: int | None = _flag("Experts that each token visits. Unset: 2.")
-    drop_tokens: bool | None = _flag("Whether experts are full at their capacity. Unset: if a capacity factor is set.")
-    capacity_factor: float | None = _flag("Tokens an expert takes in training, as a multiple of the even share.")
-    eval_capacity_factor: float | None = _flag("The same in evaluation.")
-    min_capacity: int | None = _flag("Tokens that an expert may always take, whatever the factor says.")
-    use_residual: bool | None = _flag("Residual MoE: the dense MLP stays beside the experts, mixed by a learned gate.")
-    init: str | None = _flag("How experts start: copy (exact), noise, drop, granular or shared (docs/MOE.md).")
-    init_noise: float | None = _flag("--init noise: standard deviation, as a fraction of each weight matrix's own.")
-    init_drop_ratio: float | None = _flag("--init drop: fraction of intermediate units drawn anew.")
-    granularity: int | None = _flag("--init granular: slices that each MLP is cut into.")
-    init_seed: int | None = _flag("Seed of the routers and of what an init draws.")
-    router_aux_loss_coef: float | None = _flag("Weight of the load-balancing loss. Unset: 0.01.")
-    router_z_loss_coef: float | None = _flag("Weight of the router z-loss. Unset: 0.")
-    router_balance: str | None = _flag("Which balancing acts (docs/MOE.md).")
-    router_bias_rate: float | None = _flag("--router_balance bias: step of the bias, in router probability.")
-    router_jitter: float | None = _flag("Multiplicative noise on the router's input in training, 0 to 1.")
-    freeze_router: bool | None = _flag("Keep the routers as they start.")
-    second_expert: str | None = _flag("top, or sampled as in the original (docs/MOE.md).")
-    top1_gate: str | None = _flag("With one expert per token: exact, or probability as in the original.")
-    aux_over_layers: str | None = _flag("How the layers' losses are pooled: mean or sum.")
 
     def spec(self) -> MoESpec:
         """The options of the sparse model. Raises UserError for values out of range or in conflict."""
-        given = {f.name: getattr(self, f.name) for f in fields(MoESpec) if getattr(self, f.name) is not None}
-        if self.capacity_factor is not None or self.eval_capacity_factor is not None:
-            given.setdefault("drop_tokens", True)
-        return MoESpec.from_preset(self.moe_preset or "today", **given)
+        return MoESpec.from_preset(self.moe_preset or "today", **given_options(self))
 
 
 @dataclass
@@ -153,7 +128,7 @@ class TrainingArguments(AdapterArguments, transformers.TrainingArguments):
     remove_unused_columns: bool = _flag("HF's column filter; our collator keeps what it makes.", False)
     activation_checkpointing: bool = _flag("Compute activations again in the backward: less memory, more time.", False)
     activation_checkpointing_kwargs: dict[str, Any] | str | None = _flag(
-        'JSON: the only kind is {"use_reentrant": false}.'
+        'JSON: the only value is {"use_reentrant": false}.'
     )
     use_cache: bool = _flag("What the saved config says of generation; training itself never caches.", True)
     prediction_loss_only: bool = _flag("Evaluation gives a loss; answers are scored by `moellava eval`.", True)
@@ -211,7 +186,7 @@ ARGUMENT_CLASSES = (ModelArguments, DataArguments, MoEArguments, TrainingArgumen
 
 def make_parser() -> HfArgumentParser:
     """The parser of all flags; also used to check that every shipped script parses."""
-    return HfArgumentParser(ARGUMENT_CLASSES)
+    return HfArgumentParser(ARGUMENT_CLASSES, formatter_class=FlagHelp)
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoEArguments, TrainingArguments]:

@@ -1,6 +1,6 @@
 """Phi-1.5 and Phi-2: a two-layer MLP beside the attention, and a head with a bias.
 
-LLaVA-kind checkpoints were written without that bias; a model composed from the base keeps it (see `extended.py`).
+Checkpoints of LLaVA's code were written without that bias; a model composed from the base keeps it (see `extended.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,5 @@ PHI = FAMILIES.register(
         base_model_types=("phi",),
         published_types=("phi",),
         version="phi",
-        attention_linears=("q_proj", "k_proj", "v_proj", "dense"),
-        mlp_linears=("fc1", "fc2"),
     ),
 )

@@ -1,0 +1,106 @@
+"""Options that say everything of themselves: a dataclass field holds its default, help, range and choices.
+
+From these follow the check of its values, and its flag in every command that takes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from typing import Any
+
+from moellava.errors import UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option takes: from `least` or `above`, to `most` or `below`. None: no bound on that side."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, number: float) -> bool:
+        return (
+            (self.least is None or number >= self.least)
+            and (self.above is None or number > self.above)
+            and (self.most is None or number <= self.most)
+            and (self.below is None or number < self.below)
+        )
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+
+
+def option(default: Any, text: str, within: Range | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that is an option.
+
+    Args:
+        default: its value where nothing is given.
+        text: what `--help` says of it; choices, range and default are added there.
+        within: range of a number, or of each number in a list.
+        choices: the names that it takes.
+    """
+    metadata = {"help": text, "range": within, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_options(options: Any) -> None:
+    """Compares every field of a dataclass of options with its range and its choices.
+
+    Raises:
+        UserError: the first value that does not fit, with its flag and what that takes.
+    """
+    for item in fields(options):
+        value, within, choices = getattr(options, item.name), item.metadata["range"], item.metadata["choices"]
+        if choices and value not in choices:
+            raise UserError(f"--{item.name} {value!r} is unknown. Known: {', '.join(choices)}.")
+        numbers = value if isinstance(value, list) else [value]
+        if within and not (numbers and all(number in within for number in numbers)):
+            raise UserError(f"--{item.name} {_words(value)} is out of range: it must be {within}.")
+
+
+def optional_flags(options: type, title: str) -> type:
+    """A dataclass with the fields of a dataclass of options, each None until it is given, for `HfArgumentParser`.
+
+    That class makes a flag of each field, in both spellings (`--init_seed`, `--init-seed`), and lists them together.
+
+    Args:
+        options: a dataclass whose fields are `option`s.
+        title: what `--help` calls the list.
+    """
+    types = typing.get_type_hints(options)
+    flags = [(item.name, types[item.name] | None, _flag(item)) for item in fields(options)]
+    group = {"_argument_group_name": title}  # the name that HfArgumentParser looks for
+    return make_dataclass(f"{options.__name__}Flags", flags, namespace=group)
+
+
+def _flag(item: Field) -> Any:
+    """An option's field in `optional_flags`; its metadata are what argparse is told."""
+    default = item.default if item.default_factory is MISSING else item.default_factory()
+    text = item.metadata["help"]
+    if choices := item.metadata["choices"]:
+        text += f" One of {', '.join(choices)}."
+    if within := item.metadata["range"]:
+        text += f" {str(within).capitalize()}."
+    if default is not None:
+        text += f" Default: {_words(default)}."
+    bare = {"nargs": "?", "const": True} if isinstance(default, bool) else {}  # the flag alone means True
+    return field(default=None, metadata={"help": text, **bare})
+
+
+def _words(value: Any) -> str:
+    """A value as it stands on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+class FlagHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but none of a flag that is unset: its help says what that means."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
