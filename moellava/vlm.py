@@ -20,11 +20,13 @@ from torch import nn
 from moellava.constants import CHAT_TEMPLATE, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.data.collate import MediaCollator
 from moellava.data.dataset import sample_of
-from moellava.data.encoder import Encoder, Example, image_ids_of
+from moellava.data.encoder import CountedImages, Encoder, Example, image_ids_of
 from moellava.data.media_reader import MediaReader
 from moellava.data.render import ChatRenderer, Renderer, renderer_for
 from moellava.data.render.jinja import saved_chat_template
+from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import UserError
+from moellava.files import CONFIG, resolve_folder
 from moellava.lmm.architecture import Architecture, fitting_architecture
 from moellava.lmm.loaders import describe_released
 from moellava.model import manifest as folders
@@ -222,7 +224,9 @@ def default_device() -> torch.device:
     return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
 
 
-def describe(manifest: Manifest, trust_remote_code: bool = False, architecture: Architecture | None = None) -> Description:
+def describe(
+    manifest: Manifest, trust_remote_code: bool = False, architecture: Architecture | None = None
+) -> Description:
     """A folder as data.
 
     Args:
@@ -287,6 +291,37 @@ def open_vlm(
         convert_engine(vlm.model, engine)
     vlm.model.to(where)
     return vlm
+
+
+def open_encoder(path: str | Path, *, version: str | None = None, tokens_per_image: int = 1, flag: str) -> Encoder:
+    """What encodes records for a folder, without its weights: as its model reads them, or as a tokenizer alone would.
+
+    Args:
+        path: a vision-language model, or a language model or tokenizer that one is to be made of.
+        version: conversation template; None: the one that the folder names.
+        tokens_per_image: positions of an image, where the folder is no vision-language model.
+        flag: what named the folder.
+
+    Raises:
+        UserError: no tokenizer there, or no template is named.
+    """
+    folder = resolve_folder(path, flag)
+    manifest = read_folder(path, flag) if (folder / CONFIG).is_file() else None
+    if manifest is not None and manifest.holds == folders.VLM:
+        description = describe(manifest)
+        tokenizer, processor = description.inputs()
+        if tokenizer is None:
+            raise UserError(f"{flag} {path} holds no tokenizer. Copy the files of the language model's into it.")
+        if version is not None:
+            note(description.config, version=version)
+        return encoder_of(tokenizer, processor, description.config, description.architecture)
+    if version is None:
+        raise UserError(
+            f"--version names the template, which {flag} {path} does not: `moellava inspect --tokenizer {path}` alone "
+            "says which fit"
+        )
+    tokenizer = load_tokenizer(folder, version)
+    return Encoder(tokenizer, renderer_for(version, tokenizer), CountedImages(tokens_per_image))
 
 
 def compose(llm: str | Path, image_tower: str, options: Composition, dtype: torch.dtype = torch.float32) -> VLM:

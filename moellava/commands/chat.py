@@ -9,19 +9,17 @@ python -m moellava.serve.cli --model-path DIR --image-file cat.png
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from functools import partial
 
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from moellava.data.media import NUM_FRAMES, require_frames
 from moellava.data.video import Video, read_video
 from moellava.errors import UserError
-from moellava.model.builder import load_pretrained_model, require_tokenizer
 from moellava.serve.answer import Request, stream
 from moellava.serve.generate import Sampling
-from moellava.serve.released import is_released, open_released, stream_released
+from moellava.vlm import VLM, open_vlm
 
 HELP = """Ask about what is shown. Further commands:
   /image FILE …   add images to the next question
@@ -39,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--video-file", nargs="+", default=[], metavar="CLIP", help="videos of the first question")
     parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"frames of a video ({NUM_FRAMES})")
     parser.add_argument("--question", help="ask this, print the answer and leave; without it, a conversation")
-    parser.add_argument("--version", help="conversation template, where the folder's config names none")
+    parser.add_argument("--version", help="conversation template, in place of the one that the folder names")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer, in tokens (512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from (1)")
@@ -57,12 +55,14 @@ class Chat:
     """A conversation with a model: what was said, and the images and videos shown.
 
     Args:
-        speak: request -> its answer in pieces.
+        vlm: the model.
+        sampling: how it chooses tokens.
         num_frames: frames that stand for a video.
     """
 
-    def __init__(self, speak: Callable[[Request], Iterator[str]], num_frames: int = NUM_FRAMES):
-        self.speak = speak
+    def __init__(self, vlm: VLM, sampling: Sampling, num_frames: int = NUM_FRAMES):
+        self.vlm = vlm
+        self.sampling = sampling
         self.num_frames = num_frames
         self.reset()
 
@@ -89,7 +89,7 @@ class Chat:
             videos=[*self.videos, *self.pending_videos],
         )
         pieces = []
-        for piece in self.speak(request):
+        for piece in stream(self.vlm, request, self.sampling):
             pieces.append(piece)
             yield piece
         self.messages = [*request.messages, {"from": "gpt", "value": "".join(pieces)}]
@@ -134,15 +134,6 @@ def converse(chat: Chat) -> None:
             print(error)
 
 
-def open_speaker(args: argparse.Namespace, sampling: Sampling) -> Callable[[Request], Iterator[str]]:
-    """Opens the model: a composed one speaks in its template, a released one in its own chat template."""
-    if args.version is None and args.model_base is None and is_released(args.model_path):
-        return partial(stream_released, open_released(args.model_path, args.device), sampling=sampling)
-    tokenizer, model, processor, _ = load_pretrained_model(args.model_path, args.model_base, device=args.device)
-    require_tokenizer(tokenizer, args.model_path)
-    return partial(stream, model, tokenizer, processor, version=args.version, sampling=sampling)
-
-
 def main(argv: list[str]) -> int:
     """Entry point of the command."""
     args = make_parser().parse_args(argv)
@@ -150,7 +141,8 @@ def main(argv: list[str]) -> int:
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     disable_progress_bar()  # an answer is not preceded by a bar about the weights,
     set_verbosity_error()  # nor by remarks on the config
-    chat = Chat(open_speaker(args, sampling), args.num_frames)
+    vlm = open_vlm(args.model_path, base=args.model_base, device=args.device, version=args.version)
+    chat = Chat(vlm, sampling, args.num_frames)
     chat.show(args.image_file, args.video_file)
     if args.question is not None:
         say(chat.ask(args.question))

@@ -5,23 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 
-from moellava.data.check import Findings, check, write_skip_list
+from moellava.data.check import CheckReport, check, write_skip_list
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.records import read_skip_list
-from moellava.data.tokenizers import load_tokenizer
+from moellava.errors import UserError
+from moellava.vlm import open_encoder
 
 
-def _report(findings: Findings, skip_list: str | None) -> str:
+def _report(found: CheckReport, skip_list: str | None) -> str:
     """The report as text: a line per problem, then the counts."""
-    lines = [problem.text for problem in findings.problems]
-    lines.append(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in findings.counts.items()))
-    if findings.lengths:
-        ordered = sorted(findings.lengths)
+    lines = [problem.text for problem in found.problems]
+    lines.append(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in found.counts.items()))
+    if found.lengths:
+        ordered = sorted(found.lengths)
         median, longest = ordered[len(ordered) // 2], ordered[-1]
         lines.append(f"positions in the model: {ordered[0]} to {longest}, median {median}")
-    lines.append(f"{len(findings.problems)} problems" if findings.problems else "no problem found")
+    lines.append(f"{len(found.problems)} problems" if found.problems else "no problem found")
     if skip_list is not None:
-        count = write_skip_list(skip_list, findings.problems)
+        count = write_skip_list(skip_list, found.problems)
         lines.append(f"{skip_list} lists {count} records to skip (--skip_list in training)")
     return "\n".join(lines)
 
@@ -32,13 +33,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-folder", help="what the image paths in the records are relative to")
     parser.add_argument("--video-folder", help="what the video paths are relative to (default: --image-folder)")
     parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"frames of a video (default: {NUM_FRAMES})")
-    parser.add_argument("--tokenizer", help="folder or hub id; also checks lengths and masks")
-    parser.add_argument("--version", help="template, with --tokenizer")
+    parser.add_argument(
+        "--tokenizer", "--model-path", help="folder or hub id of a tokenizer or model; also checks lengths and masks"
+    )
+    parser.add_argument("--version", help="template, with --tokenizer (default: the model's)")
     parser.add_argument("--max-length", type=int, help="positions that a record may take, with --tokenizer")
-    parser.add_argument("--tokens-per-image", type=int, default=576, help="positions of an image (default: 576)")
+    parser.add_argument(
+        "--tokens-per-image", type=int, default=576, help="positions of an image, for a tokenizer (576)"
+    )
     parser.add_argument("--skip-list", help="write the keys of all records that have a problem to this file")
     parser.add_argument("--known", help="a skip list whose records are left out of the check")
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
 
@@ -46,18 +51,23 @@ def main(argv: list[str]) -> int:
     """Prints all problems and counts. Exit status 1 if there is a problem."""
     args = _parser().parse_args(argv)
     require_frames(args.num_frames, "--num-frames")
-    findings = check(
+    encoder = None
+    if args.tokenizer:
+        encoder = open_encoder(
+            args.tokenizer, version=args.version, tokens_per_image=args.tokens_per_image, flag="--tokenizer"
+        )
+    elif args.version:
+        raise UserError(f"--version {args.version} is read with --tokenizer alone: which tokenizer is it for?")
+    found = check(
         args.data,
         MediaFiles(args.image_folder, args.video_folder, args.num_frames),
-        load_tokenizer(args.tokenizer, args.version) if args.tokenizer else None,
-        args.version,
-        args.tokens_per_image,
+        encoder,
         args.max_length,
         read_skip_list(args.known) if args.known else frozenset(),
     )
-    report = _report(findings, args.skip_list)
+    report = _report(found, args.skip_list)
     if args.json:
-        problems = [problem._asdict() for problem in findings.problems]
-        report = json.dumps({"counts": findings.counts, "problems": problems}, ensure_ascii=False, indent=1)
+        problems = [problem._asdict() for problem in found.problems]
+        report = json.dumps({"counts": found.counts, "problems": problems}, ensure_ascii=False, indent=1)
     print(report)
-    return 1 if findings.problems else 0
+    return 1 if found.problems else 0

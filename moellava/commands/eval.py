@@ -13,13 +13,13 @@ import moellava.eval.easy_vqa  # noqa: F401  (registers the benchmark)
 from moellava.errors import UserError
 from moellava.eval.benchmarks import BENCHMARKS, shuffle_images
 from moellava.eval.scoring import answers_of, report
-from moellava.model.builder import load_pretrained_model, require_tokenizer
+from moellava.vlm import open_vlm
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags of `moellava eval`."""
     flags = argparse.ArgumentParser(prog="moellava eval", description=__doc__)
-    flags.add_argument("--model-path", required=True, help="a stage-2 or stage-3 folder, or a published checkpoint")
+    flags.add_argument("--model-path", required=True, help="folder of any vision-language model")
     flags.add_argument("--benchmark", default="easy-vqa", help=f"one of: {', '.join(BENCHMARKS)}")
     flags.add_argument("--shuffle-images", action="store_true", help="give each question another question's image")
     flags.add_argument("--seed", type=int, default=0, help="of --shuffle-images and --limit (default 0)")
@@ -41,19 +41,11 @@ def main(argv: list[str]) -> int:
     if args.shuffle_images:
         questions = shuffle_images(questions, args.seed)
 
-    tokenizer, model, processor, _ = load_pretrained_model(args.model_path)
-    require_tokenizer(tokenizer, args.model_path)
+    vlm = open_vlm(args.model_path)
     started = time.monotonic()
-    answers = answers_of(
-        model.eval(),
-        tokenizer,
-        processor,
-        questions,
-        max_new_tokens=benchmark.max_new_tokens,
-        batch_size=args.batch_size,
-    )
+    answers = answers_of(vlm, questions, max_new_tokens=benchmark.max_new_tokens, batch_size=args.batch_size)
     seconds = round(time.monotonic() - started, 1)
-    scored = report(benchmark, questions, answers, model=model, tokenizer=tokenizer, settings=settings(args))
+    scored = report(benchmark, questions, answers, vlm=vlm, settings=settings(args))
     result = {**scored, "seconds": seconds}
     print(summary(result))
     if args.output:
@@ -90,6 +82,6 @@ def summary(result: dict[str, Any]) -> str:
         f"of {result['questions']} questions, {result['seconds']:.0f} s"
     ]
     lines += [
-        f"  {kind:8} {100 * part['accuracy']:6.2f}% of {part['total']}" for kind, part in result["by_kind"].items()
+        f"  {name:8} {100 * part['accuracy']:6.2f}% of {part['total']}" for name, part in result["by_category"].items()
     ]
     return "\n".join(lines)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from moellava.convert.export import write_published
 from moellava.errors import UserError
-from moellava.model.builder import load_pretrained_model
 from moellava.model.families import FAMILIES
+from moellava.vlm import open_vlm
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +23,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.output_dir / "config.json").exists():
         raise UserError(f"--output-dir {args.output_dir} already holds a model. Choose another folder.")
-    tokenizer, model, _, _ = load_pretrained_model(args.model_path, device="cpu")
-    write_published(model, tokenizer, args.output_dir)
+    write_published(open_vlm(args.model_path, device="cpu"), args.output_dir)
     print(f"wrote {args.output_dir}")
     return 0

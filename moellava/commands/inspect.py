@@ -13,68 +13,48 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from moellava.data.dataset import cut_length, problem_with_template
-from moellava.data.media import NUM_FRAMES, frame_counts, require_frames, with_frames
-from moellava.data.preprocess import is_multimodal, pieces_of
-from moellava.data.records import KINDS, ROLES, load_records, problem_of_turns, tags_of
-from moellava.data.tokenizer_facts import Facts, facts_of, model_config
+from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
+from moellava.data.encoder import Encoder
+from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
+from moellava.data.media_reader import blank
+from moellava.data.records import MODALITIES, ROLES, load_records, problem_of_turns, tags_of
+from moellava.data.tokenizer_facts import Facts, facts_of
 from moellava.data.tokenizers import load_tokenizer
-from moellava.data.view import colored, counts_of, tokens_of
+from moellava.data.view import View, colored, view_of
 from moellava.errors import UserError
+from moellava.vlm import open_encoder
 
 
-def view_of(
-    record: dict[str, Any],
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    version: str,
-    tokens_per_image: int = 1,
-    max_length: int | None = None,
-    num_frames: int = NUM_FRAMES,
-) -> dict[str, Any]:
-    """A record as a composed model sees it, a video as its frames, cut to `max_length` positions as `--overlong
-    truncate` does.
-
-    Returns:
-        `record`, `version`, `tokens` (of `tokens_of`), `counts`, and `cut`: counts of what `max_length` cuts off, or
-        None.
-    """
-    media = frame_counts(record, num_frames)
-    has_image = is_multimodal(version, bool(media))
-    source = with_frames(record["conversations"], num_frames)
-    tokens = tokens_of(tokenizer, pieces_of(source, tokenizer, version, has_image, name), has_image)
-    cut = None
-    if max_length is not None:
-        kept = cut_length([token.id for token in tokens], max_length, tokens_per_image, [IMAGE_TOKEN_INDEX], media)
-        if kept < len(tokens):
-            cut, tokens = counts_of(tokens[kept:], tokens_per_image), tokens[:kept]
-    counts = counts_of(tokens, tokens_per_image)
-    return {"record": name, "version": version, "tokens": tokens, "counts": counts, "cut": cut}
-
-
-def _as_text(view: dict[str, Any], color: bool, show_ids: bool) -> str:
-    lines = [f"== {view['record']} (--version {view['version']})", colored(view["tokens"], color)]
+def _as_text(view: View, color: bool, show_ids: bool) -> str:
+    lines = [f"== {view.record} (--version {view.version})", colored(view.tokens, color)]
     if show_ids:
-        ids = " ".join(f"«{token.id}»" if token.trained else str(token.id) for token in view["tokens"])
-        lines.append(f"ids ({IMAGE_TOKEN_INDEX} is an image): {ids}")
-    lines.append(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in view["counts"].items()))
-    if view["cut"]:
-        lines.append("cut: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in view["cut"].items()))
-    if not view["counts"]["supervised_tokens"]:
+        ids = " ".join(f"«{token.id}»" if token.trained else str(token.id) for token in view.tokens)
+        lines.append(f"ids ({IMAGE_TOKEN_INDEX} is an image, {VIDEO_TOKEN_INDEX} a video): {ids}")
+    lines.append(_listed(view.counts))
+    if view.cut:
+        lines.append(f"cut: {_listed(view.cut)}")
+    if not view.counts["supervised_tokens"]:
         lines.append("NOTHING IS TRAINED: training stops at such a sample, or drops and counts it if it was cut")
     return "\n".join(lines)
 
 
-def _as_json(view: dict[str, Any]) -> dict[str, Any]:
-    tokens = [{"id": t.id, "text": t.text, "trained": t.trained} for t in view["tokens"]]
-    ids = [token.id for token in view["tokens"]]
-    labels = [token.id if token.trained else IGNORE_INDEX for token in view["tokens"]]
-    text = "".join(token.text for token in view["tokens"])
-    trained = "".join(token.text for token in view["tokens"] if token.trained)
-    return {**view, "text": text, "trained_text": trained, "tokens": tokens, "input_ids": ids, "labels": labels}
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+
+
+def _as_json(view: View) -> dict[str, Any]:
+    tokens = [{"id": t.id, "text": t.text, "trained": t.trained} for t in view.tokens]
+    return {
+        "record": view.record,
+        "version": view.version,
+        "counts": view.counts,
+        "cut": view.cut,
+        "text": "".join(token.text for token in view.tokens),
+        "trained_text": "".join(token.text for token in view.tokens if token.trained),
+        "tokens": tokens,
+        "input_ids": [token.id for token in view.tokens],
+        "labels": [token.id if token.trained else IGNORE_INDEX for token in view.tokens],
+    }
 
 
 def facts_text(facts: Facts) -> str:
@@ -115,8 +95,8 @@ def _chosen(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     if args.conversation:
         turns = [{"from": ROLES[n % 2], "value": text} for n, text in enumerate(args.conversation)]
         tags = tags_of(turns)
-        media = {kind: ["given on the command line"] * tags.count(kind) for kind in KINDS}
-        yield {"conversations": turns, **media}, "the conversation"
+        blanks = {modality: [blank(modality)] * tags.count(modality) for modality in MODALITIES}
+        yield {"conversations": turns, **blanks}, "the conversation"
         return
     records = load_records(args.data)
     numbers = args.records if args.records is not None else range(min(args.limit, len(records)))
@@ -130,11 +110,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moellava inspect", description=__doc__)
     parser.add_argument("data", nargs="*", help="JSON or JSON Lines files")
     parser.add_argument("--tokenizer", "--model-path", required=True, help="folder or hub id of a tokenizer or model")
+    parser.add_argument("--image-folder", help="what the image paths in the records are relative to")
+    parser.add_argument("--video-folder", help="what the video paths are relative to (default: --image-folder)")
     parser.add_argument("--version", help="template; 'chat_template' is the tokenizer's own (default: the model's)")
     parser.add_argument("--conversation", nargs="+", metavar="TEXT", help="question, answer, … instead of files")
     parser.add_argument("--records", type=int, nargs="+", help="numbers of records, from 0")
     parser.add_argument("--limit", type=int, default=3, help="records shown without --records (default: 3)")
-    parser.add_argument("--tokens-per-image", type=int, help="positions of an image (default: the model's, or 576)")
+    parser.add_argument(
+        "--tokens-per-image", type=int, default=576, help="positions of an image, for a tokenizer (576)"
+    )
     parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"images of a video (default: {NUM_FRAMES})")
     parser.add_argument("--max-length", type=int, help="positions; show what is cut beyond them")
     parser.add_argument("--ids", action="store_true", help="show the ids, too")
@@ -147,28 +131,24 @@ def main(argv: list[str]) -> int:
     """Prints views of records, or the facts of a tokenizer. Exit status 1 if a mask shown trains nothing."""
     args = _parser().parse_args(argv)
     require_frames(args.num_frames, "--num-frames")
-    tokenizer = load_tokenizer(args.tokenizer, args.version)
     if not args.data and not args.conversation:
-        facts = facts_of(tokenizer, args.tokenizer)
+        facts = facts_of(load_tokenizer(args.tokenizer, args.version), args.tokenizer)
         print(facts.to_json() if args.json else facts_text(facts))
         return 0
-    config = model_config(args.tokenizer)
-    args.version = args.version or (config.get("moellava") or {}).get("version")
-    args.tokens_per_image = args.tokens_per_image or config.get("image_seq_length") or 576
-    if args.version is None:
-        raise UserError("--version names the template; `moellava inspect --tokenizer …` alone says which fit")
+    encoder = open_encoder(
+        args.tokenizer, version=args.version, tokens_per_image=args.tokens_per_image, flag="--tokenizer"
+    )
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    return _show(args, tokenizer, color)
+    return _show(args, encoder, color)
 
 
-def _show(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, color: bool) -> int:
-    status = 0
+def _show(args: argparse.Namespace, encoder: Encoder, color: bool) -> int:
+    status, files = 0, MediaFiles(args.image_folder, args.video_folder, args.num_frames)
     for record, name in _chosen(args):
-        problem = problem_of_turns(record["conversations"]) or problem_with_template(record, args.version)
+        problem = problem_of_turns(record["conversations"]) or encoder.renderer.problem(record)
         if problem:
             raise UserError(f"{name} {problem}")
-        sizes = (args.tokens_per_image, args.max_length, args.num_frames)
-        view = view_of(record, name, tokenizer, args.version, *sizes)
+        view = view_of(encoder, record, name, files, args.max_length)
         print(json.dumps(_as_json(view), ensure_ascii=False) if args.json else _as_text(view, color, args.ids))
-        status |= view["counts"]["supervised_tokens"] == 0
+        status |= view.counts["supervised_tokens"] == 0
     return status

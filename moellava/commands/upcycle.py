@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from transformers import HfArgumentParser
 
-from moellava.convert.streaming import can_stream
-from moellava.convert.upcycle_folder import dense_config, family_of, in_memory, probes_of, stream
+from moellava.convert.upcycle_folder import upcycle_folder
 from moellava.errors import UserError
-from moellava.files import read_config, resolve_folder
-from moellava.model.builder import is_published
+from moellava.model.manifest import read_folder
 from moellava.moe import MoESpec
 from moellava.moe.flags import FlagHelp
 from moellava.moe.spec import MoESpecFlags, given_options
@@ -26,16 +23,9 @@ def main(argv: list[str]) -> int:
     target = Path(arguments.output_dir)
     if (target / "config.json").exists():
         raise UserError(f"--output-dir {target} already holds a model. Choose another folder, or remove it.")
-    source = resolve_folder(arguments.model_path, "--model-path")
-    raw = read_config(source, "--model-path")
-    family = family_of(raw, arguments.model_path)
     spec = MoESpec.from_preset(arguments.moe_preset, **given_options(arguments))
-    config = None if is_published(raw) else dense_config(source, raw, family)
-    if config is not None and can_stream(source, config):
-        shard_bytes = int(arguments.shard_size * GIGABYTE)
-        certificate = stream(source, target, config, spec, shard_bytes, probes_of(source, config, family))
-    else:
-        certificate = in_memory(source, target, spec, (config and config.dtype) or torch.float32)
+    source = read_folder(arguments.model_path, "--model-path")
+    certificate = upcycle_folder(source, target, spec, int(arguments.shard_size * GIGABYTE))
     certificate.save(target)
     print("\n".join([*certificate.lines(), f"Written to {target}"]))
     certificate.check()

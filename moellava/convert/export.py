@@ -12,10 +12,12 @@ import torch
 
 from moellava.errors import UserError
 from moellava.model import projector as projectors
+from moellava.model.build import ROPE_FIELDS
 from moellava.model.families import Family, family_of
-from moellava.model.loading import ROPE_FIELDS
+from moellava.model.section import Section, section_of
 from moellava.model.towers import tower_prefix
 from moellava.moe import MoESpec, gather_moe_state_dict, moe_layers
+from moellava.vlm import VLM
 
 WEIGHTS = "pytorch_model.bin"
 
@@ -34,44 +36,48 @@ THEIR_MOE_FIELDS = (
 )
 
 
-def write_published(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Writes `config.json`, `pytorch_model.bin` and the tokenizer.
+def write_published(vlm: VLM, folder: str | Path) -> None:
+    """Writes `config.json`, `pytorch_model.bin` and the tokenizer, if there is one.
 
     Args:
-        model: a composed model, dense or sparse.
-        tokenizer: saved beside it; None leaves it out.
+        vlm: composed of a language model and a tower, dense or sparse.
         folder: is made where it is missing.
 
     Raises:
         UserError: the model has something that the layout cannot say; the message names it.
     """
     folder = Path(folder)
-    config = published_config(model)
-    state = published_state(model, config)
+    if vlm.section.family is None:
+        raise UserError(
+            f"{vlm.source} is of a class of its own ({type(vlm.model).__name__}), which LLaVA's layout does not hold: "
+            "that is for language models composed with a tower here or by LLaVA."
+        )
+    config = published_config(vlm.model)
+    state = published_state(vlm.model, config)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state, folder / WEIGHTS)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    if vlm.tokenizer is not None:
+        vlm.tokenizer.save_pretrained(folder)
 
 
 def published_config(model: Any) -> dict[str, Any]:
     """The `config.json` that LLaVA's code writes for such a model. Raises UserError as `write_published` does."""
     family = family_of(model)
-    extras = model.config.moellava
-    if extras["head_bias"]:
+    section = section_of(model.config) or Section()
+    if section.head_bias:
         raise UserError("This model's head has a bias, which folders of LLaVA and MoE-LLaVA lack.")
     layers = moe_layers(model)
     full = model.config.vision_feature_select_strategy == "full"
     fields = family.their_config(flat_rope(model.config.text_config.to_dict()))
     fields |= {
         "model_type": f"{'moe_' if layers else ''}llava_{family.published_types[0]}",
-        "image_aspect_ratio": extras["image_aspect_ratio"],
-        "image_projector_type": extras["image_projector_type"],
+        "image_aspect_ratio": section.image_aspect_ratio,
+        "image_projector_type": section.image_projector_type,
         "mm_hidden_size": model.config.vision_config.hidden_size,
-        "mm_image_tower": extras["image_tower"],
+        "mm_image_tower": section.image_tower,
         "mm_video_tower": None,
-        "mm_use_im_start_end": extras["use_im_start_end"],
+        "mm_use_im_start_end": section.use_im_start_end,
         "mm_vision_select_feature": "cls_patch" if full else "patch",
         "mm_vision_select_layer": model.config.vision_feature_layer,
         "tie_word_embeddings": model.config.tie_word_embeddings,
@@ -107,8 +113,8 @@ def published_moe(n_experts: list[int], layers: list[int], spec: MoESpec) -> dic
         lacking.append(f"top-{spec.top_k_experts} routing")
     if lacking:
         raise UserError(f"MoE-LLaVA's layers cannot run this model: it has {', '.join(lacking)}.")
-    section = {name: getattr(spec, name) for name in THEIR_MOE_FIELDS}
-    return section | {
+    fields = {name: getattr(spec, name) for name in THEIR_MOE_FIELDS}
+    return fields | {
         "ep_size": 1,
         "moe_enable": True,
         "moe_layers_idx": layers,

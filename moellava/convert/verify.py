@@ -1,4 +1,4 @@
-"""`moellava verify DIR`: recomputes the golden.safetensors that lies in a folder.
+"""Recomputes the golden.safetensors that lies in a folder.
 
 A golden file holds inputs (input_ids with -200 for an image, attention_mask, labels, images) and what the code that
 wrote the folder computed from them. Its sequences were put together as LLaVA does: text embeddings, image features
@@ -19,11 +19,10 @@ from torch.nn import functional
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.errors import UserError
-from moellava.files import read_config
-from moellava.model.builder import is_published, read_composed
-from moellava.model.published import read_published
+from moellava.model.manifest import read_folder
 from moellava.model.weights import read_file
 from moellava.moe import moe_layers, router_losses
+from moellava.vlm import describe
 
 INPUTS = ("input_ids", "attention_mask", "labels", "images")
 GOLDEN = "golden.safetensors"
@@ -60,14 +59,22 @@ def spliced(model: Any, golden: Mapping[str, torch.Tensor]) -> tuple[torch.Tenso
     return pad(rows, batch_first=True), mask, pad(targets, batch_first=True, padding_value=IGNORE_INDEX)
 
 
-def recompute(model: Any, golden: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def recompute(
+    model: Any, golden: Mapping[str, torch.Tensor], vocabulary: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """What a golden file may hold, from the model: logits, loss and, of a sparse model, its balancing losses.
+
+    Args:
+        model: on the CPU.
+        golden: the file's tensors.
+        vocabulary: words of the folder's model; opening it may have added rows for image tokens.
 
     Returns:
         tensors by their names in a golden file, and the expanded attention mask [B, L].
     """
     embeddings, mask, labels = spliced(model, golden)
     logits = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits.float()
+    logits = logits[..., :vocabulary]
     loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
     result = {"logits": logits}
     if moe_layers(model):
@@ -100,7 +107,9 @@ def verify(folder: Path) -> dict[str, float | str]:
         raise UserError(f"{path} lacks its inputs {', '.join(missing)}.")
     if len(golden) == len(INPUTS):
         raise UserError(f"{path} holds inputs alone: there is nothing to compare.")
-    computed, mask = recompute(open_any(folder), golden)
+    description = describe(read_folder(folder, "DIR"))
+    vocabulary = description.config.get_text_config().vocab_size
+    computed, mask = recompute(description.load(torch.float32), golden, vocabulary)
     result: dict[str, float | str] = {}
     for name in sorted(set(golden) - set(INPUTS)):
         if name in computed:
@@ -108,12 +117,6 @@ def verify(folder: Path) -> dict[str, float | str]:
         else:
             result[name] = f"not computed: all that follows from this folder is {', '.join(sorted(computed))}"
     return result
-
-
-def open_any(folder: Path) -> Any:
-    """The model of a folder, ours or a published one, in fp32 on the CPU."""
-    raw = read_config(folder, "DIR")
-    return read_published(folder, torch.float32) if is_published(raw) else read_composed(folder, raw, torch.float32)
 
 
 def distance(found: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor | None = None) -> float:

@@ -176,8 +176,7 @@ class Encoder:
         files = files or MediaFiles()
         media = media_of(record)
         pieces, modalities = self._rendered(record, media, name, files, opens)
-        places = self.renderer.keeps_tags and self.renderer.places_media(bool(media))
-        encoded = engine_for(self.tokenizer).encode(pieces, places, self.image_ids)
+        encoded = engine_for(self.tokenizer).encode(pieces, self.places_media(record), self.image_ids)
         ids = marked(encoded.ids, self.reader.placeholder_id, modalities) if modalities else encoded.ids
         spans = self._spans(media, files)
         for modality, placeholder in PLACEHOLDERS.items():
@@ -186,6 +185,10 @@ class Encoder:
                 raise DataError(f"{name} has {given} {modality}s, but its chat template shows {shown}")
         end, length, shown_media = fitting(ids, spans, max_length, self._around)
         return Example(ids[:end], encoded.labels[:end], shown_media, length, len(ids) - end)
+
+    def places_media(self, record: Mapping[str, Any]) -> bool:
+        """Whether media tags in the questions of a record are placeholders, that the mask engine puts there."""
+        return self.renderer.keeps_tags and self.renderer.places_media(bool(media_of(record)))
 
     def pieces(
         self, record: Mapping[str, Any], name: str = "the record", files: MediaFiles | None = None, opens: bool = False

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moellava.constants import IMAGE_TOKEN_INDEX
+from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from moellava.conversation import Piece
+from moellava.data.encoder import Encoder
 from moellava.data.masking import MaskEngine, Stretch, engine_for, labels_of
+from moellava.data.media import MediaFiles
 
 GREEN, DIM, CYAN, RESET = "\033[32m", "\033[2m", "\033[36m", "\033[0m"
 
@@ -76,15 +79,56 @@ def _shade(token: Token, color: bool) -> tuple[str, str]:
     return (GREEN if token.trained else CYAN if token.special else DIM, RESET)
 
 
-def counts_of(tokens: Sequence[Token], tokens_per_image: int = 1) -> dict[str, int]:
-    """Text, image and supervised tokens, and positions in the model."""
-    images = sum(token.id == IMAGE_TOKEN_INDEX for token in tokens)
+@dataclass
+class View:
+    """A record as its model reads it.
+
+    Attributes:
+        record: its name.
+        version: the template.
+        tokens: what stays, in order.
+        counts: text tokens, images, videos, the tokens of both, supervised tokens, and positions in the model.
+        cut: the same of what is cut off; None where nothing is.
+    """
+
+    record: str
+    version: str
+    tokens: list[Token]
+    counts: dict[str, int]
+    cut: dict[str, int] | None = None
+
+
+def view_of(
+    encoder: Encoder, record: dict[str, Any], name: str, files: MediaFiles, max_length: int | None = None
+) -> View:
+    """A record's view, cut to `max_length` positions as `--overlong truncate` does. Raises: see `Encoder.encode`."""
+    whole = encoder.encode(record, name, files)
+    kept = whole if max_length is None else encoder.encode(record, name, files, max_length=max_length)
+    pieces, places = encoder.pieces(record, name, files), encoder.places_media(record)
+    spelled = tokens_of(encoder.tokenizer, pieces, places, encoder.image_ids)
+    tokens = [
+        replace(token, id=index, trained=label != IGNORE_INDEX)
+        for token, index, label in zip(spelled, kept.ids, kept.labels)  # what is cut has no token
+    ]
+    counts = counts_of(kept.ids, kept.labels, kept.length)
+    cut = None
+    if kept.cut:
+        end = len(kept.ids)
+        cut = counts_of(whole.ids[end:], whole.labels[end:], whole.length - kept.length)
+    return View(name, encoder.version, tokens, counts, cut)
+
+
+def counts_of(ids: Sequence[int], labels: Sequence[int], positions: int) -> dict[str, int]:
+    """The `counts` of a `View`."""
+    images, videos = ids.count(IMAGE_TOKEN_INDEX), ids.count(VIDEO_TOKEN_INDEX)
+    text = len(ids) - images - videos
     return {
-        "text_tokens": len(tokens) - images,
+        "text_tokens": text,
         "images": images,
-        "image_tokens": images * tokens_per_image,
-        "supervised_tokens": sum(token.trained for token in tokens),
-        "positions": len(tokens) - images + images * tokens_per_image,
+        **({"videos": videos} if videos else {}),
+        ("media_tokens" if videos else "image_tokens"): positions - text,
+        "supervised_tokens": sum(label != IGNORE_INDEX for label in labels),
+        "positions": positions,
     }
 
 

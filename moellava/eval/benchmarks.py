@@ -19,8 +19,8 @@ class Question:
     text: str
     answer: str
     image: Path
-    kind: str
-    """What sort of question it is; scores are also given per kind."""
+    category: str
+    """What it asks about; scores are also given per category."""
 
 
 @dataclass(frozen=True)

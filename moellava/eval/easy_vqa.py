@@ -32,11 +32,11 @@ def test_questions() -> list[Question]:
 
     paths = package.get_test_image_paths()
     rows = zip(*package.get_test_questions(), strict=True)
-    return [Question(text, answer, Path(paths[image]), kind_of(answer)) for text, answer, image in rows]
+    return [Question(text, answer, Path(paths[image]), category_of(answer)) for text, answer, image in rows]
 
 
-def kind_of(answer: str) -> str:
-    """'yes/no', 'shape' or 'color': which of the 13 answers it is tells the kind of the question."""
+def category_of(answer: str) -> str:
+    """'yes/no', 'shape' or 'color': which of the 13 answers it is tells what the question is about."""
     if answer in ("yes", "no"):
         return "yes/no"
     return "shape" if answer in SHAPES else "color"

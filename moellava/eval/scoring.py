@@ -11,7 +11,8 @@ from typing import Any
 
 from moellava.eval.benchmarks import Benchmark, Question
 from moellava.serve.answer import answer
-from moellava.serve.prompt import Request, text_of, version_of
+from moellava.serve.prompt import Request
+from moellava.vlm import VLM
 
 MISTAKES_SHOWN = 20
 REPORTED_PACKAGES = ("moellava", "torch", "transformers", "tokenizers", "pillow")
@@ -35,20 +36,10 @@ class Score:
         return self.right / self.total if self.total else 0.0
 
 
-def answers_of(
-    model: Any, tokenizer: Any, processor: Any, questions: list[Question], *, max_new_tokens: int, batch_size: int
-) -> list[str]:
-    """One greedy answer a question, stripped, in the order of the questions.
-
-    Questions of like length share a batch, so that little is padded.
-    """
-    order = sorted(range(len(questions)), key=lambda index: len(questions[index].text))
-    requests = [Request(question=questions[index].text, images=[questions[index].image]) for index in order]
-    said = answer(
-        model, tokenizer, processor, requests, max_new_tokens=max_new_tokens, temperature=0, batch_size=batch_size
-    )
-    texts = dict(zip(order, said, strict=True))
-    return [texts[index].strip() for index in range(len(questions))]
+def answers_of(vlm: VLM, questions: list[Question], *, max_new_tokens: int, batch_size: int) -> list[str]:
+    """One greedy answer a question, stripped, in the order of the questions."""
+    requests = [Request(question=question.text, images=[question.image]) for question in questions]
+    return [text.strip() for text in answer(vlm, requests, max_new_tokens=max_new_tokens, batch_size=batch_size)]
 
 
 def score(questions: Iterable[Question], answers: Iterable[str]) -> Score:
@@ -57,11 +48,11 @@ def score(questions: Iterable[Question], answers: Iterable[str]) -> Score:
     return Score(sum(hits), len(hits))
 
 
-def by_kind(questions: list[Question], answers: list[str]) -> dict[str, Score]:
-    """The score of each kind of question."""
-    total = Counter(question.kind for question in questions)
-    right = Counter(q.kind for q, said in zip(questions, answers, strict=True) if said.strip() == q.answer)
-    return {kind: Score(right[kind], total[kind]) for kind in sorted(total)}
+def by_category(questions: list[Question], answers: list[str]) -> dict[str, Score]:
+    """The score of each category of questions."""
+    total = Counter(question.category for question in questions)
+    right = Counter(q.category for q, said in zip(questions, answers, strict=True) if said.strip() == q.answer)
+    return {name: Score(right[name], total[name]) for name in sorted(total)}
 
 
 def report(
@@ -69,30 +60,30 @@ def report(
     questions: list[Question],
     answers: list[str],
     *,
-    model: Any,
-    tokenizer: Any,
+    vlm: VLM,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """A score with all that is needed to reproduce it: prompt, decoding, versions; and the first mistakes.
 
     Args:
+        vlm: the model that answered.
         settings: what was asked for on the command line; `score` and `conditions` are kept apart in the report.
     """
     overall = score(questions, answers)
     wrong = [(q, said) for q, said in zip(questions, answers, strict=True) if said != q.answer]
-    first = Request(question=questions[0].text, images=[questions[0].image])
-    template = version_of(model)
+    first = Request(question=questions[0].text, images=[questions[0].image]).record
+    prompt = "".join(piece.text for piece in vlm.encoder.pieces(first, opens=True))
     return {
         "benchmark": benchmark.name,
         "split": benchmark.split,
         "accuracy": overall.accuracy,
         "right": overall.right,
         "questions": overall.total,
-        "by_kind": {
-            kind: {**asdict(part), "accuracy": part.accuracy} for kind, part in by_kind(questions, answers).items()
+        "by_category": {
+            name: {**asdict(part), "accuracy": part.accuracy} for name, part in by_category(questions, answers).items()
         },
         "metric": "exact match after stripping white space",
-        "prompt": {"version": template, "example": text_of(first, tokenizer, template)},
+        "prompt": {"version": vlm.encoder.version, "example": prompt},
         "settings": {"decoding": "greedy", "max_new_tokens": benchmark.max_new_tokens, **settings},
         "versions": versions(benchmark),
         "mistakes": [

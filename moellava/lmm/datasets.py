@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from moellava.constants import IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
+from moellava.constants import CHAT_TEMPLATE, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from moellava.conversation import Kind
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.masking import Encoded, engine_for
@@ -17,7 +17,6 @@ from moellava.data.media import with_frames
 from moellava.data.media_reader import MediaReader
 from moellava.data.preprocess import as_tensor, chat_turns
 from moellava.data.records import Medium, Records, media_of
-from moellava.constants import CHAT_TEMPLATE
 from moellava.data.video import Clip
 from moellava.errors import DataError
 from moellava.lmm.prompts import ChatTemplate, prompt_pieces

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from moellava.constants import CHAT_TEMPLATE
+from moellava.constants import CHAT_TEMPLATE, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.files import read_config
 from moellava.lmm.family_collators import collator_for
 from moellava.lmm.loaders import find_model, load_lmm

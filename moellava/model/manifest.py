@@ -45,7 +45,11 @@ class Manifest:
         model_type = self.config.get("model_type", "")
         if model_type in TOWERS or model_type in {tower.full_model_type for tower in TOWERS.values()}:
             return TOWER
-        is_vlm = self.section or self.is_published or {"text_config", "vision_config", "visual", "img_processor"} & set(self.config)
+        is_vlm = (
+            self.section
+            or self.is_published
+            or {"text_config", "vision_config", "visual", "img_processor"} & set(self.config)
+        )
         return VLM if is_vlm else LANGUAGE_MODEL
 
     @property

@@ -148,9 +148,7 @@ def stage_1_tensors(manifest: Manifest) -> dict[str, torch.Tensor]:
             "--pretrain_mm_mlp_adapter and --mm_use_im_start_end True."
         )
     tensors = language_model_tensors(manifest.base, base_family(manifest.base.config))
-    return tensors | {
-        f"model.multi_modal_projector.{key}": tensor for key, tensor in projector_tensors(found).items()
-    }
+    return tensors | {f"model.multi_modal_projector.{key}": tensor for key, tensor in projector_tensors(found).items()}
 
 
 def from_published(

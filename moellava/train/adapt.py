@@ -82,9 +82,7 @@ def trained_in_full(
     return list(FINETUNE.selects(vlm, replace(model_args, freeze_backbone=rests), moe_args))
 
 
-def wanted_targets(
-    vlm: VLM, model_args: ModelArguments, moe_args: MoEArguments, args: TrainingArguments
-) -> list[str]:
+def wanted_targets(vlm: VLM, model_args: ModelArguments, moe_args: MoEArguments, args: TrainingArguments) -> list[str]:
     """Names of the linears that the flags want adapted. Raises UserError where a flag finds none."""
     asked = {}
     if args.lora_enable:

@@ -16,7 +16,7 @@ from moellava.model.compose import Composition, describe_parts
 from moellava.model.families import base_family
 from moellava.model.manifest import LANGUAGE_MODEL, TOWER, Manifest, read_folder
 from moellava.model.projector_start import load_projector
-from moellava.moe import MoESpec, convert_engine
+from moellava.moe import convert_engine
 from moellava.moe.certificate import Certificate, upcycle_certified
 from moellava.train.adapt import adapt
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
@@ -170,7 +170,4 @@ def refuse_wrong_start(manifest: Manifest, stage: Stage, model_args: ModelArgume
     if manifest.is_sparse and not moe_args.moe_enable:
         raise UserError(f"{source} is a Mixture of Experts: add --moe_enable True to train it.")
     if manifest.is_sparse and stage is PRETRAIN:
-        raise UserError(
-            f"Stage 1 (--tune_mm_mlp_adapter True) needs a dense model, but {source} is a stage-3 folder."
-        )
-
+        raise UserError(f"Stage 1 (--tune_mm_mlp_adapter True) needs a dense model, but {source} is a stage-3 folder.")

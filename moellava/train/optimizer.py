@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 
-
 def parameter_groups(
     model: nn.Module,
     projector: nn.Module,

@@ -29,6 +29,7 @@ logger = get_logger(__name__)
 ANSWER_TOKENS = 64
 """Longest sample answer, in tokens."""
 
+
 @dataclass
 class Answered:
     """A record of the evaluation data with what the model says to its first question.
