@@ -10,9 +10,9 @@ from transformers import PretrainedConfig
 
 from moellava.convert.streaming import on_meta, read_dense_config, sparse_config, upcycle_folder
 from moellava.errors import UserError
+from moellava.lmm.architecture import Architecture, architecture_of, refuse_upcycling
 from moellava.lmm.folders import Probes, is_released, mark_released, open_folder, released_probes
 from moellava.lmm.processors import load_processor
-from moellava.lmm.supported_models import LMMFamily, lmm_family_of, refuse_upcycling
 from moellava.model.builder import config_kind, save_pretrained_folder
 from moellava.model.extended import extend_in_place
 from moellava.model.offload import run_from_disk
@@ -21,7 +21,7 @@ from moellava.moe import MoESpec
 from moellava.moe.certificate import Certificate, compare, dense_logits, forward_of, upcycle_certified
 
 
-def family_of(raw: dict[str, Any], path: str) -> LMMFamily | None:
+def family_of(raw: dict[str, Any], path: str) -> Architecture | None:
     """The family of a released model; None for a composed one.
 
     Raises:
@@ -38,12 +38,12 @@ def family_of(raw: dict[str, Any], path: str) -> LMMFamily | None:
         raise UserError(f"--model-path {path} {reason[kind]}")
     if not released:
         return None
-    family = lmm_family_of(raw, f"--model-path {path}")
+    family = architecture_of(raw, f"--model-path {path}")
     refuse_upcycling(family, f"--model-path {path}")
     return family
 
 
-def dense_config(source: Path, raw: dict[str, Any], family: LMMFamily | None) -> PretrainedConfig:
+def dense_config(source: Path, raw: dict[str, Any], family: Architecture | None) -> PretrainedConfig:
     """The config of a folder in Hugging Face's layout; a released model's says so, for the sparse folder's sake."""
     config = read_dense_config(source, raw)
     if family is not None:
@@ -51,12 +51,12 @@ def dense_config(source: Path, raw: dict[str, Any], family: LMMFamily | None) ->
     return config
 
 
-def probes_of(source: Path, config: PretrainedConfig, family: LMMFamily | None) -> Probes:
+def probes_of(source: Path, config: PretrainedConfig, family: Architecture | None) -> Probes:
     """What both models are run on. LLaVA's kind is probed by its config alone, others by their processor."""
     dtype = config.dtype or torch.float32
     if family is None or config.model_type == "llava":
         return probe_batches(config, dtype)
-    return released_probes(config, load_processor(source, family), family, dtype)
+    return released_probes(config, load_processor(source, family, config.model_type), family, dtype)
 
 
 def stream(

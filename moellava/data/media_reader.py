@@ -26,7 +26,6 @@ from PIL import Image
 from moellava.data.records import KINDS
 from moellava.data.video import USUAL_FPS, Clip, Video
 from moellava.errors import DataError, UserError
-from moellava.lmm.video_processors import FrameProcessor
 
 BLANK = (56, 56)
 """Width and height in pixels of what stands in where a batch shows nothing."""
@@ -233,9 +232,9 @@ def blank(kind: str) -> Shown:
 def reads_videos(processor: Any) -> bool:
     """Whether a processor has a way for videos."""
     video_processor = getattr(processor, "video_processor", None)
-    if isinstance(video_processor, FrameProcessor) and not video_processor.reads_videos:
+    if not getattr(video_processor, "reads_videos", video_processor is not None):  # ours say whether they do
         return False
-    return video_processor is not None and getattr(processor, "video_token", None) is not None
+    return getattr(processor, "video_token", None) is not None
 
 
 def kind_of(shown: Shown) -> str:

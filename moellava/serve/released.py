@@ -45,8 +45,8 @@ def open_released(model_path: str, device: str | None = None) -> ReleasedModel:
         UserError: a family whose own code would have to run, or that reads images by their paths.
     """
     folder, raw, family = find_model(None, model_path)
-    if family.remote_code or not TO_LOAD_IMAGE[family.family_id]:
-        raise UserError(f"--model-path {model_path}: {family.family_id} models chat with the code of their repository.")
+    if family.remote_code or not TO_LOAD_IMAGE[family.name]:
+        raise UserError(f"--model-path {model_path}: {family.name} models chat with the code of their repository.")
     where = torch.device(device) if device else default_device()
     released = load_lmm(Path(folder), raw, family, dtype=default_dtype(where))
     released.model.eval().to(where)
@@ -67,7 +67,7 @@ def inputs_of(released: ReleasedModel, request: Request) -> dict[str, Tensor]:
         if ids.count(PLACEHOLDERS[kind]) != given:
             raise UserError(f"{NAME} has {given} {kind}s; the template shows {ids.count(PLACEHOLDERS[kind])}.")
     pictures = [open_image(image) if isinstance(image, str | Path) else image for image in request.images]
-    collator = collator_for(released.family.family_id, released.processor, reader=reader)
+    collator = collator_for(released.family.name, released.processor, reader=reader)
     labels = torch.full((len(ids),), IGNORE_INDEX)
     shown = {"images": pictures, "videos": list(request.videos)}
     prompt = {"input_ids": as_tensor(ids), "labels": labels, **shown, "record": NAME}

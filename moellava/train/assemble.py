@@ -10,8 +10,8 @@ from torch import nn
 
 from moellava.adapters.lora import Adapter, adapt
 from moellava.errors import UserError
+from moellava.lmm.architecture import Architecture
 from moellava.lmm.folders import OpenFolder
-from moellava.lmm.supported_models import LMMFamily
 from moellava.log import get_logger
 from moellava.model.builder import folder_kind, load_pretrained_model, load_projector, require_tokenizer
 from moellava.model.compose import compose, make_processor
@@ -43,7 +43,7 @@ class Assembled:
     moe_spec: MoESpec | None
     certificate: Certificate | None = None
     adapter: Adapter | None = None
-    family: LMMFamily | None = None
+    family: Architecture | None = None
 
 
 def assemble(

@@ -9,10 +9,10 @@ import torch
 from moellava.data.media_reader import MediaReader
 from moellava.data.records import Records
 from moellava.errors import UserError
+from moellava.lmm.architecture import Architecture, refuse_upcycling
 from moellava.lmm.datasets import TO_LOAD_IMAGE, MediaDataset
 from moellava.lmm.folders import mark_released
 from moellava.lmm.loaders import ReleasedModel, find_model, load_lmm
-from moellava.lmm.supported_models import LMMFamily, refuse_upcycling
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
 
 
@@ -36,14 +36,14 @@ def open_released(model_args: ModelArguments, moe_args: MoEArguments, dtype: tor
 
 
 def released_dataset(
-    records: Records, processor: Any, family: LMMFamily, data_args: DataArguments, args: TrainingArguments
+    records: Records, processor: Any, family: Architecture, data_args: DataArguments, args: TrainingArguments
 ) -> MediaDataset:
     """Checks every record. Raises DataError with all problems of them."""
     return MediaDataset(
         records,
         MediaReader(processor),
         processor.chat_template,
-        to_load_image=TO_LOAD_IMAGE[family.family_id],
+        to_load_image=TO_LOAD_IMAGE[family.name],
         image_folder=data_args.image_folder,
         video_folder=data_args.video_folder,
         num_frames=data_args.num_frames,

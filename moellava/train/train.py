@@ -214,7 +214,7 @@ def make_collator(parts: Assembled, model_args: ModelArguments, dataset: Any) ->
     """The collator of a composed model, or of a released one's family."""
     if parts.family:
         train_questions = not model_args.mask_question_tokens
-        return collator_for(parts.family.family_id, parts.processor, train_questions, dataset.reader)
+        return collator_for(parts.family.name, parts.processor, train_questions, dataset.reader)
     return ImageTextCollator(
         pad_token_id=parts.tokenizer.pad_token_id,
         image_token_id=parts.model.config.image_token_id,

@@ -16,10 +16,10 @@ from moellava.adapters.folder import merged
 from moellava.adapters.gradient_watch import GradientWatch
 from moellava.adapters.lora import adapt, attach, lora_layers, lora_parameters, pattern_of, target_names
 from moellava.cli import main
+from moellava.convert import merge_lora
 from moellava.errors import UserError
 from moellava.model.builder import load_pretrained_model, save_pretrained_folder
 from moellava.moe import MoESpec, upcycle
-from moellava.convert import merge_lora
 from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
 
