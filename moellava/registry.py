@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T]):
-    """A read-only mapping that grows only through `register`.
+    """A read-only mapping that grows only through `register`, and changes only through `replace`.
 
     Args:
         kind: what an entry is, in the words of an error message ('template', 'family').
@@ -26,6 +26,12 @@ class Registry(Mapping[str, T]):
         """Adds an entry and returns it. Raises ValueError if the name is taken."""
         if name in self._entries:
             raise ValueError(f"{self.kind} {name!r} is registered twice")
+        self._entries[name] = value
+        return value
+
+    def replace(self, name: str, value: T) -> T:
+        """Puts another value in the place of an entry's and returns it. Raises UnknownNameError if there is none."""
+        _ = self[name]  # an unknown name is told as one that is looked up
         self._entries[name] = value
         return value
 

@@ -1,6 +1,6 @@
 """Samples -> batches of released models: one collator for every processor that `MediaReader` can ask.
 
-A family whose model wants something unusual has a subclass in `family_collators.py`.
+An architecture whose model wants something unusual has a subclass in its file of `architectures/`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from moellava.data.media_reader import MediaReader, Run, Shown, blank, kind_of
+from moellava.lmm.architecture import FieldView
 
 MEDIA_OF = {IMAGE_TOKEN_INDEX: "images", VIDEO_TOKEN_INDEX: "videos"}
 """Placeholder -> what of a sample stands behind it."""
@@ -108,6 +109,10 @@ class MediaCollator:
                 batch[name][shortest, begin:end] = torch.tensor(values)
             end = begin
         return batch
+
+
+COLLATORS = FieldView("collator", default=MediaCollator)
+"""Architecture -> its collator."""
 
 
 def shown_of(sample: dict[str, Any]) -> list[Any]:

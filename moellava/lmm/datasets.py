@@ -19,12 +19,12 @@ from moellava.data.preprocess import as_tensor, chat_turns
 from moellava.data.records import Medium, Records, media_of
 from moellava.data.video import Clip
 from moellava.errors import DataError
+from moellava.lmm.architecture import FieldView
 from moellava.lmm.prompts import ChatTemplate, prompt_pieces
-from moellava.lmm.remote import PathProcessor
-from moellava.lmm.supported_models import LMM_FAMILIES
+from moellava.lmm.remote import RemoteProcessor
 
-TO_LOAD_IMAGE: dict[str, bool] = dict.fromkeys(LMM_FAMILIES, True) | {"qwen-vl": False}
-"""Family -> whether its collator gets images; False: their paths, which its tokenizer reads out of the prompt."""
+TO_LOAD_IMAGE = FieldView("loads_images")
+"""Architecture -> whether its collator gets images; False: their paths, which its tokenizer reads out of the prompt."""
 
 PLACEHOLDERS = {"image": IMAGE_TOKEN_INDEX, "video": VIDEO_TOKEN_INDEX}
 """What stands for an image and for a video in `input_ids`."""
@@ -124,7 +124,7 @@ class MediaDataset(SupervisedDataset):
         clips = [self.files.clip(medium) for medium in media if medium.kind == "video"]
         if clips and not self.to_load_image:
             raise DataError(f"{name} has a video, but this model reads images by their paths, and a frame has none")
-        if not self.to_load_image and isinstance(self.reader.processor, PathProcessor):
+        if not self.to_load_image and isinstance(self.reader.processor, RemoteProcessor):
             for medium in media:
                 self.reader.processor.check_path(self.files.file_of(medium), name)
         source = record["conversations"]

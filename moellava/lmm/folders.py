@@ -12,9 +12,9 @@ from PIL import Image
 
 from moellava.constants import CHAT_TEMPLATE, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.files import read_config
+from moellava.lmm.architecture import ARCHITECTURES, Architecture, undisguised
 from moellava.lmm.family_collators import collator_for
 from moellava.lmm.loaders import find_model, load_lmm
-from moellava.lmm.supported_models import LMM_FAMILIES, LMMFamily, undisguised
 from moellava.model.builder import load_pretrained_model
 from moellava.model.probe import probe_batches
 
@@ -37,7 +37,7 @@ class OpenFolder:
     model: Any
     tokenizer: Any
     processor: Any
-    family: LMMFamily | None
+    family: Architecture | None
 
     def probes(self) -> Probes:
         """What two models of this kind are compared on."""
@@ -51,12 +51,14 @@ def is_released(raw: Mapping[str, Any]) -> bool:
     extras = raw.get("moellava") or {}
     if "lmm_family" in extras:
         return True
-    return "version" not in extras and any(family.fits(undisguised(raw)) for family in LMM_FAMILIES.values())
+    return "version" not in extras and any(
+        architecture.fits(undisguised(raw)) for architecture in ARCHITECTURES.values()
+    )
 
 
-def mark_released(config: Any, family: LMMFamily) -> None:
+def mark_released(config: Any, family: Architecture) -> None:
     """Writes into a config's `moellava` section what it says of every released model; all else there stays."""
-    section = {"version": CHAT_TEMPLATE, "lmm_family": family.family_id}
+    section = {"version": CHAT_TEMPLATE, "lmm_family": family.name}
     config.moellava = (getattr(config, "moellava", None) or {}) | section
 
 
@@ -76,14 +78,14 @@ def open_folder(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fals
 
 
 def released_probes(
-    config: Any, processor: Any, family: LMMFamily, dtype: torch.dtype = torch.float32, seed: int = 0
+    config: Any, processor: Any, family: Architecture, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Probes:
     """Random text, and random text around a random image, as inputs of a released model.
 
     Args:
         config: the model's.
         processor: its own; it makes of the image whatever the model reads.
-        family: its family.
+        family: its architecture.
         dtype: of the pixels.
         seed: of ids and pixels.
     """
@@ -99,7 +101,7 @@ def released_probes(
         "images": [Image.fromarray(pixels.numpy())],
         "record": "probe",
     }
-    with_image = collator_for(family.family_id, processor)([sample])
+    with_image = collator_for(family.name, processor)([sample])
     del with_image["labels"]
     shown = {name: value.to(dtype) if value.is_floating_point() else value for name, value in with_image.items()}
     return {"text": {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}, "image": shown}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,11 @@ import torch
 from moellava.data.media_reader import MediaReader
 from moellava.errors import UserError
 from moellava.files import CODE_FILES, MODEL_FILES, read_config, resolve_folder
-from moellava.lmm.mllama import gate_rows
+from moellava.lmm.architecture import SUPPORTED_MODELS, Architecture, FieldView, architecture_of, undisguised
 from moellava.lmm.parts import bring_parts
 from moellava.lmm.processors import load_processor
 from moellava.lmm.prompts import ChatTemplate, ends_answers
-from moellava.lmm.remote import REMOTE_PROCESSORS, load_remote_model
-from moellava.lmm.supported_models import SUPPORTED_MODELS, LMMFamily, lmm_family_of, undisguised
-from moellava.lmm.templates import recorded_template
+from moellava.lmm.remote import load_remote_model
 from moellava.log import get_logger
 from moellava.model.extended import PREFIX, base_of, extended_class
 from moellava.model.loading import read
@@ -34,13 +31,13 @@ class ReleasedModel:
     Args:
         model: of its own Hugging Face class, or of that class extended by MoE layers.
         processor: its own; `processor.chat_template` is the template that is trained on.
-        family: its family.
+        family: its architecture.
         folder: where it came from.
     """
 
     model: Any
     processor: Any
-    family: LMMFamily
+    family: Architecture
     folder: Path
 
     @property
@@ -56,95 +53,88 @@ class ReleasedModel:
 
 def find_model(
     model_id: str | None, model_local_path: str | None, trust_remote_code: bool = False
-) -> tuple[Path, dict[str, Any], LMMFamily]:
-    """The folder, config.json and family that `--model_id` and `--model_local_path` mean.
+) -> tuple[Path, dict[str, Any], Architecture]:
+    """The folder, config.json and architecture that `--model_id` and `--model_local_path` mean.
 
     Args:
         model_id: a registered id; alone, its weights come from the hub.
         model_local_path: a folder; with an id, the folder of that model.
-        trust_remote_code: fetch the Python files of a family that needs them, too.
+        trust_remote_code: fetch the Python files of an architecture that needs them, too.
 
     Raises:
-        UserError: an unknown id, a folder of another kind, or one of another family than the id's.
+        UserError: an unknown id, a folder of no known architecture, or of another than the id's.
     """
     if model_local_path is None:
         assert model_id is not None
         known = SUPPORTED_MODELS[model_id]
-        patterns = MODEL_FILES + (CODE_FILES if known.family.remote_code and trust_remote_code else ())
+        patterns = MODEL_FILES + (CODE_FILES if known.architecture.remote_code and trust_remote_code else ())
         folder = resolve_folder(known.model_hf_path, f"--model_id {model_id}, which is", patterns=patterns)
-        return folder, read_config(folder, "--model_id"), known.family
+        return folder, read_config(folder, "--model_id"), known.architecture
     folder = resolve_folder(model_local_path, "--model_local_path")
     raw = read_config(folder, "--model_local_path")
     if model_id is None:
-        return folder, raw, lmm_family_of(raw, f"--model_local_path {folder}")
-    family = SUPPORTED_MODELS[model_id].family
-    if not family.fits(undisguised(raw)):
+        return folder, raw, architecture_of(raw, f"--model_local_path {folder}")
+    architecture = SUPPORTED_MODELS[model_id].architecture
+    if architecture.model_type is not None and not architecture.fits(undisguised(raw)):
         raise UserError(
-            f"--model_id {model_id} is of the family {family.family_id}, but --model_local_path {folder} holds a model "
-            f"of type {raw.get('model_type')!r}. Leave --model_id out to take the folder as what it is."
+            f"--model_id {model_id} is of the architecture {architecture.name}, but --model_local_path {folder} holds "
+            f"a model of type {raw.get('model_type')!r}. Leave --model_id out to take the folder as what it is."
         )
-    return folder, raw, family
+    return folder, raw, architecture
 
 
 def load_lmm(
     folder: Path,
     raw: dict[str, Any],
-    family: LMMFamily,
+    architecture: Architecture,
     *,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
 ) -> ReleasedModel:
-    """Opens a released model, by the loader of its family.
+    """Opens a released model, by the loader of its architecture.
 
     Args:
-        folder, raw, family: of `find_model`.
+        folder, raw, architecture: of `find_model`.
         dtype: of the weights.
-        trust_remote_code: run the code in the folder, for a family that transformers lacks.
+        trust_remote_code: run the code in the folder, for an architecture that transformers lacks.
 
     Raises:
         UserError: remote code is needed and not allowed, or does not run; weights or files of the processor are
             missing; the chat template cannot be masked.
     """
-    if family.remote_code and not trust_remote_code:
+    if architecture.remote_code and not trust_remote_code:
         raise UserError(
-            f"{family.family_id} models need the Python code of their own repository. Read it, then add "
+            f"{architecture.name} models need the Python code of their own repository. Read it, then add "
             "--trust_remote_code True."
         )
-    load = LOADERS.get(family.family_id, load_native)
-    return load(folder, raw, family, dtype=dtype)
+    load = architecture.load or (load_remote if architecture.remote_code else load_native)
+    return load(folder, raw, architecture, dtype=dtype)
 
 
-def load_native(folder: Path, raw: dict[str, Any], family: LMMFamily, *, dtype: torch.dtype) -> ReleasedModel:
-    """The loader of every family that has a class in transformers."""
-    processor = load_processor(folder, family)  # first: a file that is missing is told before gigabytes are read
-    model = read(model_class_of(raw), folder, dtype)
-    bring_parts(model, family.keywords)
-    settle_template(processor, family, model.config.get_text_config().model_type)
-    return ReleasedModel(model, processor, family, folder)
+def load_native(folder: Path, raw: dict[str, Any], architecture: Architecture, *, dtype: torch.dtype) -> ReleasedModel:
+    """The loader of every architecture that has a class in transformers."""
+    model_class = model_class_of(raw)
+    # First: a file that is missing is told before gigabytes are read.
+    processor = load_processor(folder, architecture, undisguised(raw)["model_type"])
+    model = read(model_class, folder, dtype)
+    bring_parts(model, architecture.keywords)
+    settle_template(processor, architecture, model.config.get_text_config().model_type)
+    return ReleasedModel(model, processor, architecture, folder)
 
 
-def load_mllama(folder: Path, raw: dict[str, Any], family: LMMFamily, **options: Any) -> ReleasedModel:
-    """The loader of Llama 3.2 Vision, whose rows without an image must not read another row's."""
-    released = load_native(folder, raw, family, **options)
-    gate_rows(released.model)
-    return released
-
-
-def load_remote(folder: Path, raw: dict[str, Any], family: LMMFamily, **options: Any) -> ReleasedModel:
-    """The loader of families whose code lies in the folder."""
+def load_remote(folder: Path, raw: dict[str, Any], architecture: Architecture, **options: Any) -> ReleasedModel:
+    """The loader of architectures whose code lies in the folder."""
+    assert architecture.remote_processor is not None
     model = load_remote_model(folder, raw, **options)
-    bring_parts(model, family.keywords)
-    processor = REMOTE_PROCESSORS[family.family_id](folder, raw)
+    bring_parts(model, architecture.keywords)
+    processor = architecture.remote_processor(folder, raw)
     model.config.image_token_id = processor.image_token_id
-    settle_template(processor, family, family.model_type)
-    return ReleasedModel(model, processor, family, folder)
+    settle_template(processor, architecture, raw["model_type"])
+    return ReleasedModel(model, processor, architecture, folder)
 
 
-LOADERS: dict[str, Callable[..., ReleasedModel]] = {
-    "llama-3.2-vision": load_mllama,
-    **dict.fromkeys(REMOTE_PROCESSORS, load_remote),
-}
-"""Family -> its loader, where `load_native` does not do."""
+LOADERS = FieldView("load", default=load_native)
+"""Architecture -> its loader; arguments as of `load_native`."""
 
 
 def model_class_of(raw: dict[str, Any]) -> Any:
@@ -153,18 +143,18 @@ def model_class_of(raw: dict[str, Any]) -> Any:
     return extended_class(base) if raw["model_type"].startswith(PREFIX) else base
 
 
-def settle_template(processor: Any, family: LMMFamily, text_model_type: str) -> None:
+def settle_template(processor: Any, architecture: Architecture, text_model_type: str) -> None:
     """Sees to it that `processor.chat_template` is one that can be trained on: the folder's, or else the one on record.
 
     Raises:
         UserError: neither is there, or the folder's cannot be masked and there is none on record.
     """
     special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
-    recorded = recorded_template(family.family_id, text_model_type, special)
+    recorded = architecture.template_for(text_model_type, special)
     own = processor.chat_template or processor.tokenizer.chat_template
     if own is None and recorded is None:
         raise UserError(
-            f"The folder has no chat template and none is on record for {family.family_id}: add a chat_template.jinja."
+            f"The folder has no chat template and none is on record for {architecture.name}: add a chat_template.jinja."
         )
     processor.chat_template = own or recorded
     try:
@@ -175,6 +165,6 @@ def settle_template(processor: Any, family: LMMFamily, text_model_type: str) -> 
     if stops:
         return
     if recorded is None or recorded == processor.chat_template:
-        raise UserError(f"The chat template of {family.family_id} cannot be trained on: it {problem}.")
-    logger.warning("The folder's chat template %s; the one on record for %s is used.", problem, family.family_id)
+        raise UserError(f"The chat template of {architecture.name} cannot be trained on: it {problem}.")
+    logger.warning("The folder's chat template %s; the one on record for %s is used.", problem, architecture.name)
     processor.chat_template = recorded

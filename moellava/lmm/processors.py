@@ -19,8 +19,8 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from moellava.errors import UserError
 from moellava.files import read_json
-from moellava.lmm.supported_models import LMMFamily
-from moellava.lmm.video_processors import AREAS, FrameProcessor, VideoKind, kind_of
+from moellava.lmm.architecture import Architecture
+from moellava.lmm.video_processors import AREAS, UNKNOWN, FrameProcessor, FrameRecipe
 
 SETTINGS = ("processor_config.json", "preprocessor_config.json")
 """Files that describe a processor; folders of older versions have the second only."""
@@ -31,28 +31,38 @@ NEEDED = (SETTINGS, ("tokenizer.json", "tokenizer.model", "vocab.json"), ("token
 VIDEO = "video_processor"
 
 
-def load_processor(folder: Path, family: LMMFamily) -> Any:
+def load_processor(folder: Path, architecture: Architecture, model_type: str) -> Any:
     """The processor of a folder.
 
+    Args:
+        folder: of the model.
+        architecture: its own.
+        model_type: of its config.json, by which transformers knows the class of the processor.
+
     Raises:
-        UserError: a file of it is missing, or a package that it needs.
+        UserError: transformers has no processor for it; a file of it is missing, or a package that it needs.
     """
+    if model_type not in PROCESSOR_MAPPING_NAMES:
+        raise UserError(
+            f"transformers {transformers.__version__} has no processor for {model_type!r} models, of which {folder} is "
+            f"one: give {architecture.name} a loader of its own (docs/ADD_A_MODEL.md)."
+        )
     for names in NEEDED:
         if not any((folder / name).is_file() for name in names):
             raise UserError(
-                f"{folder} lacks {' and '.join(names)}: no processor can be built for {family.family_id}. Copy the "
+                f"{folder} lacks {' and '.join(names)}: no processor can be built for {architecture.name}. Copy the "
                 "file from where the model comes from."
             )
-    cls = getattr(transformers, PROCESSOR_MAPPING_NAMES[family.model_type])
+    cls = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
     try:
         if VIDEO in inspect.signature(cls.__init__).parameters and not is_torchvision_available():
-            return without_torchvision(cls, folder)
+            return without_torchvision(cls, folder, architecture.video or UNKNOWN)
         return cls.from_pretrained(folder)
     except (OSError, ImportError, ValueError, AttributeError) as error:
         raise UserError(f"The processor of {folder} cannot be built: {error}") from error
 
 
-def without_torchvision(cls: Any, folder: Path) -> Any:
+def without_torchvision(cls: Any, folder: Path, recipe: FrameRecipe) -> Any:
     """A processor of `cls` whose video processor is one of ours."""
     known = inspect.signature(cls.__init__).parameters
     raw = read_json(folder / SETTINGS[0])
@@ -65,24 +75,25 @@ def without_torchvision(cls: Any, folder: Path) -> Any:
         options["chat_template"] = read_json(folder / "chat_template.json")["chat_template"]
     return build_without_torchvision(
         cls,
+        recipe,
         image_processor=image_processor,
         tokenizer=AutoTokenizer.from_pretrained(folder),
-        video_settings=video_settings_of(folder, kind_of(cls)),
+        video_settings=video_settings_of(folder, recipe),
         **options,
     )
 
 
-def video_settings_of(folder: Path, kind: VideoKind) -> dict[str, Any]:
+def video_settings_of(folder: Path, recipe: FrameRecipe) -> dict[str, Any]:
     """A video processor's settings, where transformers looks for them: a section or a file of their own, or else those
     that it shares with the image processor."""
     own = read_json(folder / SETTINGS[0]).get(VIDEO) or read_json(folder / "video_preprocessor_config.json")
     shared = read_json(folder / SETTINGS[1])
-    return own or {name: value for name, value in shared.items() if name in (*kind.defaults, *AREAS)}
+    return own or {name: value for name, value in shared.items() if name in (*recipe.defaults, *AREAS)}
 
 
-def build_without_torchvision(cls: Any, *, video_settings: dict[str, Any], **parts: Any) -> Any:
-    """`cls` from its parts, with a video processor of ours in these settings."""
-    return _with_frames(cls)(**parts, video_processor=FrameProcessor(kind_of(cls), video_settings))
+def build_without_torchvision(cls: Any, recipe: FrameRecipe, *, video_settings: dict[str, Any], **parts: Any) -> Any:
+    """`cls` from its parts, with a video processor of ours by a recipe in these settings."""
+    return _with_frames(cls)(**parts, video_processor=FrameProcessor(recipe, video_settings))
 
 
 @functools.cache

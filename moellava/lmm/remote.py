@@ -1,25 +1,22 @@
-"""Families whose code lies in their own repository: Qwen-VL-Chat and Phi-3-Vision.
+"""Architectures whose code lies in their own repository.
 
-Qwen-VL has no processor, its tokenizer reads paths; that of Phi-3-Vision takes one text at a time. Two adapters give
-both the shape that `MediaReader` asks for. The Python files beside the model run only where --trust_remote_code True
-was given, and are written beside every model that is saved.
+An adapter of `RemoteProcessor` gives what reads images there the shape that `MediaReader` asks for. The Python files
+beside the model run only where --trust_remote_code True was given, and are written beside every model that is saved.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
-from moellava.data.tokenizers import leading_ids, load_tokenizer
-from moellava.errors import DataError, UserError
+from moellava.errors import UserError
 from moellava.files import read_json
 from moellava.model.loading import REPORT, check_loaded, quietly
 
@@ -47,7 +44,7 @@ class RemoteProcessor:
         self.chat_template = chat_template
 
     def apply_chat_template(self, conversation: Sequence[dict[str, Any]], **options: Any) -> str:
-        """Text of messages, as of transformers' processors."""
+        """Text of messages. See transformers' processors."""
         return self.tokenizer.apply_chat_template(conversation, **options)
 
     def __call__(
@@ -65,6 +62,9 @@ class RemoteProcessor:
         """The tokens of every image, in order, and the model's inputs for all of them."""
         raise NotImplementedError
 
+    def check_path(self, path: str | Path, name: str) -> None:
+        """Raises DataError for the path of an image that cannot be read here; `name` is of its record."""
+
     def _row(self, text: str, runs: Any) -> torch.Tensor:
         ids: list[int] = []
         for number, piece in enumerate(text.split(self.image_token)):
@@ -73,7 +73,7 @@ class RemoteProcessor:
         return torch.tensor(ids)
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Writes what a folder of this kind has beside the weights: code, settings, chat template."""
+        """Writes what such a folder has beside the weights: code, settings, chat template."""
         folder = Path(folder)
         kept = [path for pattern in ("*.py", "*preprocessor_config.json") for path in self.source.glob(pattern)]
         for path in kept:
@@ -81,104 +81,6 @@ class RemoteProcessor:
                 shutil.copyfile(path, folder / path.name)
         if self.chat_template is not None:
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
-
-
-class PathTokenizer(PreTrainedTokenizerFast):
-    """Qwen-VL's vocabulary as a fast tokenizer; saved as the files that it was read from, which its own class reads."""
-
-    source: Path
-
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> tuple[str, ...]:
-        """Copies `qwen.tiktoken` and the settings beside it."""
-        names = [name for name in ("qwen.tiktoken", "tokenizer_config.json") if (self.source / name).is_file()]
-        for name in names:
-            shutil.copyfile(self.source / name, Path(save_directory) / name)
-        return tuple(str(Path(save_directory) / name) for name in names)
-
-
-class PathProcessor(RemoteProcessor):
-    """Qwen-VL: an image is its path, one byte a token, between `<img>` and `</img>`, filled up to 256 tokens.
-
-    The model opens the file itself, in its forward pass. `</img>` is the template's text, so a run is 257 tokens long.
-    """
-
-    SPAN = 256
-    SPECIAL = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")
-    LONGEST = SPAN - 2
-    """Bytes: the model looks for the first filler before the last of the 256 tokens."""
-
-    def check_path(self, path: str | Path, name: str) -> None:
-        """Raises DataError for a path that does not fit between the tokens; `name` is of its record."""
-        length = len(str(path).encode())
-        if length > self.LONGEST:
-            raise DataError(
-                f"{name}: the path {path} is {length} bytes long, and Qwen-VL reads paths of at most {self.LONGEST}: "
-                "give a shorter --image_folder"
-            )
-
-    def runs(self, images: Sequence[Sequence[Any]]) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-        """As of `RemoteProcessor`. An image instead of a path, whose tokens are only counted, has an empty path."""
-        begin, filler = self.tokenizer.convert_tokens_to_ids(["<img>", "<imgpad>"])
-        paths = [str(path) if isinstance(path, str | Path) else "" for row in images for path in row]
-        return [[begin, *path.encode(), *[filler] * (self.SPAN - len(path.encode()))] for path in paths], {}
-
-
-class NumberedProcessor(RemoteProcessor):
-    """Phi-3-Vision: images are numbered in the prompt, `<|image_1|>`, and the model reads negative ids for them.
-
-    Args:
-        theirs: the processor of the model's own code.
-        options: of `RemoteProcessor`.
-    """
-
-    numbered = re.compile(r"<\|image_\d+\|>")
-    """How its prompts spell what `image_token` stands for."""
-
-    def __init__(self, theirs: Any, **options: Any):
-        super().__init__(theirs.tokenizer, **options)
-        self.image_processor = theirs.image_processor
-        self.leading = leading_ids(theirs.tokenizer)
-        """What the model reads behind each image: its processor tokenizes the text between images apart, and the
-        tokenizer begins every text so."""
-
-    def runs(self, images: Sequence[Sequence[Any]]) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-        """As of `RemoteProcessor`, with `image_token` for the ids that the collator writes."""
-        inputs = dict(self.image_processor([image for row in images for image in row], return_tensors="pt"))
-        counts = torch.as_tensor(inputs.pop("num_img_tokens")).flatten().tolist()
-        return [[self.image_token_id] * (count + len(self.leading)) for count in counts], inputs
-
-
-def load_path_processor(folder: Path, raw: dict[str, Any]) -> PathProcessor:
-    """Qwen-VL's. Raises UserError where the tokens of its vocabulary are not where the model looks for them."""
-    plain = load_tokenizer(folder, "qwen")
-    tokenizer = PathTokenizer(
-        tokenizer_object=plain.backend_tokenizer,
-        model_max_length=plain.model_max_length,
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": list(PathProcessor.SPECIAL)})
-    tokenizer.source = folder
-    found, wanted = tokenizer.convert_tokens_to_ids("<img>"), raw["visual"].get("image_start_id")
-    if found != wanted:
-        raise UserError(f"{folder}: <img> is token {found}, but config.json says visual.image_start_id {wanted}.")
-    return PathProcessor(tokenizer, folder, "<img>", saved_template(folder))
-
-
-def load_numbered_processor(folder: Path, raw: dict[str, Any]) -> NumberedProcessor:
-    """Phi-3-Vision's, by its own code. Raises UserError where that does not run."""
-    try:
-        theirs = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    except RUNS_BADLY as error:
-        raise refusal(folder, "processor", error) from error
-    return NumberedProcessor(theirs, source=folder, image_token="<|image|>", chat_template=saved_template(folder))
-
-
-REMOTE_PROCESSORS: dict[str, Callable[[Path, dict[str, Any]], RemoteProcessor]] = {
-    "qwen-vl": load_path_processor,
-    "phi3-v": load_numbered_processor,
-}
-"""Family -> what makes its processor from a folder and its config.json."""
 
 
 def saved_template(folder: Path) -> str | None:

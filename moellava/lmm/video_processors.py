@@ -1,8 +1,8 @@
 """Video processors for Pillow, where torchvision is not installed and transformers' own cannot be had.
 
-Each does to the frames that it gets what transformers' class of the same kind does, by the same settings, which are
+Each does to the frames that it gets what transformers' class for the architecture does, by the same settings, which are
 saved with the processor as that class would save them. It never chooses frames. Resized pixels differ from
-torchvision's by rounding, one or two of 255 levels.
+torchvision's by rounding, one or two of 255 levels. Here is what the recipes of `architectures/` share.
 
 Shapes: T frames of a video, H × W pixels.
 """
@@ -19,8 +19,6 @@ from einops import rearrange
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 from transformers.image_utils import (
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
 )
@@ -38,7 +36,13 @@ COMMON: Settings = {
     "image_std": OPENAI_CLIP_STD,
     "do_convert_rgb": True,
 }
-"""What all kinds have in common, with transformers' defaults."""
+"""What all recipes have in common, with transformers' defaults."""
+
+LLAVA = COMMON | {"do_center_crop": False, "crop_size": None, "do_sample_frames": False}
+"""Settings of frames that `whole_frames` takes."""
+
+QWEN = COMMON | {"temporal_patch_size": 2, "merge_size": 2, "cap_pixels_per_frame": None}
+"""Settings of frames that `patched` takes."""
 
 AREAS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 """Settings of older files -> the part of `size` that they are today."""
@@ -51,26 +55,26 @@ class FrameProcessor(dict):
     """A video processor by its settings, which are what it is as a dict.
 
     Args:
-        kind: what it does with frames.
+        recipe: what it does with frames.
         given: settings from the model's folder; all of them are kept.
     """
 
     _auto_class: ClassVar[None] = None
     model_input_names: ClassVar[list[str]] = ["pixel_values_videos"]
 
-    def __init__(self, kind: VideoKind, given: Settings):
+    def __init__(self, recipe: FrameRecipe, given: Settings):
         known = {name: value for name, value in given.items() if value is not None}
-        super().__init__({**kind.defaults, **known})
-        self.kind = kind
-        if kind is UNKNOWN:
+        super().__init__({**recipe.defaults, **known})
+        self.recipe = recipe
+        if recipe is UNKNOWN:
             return
-        self.setdefault("video_processor_type", kind.class_name)
+        self.setdefault("video_processor_type", recipe.class_name)
         self["size"] = self["size"] | {AREAS[name]: known[name] for name in AREAS if name in known}
 
     @property
     def reads_videos(self) -> bool:
         """Whether this is known to do what transformers' class does."""
-        return self.kind is not UNKNOWN
+        return self.recipe is not UNKNOWN
 
     def __getattr__(self, name: str) -> Any:
         """A setting, which is how processors ask for it."""
@@ -84,16 +88,16 @@ class FrameProcessor(dict):
         """The model's inputs of several videos, and `video_metadata`, as `VideoMetadata`.
 
         Raises:
-            ValueError: frames of a shape that the kind refuses.
+            ValueError: frames of a shape that the recipe refuses.
         """
         metadata = [{"total_num_frames": len(video)} for video in videos] if video_metadata is None else video_metadata
-        tensors = self.kind.tensors(self, [list(video) for video in videos])
+        tensors = self.recipe.tensors(self, [list(video) for video in videos])
         return {**tensors, "video_metadata": [VideoMetadata(**one) for one in metadata]}
 
 
 @dataclass(frozen=True)
-class VideoKind:
-    """What a family does with the frames of a video.
+class FrameRecipe:
+    """What an architecture does with the frames of a video.
 
     Attributes:
         class_name: transformers' class that does the same.
@@ -113,43 +117,19 @@ def pixels_of(settings: Settings, frames: Sequence[Image.Image], **sizes: Any) -
 
 
 def whole_frames(settings: Settings, videos: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-    """LLaVA's kinds: frames of one size, `pixel_values_videos` [videos, T, 3, H, W]."""
+    """As LLaVA's: frames of one size, `pixel_values_videos` [videos, T, 3, H, W]."""
     sizes = {"size": settings["size"]}
     if settings["do_center_crop"]:
         sizes |= {"do_center_crop": True, "crop_size": settings["crop_size"]}
     return {"pixel_values_videos": torch.stack([pixels_of(settings, frames, **sizes) for frames in videos])}
 
 
-def smol_frames(settings: Settings, videos: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-    """SmolVLM's kind: every frame is a square, as a small image is; `pixel_values` [videos, T, 3, side, side] and
-    `pixel_attention_mask` [videos, T, side, side]."""
-    side = settings["max_image_size"]["longest_edge"]
-    rows = []
-    for frames in videos:
-        if settings["do_resize"]:
-            size = longest_edge(frames[0].size, settings["size"]["longest_edge"])
-            frames = [frame.resize(size, settings["resample"]) for frame in frames]
-        rows.append(pixels_of(settings, frames, size={"height": side, "width": side}))
-    pixels = torch.stack(rows)
-    return {"pixel_values": pixels, "pixel_attention_mask": torch.ones_like(pixels[:, :, 0], dtype=torch.long)}
-
-
-def longest_edge(size: tuple[int, int], edge: int) -> tuple[int, int]:
-    """(width, height) with the longer one as asked, the other in proportion and even."""
-    width, height = size
-    if width >= height:
-        short = int(edge / (width / height))
-        return edge, max(short + short % 2, 1)
-    short = int(edge * (width / height))
-    return max(short + short % 2, 1), edge
-
-
 Fit = Callable[[Settings, int, int, int], tuple[int, int]]
 """(settings, T, height, width) -> the height and width that frames are resized to."""
 
 
-def qwen_patches(fit: Fit) -> Callable[[Settings, list[list[Image.Image]]], dict[str, torch.Tensor]]:
-    """Qwen's kinds: `pixel_values_videos` [patches, 3 · t · p · p], each of p × p pixels in t frames, square after
+def patched(fit: Fit) -> Callable[[Settings, list[list[Image.Image]]], dict[str, torch.Tensor]]:
+    """As Qwen's: `pixel_values_videos` [patches, 3 · t · p · p], each of p × p pixels in t frames, square after
     square of m × m patches; and `video_grid_thw` [videos, 3], in patches.
 
     p, t and m are `patch_size`, `temporal_patch_size` and `merge_size`. The last frame is repeated to fill its patches.
@@ -172,30 +152,7 @@ def qwen_patches(fit: Fit) -> Callable[[Settings, list[list[Image.Image]]], dict
     return tensors
 
 
-def fit_frame(settings: Settings, frames: int, height: int, width: int) -> tuple[int, int]:
-    """Qwen2-VL: a frame's pixels lie between `shortest_edge` and `longest_edge` of `size`, which are areas here."""
-    factor = settings["patch_size"] * settings["merge_size"]
-    least, most = settings["size"]["shortest_edge"], settings["size"]["longest_edge"]
-    if settings["cap_pixels_per_frame"]:
-        budget = int(settings["max_video_tokens"] * factor**2 * 0.9) * settings["temporal_patch_size"] // frames
-        most = max(min(most, budget), int(least * 1.05))
-    return _fitted((1, height, width), factor, 1, least, most)
-
-
-def fit_video(settings: Settings, frames: int, height: int, width: int) -> tuple[int, int]:
-    """Qwen3-VL: the pixels of all frames together lie between the two areas."""
-    factor, time = settings["patch_size"] * settings["merge_size"], settings["temporal_patch_size"]
-    least, most = settings["size"]["shortest_edge"], settings["size"]["longest_edge"]
-    if frames < time:
-        raise ValueError(f"a video of {frames} frames: at least {time} are needed")
-    if settings["cap_pixels_per_frame"]:
-        share = min(settings["max_video_tokens"] * factor**2, most // frames)
-        most = max(share, int(least * 1.05)) * frames
-    enlarged = max(1.0, factor / height, factor / width)
-    return _fitted((frames, int(height * enlarged), int(width * enlarged)), factor, time, least, most)
-
-
-def _fitted(shape: tuple[int, int, int], factor: int, time: int, least: int, most: int) -> tuple[int, int]:
+def fitted(shape: tuple[int, int, int], factor: int, time: int, least: int, most: int) -> tuple[int, int]:
     """The nearest multiples of `factor` to (T, height, width)'s last two, or those that bring the pixels of all frames,
     T taken as a multiple of `time`, between `least` and `most`.
 
@@ -216,53 +173,5 @@ def _fitted(shape: tuple[int, int, int], factor: int, time: int, least: int, mos
     return fitted[0] * factor, fitted[1] * factor
 
 
-_LLAVA = COMMON | {"do_center_crop": False, "crop_size": None, "do_sample_frames": False}
-_QWEN = COMMON | {"temporal_patch_size": 2, "merge_size": 2, "cap_pixels_per_frame": None}
-_QWEN2 = VideoKind(
-    "Qwen2VLVideoProcessor",
-    _QWEN
-    | {"size": {"shortest_edge": 128 * 28**2, "longest_edge": 768 * 28**2}, "patch_size": 14}
-    | {"max_video_tokens": 128000, "do_sample_frames": False},
-    qwen_patches(fit_frame),
-)
-
-UNKNOWN = VideoKind("", {}, lambda settings, videos: {})
-"""Of a processor that is not in `KINDS`: its settings are kept, and a video is shown as images."""
-
-KINDS: dict[str, VideoKind] = {
-    "LlavaNextVideoProcessor": VideoKind(
-        "LlavaNextVideoVideoProcessor",
-        _LLAVA | {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}},
-        whole_frames,
-    ),
-    "LlavaOnevisionProcessor": VideoKind(
-        "LlavaOnevisionVideoProcessor", _LLAVA | {"size": {"height": 384, "width": 384}}, whole_frames
-    ),
-    "InternVLProcessor": VideoKind(
-        "InternVLVideoProcessor", _LLAVA | {"size": {"height": 384, "width": 384}}, whole_frames
-    ),
-    "Qwen2VLProcessor": _QWEN2,
-    "Qwen2_5_VLProcessor": _QWEN2,
-    "Qwen3VLProcessor": VideoKind(
-        "Qwen3VLVideoProcessor",
-        _QWEN
-        | {"size": {"shortest_edge": 128 * 32**2, "longest_edge": 768 * 32**2}, "patch_size": 16}
-        | {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
-        | {"max_video_tokens": 768, "do_sample_frames": True},
-        qwen_patches(fit_video),
-    ),
-    "SmolVLMProcessor": VideoKind(
-        "SmolVLMVideoProcessor",
-        COMMON
-        | {"size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364}, "resample": 1}  # Lanczos
-        | {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
-        | {"do_sample_frames": False, "num_frames": None, "fps": None},
-        smol_frames,
-    ),
-}
-"""Name of a processor's class -> what its video processor does."""
-
-
-def kind_of(processor_class: type) -> VideoKind:
-    """What the video processor of a processor's class does; `UNKNOWN` where it is not in `KINDS`."""
-    return KINDS.get(processor_class.__name__, UNKNOWN)
+UNKNOWN = FrameRecipe("", {}, lambda settings, videos: {})
+"""Of an architecture without a recipe: its settings are kept, and a video is shown as images."""

@@ -129,8 +129,11 @@ def extend_in_place(model: PreTrainedModel) -> None:
 
 
 def base_of(model_type: str) -> Any:
-    """The Hugging Face class that a saved folder extends, from the `model_type` of its config."""
+    """The Hugging Face class of a folder, which an extended one extends, from the `model_type` of its config."""
     plain = model_type.removeprefix(PREFIX)
     if plain not in CONFIG_MAPPING or CONFIG_MAPPING[plain] not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise UserError(f"This folder extends a {plain!r} model, which the installed transformers does not know.")
+        raise UserError(
+            f"This folder holds a {plain!r} model, and the installed transformers has no class of that type for images "
+            "and text."
+        )
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[CONFIG_MAPPING[plain]]

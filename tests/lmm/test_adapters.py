@@ -12,9 +12,11 @@ from moellava.adapters.gradient_watch import GradientWatch
 from moellava.adapters.lora import attach, lora_layers, vision_target_names
 from moellava.cli import main
 from moellava.errors import UserError
+from moellava.lmm.architecture import ARCHITECTURES
 from moellava.lmm.folders import open_folder
-from moellava.lmm.supported_models import LMM_FAMILIES, MULTIMODAL_KEYWORDS, group_names
+from moellava.lmm.supported_models import MULTIMODAL_KEYWORDS
 from moellava.model.builder import parts_of
+from moellava.model.parts import group_names
 from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
 
@@ -46,13 +48,13 @@ def moved_groups(family_id, before, after):
     return {part: set(found) for part, found in group_names(names, MULTIMODAL_KEYWORDS[family_id]).items() if found}
 
 
-def test_targets_are_linears_of_the_familys_vision_encoder(conforming_family, opened):
-    """By the family's keywords, which say where the encoder is; projectors inside it are none of it."""
-    model = opened(conforming_family).model
+def test_targets_are_linears_of_the_vision_encoder(conforming, opened):
+    """By the keywords, which say where the encoder is; projectors inside it are none of it."""
+    model = opened(conforming).model
     targets = vision_target_names(model)
-    groups = group_names([f"{name}.weight" for name in targets], MULTIMODAL_KEYWORDS[conforming_family])
+    groups = group_names([f"{name}.weight" for name in targets], MULTIMODAL_KEYWORDS[conforming])
     assert len(groups["vision_encoder"]) == len(targets)
-    if LMM_FAMILIES[conforming_family].remote_code:
+    if ARCHITECTURES[conforming].remote_code:
         return  # a stand-in for code that is not here, with hardly an encoder
     assert targets
     layers = 1 if getattr(model.config, "vision_feature_layer", None) == -2 else 2

@@ -9,23 +9,12 @@ from moellava.errors import UserError
 from moellava.serve.generate import Sampling
 from moellava.serve.prompt import Request
 from moellava.serve.released import inputs_of, is_released, open_released, stream_released
+from tests.lmm.tiny import NATIVE
 
-FAMILIES = (
-    "llava-1.5",
-    "llava-1.6",
-    "llava-onevision",
-    "qwen2-vl",
-    "qwen3-vl",
-    "internvl",
-    "gemma3",
-    "smolvlm",
-    "paligemma",
-    "llama-3.2-vision",
-)
 QUESTION = "<image>\nWhat colour is it?"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE)
 def test_a_released_model_reads_what_training_shows_it(family, opened, pictures, samples_of):
     released = opened(family)
     turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": "red"}]
@@ -38,7 +27,7 @@ def test_a_released_model_reads_what_training_shows_it(family, opened, pictures,
     assert inputs["input_ids"][0, head + images :].tolist() == sample["input_ids"][head + 1 : prompt].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NATIVE)
 def test_a_stream_is_what_generate_gives(family, opened, pictures):
     released = opened(family)
     for request in (Request(QUESTION, [pictures[0]]), Request("and without a picture?"), Request("two", pictures[:2])):
@@ -68,7 +57,7 @@ def test_the_command_opens_either_kind(tiny_lmm, pictures, capsys):
     assert capsys.readouterr().out.endswith("\n")
 
 
-def test_a_family_with_code_of_its_own_is_refused(tmp_path):
+def test_an_architecture_with_code_of_its_own_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "phi3_v"}')
     with pytest.raises(UserError, match="phi3-v"):
         open_released(str(tmp_path))

@@ -9,39 +9,19 @@ from moellava.errors import DataError, UserError
 from moellava.lmm.datasets import TO_LOAD_IMAGE
 from moellava.lmm.family_collators import collator_for
 from moellava.lmm.prompts import parts_of_text, prompt_pieces
-
-FAMILIES = [
-    "llava-1.5",
-    "llava-1.6",
-    "llava-interleave",
-    "llava-next-video",
-    "llava-onevision",
-    "qwen2-vl",
-    "qwen2.5-vl",
-    "qwen3-vl",
-    "internvl",
-    "gemma3",
-    "smolvlm",
-    "paligemma",
-    "llama-3.2-vision",
-]
-
-ENDS = {
-    "gemma3": "<end_of_turn>",
-    "smolvlm": "<end_of_utterance>",
-    "llama-3.2-vision": "<|eot_id|>",
-    "paligemma": "<eos>",
-} | dict.fromkeys(["llava-1.5", "llava-1.6", "llava-next-video"], "</s>")
-"""What ends an answer; <|im_end|> in the others."""
+from tests.lmm.tiny import NATIVE, TINY
 
 
 def collator(dataset, **options):
     return collator_for(dataset.family_id, dataset.reader.processor, reader=dataset.reader, **options)
 
 
-@pytest.mark.parametrize("family_id", [name for name in FAMILIES if name != "paligemma"])
+@pytest.mark.parametrize("family_id", [name for name in NATIVE if name != "paligemma"])
 def test_a_batch_is_what_the_processor_makes_of_the_rendered_text(family_id, samples_of, opened, pictures):
-    """Every tensor of the model's own processor, given the text that its template renders."""
+    """Every tensor of the model's own processor, given the text that its template renders.
+
+    PaliGemma's wants the answer apart from the text: see test_family_collators.py.
+    """
     record = {
         "id": "one",
         "image": ["0.png", "1.png"],
@@ -74,11 +54,11 @@ def test_a_batch_is_what_the_processor_makes_of_the_rendered_text(family_id, sam
     assert dataset.modalities == [True]
 
 
-@pytest.mark.parametrize("family_id", FAMILIES)
+@pytest.mark.parametrize("family_id", NATIVE)
 def test_only_answers_and_their_terminators_train(family_id, samples_of):
     dataset = samples_of(family_id)
     tokenizer = dataset.reader.processor.tokenizer
-    end = ENDS.get(family_id, "<|im_end|>")
+    end = TINY[family_id].end
     batch = collator(dataset)([dataset[index] for index in range(3)])
     decoded = [tokenizer.decode(row[row != IGNORE_INDEX]) for row in batch["labels"]]
     assert [text.replace(" ", "") for text in decoded] == [
@@ -186,7 +166,7 @@ def test_what_cannot_be_masked_or_shown_is_named(samples_of, opened):
         samples_of("llava-1.5", silent)
 
 
-def test_families_that_read_paths_get_paths(samples_of, pictures):
+def test_architectures_that_read_paths_get_paths(samples_of, pictures):
     assert TO_LOAD_IMAGE["qwen-vl"] is False and TO_LOAD_IMAGE["llava-1.5"] is True
     dataset = samples_of("llava-1.5", to_load_image=False)
     assert dataset[0]["images"] == [pictures[0]]

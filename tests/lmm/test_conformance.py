@@ -1,30 +1,30 @@
-"""What every family has to do, on a tiny random model of its class: `pytest tests/lmm --model-id ID` for one alone."""
+"""What every architecture has to do, on a tiny random model of its class; `pytest tests/lmm --model-id ID` for one."""
 
 import pytest
 import torch
 
 from moellava.constants import IGNORE_INDEX
 from moellava.errors import UserError
+from moellava.lmm.architecture import refuse_upcycling
 from moellava.lmm.family_collators import collator_for
 from moellava.lmm.loaders import find_model, load_lmm
-from moellava.lmm.supported_models import group_names, refuse_upcycling
+from moellava.model.parts import parts_of
 from moellava.model.saving import save_pretrained_folder
 from moellava.moe import MoESpec, upcycle
 
 STEPS = 6
 
 
-def test_loads_masks_learns_saves_reopens_and_upcycles(conforming_family, samples_of, tiny_lmm, tmp_path):
-    folder, raw, family = find_model(None, str(tiny_lmm(conforming_family)))
+def test_loads_masks_learns_saves_reopens_and_upcycles(conforming, samples_of, tiny_lmm, tmp_path):
+    folder, raw, family = find_model(None, str(tiny_lmm(conforming)))
     released = load_lmm(folder, raw, family, dtype=torch.float32, trust_remote_code=family.remote_code)
     model = released.model
 
-    names = [name for name, _ in model.named_parameters()]
-    groups = group_names(names, family.keywords)
-    assert sorted(name for group in groups.values() for name in group) == sorted(names)
+    placed = [id(held) for part in parts_of(model, family.keywords).values() for held in part.parameters()]
+    assert sorted(placed) == sorted(map(id, model.parameters()))
 
-    dataset = samples_of(conforming_family, released=released)
-    collate = collator_for(conforming_family, released.processor, reader=dataset.reader)
+    dataset = samples_of(conforming, released=released)
+    collate = collator_for(conforming, released.processor, reader=dataset.reader)
     batch = collate([dataset[index] for index in range(3)])
     trained = batch["labels"] != IGNORE_INDEX
     assert trained.any(dim=1).all() and not trained[~batch["attention_mask"].bool()].any()

@@ -1,4 +1,4 @@
-"""The unusual families through train.py: a short run each, with a batch that has no image, and LoRA."""
+"""The unusual architectures through train.py: a short run each, with a batch that has no image, and LoRA."""
 
 import json
 
@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from moellava.errors import UserError
+from moellava.lmm.architecture import ARCHITECTURES
 from moellava.lmm.loaders import find_model, load_lmm
 from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
 
-REMOTE = {"qwen-vl", "phi3-v"}
+
+def trust(family_id):
+    return {"trust_remote_code": True} if ARCHITECTURES[family_id].remote_code else {}
 
 
 @pytest.fixture
@@ -18,7 +21,7 @@ def run(tiny_lmm, released_flags):
     """(family, flags) -> the folder that a run of three steps leaves, in this process."""
 
     def start(family_id, name="run", **flags):
-        flags |= {"model_max_length": 1024, **({"trust_remote_code": True} if family_id in REMOTE else {})}
+        flags |= {"model_max_length": 1024, **trust(family_id)}
         flags = released_flags(tiny_lmm(family_id), name, **flags)
         return train(*parse_arguments([str(word) for key, value in flags.items() for word in (f"--{key}", value)]))
 
@@ -27,8 +30,8 @@ def run(tiny_lmm, released_flags):
 
 def opened_again(folder, family_id):
     found = find_model(None, str(folder))
-    assert found[2].family_id == family_id
-    return load_lmm(*found, dtype=torch.float32, trust_remote_code=family_id in REMOTE)
+    assert found[2].name == family_id
+    return load_lmm(*found, dtype=torch.float32, **trust(family_id))
 
 
 def history(folder):

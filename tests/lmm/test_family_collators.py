@@ -1,4 +1,4 @@
-"""Families whose models want more: PaliGemma's prefix, Llama 3.2 Vision's cross-attention."""
+"""Architectures whose models want more: PaliGemma's prefix, Llama 3.2 Vision's cross-attention."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from PIL import Image
 
 from moellava.constants import IGNORE_INDEX
 from moellava.errors import DataError, UserError
-from moellava.lmm.family_collators import collator_for, spans_read
+from moellava.lmm.architectures.llama_3_2_vision import spans_read
+from moellava.lmm.family_collators import collator_for
 from moellava.lmm.prompts import parts_of_text
 
 

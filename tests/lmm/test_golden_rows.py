@@ -1,11 +1,12 @@
-"""Golden rows of every family: what is rendered, its ids, and what of it is trained.
+"""Golden rows of every architecture: what is rendered, its ids, and what of it is trained.
 
 `tests/golden/released.jsonl` is written by
 
     pytest tests/lmm/test_golden_rows.py --write-goldens
 
 after a deliberate change; look at the difference before you commit it. Ids that repeat are kept as [id, times].
-`PROMPTS` says by hand what the prompts of the models' own pages look like, so that a row cannot be wrong unnoticed.
+`tests/lmm/tiny.py` says by hand what the prompts of the models' own pages look like, so that a row cannot be wrong
+unnoticed.
 """
 
 import itertools
@@ -15,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from moellava.constants import IGNORE_INDEX
+from moellava.lmm.architecture import ARCHITECTURES
 from moellava.lmm.family_collators import collator_for
 from moellava.lmm.prompts import prompt_pieces
-from moellava.lmm.supported_models import LMM_FAMILIES
-from moellava.lmm.templates import recorded_template
+from tests.lmm.tiny import TINY
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "released.jsonl"
 
@@ -44,36 +45,6 @@ CASES = {
         "conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}],
     },
 }
-
-CHATML = "<|im_start|>user\n{image}What is it?<|im_end|>\n<|im_start|>assistant\nA fractal.<|im_end|>\n"
-QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-VICUNA = "<s>USER: <image>\nWhat is it? ASSISTANT: A fractal.</s>"
-ONEVISION = "<|im_start|>user <image>\nWhat is it?<|im_end|><|im_start|>assistant\nA fractal.<|im_end|>"
-PROMPTS = {
-    "llava-1.5": VICUNA,
-    "llava-1.6": "<s>[INST] <image>\nWhat is it? [/INST] A fractal.</s>",
-    "llava-interleave": ONEVISION,
-    "llava-next-video": VICUNA,
-    "llava-onevision": ONEVISION,
-    "qwen2-vl": QWEN_SYSTEM + CHATML.format(image=QWEN_IMAGE),
-    "qwen2.5-vl": QWEN_SYSTEM + CHATML.format(image=QWEN_IMAGE),
-    "qwen3-vl": CHATML.format(image=QWEN_IMAGE),
-    "internvl": CHATML.format(image="<IMG_CONTEXT>\n"),
-    "smolvlm": "<|im_start|>User:<image>What is it?<end_of_utterance>\nAssistant: A fractal.<end_of_utterance>\n",
-    "gemma3": (
-        "<s><start_of_turn>user\n<start_of_image>What is it?<end_of_turn>\n"
-        "<start_of_turn>model\nA fractal.<end_of_turn>\n"
-    ),
-    "paligemma": "<image><bos>What is it?\nA fractal.<eos>",
-    "llama-3.2-vision": (
-        "<s><|start_header_id|>user<|end_header_id|>\n\n<|image|>What is it?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nA fractal.<|eot_id|>"
-    ),
-    "phi3-v": "<|user|>\n<|image|>\nWhat is it?<|end|>\n<|assistant|>\nA fractal.<|end|>\n",
-    "qwen-vl": QWEN_SYSTEM + CHATML.format(image="Picture 1: <img></img>\n"),
-}
-"""Family -> a question about an image and its answer; <|image|> is what stands for Phi-3-Vision's <|image_1|> here."""
 
 
 def packed(ids):
@@ -113,7 +84,7 @@ def golden_rows():
     return {(row["family"], row["case"]): row for row in map(json.loads, lines)}
 
 
-@pytest.mark.parametrize("family_id", list(LMM_FAMILIES))
+@pytest.mark.parametrize("family_id", list(ARCHITECTURES))
 def test_rows_are_what_they_were(family_id, samples_of, pictures, monkeypatch, request):
     monkeypatch.chdir(pictures[0].parent)  # Qwen-VL's ids hold paths
     rows = [row_of(family_id, case, samples_of) for case in CASES]
@@ -125,11 +96,11 @@ def test_rows_are_what_they_were(family_id, samples_of, pictures, monkeypatch, r
     assert rows == [golden[family_id, case] for case in CASES]
 
 
-@pytest.mark.parametrize("family_id", list(LMM_FAMILIES))
+@pytest.mark.parametrize("family_id", list(ARCHITECTURES))
 def test_prompts_are_those_of_the_models_own_pages(family_id, samples_of):
     record = {"image": "0.png", "conversations": CASES["image"]["conversations"][:2]}
     dataset = samples_of(family_id, [{"id": "one", **record}])
-    assert text_of(dataset, record) == PROMPTS[family_id]
+    assert text_of(dataset, record) == TINY[family_id].prompt
 
 
 def test_smolvlm_speaks_as_its_processor_does(samples_of):
@@ -148,9 +119,9 @@ def test_smolvlm_speaks_as_its_processor_does(samples_of):
     [("mistral", [], "[INST] "), ("llama", ["<|im_end|>"], "<|im_start|>user\n"), ("llama", ["</s>"], "USER: ")],
 )
 @pytest.mark.parametrize("family_id", ["llava-1.6", "llava-next-video"])
-def test_models_of_one_family_speak_as_their_language_models_do(family_id, text_type, special, opening, opened):
+def test_models_of_one_architecture_speak_as_their_language_models_do(family_id, text_type, special, opening, opened):
     """Over Mistral, over Yi (34B) and over Vicuna."""
-    template = recorded_template(family_id, text_type, special)
+    template = ARCHITECTURES[family_id].template_for(text_type, special)
     parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     messages = [{"role": "user", "content": parts}]
     text = opened("llava-1.5").processor.apply_chat_template(messages, chat_template=template, tokenize=False)
@@ -168,5 +139,5 @@ def test_every_answer_is_trained_with_what_ends_it_and_nothing_else():
 
 
 def ends(row):
-    """What ends an answer of this family, by its golden row."""
+    """What ends an answer of this architecture, by its golden row."""
     return row["trained"].rpartition(".")[2].strip()

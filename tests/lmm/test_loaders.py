@@ -1,5 +1,6 @@
-"""Opening released models: families, processors, templates, and what is refused."""
+"""Opening released models: architectures, processors, templates, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 
 from moellava.errors import UnknownNameError, UserError
+from moellava.lmm.architecture import ARCHITECTURES
 from moellava.lmm.loaders import find_model, load_lmm
-from moellava.lmm.supported_models import LMM_FAMILIES
-from moellava.lmm.templates import RECORDED_TEMPLATES
+
+REMOTE = [name for name, architecture in ARCHITECTURES.items() if architecture.remote_code]
 
 
 def reopen(folder):
@@ -22,12 +24,12 @@ def test_a_folder_opens_in_its_own_class_with_its_own_processor(family_id, opene
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     released = opened(family_id)
-    assert released.family is LMM_FAMILIES[family_id]
+    assert released.family is ARCHITECTURES[family_id]
     plain = AutoModelForImageTextToText.from_pretrained(tiny_lmm(family_id))
     assert type(released.model) is type(plain)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in released.model.state_dict().items())
     assert type(released.processor).__name__.removesuffix("Processor") in type(plain).__name__
-    assert released.processor.chat_template == RECORDED_TEMPLATES[family_id], "the folder has none of its own"
+    assert released.processor.chat_template == ARCHITECTURES[family_id].template, "the folder has none of its own"
     assert AutoConfig.from_pretrained(tiny_lmm(family_id)).model_type == released.family.model_type
 
 
@@ -40,10 +42,12 @@ def test_a_processor_keeps_the_settings_of_its_video_processor(opened, tmp_path)
     assert saved["video_processor"]["video_processor_type"] == "Qwen2VLVideoProcessor"
 
 
-def test_an_id_and_a_folder_of_another_family_are_refused(tiny_lmm):
-    with pytest.raises(UserError, match="--model_id qwen2-vl-2b-instruct is of the family qwen2-vl.*type 'llava'"):
+def test_an_id_and_a_folder_of_another_architecture_are_refused(tiny_lmm):
+    with pytest.raises(
+        UserError, match="--model_id qwen2-vl-2b-instruct is of the architecture qwen2-vl.*type 'llava'"
+    ):
         find_model("qwen2-vl-2b-instruct", str(tiny_lmm("llava-1.5")))
-    assert find_model("llava-1.5-7b", str(tiny_lmm("llava-1.5")))[2].family_id == "llava-1.5"
+    assert find_model("llava-1.5-7b", str(tiny_lmm("llava-1.5")))[2].name == "llava-1.5"
     with pytest.raises(UnknownNameError, match="Unknown model id 'llava-1.5'. Did you mean 'llava-1.5-7b'"):
         find_model("llava-1.5", None)
 
@@ -90,13 +94,13 @@ UNMASKABLE = {
 
 
 @pytest.mark.parametrize("reason", list(UNMASKABLE))
-def test_a_template_that_cannot_be_masked_is_named(reason, copy_of, monkeypatch, caplog):
+def test_a_template_that_cannot_be_masked_is_named(reason, copy_of, architectures, caplog):
     """The one on record takes its place, and a warning says why; where there is none, the run stops."""
     folder = copy_of("llava-1.5")
     (folder / "chat_template.jinja").write_text(UNMASKABLE[reason])
     caplog.set_level("WARNING", logger="moellava")
-    assert reopen(folder).processor.chat_template == RECORDED_TEMPLATES["llava-1.5"]
-    monkeypatch.delitem(RECORDED_TEMPLATES, "llava-1.5")
+    assert reopen(folder).processor.chat_template == ARCHITECTURES["llava-1.5"].template
+    architectures.replace("llava-1.5", dataclasses.replace(architectures["llava-1.5"], template=None))
     with pytest.raises(UserError, match=f"chat template of llava-1.5 cannot be trained on: .*{reason}"):
         reopen(folder)
     (folder / "chat_template.jinja").unlink()
@@ -104,17 +108,17 @@ def test_a_template_that_cannot_be_masked_is_named(reason, copy_of, monkeypatch,
         reopen(folder)
 
 
-@pytest.mark.parametrize("family_id", ["phi3-v", "qwen-vl"])
+@pytest.mark.parametrize("family_id", REMOTE)
 def test_remote_code_runs_only_when_it_is_allowed(family_id, tmp_path):
     with pytest.raises(UserError, match=f"{family_id} models need the Python code.*--trust_remote_code True"):
-        load_lmm(tmp_path, {}, LMM_FAMILIES[family_id], dtype=torch.float32)
+        load_lmm(tmp_path, {}, ARCHITECTURES[family_id], dtype=torch.float32)
 
 
 def test_a_template_that_never_stops_gives_way_to_the_one_on_record(copy_of, caplog):
     folder = copy_of("llava-1.5")
-    endless = RECORDED_TEMPLATES["llava-1.5"].replace("{{ eos_token }}", "{{ ' ' }}")
+    endless = ARCHITECTURES["llava-1.5"].template.replace("{{ eos_token }}", "{{ ' ' }}")
     (folder / "chat_template.jinja").write_text(endless)
-    assert reopen(folder).processor.chat_template == RECORDED_TEMPLATES["llava-1.5"]
-    own = RECORDED_TEMPLATES["llava-1.5"].replace("USER", "HUMAN")
+    assert reopen(folder).processor.chat_template == ARCHITECTURES["llava-1.5"].template
+    own = ARCHITECTURES["llava-1.5"].template.replace("USER", "HUMAN")
     (folder / "chat_template.jinja").write_text(own)
     assert reopen(folder).processor.chat_template == own, "a folder's own template comes first"

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from moellava.cli import main
 from moellava.files import read_config
+from moellava.lmm.architecture import ARCHITECTURES
 from moellava.lmm.folders import is_released, open_folder
-from moellava.lmm.supported_models import LMM_FAMILIES
 from moellava.moe import moe_layers
 from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
@@ -39,11 +39,11 @@ def assert_equal_models(one, other, atol):
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=atol)
 
 
-def test_upcycling_streams_and_keeps_the_logits(conforming_family, tiny_lmm, tmp_path, capsys, monkeypatch):
-    """Every family, shard by shard, certified with its processor's own inputs."""
+def test_upcycling_streams_and_keeps_the_logits(conforming, tiny_lmm, tmp_path, capsys, monkeypatch):
+    """Every architecture, shard by shard, certified with its processor's own inputs."""
     monkeypatch.setattr("moellava.convert.upcycle_folder.in_memory", None)
-    folder, target = tiny_lmm(conforming_family), tmp_path / "moe"
-    if LMM_FAMILIES[conforming_family].remote_code:
+    folder, target = tiny_lmm(conforming), tmp_path / "moe"
+    if ARCHITECTURES[conforming].remote_code:
         assert upcycle(folder, target) == 2 and not target.exists()
         assert "whose MLPs are not known here: it cannot be upcycled" in capsys.readouterr().err
         return
@@ -53,10 +53,10 @@ def test_upcycling_streams_and_keeps_the_logits(conforming_family, tiny_lmm, tmp
     assert set(certificate["probes"]) == {"text", "image"}
     assert max(probe["max_abs_delta"] for probe in certificate["probes"].values()) < 1e-6
     sparse = opened_fp32(target)
-    assert sparse.family is LMM_FAMILIES[conforming_family] and len(moe_layers(sparse.model)) >= 2
+    assert sparse.family is ARCHITECTURES[conforming] and len(moe_layers(sparse.model)) >= 2
     assert sparse.model.config.moellava == {
         "version": "chat_template",
-        "lmm_family": conforming_family,
+        "lmm_family": conforming,
         "stage": "moe",
     }
 

@@ -1,4 +1,4 @@
-"""Families with code of their own: our adapters against stand-ins that have the interface of that code."""
+"""Architectures with code of their own: our adapters against stand-ins that have the interface of that code."""
 
 import importlib.util
 import json
@@ -10,9 +10,10 @@ from PIL import Image
 
 from moellava.constants import IGNORE_INDEX
 from moellava.errors import DataError, UserError
+from moellava.lmm.architecture import ARCHITECTURES, refuse_upcycling
 from moellava.lmm.family_collators import collator_for
 from moellava.lmm.loaders import find_model, load_lmm
-from moellava.lmm.supported_models import MULTIMODAL_KEYWORDS, group_names, refuse_upcycling
+from moellava.model.parts import group_names
 from moellava.model.saving import save_pretrained_folder
 
 RECORD = {
@@ -107,7 +108,7 @@ def test_phi_3_vision_gets_what_its_own_processor_makes_of_the_prompt(count, sam
 def test_parts_and_gradients(family_id, samples_of, opened):
     model = opened(family_id).model
     names = [name for name, _ in model.named_parameters()]
-    groups = group_names(names, MULTIMODAL_KEYWORDS[family_id])
+    groups = group_names(names, ARCHITECTURES[family_id].keywords)
     assert sorted(name for group in groups.values() for name in group) == sorted(names)
     dataset = samples_of(family_id)
     model.train().zero_grad()

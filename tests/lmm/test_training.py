@@ -53,7 +53,7 @@ def test_a_run_leaves_a_folder_of_the_models_own_class(family_id, run, tiny_lmm)
     moved = changed(tiny_lmm(family_id), folder)
     assert moved and all("language_model" in name or "lm_head" in name for name in moved), "projector and tower rest"
     released = reopened(folder)
-    assert released.family.family_id == family_id
+    assert released.family.name == family_id
     assert type(released.model) is type(model)
     saved = json.loads((folder / "processor_config.json").read_text())
     assert saved["processor_class"] == type(released.processor).__name__
@@ -84,7 +84,7 @@ def test_a_released_model_is_upcycled_and_trained_further(family_id, run):
     assert certificate["exact_in_theory"]
     assert all(probe["max_abs_delta"] < 1e-5 for probe in certificate["probes"].values())
     assert {"text", "image"} == set(certificate["probes"])
-    assert find_model(None, str(folder))[2].family_id == family_id
+    assert find_model(None, str(folder))[2].name == family_id
     further = run(folder, "further", moe_enable=True)
     moved = changed(folder, further)
     assert moved and all(".mlp.experts." in name or ".mlp.router." in name for name in moved)

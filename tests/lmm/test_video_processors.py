@@ -1,6 +1,6 @@
 """Our video processors beside transformers' own, whose results were recorded where torchvision is installed.
 
-tests/golden/video_processors.npz holds, for each kind, settings, three frames of 56 × 40 pixels, and what transformers
+tests/golden/video_processors.npz holds, for each recipe, settings, three frames of 56 × 40 pixels, and what transformers
 5.23 with torchvision 0.28 makes of them; and `fits`: sizes that its two `smart_resize` functions choose.
 """
 
@@ -14,8 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from moellava.lmm.architecture import ARCHITECTURES
+from moellava.lmm.architectures.qwen2_vl import fit_frame
+from moellava.lmm.architectures.qwen3_vl import fit_video
 from moellava.lmm.processors import build_without_torchvision, video_settings_of
-from moellava.lmm.video_processors import KINDS, UNKNOWN, FrameProcessor, fit_frame, fit_video, kind_of
+from moellava.lmm.video_processors import UNKNOWN, FrameProcessor
+from tests.lmm.tiny import WITH_VIDEO
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "video_processors.npz"
 LEVELS = 2.2 / 255 / 0.26
@@ -28,10 +32,12 @@ def golden():
         return dict(arrays)
 
 
-@pytest.mark.parametrize("name", sorted(KINDS.keys() - {"Qwen2_5_VLProcessor"}))
-def test_pixels_are_those_of_transformers(name, golden):
+@pytest.mark.parametrize("architecture", WITH_VIDEO)
+def test_pixels_are_those_of_transformers(architecture, golden):
+    recipe = ARCHITECTURES[architecture].video
+    name = recipe.class_name.replace("VideoProcessor", "Processor")
     frames = [Image.fromarray(frame) for frame in golden["frames"]]
-    processor = FrameProcessor(KINDS[name], json.loads(str(golden[f"{name}/settings"])))
+    processor = FrameProcessor(recipe, json.loads(str(golden[f"{name}/settings"])))
     made = processor([frames])
     expected = {key.split("/")[1]: torch.from_numpy(golden[key]) for key in golden if key.startswith(f"{name}/pixel")}
     expected |= {key.split("/")[1]: torch.from_numpy(golden[key]) for key in golden if key == f"{name}/video_grid_thw"}
@@ -66,21 +72,21 @@ def test_a_cap_limits_the_pixels_of_long_videos():
 
 
 def test_settings_are_found_where_transformers_looks(tmp_path):
-    kind = KINDS["Qwen2VLProcessor"]
+    recipe = ARCHITECTURES["qwen2-vl"].video
     shared = {"min_pixels": 784, "max_pixels": 1568, "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 7}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(shared))
-    processor = FrameProcessor(kind, video_settings_of(tmp_path, kind))
+    processor = FrameProcessor(recipe, video_settings_of(tmp_path, recipe))
     assert processor.size == {"shortest_edge": 784, "longest_edge": 1568} and processor.patch_size == 7
     assert "image_processor_type" not in processor
     (tmp_path / "video_preprocessor_config.json").write_text('{"patch_size": 16, "fps": 2}')
-    assert video_settings_of(tmp_path, kind) == {"patch_size": 16, "fps": 2}
+    assert video_settings_of(tmp_path, recipe) == {"patch_size": 16, "fps": 2}
     (tmp_path / "processor_config.json").write_text('{"video_processor": {"patch_size": 32}}')
-    assert video_settings_of(tmp_path, kind) == {"patch_size": 32}
+    assert video_settings_of(tmp_path, recipe) == {"patch_size": 32}
     with pytest.raises(AttributeError, match="no setting 'colour'"):
         processor.colour  # noqa: B018
 
 
-def test_a_processor_of_no_known_kind_keeps_its_settings_and_shows_frames(opened):
+def test_a_processor_without_a_recipe_keeps_its_settings_and_shows_frames(opened):
     from transformers import LlavaOnevisionProcessor
 
     from moellava.data.media_reader import MediaReader
@@ -88,10 +94,9 @@ def test_a_processor_of_no_known_kind_keeps_its_settings_and_shows_frames(opened
     class Stranger(LlavaOnevisionProcessor):
         pass
 
-    assert kind_of(Stranger) is UNKNOWN
     known = opened("llava-onevision").processor
     parts = {"image_processor": known.image_processor, "tokenizer": known.tokenizer, "num_image_tokens": 4}
     settings = {"video_processor_type": "Any", "size": {"height": 9}}
-    stranger = build_without_torchvision(Stranger, video_settings=settings, **parts)
+    stranger = build_without_torchvision(Stranger, UNKNOWN, video_settings=settings, **parts)
     assert dict(stranger.video_processor) == settings
     assert set(MediaReader(stranger).kinds) == {"image"} and set(MediaReader(known).kinds) == {"image", "video"}

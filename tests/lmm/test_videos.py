@@ -20,12 +20,10 @@ from moellava.serve.prompt import Request
 from moellava.serve.released import inputs_of, stream_released
 from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
+from tests.lmm.tiny import NATIVE, TINY, WITH_VIDEO
 
-WITH_VIDEO = ["llava-next-video", "llava-onevision", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "internvl", "smolvlm"]
-"""Families whose processor has a way for videos."""
-
-AS_IMAGES = ["llava-1.5", "llava-1.6", "gemma3", "llama-3.2-vision"]
-"""Families that see a video as its frames, each with a processor of another kind."""
+AS_IMAGES = [name for name in NATIVE if name not in WITH_VIDEO]
+"""Those that see a video as its frames."""
 
 FRAMES = 3
 RECORDS = [
@@ -191,38 +189,13 @@ def test_a_video_is_never_cut(family_id, videos_of):
     assert seen == {units // 2, units}
 
 
-QWEN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-ANSWER = "What is shown?<|im_end|>\n<|im_start|>assistant\nShapes.<|im_end|>\n"
-SMOL = "<fake_token_around_image><global-img><image><fake_token_around_image>\n"
-SEEN = {
-    "llava-next-video": "<s>USER: <video>×3\nWhat is shown? ASSISTANT: Shapes.</s>",
-    "llava-1.5": "<s>USER: <image>×4\n<image>×4\n<image>×4\nWhat is shown? ASSISTANT: Shapes.</s>",
-    "qwen2-vl": f"{QWEN}<|vision_start|><|video_pad|>×8<|vision_end|>{ANSWER}",
-    "qwen3-vl": (
-        "<s><|im_start|>user\n<|vision_start|>"
-        "<1.1 seconds><|vision_start|><|video_pad|>×4<|vision_end|>"
-        f"<4.8 seconds><|vision_start|><|video_pad|>×4<|vision_end|>×2{ANSWER}"
-    ),
-    "internvl": (
-        "<s><|im_start|>user\nFrame1: <img><IMG_CONTEXT></img>\nFrame2: <img><IMG_CONTEXT></img>\n"
-        f"Frame3: <img><IMG_CONTEXT></img>\n{ANSWER}"
-    ),
-    "smolvlm": (
-        "<|im_start|>User: You are provided the following series of three frames from a 0:00:05 [H:MM:SS] video.\n\n"
-        f"Frame from 00:00:{SMOL}Frame from 00:02:{SMOL}Frame from 00:04:{SMOL}\n"
-        "What is shown?<end_of_utterance>\nAssistant: Shapes.<end_of_utterance>\n"
-    ),
-}
-"""Family -> three frames of a video of five seconds, as its model reads them; ×3 means three times the same token."""
-
-
-@pytest.mark.parametrize("family_id", SEEN)
+@pytest.mark.parametrize("family_id", [name for name in TINY if TINY[name].video_prompt])
 def test_what_a_model_reads(family_id, videos_of):
     dataset = videos_of(family_id, [RECORDS[0] | {"conversations": RECORDS[0]["conversations"][:2]}])
     text = dataset.reader.processor.tokenizer.decode(collate(family_id, dataset, 0)["input_ids"][0])
     text = re.sub(r"(<[^<>]+>)\1+", lambda run: f"{run[1]}×{len(run[0]) // len(run[1])}", text)
     # Spaces apart: SentencePiece's decoder shows some more behind special tokens.
-    assert text.replace(" ", "") == SEEN[family_id].replace(" ", "")
+    assert text.replace(" ", "") == TINY[family_id].video_prompt.replace(" ", "")
 
 
 def test_times_are_told_to_models_that_read_them(videos_of, clips):

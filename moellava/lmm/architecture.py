@@ -1,0 +1,206 @@
+"""What a released architecture is, as data: one `Architecture` each, registered by a file of `architectures/`.
+
+A model of a known architecture is one more row of its `models`, or one `register_model(…)` in a program of your own
+(docs/ADD_A_MODEL.md); a local folder of one needs neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moellava.errors import UnknownNameError, UserError
+from moellava.lmm.video_processors import FrameRecipe
+from moellava.model.extended import PREFIX
+from moellava.model.parts import Keywords
+from moellava.registry import Registry
+
+Template = str | Callable[[str, Collection[str]], str]
+"""A chat template in Jinja; or what chooses one by the `model_type` of the language model, which may differ between
+models of one architecture, and the special tokens of the tokenizer, which tell apart what shares a `model_type`."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Released models of one class.
+
+    Args:
+        name: key in `ARCHITECTURES`.
+        keywords: where its parts are; a plain list of names means that these are the vision part, and all else the
+            language model.
+        model_type: `model_type` of its config.json. None, of one that is registered while a program runs: what the
+            folder says, which has to be a class of transformers for images and text.
+        text_model_types: `model_type`s of its text config, where two architectures share a `model_type`; () for any.
+        needs: fields of its config.json that tell it from a language model of the same `model_type`.
+        models: id -> where the hub keeps it.
+        template: the chat template on record, for folders without one that can be trained on: over messages whose
+            content is a list of images, videos and texts.
+        loads_images: whether its collator gets images; False: their paths, which its tokenizer reads in the prompt.
+        load: (folder, config.json, architecture, dtype=…) -> `ReleasedModel`; None: as its class is opened.
+        collator: a subclass of `MediaCollator`; None: that one.
+        video: what its video processor does to frames where torchvision is not installed; None: there it sees a video
+            as images.
+        remote_processor: (folder, config.json) -> its processor, where transformers lacks the class, so that the
+            code in the model's own repository has to run; None: transformers has it.
+    """
+
+    name: str
+    keywords: Keywords
+    model_type: str | None = None
+    text_model_types: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    models: Mapping[str, str] = field(default_factory=dict)
+    template: Template | None = None
+    loads_images: bool = True
+    load: Callable[..., Any] | None = None
+    collator: type[Any] | None = None
+    video: FrameRecipe | None = None
+    remote_processor: Callable[[Path, dict[str, Any]], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.keywords, Keywords):
+            object.__setattr__(self, "keywords", Keywords.of_vision(self.keywords))
+
+    @property
+    def remote_code(self) -> bool:
+        """Whether the Python files beside its weights have to run."""
+        return self.remote_processor is not None
+
+    def fits(self, raw: Mapping[str, Any]) -> bool:
+        """Whether a config.json is one of this architecture."""
+        if any(name not in raw for name in self.needs):
+            return False
+        text_type = (raw.get("text_config") or {}).get("model_type")
+        if self.text_model_types and text_type not in self.text_model_types:
+            return False
+        return raw.get("model_type") == self.model_type
+
+    def template_for(self, text_model_type: str, special: Collection[str] = ()) -> str | None:
+        """The chat template on record for a model, None if there is none; arguments as of `Template`."""
+        return self.template(text_model_type, special) if callable(self.template) else self.template
+
+
+@dataclass(frozen=True)
+class SupportedModel:
+    """A released model.
+
+    Args:
+        model_id: what `--model_id` takes.
+        family_id: name of its architecture.
+        model_hf_path: where the hub keeps it.
+    """
+
+    model_id: str
+    family_id: str
+    model_hf_path: str
+
+    @property
+    def architecture(self) -> Architecture:
+        """Its entry, as it is now."""
+        return ARCHITECTURES[self.family_id]
+
+
+ARCHITECTURES: Registry[Architecture] = Registry("architecture")
+SUPPORTED_MODELS: Registry[SupportedModel] = Registry("model id")
+
+
+def register_architecture(architecture: Architecture) -> Architecture:
+    """Adds an architecture and its models. Raises ValueError if its name or the id of a model is taken."""
+    ARCHITECTURES.register(architecture.name, architecture)
+    for model_id, path in architecture.models.items():
+        SUPPORTED_MODELS.register(model_id, SupportedModel(model_id, architecture.name, path))
+    return architecture
+
+
+def register_model(*, model_id: str, model_family_id: str, model_hf_path: str) -> SupportedModel:
+    """Adds a released model to its architecture's.
+
+    Raises:
+        ValueError: the id is taken.
+        UnknownNameError: no such architecture; the known ones are listed.
+    """
+    architecture = ARCHITECTURES[model_family_id]
+    added = SUPPORTED_MODELS.register(model_id, SupportedModel(model_id, model_family_id, model_hf_path))
+    models = {**architecture.models, model_id: model_hf_path}
+    ARCHITECTURES.replace(model_family_id, dataclasses.replace(architecture, models=models))
+    return added
+
+
+class FieldView(Mapping[str, Any]):
+    """One field of every architecture, by name: what docs/ADD_A_MODEL.md calls MULTIMODAL_KEYWORDS, LOADERS and so on.
+
+    `view[name] = value` changes that field of the architecture's entry.
+
+    Args:
+        field_name: of `Architecture`.
+        default: what an entry means that has None there.
+        begins: whether writing a name that is unknown begins an entry of that name.
+    """
+
+    def __init__(self, field_name: str, default: Any = None, begins: bool = False):
+        self.field_name = field_name
+        self.default = default
+        self.begins = begins
+
+    def __getitem__(self, name: str) -> Any:
+        value = getattr(ARCHITECTURES[name], self.field_name)
+        return self.default if value is None else value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        changed = {self.field_name: value}
+        if self.begins and name not in ARCHITECTURES:
+            register_architecture(Architecture(name, **changed))
+        else:
+            ARCHITECTURES.replace(name, dataclasses.replace(ARCHITECTURES[name], **changed))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(ARCHITECTURES)
+
+    def __len__(self) -> int:
+        return len(ARCHITECTURES)
+
+
+def architecture_of(raw: Mapping[str, Any], source: str = "this folder") -> Architecture:
+    """The architecture of a model, from its config.json.
+
+    Args:
+        raw: the file's content; of a sparse folder of ours too, whose `model_type` is in disguise.
+        source: where it comes from, for the message.
+
+    Raises:
+        UnknownNameError: it is of none that is registered; the known types are listed.
+    """
+    named: str = (raw.get("moellava") or {}).get("lmm_family", "")
+    if named in ARCHITECTURES:
+        return ARCHITECTURES[named]
+    plain = undisguised(raw)
+    for architecture in ARCHITECTURES.values():
+        if architecture.fits(plain):
+            return architecture
+    known = ", ".join(sorted({entry.model_type for entry in ARCHITECTURES.values() if entry.model_type}))
+    says = f", and says that it is of {named!r}, which is not registered here" if named else ""
+    raise UnknownNameError(
+        f"{source} is a model of type {plain.get('model_type')!r}, which no architecture of moellava is{says}. "
+        f"Known: {known}. docs/ADD_A_MODEL.md says how one joins."
+    )
+
+
+def undisguised(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the `model_type`s that its Hugging Face class has."""
+    plain = dict(raw)
+    plain["model_type"] = str(plain.get("model_type", "")).removeprefix(PREFIX)
+    if isinstance(plain.get("text_config"), Mapping):
+        plain["text_config"] = undisguised(plain["text_config"])
+    return plain
+
+
+def refuse_upcycling(architecture: Architecture, flag: str) -> None:
+    """Raises UserError where MLPs are not known here; `flag` is what asked for it, or for the model."""
+    if architecture.remote_code:
+        raise UserError(
+            f"{flag}: the decoder of {architecture.name} models is code in their own repository, whose MLPs are not "
+            "known here: it cannot be upcycled."
+        )
