@@ -27,7 +27,7 @@ from moellava.data.render.jinja import saved_chat_template
 from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import UserError
 from moellava.files import CONFIG, resolve_folder
-from moellava.lmm.architecture import Architecture, fitting_architecture
+from moellava.lmm.architecture import Architecture, architecture_of
 from moellava.lmm.loaders import describe_released
 from moellava.model import manifest as folders
 from moellava.model.compose import Composition, describe_composed, describe_parts, make_processor
@@ -244,7 +244,7 @@ def describe(
         )
     if manifest.is_published:
         return describe_published(manifest)
-    known = architecture or fitting_architecture(manifest.config, manifest.section)
+    known = architecture or architecture_of(manifest)
     return describe_composed(manifest) if known is None else describe_released(manifest, known, trust_remote_code)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from moellava.errors import UnknownNameError, UserError
 from moellava.lmm.video_processors import FrameRecipe
 from moellava.model.extended import PREFIX
+from moellava.model.manifest import Manifest
 from moellava.model.parts import Keywords
 from moellava.registry import Registry
 
@@ -39,7 +40,7 @@ class Architecture:
         template: the chat template on record, for folders without one that can be trained on: over messages whose
             content is a list of images, videos and texts.
         loads_images: whether its collator gets images; False: their paths, which its tokenizer reads in the prompt.
-        load: (folder, config.json, architecture, dtype=…) -> `ReleasedModel`; None: as its class is opened.
+        load: (folder, config, dtype) -> its model; None: as its class is opened, by `moellava.model.build.read`.
         collator: a subclass of `MediaCollator`; None: that one.
         video: what its video processor does to frames where torchvision is not installed; None: there it sees a video
             as images.
@@ -103,6 +104,9 @@ class SupportedModel:
         return ARCHITECTURES[self.family_id]
 
 
+COMPOSED_TYPE = "llava"
+"""`model_type` of what is composed of a language model and a tower."""
+
 ARCHITECTURES: Registry[Architecture] = Registry("architecture")
 SUPPORTED_MODELS: Registry[SupportedModel] = Registry("model id")
 
@@ -163,28 +167,29 @@ class FieldView(Mapping[str, Any]):
         return len(ARCHITECTURES)
 
 
-def architecture_of(raw: Mapping[str, Any], source: str = "this folder") -> Architecture:
-    """The architecture of a model, from its config.json.
-
-    Args:
-        raw: the file's content; of a sparse folder of ours too, whose `model_type` is in disguise.
-        source: where it comes from, for the message.
+def architecture_of(manifest: Manifest) -> Architecture | None:
+    """The architecture of a folder's model, by what the folder says or by its config; None for what is composed of a
+    language model and a tower, here or by other code that writes Hugging Face's LLaVA.
 
     Raises:
         UnknownNameError: it is of none that is registered; the known types are listed.
     """
-    named: str = (raw.get("moellava") or {}).get("lmm_family", "")
+    named = manifest.section and manifest.section.architecture
+    if manifest.section is not None and named is None:
+        return None
     if named in ARCHITECTURES:
-        return ARCHITECTURES[named]
-    plain = undisguised(raw)
+        return ARCHITECTURES[str(named)]
+    plain = undisguised(manifest.config)
     for architecture in ARCHITECTURES.values():
         if architecture.fits(plain):
             return architecture
+    if plain["model_type"] == COMPOSED_TYPE and named is None:
+        return None
     known = ", ".join(sorted({entry.model_type for entry in ARCHITECTURES.values() if entry.model_type}))
     says = f", and says that it is of {named!r}, which is not registered here" if named else ""
     raise UnknownNameError(
-        f"{source} is a model of type {plain.get('model_type')!r}, which no architecture of moellava is{says}. "
-        f"Known: {known}. docs/ADD_A_MODEL.md says how one joins."
+        f"{manifest.flag} {manifest.name} is a model of type {plain['model_type']!r}, which no architecture of moellava "
+        f"is{says}. Known: {known}. docs/ADD_A_MODEL.md says how one joins."
     )
 
 

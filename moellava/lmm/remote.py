@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from moellava.errors import UserError
 from moellava.files import read_json
-from moellava.model.loading import REPORT, check_loaded, quietly
+from moellava.model.build import REPORT, check_loaded, quietly
 
 RUNS_BADLY = (ImportError, AttributeError, TypeError, ValueError, OSError, KeyError)
 """What code written for another version of transformers fails with."""
@@ -89,18 +89,19 @@ def saved_template(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def load_remote_model(folder: Path, raw: dict[str, Any], *, dtype: torch.dtype) -> Any:
+def load_remote_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     """A model by the code in its folder.
 
     Raises:
         UserError: the folder has no code, the code does not run, or the weights do not fit.
     """
-    name = (raw.get("auto_map") or {}).get("AutoModelForCausalLM")
-    if name is None:
+    if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
         raise UserError(f"{folder} has no code for its model: its config.json names none under auto_map.")
     try:
         with quietly():
-            model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype, **REPORT)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, trust_remote_code=True, dtype=dtype, **REPORT
+            )
     except RUNS_BADLY as error:
         raise refusal(folder, "model", error) from error
     check_loaded(info, str(folder))

@@ -67,7 +67,6 @@ def settle(model: Any, training: Any) -> None:
         training.bits = 4
     training.lora_enable = training.lora_enable or model.use_lora or model.q_lora
     if not model.is_released:
-        refuse_alone(model)
         if model.train_vision_projector is not None:
             model.freeze_mm_mlp_adapter = not model.train_vision_projector
         return
@@ -82,11 +81,3 @@ def settle(model: Any, training: Any) -> None:
         )
     model.model_name_or_path = model.model_local_path or SUPPORTED_MODELS[model.model_id].model_hf_path
     model.freeze_mm_mlp_adapter = not model.train_vision_projector
-
-
-def refuse_alone(model: Any) -> None:
-    """Raises UserError for flags that only a released model reads."""
-    default = {f.name: f.default for f in fields(ReleasedArguments)}
-    for name in ("trust_remote_code",):
-        if getattr(model, name) != default[name]:
-            raise UserError(f"--{name} {getattr(model, name)} needs --model_id or --model_local_path.")

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moellava.data.collate import MediaCollator
 from moellava.lmm.architecture import Architecture, register_architecture
-from moellava.lmm.collators import MediaCollator
-from moellava.lmm.loaders import ReleasedModel, load_native
 from moellava.lmm.templates import IN_ORDER, filled
+from moellava.model.build import read
 from moellava.model.parts import LLAVA
 
 _TEMPLATE = filled(
@@ -60,11 +60,11 @@ def gate_rows(model: Any) -> None:
             layer.cross_attn.register_forward_hook(gate.silence)
 
 
-def load_with_gates(folder: Path, raw: dict[str, Any], architecture: Architecture, **options: Any) -> ReleasedModel:
-    """As `load_native`, with the hooks."""
-    released = load_native(folder, raw, architecture, **options)
-    gate_rows(released.model)
-    return released
+def load_with_gates(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    """See `read`; with the hooks."""
+    model = read(folder, config, dtype)
+    gate_rows(model)
+    return model
 
 
 class CrossAttentionCollator(MediaCollator):
@@ -79,8 +79,10 @@ class CrossAttentionCollator(MediaCollator):
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """See `MediaCollator`; with the model's further inputs."""
         batch = super().__call__(samples)
+        if "cross_attention_mask" not in batch:  # prompts of text alone
+            return batch
         del batch["cross_attention_mask"]  # of the placeholders that the processor was asked for, not of these rows
-        with_images = [number for number, sample in enumerate(samples) if sample["images"]]
+        with_images = [number for number, sample in enumerate(samples) if sample["media"]]
         for name in self.PER_IMAGE:
             shown = batch[name]
             batch[name] = shown.new_zeros(len(samples), *shown.shape[1:])

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from moellava.data.collate import MediaCollator
 from moellava.data.media_reader import MediaReader, Run
 from moellava.errors import UserError
 from moellava.lmm.architecture import Architecture, register_architecture
-from moellava.lmm.collators import MediaCollator
 from moellava.model.parts import LLAVA
 
 _TEMPLATE = (

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoProcessor
 
+from moellava.data.collate import MediaCollator
 from moellava.data.media_reader import Run
 from moellava.data.tokenizers import leading_ids
 from moellava.lmm.architecture import Architecture, register_architecture
-from moellava.lmm.collators import MediaCollator
 from moellava.lmm.remote import RUNS_BADLY, RemoteProcessor, refusal, saved_template
 from moellava.model.parts import Keywords
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from moellava.data.collate import MediaCollator
 from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import DataError, UserError
 from moellava.lmm.architecture import Architecture, register_architecture
-from moellava.lmm.collators import MediaCollator
 from moellava.lmm.remote import RemoteProcessor, saved_template
 from moellava.model.parts import Keywords
 
@@ -94,7 +94,7 @@ class PathCollator(MediaCollator):
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """See `MediaCollator`; with no blank image."""
-        if any(sample["images"] for sample in samples):
+        if any(sample["media"] for sample in samples):
             return super().__call__(samples)
         return self._padded([self._row(sample, [], []) for sample in samples], [])
 
