@@ -145,8 +145,8 @@ class VLM:
         if self.architecture is not None:
             if image_aspect_ratio not in (None, section.image_aspect_ratio):
                 raise UserError(
-                    f"--image_aspect_ratio {image_aspect_ratio}: {self.source} is a released model, whose own processor "
-                    "says how images are cut. Leave the flag out."
+                    f"--image_aspect_ratio {image_aspect_ratio}: {self.source} is a released model, whose "
+                    "processor says how images are cut. Leave the flag out."
                 )
             if version != CHAT_TEMPLATE:
                 self.processor.chat_template = saved_chat_template(version, self.tokenizer)
@@ -184,7 +184,8 @@ def collator_of(encoder: Encoder, architecture: Architecture | None, train_quest
     """The collator of a model's samples."""
     collator = (architecture and architecture.collator) or MediaCollator
     pad, end = encoder.tokenizer.pad_token_id, encoder.tokenizer.eos_token_id
-    return collator(encoder.reader, end if pad is None else pad, train_questions)
+    reader: Any = encoder.reader
+    return collator(reader, end if pad is None else pad, train_questions)
 
 
 def probes_of(config: Any, collator: MediaCollator, dtype: torch.dtype = torch.float32, seed: int = 0) -> Probes:

@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", help="template, with --tokenizer (default: the model's)")
     parser.add_argument("--max-length", type=int, help="positions that a record may take, with --tokenizer")
     parser.add_argument(
-        "--tokens-per-image", type=int, default=576, help="positions of an image, for a tokenizer (576)"
+        "--tokens-per-image", type=int, default=576, help="positions of an image, without a model (576)"
     )
     parser.add_argument("--skip-list", help="write the keys of all records that have a problem to this file")
     parser.add_argument("--known", help="a skip list whose records are left out of the check")

@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--records", type=int, nargs="+", help="numbers of records, from 0")
     parser.add_argument("--limit", type=int, default=3, help="records shown without --records (default: 3)")
     parser.add_argument(
-        "--tokens-per-image", type=int, default=576, help="positions of an image, for a tokenizer (576)"
+        "--tokens-per-image", type=int, default=576, help="positions of an image, without a model (576)"
     )
     parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"images of a video (default: {NUM_FRAMES})")
     parser.add_argument("--max-length", type=int, help="positions; show what is cut beyond them")

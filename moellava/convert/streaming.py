@@ -28,7 +28,7 @@ from moellava.model.description import Description
 from moellava.model.extended import as_extended
 from moellava.model.saving import INDEX, STAGING, folder_page, remove_old_weights
 from moellava.model.section import note
-from moellava.model.weights import locate, weight_files
+from moellava.model.weights import Place, locate, weight_files
 from moellava.moe import MoESpec
 from moellava.moe.upcycle import decoder_layers, expert_stream
 

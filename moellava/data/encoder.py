@@ -90,12 +90,12 @@ class MediaSpan(NamedTuple):
 
     Attributes:
         medium: what it is.
-        count: placeholders that stand for it; a video in frames has one for each.
+        placeholders: how many stand for it; a video in frames has one for each.
         length: positions that each placeholder becomes.
     """
 
     medium: Medium
-    count: int
+    placeholders: int
     length: int
 
 
@@ -153,7 +153,7 @@ class Encoder:
 
     def encode(
         self,
-        record: Mapping[str, Any],
+        record: dict[str, Any],
         name: str = "the record",
         files: MediaFiles | None = None,
         *,
@@ -180,24 +180,24 @@ class Encoder:
         ids = marked(encoded.ids, self.reader.placeholder_id, modalities) if modalities else encoded.ids
         spans = self._spans(media, files)
         for modality, placeholder in PLACEHOLDERS.items():
-            given, shown = sum(span.count for span in spans[placeholder]), ids.count(placeholder)
+            given, shown = sum(span.placeholders for span in spans[placeholder]), ids.count(placeholder)
             if given != shown:
                 raise DataError(f"{name} has {given} {modality}s, but its chat template shows {shown}")
         end, length, shown_media = fitting(ids, spans, max_length, self._around)
         return Example(ids[:end], encoded.labels[:end], shown_media, length, len(ids) - end)
 
-    def places_media(self, record: Mapping[str, Any]) -> bool:
+    def places_media(self, record: dict[str, Any]) -> bool:
         """Whether media tags in the questions of a record are placeholders, that the mask engine puts there."""
         return self.renderer.keeps_tags and self.renderer.places_media(bool(media_of(record)))
 
     def pieces(
-        self, record: Mapping[str, Any], name: str = "the record", files: MediaFiles | None = None, opens: bool = False
+        self, record: dict[str, Any], name: str = "the record", files: MediaFiles | None = None, opens: bool = False
     ) -> list[Piece]:
         """A record, rendered; the join of the pieces is the prompt as text. Raises: see `encode`."""
         return self._rendered(record, media_of(record), name, files or MediaFiles(), opens)[0]
 
     def _rendered(
-        self, record: Mapping[str, Any], media: Sequence[Medium], name: str, files: MediaFiles, opens: bool
+        self, record: dict[str, Any], media: Sequence[Medium], name: str, files: MediaFiles, opens: bool
     ) -> tuple[list[Piece], list[str]]:
         """Pieces, and the modalities of the placeholders that the template itself has written, in order."""
         self._check(record, media, name, files)
@@ -218,7 +218,7 @@ class Encoder:
                 found += modalities
         return pieces, found
 
-    def _check(self, record: Mapping[str, Any], media: Sequence[Medium], name: str, files: MediaFiles) -> None:
+    def _check(self, record: dict[str, Any], media: Sequence[Medium], name: str, files: MediaFiles) -> None:
         """Raises DataError for what this model cannot be given."""
         system = record.get("system_prompt")
         if system is not None and not isinstance(system, str):
@@ -278,7 +278,7 @@ def fitting(
         The number of ids, the positions that they take, and the media among them, in the order of their placeholders.
     """
     every = [span for row in spans.values() for span in row]
-    total = len(ids) + sum(span.count * (span.length - 1) for span in every)
+    total = len(ids) + sum(span.placeholders * (span.length - 1) for span in every)
     if (max_length is None or total <= max_length) and sum(map(bool, spans.values())) < 2:
         return len(ids), total, [span.medium for span in every]
     remaining = {placeholder: iter(row) for placeholder, row in spans.items()}
@@ -291,10 +291,10 @@ def fitting(
         if token in remaining:
             span = next(remaining[token])
             end, medium = index + lead, span.medium
-            for _ in range(span.count):
+            for _ in range(span.placeholders):
                 end = ids.index(token, end) + 1
             end += trail
-            taken = end - index + span.count * (span.length - 1)
+            taken = end - index + span.placeholders * (span.length - 1)
         if max_length is not None and positions + taken > max_length:
             break
         positions, index = positions + taken, end

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from moellava.constants import CHAT_TEMPLATE, DEFAULT_IMAGE_TOKEN
 from moellava.conversation import Origin, Piece, conv_templates
 from moellava.data.masking import engine_for
-from moellava.data.preprocess import is_plain, pieces_of, terminator_of
+from moellava.data.render import Renderer, TemplateRenderer, renderer_for
 from moellava.data.tokenizers import leading_ids, spec_for
 from moellava.data.view import trained_texts
 from moellava.errors import UserError
@@ -108,11 +108,11 @@ def facts_of(tokenizer: PreTrainedTokenizerBase, folder: str | Path | None = Non
 
 def fit_of(tokenizer: PreTrainedTokenizerBase, version: str) -> Fit:
     """Tries a template on the probe conversation."""
+    has_image = version != CHAT_TEMPLATE
     try:
-        terminator = terminator_of(version, tokenizer)
-        has_image = version != CHAT_TEMPLATE
-        probe = PROBE[:2] if is_plain(version) else PROBE
-        pieces = pieces_of(probe, tokenizer, version, has_image)
+        renderer = renderer_for(version, tokenizer)
+        terminator = renderer.terminator
+        pieces = renderer.pieces(PROBE[:2] if is_plain(renderer) else PROBE, has_media=has_image)
     except UserError as error:
         return Fit(version, "", [], False, str(error))
     ids = engine_for(tokenizer).encode([Piece(terminator)]).ids[len(leading_ids(tokenizer)) :]
@@ -120,11 +120,16 @@ def fit_of(tokenizer: PreTrainedTokenizerBase, version: str) -> Fit:
     single = len(ids) == 1 and (ids[0] in tokenizer.all_special_ids or ids[0] in _special_ids(tokenizer))
     if wrong:
         return Fit(version, terminator, ids, False, wrong)
-    if not single and not is_plain(version):
+    if not single and not is_plain(renderer):
         return Fit(
             version, terminator, ids, False, f"exact mask, but {terminator!r} is text here, not one special token"
         )
     return Fit(version, terminator, ids, True, "the mask decodes to exactly the answers and their terminators")
+
+
+def is_plain(renderer: Renderer) -> bool:
+    """Whether a template is that of stage 1, which takes one caption."""
+    return isinstance(renderer, TemplateRenderer) and renderer.is_plain
 
 
 def mask_problem(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], has_image: bool) -> str | None:

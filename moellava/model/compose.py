@@ -132,7 +132,7 @@ def describe_composed(manifest: Manifest) -> Description:
 
     def inputs() -> tuple[Any, Any]:
         section = section_of(config)
-        tokenizer = load_tokenizer(manifest.folder, section and section.version)
+        tokenizer = load_tokenizer(manifest.folder, section.version if section else None)
         return tokenizer, LlavaProcessor.from_pretrained(manifest.folder, tokenizer=tokenizer)
 
     return Description(manifest.folder, config, LLAVA, inputs, lambda dtype: read(manifest.folder, config, dtype))

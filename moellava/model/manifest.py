@@ -15,6 +15,9 @@ from moellava.model.towers import TOWERS
 LANGUAGE_MODEL, TOWER, VLM = "a language model", "a vision tower", "a vision-language model"
 """What a folder may hold."""
 
+VISION_FIELDS = ("text_config", "vision_config", "visual", "img_processor")
+"""Fields of a config.json that no language model has."""
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -45,11 +48,7 @@ class Manifest:
         model_type = self.config.get("model_type", "")
         if model_type in TOWERS or model_type in {tower.full_model_type for tower in TOWERS.values()}:
             return TOWER
-        is_vlm = (
-            self.section
-            or self.is_published
-            or {"text_config", "vision_config", "visual", "img_processor"} & set(self.config)
-        )
+        is_vlm = self.section is not None or self.is_published or any(name in self.config for name in VISION_FIELDS)
         return VLM if is_vlm else LANGUAGE_MODEL
 
     @property

@@ -1,4 +1,4 @@
-"""A projector that has learnt already: from `mm_projector.bin`, or from a folder of any stage, into a composed model."""
+"""A projector that has learnt already, from `mm_projector.bin` or a folder of any stage, into a composed model."""
 
 from __future__ import annotations
 

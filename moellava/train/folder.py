@@ -101,7 +101,7 @@ class StageFolder:
     def _compare(self, path: Path, state: dict[str, torch.Tensor]) -> None:
         compare_saved(read_tensors(path), self._whole(state))
         if self.adapter is not None:
-            saved = {name: tensor for name, tensor in read_file(path / FOLDER / WEIGHTS)}
+            saved = dict(read_file(path / FOLDER / WEIGHTS))
             compare_saved(saved, adapter_tensors(state, self.adapter))
 
     def failed_save(self, error: Exception, step: int) -> str:

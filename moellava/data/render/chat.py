@@ -72,10 +72,11 @@ class ChatRenderer(Renderer):
         opens: bool = False,
         system: str | None = None,
     ) -> list[Piece]:
-        turns: Sequence[tuple[str, Content]] = turns_of(source, name)
+        said = turns_of(source, name)
+        turns: Sequence[tuple[str, Content]] = said
         if self.in_parts:
             turns = [
-                (role, text if role != "user" else message_in_parts(text, has_media, name)) for role, text in turns
+                (role, text if role != "user" else message_in_parts(text, has_media, name)) for role, text in said
             ]
         pieces = chat_pieces(self._with_system(system), turns, name, opens)
         numbered = getattr(self.source, "numbered", None)
