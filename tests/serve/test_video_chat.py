@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 
+from moellava.commands import chat as cli
 from moellava.data.video import read_video
 from moellava.errors import DataError, UserError
-from moellava.serve import cli
 from moellava.serve.answer import answer, stream
 from moellava.serve.decode import Sampling
 from moellava.serve.prompt import Request
