@@ -55,7 +55,7 @@ def test_folders_are_told_apart_by_their_config(folder, make_base, clip_tower, c
 
 def test_what_comes_back_is_what_was_saved(made, folder):
     tokenizer, model, processor, context = load_pretrained_model(folder, device="cpu")
-    assert context == 128 and not model.training
+    assert context == 512 and not model.training
     assert tokenizer.get_vocab() == made.tokenizer.get_vocab()
     assert processor.tokenizer.get_vocab() == tokenizer.get_vocab()
     assert processor.chat_template == made.processor.chat_template

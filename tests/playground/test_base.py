@@ -21,6 +21,9 @@ from easy_vqa_data import Facts, train_images
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
 from moellava.conversation import conv_templates
+from tests.processes import ROOT
+
+BASE = ROOT / "playground" / "base"
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +31,13 @@ def images():
     return train_images()[:200]
 
 
-def test_they_are_small_enough_for_the_repository(base):
-    assert sum(path.stat().st_size for path in base.rglob("*") if path.is_file()) < 10_000_000
+def test_they_are_small_enough_for_the_repository():
+    assert sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file()) < 10_000_000
 
 
 @pytest.mark.slow
-def test_the_tokenizer_is_the_recipes(base):
-    stored, made = AutoTokenizer.from_pretrained(base / "lm"), make_tokenizer(train_images())
+def test_the_tokenizer_is_the_recipes():
+    stored, made = AutoTokenizer.from_pretrained(BASE / "lm"), make_tokenizer(train_images())
     assert stored.is_fast
     text = "USER: what color is the shape? ASSISTANT: teal<|endoftext|> Grüße, 漢字, 12"
     assert stored(text).input_ids == made(text).input_ids
@@ -42,13 +45,13 @@ def test_the_tokenizer_is_the_recipes(base):
     assert "<image>" not in stored.get_vocab()
 
 
-def test_the_language_model_leaves_rows_for_new_tokens(base):
-    tokenizer = AutoTokenizer.from_pretrained(base / "lm")
+def test_the_language_model_leaves_rows_for_new_tokens():
+    tokenizer = AutoTokenizer.from_pretrained(BASE / "lm")
     assert len(tokenizer) + 2 <= lm_config(tokenizer).vocab_size
 
 
-def test_the_language_model_answers_from_a_caption(base):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base / "lm"), AutoTokenizer.from_pretrained(base / "lm")
+def test_the_language_model_answers_from_a_caption():
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE / "lm"), AutoTokenizer.from_pretrained(BASE / "lm")
     right = 0
     cases = [
         ("what color is the shape?", "teal"),
@@ -66,9 +69,9 @@ def test_the_language_model_answers_from_a_caption(base):
     assert right >= 4
 
 
-def test_the_tower_tells_shapes_and_colours_apart(base, images):
+def test_the_tower_tells_shapes_and_colours_apart(images):
     """Images of one caption are nearer to each other, in the mean of their patches, than to those of another."""
-    tower = CLIPVisionModel.from_pretrained(base / "tower").eval()
+    tower = CLIPVisionModel.from_pretrained(BASE / "tower").eval()
     known = [image for image in images if image.facts.color and image.facts.shape]
     with torch.no_grad():
         states = tower(load_pixels(known)).last_hidden_state[:, 1:].amax(1)

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.processes import ROOT, Finished, run
 
-def run_demo(root, folder) -> subprocess.CompletedProcess:
+
+def run_demo(folder: Path) -> Finished:
     """`demo.py --smoke` in a process of its own, as scripts/demo.sh runs it."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "playground/demo.py", "--smoke", "--output-dir", str(folder)]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    return run([sys.executable, "playground/demo.py", "--smoke", "--output-dir", str(folder)], timeout=850, cwd=ROOT)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_demo_runs_once_and_is_not_repeated(base, tmp_path):
-    root = base.parents[1]
-    first = run_demo(root, tmp_path)
+def test_the_demo_runs_once_and_is_not_repeated(tmp_path):
+    first = run_demo(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["recipe"] == "smoke"
@@ -37,22 +35,20 @@ def test_the_demo_runs_once_and_is_not_repeated(base, tmp_path):
     assert config["moellava"]["stage"] == "moe"
     assert "shuffled images" in first.stdout
 
-    again = run_demo(root, tmp_path)
+    again = run_demo(tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("done before") == 5
     assert "deepspeed" not in again.stdout
 
 
-def test_a_failing_stage_is_loud(base, tmp_path):
+def test_a_failing_stage_is_loud(tmp_path):
     """Base models that are not there: the demo stops at stage 1 and shows why."""
-    root = base.parents[1]
     code = (
         "import pathlib, sys; sys.path.insert(0, 'playground'); import demo; "
         f"demo.BASE = pathlib.Path({str(tmp_path)!r}); "
         f"sys.exit(demo.main(['--smoke', '--output-dir', {str(tmp_path / 'run')!r}]))"
     )
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    result = run([sys.executable, "-c", code], cwd=ROOT)
     assert result.returncode == 1
     assert "stage1.log" in result.stdout
     assert "The demo has stopped" in result.stdout

@@ -11,8 +11,8 @@ import pytest
 
 from moellava.conversation import conv_templates
 from moellava.train.arguments import parse_arguments
+from tests.processes import ROOT, stage_command
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "scripts" / "v1"
 FAMILIES = {"vicuna": "v1", "qwen": "qwen", "phi2": "phi", "stablelm": "stablelm", "openchat": "openchat"}
 STAGES = ("pretrain", "finetune", "finetune_moe")
@@ -36,7 +36,7 @@ def test_bash_reads_it(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_flags_are_accepted_and_are_the_references(script, stage_command):
+def test_flags_are_accepted_and_are_the_references(script):
     command = stage_command(script)
     assert command[:3] == ["deepspeed", "--num_accelerators", "2"]
     model, data, moe, training = parse_arguments(flags_of(command))
@@ -59,7 +59,7 @@ def test_flags_are_accepted_and_are_the_references(script, stage_command):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_stage_takes_the_folder_of_the_one_before(family, stage_command):
+def test_each_stage_takes_the_folder_of_the_one_before(family):
     first, second, third = (
         parse_arguments(flags_of(stage_command(RECIPES / family / f"{stage}.sh"))) for stage in STAGES
     )
@@ -115,7 +115,7 @@ def values_of(flags: list[str], name: str) -> str:
 
 
 @pytest.mark.parametrize(("stage", "overrides"), [("finetune", OVERRIDES), ("finetune_moe", MOE_OVERRIDES)])
-def test_environment_variables_reach_the_command(stage, overrides, stage_command):
+def test_environment_variables_reach_the_command(stage, overrides):
     environment = {variable: value for variable, (value, _) in overrides.items()}
     flags = flags_of(stage_command(RECIPES / "qwen" / f"{stage}.sh", **environment))
     assert {flag: values_of(flags, flag) for _, flag in overrides.values()} == {
@@ -130,7 +130,7 @@ def test_every_variable_of_the_recipe_is_tested():
     assert read == (set(OVERRIDES) | set(MOE_OVERRIDES) | elsewhere) - {"MODEL"}
 
 
-def test_launcher_precision_and_folders(stage_command):
+def test_launcher_precision_and_folders():
     script = RECIPES / "vicuna" / "finetune.sh"
     command = stage_command(script, NPROC="1", LAUNCHER_FLAGS="--master_port 29999", PRECISION="bf16")
     assert command[:5] == ["deepspeed", "--num_accelerators", "1", "--master_port", "29999"]
@@ -143,12 +143,12 @@ def test_launcher_precision_and_folders(stage_command):
     assert Path(training.output_dir).parent == Path("/o")
 
 
-def test_an_empty_capacity_means_dropless(stage_command):
+def test_an_empty_capacity_means_dropless():
     flags = flags_of(stage_command(RECIPES / "phi2" / "finetune_moe.sh", CAPACITY=""))
     assert parse_arguments(flags)[2].capacity_factor is None
 
 
-def test_flags_after_the_script_win(stage_command):
+def test_flags_after_the_script_win():
     flags = flags_of(stage_command(RECIPES / "phi2" / "pretrain.sh", "--learning_rate", "0.5", "--max_steps", "2"))
     training = parse_arguments(flags)[3]
     assert (training.learning_rate, training.max_steps) == (0.5, 2)

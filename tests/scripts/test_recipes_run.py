@@ -8,8 +8,6 @@ family, because fifteen launches would take most of CI's time; the launcher with
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,8 +16,9 @@ import pytest
 from moellava.model.builder import load_pretrained_model
 from moellava.moe import moe_layers
 from moellava.serve.answer import Request, answer
+from tests.processes import ROOT, free_port, run, stage_command
+from tests.tiny import record
 
-ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = {"vicuna": "v1", "qwen": "qwen", "phi2": "phi", "stablelm": "stablelm", "openchat": "openchat"}
 STAGES = {"pretrain": "pretrain", "finetune": "finetune", "finetune_moe": "moe"}
 """script -> what the folder says its stage is."""
@@ -29,11 +28,10 @@ STAGES = {"pretrain": "pretrain", "finetune": "finetune", "finetune_moe": "moe"}
 def records(tmp_path_factory, pictures) -> dict[str, Path]:
     """script -> its data: captions for stage 1; for the others conversations, one of them without an image."""
     folder = tmp_path_factory.mktemp("records")
-    captions = [
-        record(number, "<image>", f"a picture of colour {number}", path) for number, path in enumerate(pictures)
-    ]
-    chats = [record(number, "<image>\nwhich colour?", f"number {number}", path) for number, path in enumerate(pictures)]
-    chats.append(record(3, "no picture here?", "none"))
+    shown = [(str(number), path.name) for number, path in enumerate(pictures)]
+    captions = [record(name, "<image>", f"a picture of colour {name}", image=image) for name, image in shown]
+    chats = [record(name, "<image>\nwhich colour?", f"number {name}", image=image) for name, image in shown]
+    chats.append(record("3", "no picture here?", "none"))
     (folder / "captions.json").write_text(json.dumps(captions * 3))
     (folder / "chats.jsonl").write_text("\n".join(json.dumps(chat) for chat in chats * 2))
     return {
@@ -43,19 +41,14 @@ def records(tmp_path_factory, pictures) -> dict[str, Path]:
     }
 
 
-def record(number: int, question: str, said: str, image: Path | None = None) -> dict:
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": said}]
-    return {"id": str(number), "conversations": turns} | ({"image": image.name} if image else {})
-
-
 @pytest.fixture
-def tiny_environment(tiny_base, tiny_tower, pictures, tmp_path):
+def tiny_environment(tiny_base, clip_tower, pictures, tmp_path):
     """family -> the variables that make its recipe tiny."""
 
     def settings(family: str) -> dict[str, str]:
         return {
             "MODEL": str(tiny_base(family)),
-            "TOWER": str(tiny_tower),
+            "TOWER": str(clip_tower),
             "IMAGE_FOLDER": str(pictures[0].parent),
             "OUTPUT_ROOT": str(tmp_path),
             "BATCH": "2",
@@ -89,31 +82,20 @@ def check_folders(root: Path, family: str, pictures: list[Path]) -> None:
 def run_together(commands: list[list[str]]) -> None:
     """Runs what follows train.py in each command, one after the other in one Python process."""
     flags = [command[command.index(str(ROOT / "train.py")) + 1 :] for command in commands]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("run_stages.py"))],
-        input="\n".join(json.dumps(words) for words in flags),
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+    runner = [sys.executable, str(Path(__file__).with_name("run_stages.py"))]
+    done = run(runner, input="\n".join(json.dumps(words) for words in flags))
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def run_script(script: Path, *flags: str, **environment: str) -> None:
+def run_script(script: Path, *flags: str, **variables: str) -> None:
     """Starts a script as a user would."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", str(script), *flags],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | environment,
-    )
+    done = run(["bash", str(script), *flags], env=variables)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_every_script_trains(family, tiny_environment, records, stage_command, pictures, tmp_path):
+def test_every_script_trains(family, tiny_environment, records, pictures, tmp_path):
     folder = ROOT / "scripts" / "v1" / family
     launched = ["finetune_moe"] if family == "phi2" else []
     settings = {script: tiny_environment(family) | {"DATA": str(records[script])} for script in STAGES}
@@ -126,6 +108,6 @@ def test_every_script_trains(family, tiny_environment, records, stage_command, p
         ]
     )
     for script in launched:
-        port = f"--master_port {29700 + os.getpid() % 200}"
+        port = f"--master_port {free_port()}"
         run_script(folder / f"{script}.sh", "--max_steps", "2", LAUNCHER_FLAGS=port, **settings[script])
     check_folders(tmp_path, family, pictures)

@@ -136,7 +136,7 @@ def test_images_are_read_once_and_the_oldest_go_first(composed, pictures, monkey
 
     opened = []
     monkeypatch.setattr(module, "open_image", lambda path: opened.append(path) or Image.open(path).convert("RGB"))
-    one_image = 3 * 32 * 32 * 4
+    one_image = 3 * 28 * 28 * 4
     cache = ImageCache(composed.processor.image_processor, "pad", limit=2 * one_image)
     first = cache(pictures[0])
     assert torch.equal(cache(pictures[0]), first) and len(opened) == 1

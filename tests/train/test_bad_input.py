@@ -6,14 +6,8 @@ import resource
 import pytest
 
 from moellava.errors import UserError
-from moellava.train.arguments import parse_arguments
-from moellava.train.train import train
-
-
-def start(flags):
-    """Runs the recipe in this process, up to its first complaint."""
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    return train(*parse_arguments(words))
+from tests.processes import train_here
+from tests.tiny import record
 
 
 @pytest.fixture
@@ -35,60 +29,56 @@ def flags(flags_for, tmp_path):
 )
 def test_a_wrong_name_is_named(flags, change, said):
     with pytest.raises(UserError, match=f"(?s){said}"):
-        start(flags | change)
+        train_here(flags | change)
 
 
 def test_a_tower_in_place_of_a_language_model(flags, parts):
     with pytest.raises(UserError, match="is a vision tower"):
-        start(flags | {"model_name_or_path": parts / "tower"})
+        train_here(flags | {"model_name_or_path": parts / "tower"})
 
 
 def test_a_language_model_in_place_of_a_tower(flags, parts):
     with pytest.raises(UserError, match="tower"):
-        start(flags | {"image_tower": parts / "lm"})
+        train_here(flags | {"image_tower": parts / "lm"})
 
 
 def test_a_language_model_without_a_tower(flags):
     del flags["image_tower"]
     with pytest.raises(UserError, match="without a vision tower: add --image_tower"):
-        start(flags)
+        train_here(flags)
 
 
 def test_stage_3_from_a_bare_language_model(flags, parts):
     del flags["tune_mm_mlp_adapter"]
     with pytest.raises(UserError, match="starts from a stage-2 folder"):
-        start(flags | {"moe_enable": True})
+        train_here(flags | {"moe_enable": True})
 
 
 def test_every_missing_or_truncated_image_is_named_at_once(flags, parts, tmp_path):
     (tmp_path / "half.png").write_bytes((parts / "images" / "0.png").read_bytes()[:60])
     bad = [
-        {"id": "gone", "image": "gone.png", "conversations": turns("<image>", "a")},
-        {"id": "cut", "image": "half.png", "conversations": turns("<image>", "a")},
+        record("gone", "<image>", "a", image="gone.png"),
+        record("cut", "<image>", "a", image="half.png"),
     ]
     (tmp_path / "bad.json").write_text(json.dumps(bad))
     with pytest.raises(UserError) as caught:
-        start(flags | {"data_path": tmp_path / "bad.json", "image_folder": tmp_path})
+        train_here(flags | {"data_path": tmp_path / "bad.json", "image_folder": tmp_path})
     for named in ("gone.png", "half.png", "Record gone of", "Record cut of"):
         assert named in str(caught.value)
 
 
 def test_all_malformed_records_come_at_once(flags, tmp_path):
     bad = [
-        {"id": "two", "image": "0.png", "conversations": turns("<image><image>", "a")},
+        record("two", "<image><image>", "a", image="0.png"),
         {"id": "empty"},
         {"id": "twice", "conversations": [{"from": "gpt", "value": "a"}, {"from": "gpt", "value": "b"}]},
     ]
     (tmp_path / "bad.json").write_text(json.dumps(bad))
     with pytest.raises(UserError) as caught:
-        start(flags | {"data_path": tmp_path / "bad.json"})
+        train_here(flags | {"data_path": tmp_path / "bad.json"})
     for named in ("two", "empty", "twice", "bad.json"):
         assert named in str(caught.value)
     assert not (tmp_path / "pretrain").exists(), "nothing was started"
-
-
-def turns(question, answer):
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 @pytest.mark.slow
@@ -101,7 +91,7 @@ def test_another_runs_folder_is_refused_and_a_full_disk_loses_nothing(
     kill_train(flags, "checkpoint-2")
 
     with pytest.raises(UserError, match=r"seed: 42 there, 7 now"):
-        start(flags | {"seed": 7})
+        train_here(flags | {"seed": 7})
 
     def small_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

@@ -12,7 +12,7 @@ from moellava.model.builder import load_pretrained_model
 from moellava.serve.answer import Request, answer
 from moellava.train.arguments import parse_arguments
 from moellava.train.samples import SampleAnswers, is_common_effort, split_at_answer
-from moellava.train.train import train
+from tests.processes import train_here
 
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 3, "eval_samples": 4, "save_strategy": "no"}
 
@@ -22,15 +22,10 @@ def run(flags_for, tmp_path, caplog):
     """(name, flags) -> the folder of a short stage 2, and (step, record, prompt, answer, reference) of its samples."""
 
     def start(name, **flags):
-        flags = flags_for(tmp_path, "finetune") | {"output_dir": tmp_path / name, "max_steps": 6} | flags
-        flags = {
-            name: value for name, value in flags.items() if value is not None and name != "pretrain_mm_mlp_adapter"
-        }
+        flags = {"output_dir": tmp_path / name, "pretrain_mm_mlp_adapter": None} | flags
         caplog.clear()
         with caplog.at_level(logging.INFO, "moellava"):
-            folder = train(
-                *parse_arguments([str(word) for key, value in flags.items() for word in (f"--{key}", value)])
-            )
+            folder = train_here(flags_for(tmp_path, "finetune") | flags)
         return folder, [entry.args for entry in caplog.records if entry.msg.startswith("Sample answer")]
 
     return start

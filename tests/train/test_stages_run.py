@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+
+from tests.tiny import weights_of
 
 STAGES = ("pretrain", "finetune", "moe")
 
@@ -36,18 +37,11 @@ def with_experts_split(flags):
     return flags | {"ep_size": 2} if "moe_enable" in flags else flags
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    merged = {}
-    for file in folder.glob("*.safetensors"):
-        merged |= load_file(file)
-    return merged
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["single", "double"])
 def test_each_stage_trains_what_its_table_says_and_nothing_else(mode, request):
     runs = request.getfixturevalue(mode)
-    pretrained, finetuned, sparse = (weights(runs / stage) for stage in STAGES)
+    pretrained, finetuned, sparse = (weights_of(runs / stage) for stage in STAGES)
     assert '"use_cache": false' not in (runs / "moe" / "config.json").read_text(), "generation would be slow"
     changed = {name for name in pretrained if not torch.equal(pretrained[name], finetuned[name])}
     assert not any("vision_tower" in name for name in changed)
@@ -70,7 +64,7 @@ def test_each_stage_trains_what_its_table_says_and_nothing_else(mode, request):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["single", "double"])
 def test_a_stage_3_folder_holds_every_expert_and_they_differ(mode, request):
-    sparse = weights(request.getfixturevalue(mode) / "moe")
+    sparse = weights_of(request.getfixturevalue(mode) / "moe")
     for layer in (0, 2):
         downs = [
             value for name, value in sorted(sparse.items()) if f"layers.{layer}.mlp.experts." in name and "down" in name
@@ -136,7 +130,7 @@ def test_a_killed_run_goes_on_to_exactly_the_same_losses(
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Going on from" in result.stderr
     assert losses_of(tmp_path / stage) == losses_of(single / stage)
-    mine, reference = weights(tmp_path / stage), weights(single / stage)
+    mine, reference = weights_of(tmp_path / stage), weights_of(single / stage)
     assert mine.keys() == reference.keys()
     assert all(torch.equal(mine[name], reference[name]) for name in mine)
 
@@ -149,7 +143,7 @@ def test_a_killed_run_of_two_processes_goes_on(stage, double, tmp_path, flags_fo
     result = run_train(flags, processes=2)
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     assert losses_of(tmp_path / stage) == pytest.approx(losses_of(double / stage), abs=1e-5)
-    mine, reference = weights(tmp_path / stage), weights(double / stage)
+    mine, reference = weights_of(tmp_path / stage), weights_of(double / stage)
     assert all(torch.allclose(mine[name], reference[name], atol=1e-5) for name in reference)
 
 
@@ -224,6 +218,6 @@ def test_a_run_goes_on_with_another_ep_size(first, double, tmp_path, flags_for, 
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     assert f"was written with --ep_size {first}" in result.stderr + result.stdout
     assert losses_of(tmp_path / "moe") == pytest.approx(losses_of(double / "moe"), abs=1e-5)
-    mine, reference = weights(tmp_path / "moe"), weights(double / "moe")
+    mine, reference = weights_of(tmp_path / "moe"), weights_of(double / "moe")
     assert mine.keys() == reference.keys()
     assert all(torch.allclose(mine[name], reference[name], atol=1e-5) for name in reference)

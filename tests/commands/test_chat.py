@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
 import sys
 from functools import partial
 
 import pytest
 
 from moellava.cli import main as moellava
+from tests.processes import Finished, run
 
 QUESTION = "what colour is it?"
 
 
-def run(*words: str, code: str | None = None, **options) -> subprocess.CompletedProcess:
+def ask(*words: object, code: str | None = None, **options) -> Finished:
     """A fresh Python process: `-m moellava.serve.cli WORDS`, or `code` with them as sys.argv."""
     start = ["-c", code] if code else ["-m", "moellava.serve.cli"]
-    return subprocess.run(
-        [sys.executable, *start, *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        **options,
-    )
+    return run([sys.executable, *start, *map(str, words)], timeout=120, **options)
 
 
 @pytest.mark.slow
@@ -35,8 +27,8 @@ def test_one_question_without_deepspeed(taught_folder, pictures):
         "loaded = [name for name in sys.modules if name.split('.')[0] == 'deepspeed']; "
         "print(loaded, file=sys.stderr); sys.exit(status)"
     )
-    words = ["--model-path", str(taught_folder), "--image-file", str(pictures[1]), "--question", QUESTION]
-    done = run(*words, code=code)
+    words = ["--model-path", taught_folder, "--image-file", pictures[1], "--question", QUESTION]
+    done = ask(*words, code=code)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "green\n"
     assert done.stderr.splitlines()[-1] == "[]", "deepspeed was imported"
@@ -56,7 +48,7 @@ def test_the_module_converses(taught_folder, pictures):
         "and the sky?",
         "/quit",
     ]
-    done = run("--model-path", str(taught_folder), "--image-file", str(pictures[0]), input="\n".join(lines))
+    done = ask("--model-path", taught_folder, "--image-file", pictures[0], input="\n".join(lines))
     assert done.returncode == 0, done.stderr
     answers = [line.removeprefix("> ") for line in done.stdout.splitlines() if line.startswith("> ")]
     assert answers[0] == "red"

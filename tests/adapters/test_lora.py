@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
@@ -21,7 +20,8 @@ from moellava.errors import UserError
 from moellava.model.builder import load_pretrained_model, save_pretrained_folder
 from moellava.moe import MoESpec, upcycle
 from moellava.train.arguments import parse_arguments
-from moellava.train.train import train
+from tests.processes import ROOT, train_here, words_of
+from tests.tiny import reopen, weights_of
 
 # One worker runs this module: its fixtures train a stage each.
 pytestmark = pytest.mark.xdist_group("lora")
@@ -38,39 +38,21 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def run(flags: dict[str, object]) -> Path:
-    """Trains a stage in this process; returns its folder."""
-    return train(*parsed(flags))
-
-
-def parsed(flags: dict[str, object]):
-    """The arguments that flags stand for."""
-    return parse_arguments([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, flags_for) -> Path:
     """Stage 1, then stages 2 and 3 with adapters and dropout."""
     root = tmp_path_factory.mktemp("lora")
-    run(flags_for(root, "pretrain"))
-    run(flags_for(root, "finetune") | LORA)
-    run(flags_for(root, "moe") | LORA)
+    train_here(flags_for(root, "pretrain"))
+    train_here(flags_for(root, "finetune") | LORA)
+    train_here(flags_for(root, "moe") | LORA)
     return root
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def dense(folder: Path):
-    return load_pretrained_model(folder, device="cpu", dtype=torch.float32)[1]
 
 
 # -- what trains ---------------------------------------------------------------------------------------------------
 
 
 def test_stage_3_trains_adapters_of_experts_and_routers_in_full(runs):
-    before, after = weights(runs / "finetune"), weights(runs / "moe")
+    before, after = weights_of(runs / "finetune"), weights_of(runs / "moe")
     assert all(torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
     for layer in (0, 2):
         mlp = f"model.language_model.layers.{layer}.mlp"
@@ -88,7 +70,7 @@ def test_stage_3_trains_adapters_of_experts_and_routers_in_full(runs):
 
 
 def test_stage_2_trains_adapters_of_all_linears_and_the_projector_in_full(runs):
-    before, after = weights(runs / "pretrain"), weights(runs / "finetune")
+    before, after = weights_of(runs / "pretrain"), weights_of(runs / "finetune")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     linears = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     in_decoder = {name for name in changed if "language_model.layers." in name}
@@ -100,8 +82,8 @@ def test_stage_2_trains_adapters_of_all_linears_and_the_projector_in_full(runs):
 
 def test_the_towers_linears_get_adapters_when_asked(runs, flags_for, tmp_path):
     flags = flags_for(runs, "finetune") | {"use_vision_lora": True, "lora_r": 2, "max_steps": 2}
-    folder = run(flags | {"freeze_backbone": True, "output_dir": tmp_path / "run"})
-    before, after = weights(runs / "pretrain"), weights(folder)
+    folder = train_here(flags | {"freeze_backbone": True, "output_dir": tmp_path / "run"})
+    before, after = weights_of(runs / "pretrain"), weights_of(folder)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     tower = {name for name in moved if "vision_tower" in name}
     assert {name.split(".")[-2] for name in tower} == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
@@ -109,7 +91,7 @@ def test_the_towers_linears_get_adapters_when_asked(runs, flags_for, tmp_path):
 
 
 def test_targets_are_the_decoders_linears_and_never_what_routes(runs):
-    model = upcycle(dense(runs / "pretrain"), MoESpec(num_experts=[2], moe_layers_idx=[1], use_residual=True))
+    model = upcycle(reopen(runs / "pretrain").model, MoESpec(num_experts=[2], moe_layers_idx=[1], use_residual=True))
     experts, everything = target_names(model, only_experts=True), target_names(model, only_experts=False)
     assert len(experts) == (2 + 1) * 3, "two experts and the dense MLP beside them"
     assert all(".layers.1.mlp." in name for name in experts)
@@ -121,7 +103,7 @@ def test_targets_are_the_decoders_linears_and_never_what_routes(runs):
 
 
 def test_a_target_that_peft_skips_is_an_error_that_names_it(runs):
-    model = upcycle(dense(runs / "pretrain"), MoESpec(num_experts=[2], moe_layers_idx=[1]))
+    model = upcycle(reopen(runs / "pretrain").model, MoESpec(num_experts=[2], moe_layers_idx=[1]))
     targets = target_names(model, only_experts=True)
     config = LoraConfig(r=2, target_modules=pattern_of(targets), exclude_modules=r".*experts\.1\.up_proj")
     with pytest.raises(UserError, match=r"5 linears where 6 .*experts\.1\.up_proj\. Not meant: none"):
@@ -170,7 +152,7 @@ def test_experts_without_a_gradient_stop_a_real_run(runs, flags_for, tmp_path, m
     loop = "moellava.moe.experts.loop_over_experts"
     monkeypatch.setattr(loop, lambda experts, x_TD, dispatch: x_TD.detach())
     with pytest.raises(UserError, match="the experts of layer 0, the experts of layer 2"):
-        run(flags_for(runs, "moe") | LORA | {"output_dir": tmp_path / "dead"})
+        train_here(flags_for(runs, "moe") | LORA | {"output_dir": tmp_path / "dead"})
 
 
 # -- what a run leaves ---------------------------------------------------------------------------------------------
@@ -179,16 +161,16 @@ def test_experts_without_a_gradient_stop_a_real_run(runs, flags_for, tmp_path, m
 @pytest.mark.parametrize("stage", ["finetune", "moe"])
 def test_a_killed_run_goes_on_to_exactly_the_same_losses(stage, runs, flags_for, losses_of, tmp_path, begin_at):
     folder = begin_at(2, runs / stage, tmp_path / stage)
-    run(flags_for(runs, stage) | LORA | {"output_dir": folder})
+    train_here(flags_for(runs, stage) | LORA | {"output_dir": folder})
     assert losses_of(folder) == losses_of(runs / stage)
-    mine, reference = weights(folder), weights(runs / stage)
+    mine, reference = weights_of(folder), weights_of(runs / stage)
     assert all(torch.equal(mine[name], reference[name]) for name in reference)
 
 
 def test_another_rank_is_another_run(runs, flags_for, tmp_path, begin_at):
     folder = begin_at(2, runs / "finetune", tmp_path / "again")
     with pytest.raises(UserError, match="adapter"):
-        run(flags_for(runs, "finetune") | LORA | {"lora_r": 8, "output_dir": folder})
+        train_here(flags_for(runs, "finetune") | LORA | {"lora_r": 8, "output_dir": folder})
 
 
 def test_a_base_that_has_changed_meanwhile_is_refused(runs, flags_for, tmp_path, begin_at):
@@ -198,12 +180,12 @@ def test_a_base_that_has_changed_meanwhile_is_refused(runs, flags_for, tmp_path,
     content = json.loads(origin.read_text())
     origin.write_text(json.dumps(content | {"fingerprint": 1.01 * content["fingerprint"]}))
     with pytest.raises(UserError, match="--model_name_or_path .* is not what the adapter has learnt on"):
-        run(flags_for(runs, "moe") | LORA | {"output_dir": folder})
+        train_here(flags_for(runs, "moe") | LORA | {"output_dir": folder})
 
 
 def test_plain_transformers_and_plain_peft_compute_what_the_stage_2_folder_does(runs):
     """The merged folder opens without moellava; so does the adapter, with peft, on the folder that it has learnt on."""
-    ours = merge_lora.probe_logits(dense(runs / "finetune"))
+    ours = merge_lora.probe_logits(reopen(runs / "finetune").model)
     plain = LlavaForConditionalGeneration.from_pretrained(runs / "finetune").eval()
     base = LlavaForConditionalGeneration.from_pretrained(runs / "pretrain")
     with_peft = PeftModel.from_pretrained(base, runs / "finetune" / "adapter").eval()
@@ -213,20 +195,20 @@ def test_plain_transformers_and_plain_peft_compute_what_the_stage_2_folder_does(
 
 def test_gradient_checkpointing_changes_no_loss(runs, flags_for, losses_of, tmp_path):
     flags = flags_for(runs, "moe") | LORA | {"output_dir": tmp_path / "moe", "gradient_checkpointing": True}
-    run(flags)
+    train_here(flags)
     assert losses_of(tmp_path / "moe") == pytest.approx(losses_of(runs / "moe"), abs=1e-5)
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_biases_train_when_asked_and_are_merged(bias, runs, flags_for, tmp_path):
     flags = flags_for(runs, "moe") | LORA | {"only_lora_ffn": False, "lora_bias": bias, "max_steps": 2}
-    folder = run(flags | {"output_dir": tmp_path / "run"})
-    before, after = weights(runs / "finetune"), weights(folder)
+    folder = train_here(flags | {"output_dir": tmp_path / "run"})
+    before, after = weights_of(runs / "finetune"), weights_of(folder)
     biases = [name for name in before if ".language_model.layers." in name and name.endswith(".bias")]
     assert len(biases) == 4 * 3, "the Qwen2 kind has them on query, key and value"
     assert all(not torch.equal(before[name], after[name]) for name in biases)
     merge_lora.merge(str(runs / "finetune"), folder / "adapter", tmp_path / "merged")
-    assert all(torch.equal(value, after[name]) for name, value in weights(tmp_path / "merged").items())
+    assert all(torch.equal(value, after[name]) for name, value in weights_of(tmp_path / "merged").items())
 
 
 # -- quantised -----------------------------------------------------------------------------------------------------
@@ -235,8 +217,8 @@ def test_biases_train_when_asked_and_are_merged(bias, runs, flags_for, tmp_path)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_runs_merge_what_they_have_computed_with(bits, runs, flags_for, losses_of, tmp_path, begin_at):
     flags = flags_for(runs, "moe") | LORA | {"bits": bits, "max_steps": 4}
-    folder = run(flags | {"output_dir": tmp_path / "run"})
-    before, after = weights(runs / "finetune"), weights(folder)
+    folder = train_here(flags | {"output_dir": tmp_path / "run"})
+    before, after = weights_of(runs / "finetune"), weights_of(folder)
     query = "model.language_model.layers.1.self_attn.q_proj.weight"
     step = before[query].abs().max() * {4: 0.4, 8: 0.01}[bits]
     assert 0 < (before[query] - after[query]).abs().max() < step, "every linear of the decoder is rounded"
@@ -245,10 +227,10 @@ def test_quantised_runs_merge_what_they_have_computed_with(bits, runs, flags_for
     table = json.loads((folder / "parameters.json").read_text())
     assert table["experts"]["frozen"] == 2 * 4 * 3 * 32 * 48, "in numbers, not in bytes"
     resumed = begin_at(2, folder, tmp_path / "resumed")
-    run(flags | {"output_dir": resumed})
+    train_here(flags | {"output_dir": resumed})
     assert losses_of(resumed) == losses_of(folder)
     merge_lora.merge(str(runs / "finetune"), folder / "adapter", tmp_path / "merged")
-    assert all(torch.equal(value, after[name]) for name, value in weights(tmp_path / "merged").items())
+    assert all(torch.equal(value, after[name]) for name, value in weights_of(tmp_path / "merged").items())
 
 
 def test_quantising_without_bitsandbytes_names_the_package(monkeypatch):
@@ -270,12 +252,12 @@ def test_merge_lora_gives_the_runs_own_folder(stage, base, runs, tmp_path, capsy
     assert "merging changes them by      max |Δ|" in printed
     assert "with an image" in printed
     assert "without an image" in printed
-    mine, reference = weights(out), weights(runs / stage)
+    mine, reference = weights_of(out), weights_of(runs / stage)
     assert mine.keys() == reference.keys()
     assert all(torch.equal(mine[name], reference[name]) for name in mine)
     for file in ("chat_template.jinja", "processor_config.json", "tokenizer.json", "README.md"):
         assert (out / file).read_bytes() == (runs / stage / file).read_bytes()
-    assert dense(out).config.moellava == dense(runs / stage).config.moellava
+    assert reopen(out).model.config.moellava == reopen(runs / stage).model.config.moellava
     assert main(["merge-lora", *words]) == 2, "the folder already holds a model"
 
 
@@ -289,7 +271,7 @@ def test_an_adapter_that_peft_wrote_is_merged(runs, tmp_path):
     wrapped.save_pretrained(tmp_path / "peft")
     found = merge_lora.merge(str(runs / "finetune"), tmp_path / "peft", tmp_path / "merged")
     assert found["adapter"]["with an image"] > 1e-3
-    before, after = weights(runs / "finetune"), weights(tmp_path / "merged")
+    before, after = weights_of(runs / "finetune"), weights_of(tmp_path / "merged")
     assert {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])} == set(names)
 
 
@@ -302,10 +284,10 @@ def test_a_variant_of_lora_is_refused_by_name(runs, tmp_path):
 
 
 def test_quantised_linears_under_zero_3_are_refused(runs, flags_for, tmp_path):
-    model_args, _, moe_args, args = parsed(flags_for(runs, "finetune") | LORA | {"bits": 4})
-    args.deepspeed = str(Path(__file__).parents[2] / "scripts" / "zero3.json")
+    model_args, _, moe_args, args = parse_arguments(words_of(flags_for(runs, "finetune") | LORA | {"bits": 4}))
+    args.deepspeed = str(ROOT / "scripts" / "zero3.json")
     with pytest.raises(UserError, match=r"--bits 4 and --deepspeed .*zero3\.json"):
-        adapt(dense(runs / "pretrain"), model_args, moe_args, args)
+        adapt(reopen(runs / "pretrain").model, model_args, moe_args, args)
 
 
 def test_another_base_is_refused(runs, tmp_path, capsys):
@@ -329,7 +311,7 @@ def test_a_folder_in_16_bits_is_merged_in_16_bits(runs, tmp_path):
     (tmp_path / "adapter" / "origin.json").write_text(json.dumps({"dtype": "bfloat16"}))
     found = merge_lora.merge(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
     assert max(found["folder"].values()) == 0.0
-    assert {value.dtype for value in weights(tmp_path / "merged").values()} == {torch.bfloat16}
+    assert {value.dtype for value in weights_of(tmp_path / "merged").values()} == {torch.bfloat16}
 
 
 def test_a_folder_without_an_adapter_is_refused(runs):
@@ -372,8 +354,8 @@ def test_two_ranks_that_share_quantised_experts_train_as_one(runs, run_train, fl
     spread = run_train(flags | samples | {"ep_size": 2, "output_dir": tmp_path / "spread"}, processes=2)
     assert spread.returncode == 0, (spread.stdout + spread.stderr)[-3000:]
     assert (spread.stdout + spread.stderr).count("Sample answer at step 3") == 1, "answered together, shown once"
-    single = run(flags | {"per_device_train_batch_size": 4, "output_dir": tmp_path / "single"})
+    single = train_here(flags | {"per_device_train_batch_size": 4, "output_dir": tmp_path / "single"})
     assert losses_of(tmp_path / "spread") == pytest.approx(losses_of(single), abs=1e-4)
-    mine, reference = weights(tmp_path / "spread"), weights(single)
+    mine, reference = weights_of(tmp_path / "spread"), weights_of(single)
     assert mine.keys() == reference.keys()
     assert all(torch.allclose(mine[name], reference[name], atol=1e-4) for name in reference)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from moellava.errors import UserError
-from moellava.files import read_config, resolve_folder
 from moellava.model.weights import read_file, read_tensors, weight_files
+from tests.processes import run_python
 
 
 class Evil:
@@ -76,21 +74,6 @@ def test_a_file_that_is_cut_off_is_named(tmp_path, name):
 def test_a_folder_that_holds_nothing(tmp_path):
     with pytest.raises(UserError, match="holds no weights: neither model.safetensors nor pytorch_model.bin"):
         weight_files(tmp_path)
-    with pytest.raises(UserError, match="holds no config.json"):
-        read_config(tmp_path, "--model-path")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        read_config(tmp_path, "--model-path")
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="holds a list, not a config"):
-        read_config(tmp_path, "--model-path")
-
-
-def test_a_relative_name_is_looked_for_around_the_folder_that_names_it(tmp_path):
-    (tmp_path / "openai" / "tower").mkdir(parents=True)
-    (tmp_path / "family" / "kind").mkdir(parents=True)
-    found = resolve_folder("openai/tower", "the tower", near=tmp_path / "family" / "kind")
-    assert found.samefile(tmp_path / "openai" / "tower")
 
 
 MEMORY = """
@@ -125,5 +108,4 @@ def test_a_checkpoint_is_mapped_and_not_copied(checkpoints, tmp_path):
     state |= {name: torch.zeros(220_000, 64) for name in ("model.embed_tokens.weight", "lm_head.weight")}
     torch.save(state, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(raw))
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(folder)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python(MEMORY, folder)

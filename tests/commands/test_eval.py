@@ -12,8 +12,9 @@ from moellava.commands.eval import main as evaluate
 from moellava.errors import UserError
 from moellava.model.builder import save_pretrained_folder
 from moellava.model.compose import compose
+from tests.processes import ROOT
 
-BASE = Path(__file__).resolve().parents[2] / "playground" / "base"
+BASE = ROOT / "playground" / "base"
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from moellava.cli import main
 from moellava.data.tokenizer_facts import facts_of, fit_of
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 GREEN = "\033[32m"
 
 

@@ -7,6 +7,7 @@ import pytest
 from moellava.errors import UserError
 from moellava.moe.spec import MoESpec
 from moellava.train.arguments import parse_arguments
+from tests.processes import train_here
 
 BASE = ["--model_name_or_path", "lm", "--data_path", "a.json", "--output_dir", "out"]
 
@@ -82,8 +83,6 @@ def test_the_cache_dir_is_where_downloads_go(monkeypatch, tmp_path):
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    from moellava.train.train import train
-
     seen = []
 
     def offline(*_, **__):
@@ -92,19 +91,15 @@ def test_the_cache_dir_is_where_downloads_go(monkeypatch, tmp_path):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "before")
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    flags = f"--model_name_or_path no/model --data_path d.json --output_dir {tmp_path} --cache_dir {tmp_path / 'cache'}"
+    flags = {"model_name_or_path": "no/model", "data_path": "d.json", "output_dir": tmp_path, "report_to": "none"}
     with pytest.raises(UserError, match="no/model"):
-        train(*parse_arguments([*flags.split(), "--report_to", "none"]))
+        train_here(flags | {"cache_dir": tmp_path / "cache"})
     assert seen == [str(tmp_path / "cache")]
 
 
 def test_a_folder_says_itself_whether_images_are_enclosed(tmp_path, flags_for):
-    from moellava.train.train import train
-
     def run(stage, **flags):
-        flags = flags_for(tmp_path, stage) | {"max_steps": 1, "save_strategy": "no"} | flags
-        words = [str(word) for name, value in flags.items() if value for word in (f"--{name}", value)]
-        return train(*parse_arguments(words))
+        return train_here(flags_for(tmp_path, stage) | {"max_steps": 1, "save_strategy": "no"} | flags)
 
     run("pretrain", mm_use_im_start_end=True)
     with pytest.raises(UserError, match="without.*set --mm_use_im_start_end True"):

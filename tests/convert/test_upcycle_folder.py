@@ -4,50 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from moellava.cli import main
 from moellava.files import read_config
 from moellava.model.builder import read_composed
 from moellava.moe import MoESpec, upcycle
-
-SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def llava(**sizes):
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, **sizes}
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **SHAPE),
-        text_config=LlamaConfig(vocab_size=96, **text),
-        image_token_index=5,
-        vision_feature_layer=-1,
-        image_seq_length=4,
-    )
-    return LlavaForConditionalGeneration(config).eval()
+from tests.processes import run_python
+from tests.tiny import tiny_llava, weights_of
 
 
 @pytest.fixture
 def dense(tmp_path):
     """A folder as the hub has them: several shards, Hugging Face's older names."""
     folder = tmp_path / "dense"
-    llava().save_pretrained(folder, max_shard_size="50KB")
+    tiny_llava().save_pretrained(folder, max_shard_size="50KB")
     (folder / "tokenizer.json").write_text("{}")
     return folder
 
 
 def run(dense, target, *flags):
     return main(["upcycle", "--model-path", str(dense), "--output-dir", str(target), *flags])
-
-
-def weights(folder):
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize(
@@ -63,8 +43,8 @@ def weights(folder):
 def test_the_folder_holds_what_upcycling_in_memory_gives(dense, tmp_path, flags, capsys):
     assert run(dense, tmp_path / "moe", *flags) == 0
     raw = read_config(tmp_path / "moe", "test")
-    expected = upcycle(llava(), MoESpec.from_config(raw["moe"])).state_dict()
-    found = weights(tmp_path / "moe")
+    expected = upcycle(tiny_llava(), MoESpec.from_config(raw["moe"])).state_dict()
+    found = weights_of(tmp_path / "moe")
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert read_composed(tmp_path / "moe", raw, torch.float32) is not None
@@ -77,9 +57,9 @@ def test_the_folder_holds_what_upcycling_in_memory_gives(dense, tmp_path, flags,
 
 
 def test_bf16_weights_stay_bf16_and_routers_are_fp32(tmp_path):
-    llava().bfloat16().save_pretrained(tmp_path / "dense")
+    tiny_llava().bfloat16().save_pretrained(tmp_path / "dense")
     assert run(tmp_path / "dense", tmp_path / "moe", "--shard-size", "0.00005") == 0
-    found = weights(tmp_path / "moe")
+    found = weights_of(tmp_path / "moe")
     assert len(list((tmp_path / "moe").glob("*.safetensors"))) > 2
     kinds = {name.split(".mlp.")[-1]: tensor.dtype for name, tensor in found.items() if ".layers.3.mlp." in name}
     assert kinds["router.weight"] == torch.float32 and kinds["experts.3.up_proj.weight"] == torch.bfloat16
@@ -139,14 +119,11 @@ print(peak() - before)
 @pytest.mark.slow
 def test_memory_stays_within_a_shard_or_a_layer(dense, tmp_path):
     """At most 1.2 × the larger of one shard and one layer's experts."""
-    model = llava(hidden_size=384, intermediate_size=1536, num_hidden_layers=8)
+    model = tiny_llava(hidden_size=384, intermediate_size=1536, num_hidden_layers=8)
     model.save_pretrained(tmp_path / "big", max_shard_size="30MB")
     shard = max(file.stat().st_size for file in (tmp_path / "big").glob("*.safetensors"))
     experts = 4 * 3 * 384 * 1536 * 4
     total = sum(tensor.nbytes for tensor in model.state_dict().values())
     del model
-    script = [sys.executable, "-c", MEMORY, str(dense), str(tmp_path / "big"), str(tmp_path)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-2000:]
-    extra = int(done.stdout.split()[-1])
+    extra = int(run_python(MEMORY, dense, tmp_path / "big", tmp_path).split()[-1])
     assert extra <= 1.2 * max(shard, experts) < 0.6 * total

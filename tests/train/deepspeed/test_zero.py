@@ -1,7 +1,5 @@
 """ZeRO-3: a dense model is put together whole and trains; experts are refused by name."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,14 +8,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from moellava.errors import UserError
 from moellava.train.arguments import parse_arguments
 from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT, free_port
 
 
 @pytest.fixture
 def zero3(monkeypatch):
     """The arguments of a ZeRO-3 run."""
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "29655"}.items():
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     flags = "--model_name_or_path lm --data_path d.json --output_dir out --deepspeed scripts/zero3.json"

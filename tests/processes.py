@@ -1,0 +1,173 @@
+"""The one harness for real processes: what a user would type, run to its end or killed, with nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from moellava.train.arguments import parse_arguments
+from moellava.train.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = Path(sys.executable).parent
+"""Where this Python's launchers lie."""
+
+Finished = subprocess.CompletedProcess[str]
+Flags = dict[str, object]
+"""Flags by name; a list stands for several words, and None for a flag that is not given."""
+
+
+def words_of(flags: Flags) -> list[str]:
+    """Flags as they are typed."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    several = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in given.items()}
+    return [str(word) for name, values in several.items() for word in (f"--{name}", *values)]
+
+
+def train_here(flags: Flags) -> Path:
+    """Runs `train.py` in this process; returns the folder that it leaves."""
+    return train(*parse_arguments(words_of(flags)))
+
+
+def train_command(flags: Flags, processes: int = 1, launcher: str = "deepspeed") -> list[str]:
+    """The command line of train.py: alone, or under `deepspeed` (with ZeRO-2) or `torchrun`."""
+    own = [str(ROOT / "train.py"), *words_of(flags)]
+    if processes == 1:
+        return [sys.executable, *own]
+    if launcher == "deepspeed" and "deepspeed" not in flags:
+        own += ["--deepspeed", str(ROOT / "scripts" / "zero2.json")]
+    return [*launched(processes, launcher), *own]
+
+
+def launched(processes: int, launcher: str = "deepspeed") -> list[str]:
+    """What is typed in front of a script that several processes run."""
+    count = {"deepspeed": "--num_accelerators", "torchrun": "--nproc-per-node"}[launcher]
+    return [str(PROGRAMS / launcher), "--master_port", str(free_port()), count, str(processes)]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    """This package, no hub, and one thread a process: runs are repeatable to the bit and do not fight for cores."""
+    return os.environ | {
+        "PATH": f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+def run(words: Sequence[str], timeout: float = 280, **options) -> Finished:
+    """Runs a command to its end, at most `timeout` seconds; whatever it has started ends with it.
+
+    Options are those of `Popen`, but `env` is added to `environment()`, and `input` is what the command reads.
+    """
+    said, env = options.pop("input", None), environment() | options.pop("env", {})
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(words, env=env, start_new_session=True, text=True, **pipes, **options) as process:
+        try:
+            stdout, stderr = process.communicate(said, timeout)
+        finally:
+            kill_session(process.pid)  # a launcher that is stopped leaves its ranks behind
+    assert process.returncode or not shared_memory_of(words)
+    return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
+
+
+def run_python(code: str, *arguments: object, **options) -> str:
+    """Runs code in a Python of its own; returns what it prints."""
+    done = run([sys.executable, "-c", code, *map(str, arguments)], **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def run_train(flags: Flags, processes: int = 1, launcher: str = "deepspeed", **options) -> Finished:
+    """Runs `train.py` to its end, its output as text. See `run` for the options."""
+    return run(train_command(flags, processes, launcher), **options)
+
+
+def kill_train(flags: Flags, checkpoint: str, processes: int = 1) -> None:
+    """Runs `train.py` until a checkpoint of that name appears, then kills every process of it with SIGKILL."""
+    wanted, words = Path(str(flags["output_dir"])) / checkpoint, train_command(flags, processes)
+    nowhere = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+    with subprocess.Popen(words, env=environment(), start_new_session=True, **nowhere) as process:
+        try:
+            deadline = time.monotonic() + 200
+            while not wanted.exists():
+                assert process.poll() is None, "the run ended before it could be killed"
+                assert time.monotonic() < deadline, f"{wanted} did not appear"
+                time.sleep(0.02)
+        finally:
+            kill_session(process.pid)
+    assert not shared_memory_of(words)
+
+
+def shared_memory_of(words: Sequence[str]) -> list[Path]:
+    """What a run has left in shared memory, told by its port; empty for a process that ran alone."""
+    port = words[words.index("--master_port") + 1] if "--master_port" in words else "alone"
+    return list(Path("/dev/shm").glob(f"*_{port}_*"))
+
+
+def kill_session(leader: int) -> None:
+    """SIGKILLs every process of a session: the launcher starts its ranks in groups of their own."""
+    for process in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+        with suppress(ProcessLookupError):  # it may end by itself meanwhile
+            if os.getsid(process) == leader:
+                os.kill(process, signal.SIGKILL)
+
+
+WORKER = """
+import atexit, json, os, sys, torch, deepspeed
+torch.set_num_threads(1)
+from moellava.train.deepspeed.extensions import unlink_shared_buffer
+deepspeed.init_distributed()
+unlink_shared_buffer()
+atexit.register(torch.distributed.destroy_process_group)
+rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+folder, arguments = sys.argv[-1], sys.argv[1:-1]
+def report(value):
+    json.dump(value, open(f"{folder}/rank{rank}.json", "w"))
+"""
+
+
+def run_ranks(folder: Path, script: str, processes: int, *arguments: object) -> list[object]:
+    """Runs a script under the real `deepspeed` launcher; returns what each rank has reported.
+
+    Args:
+        folder: where the script and the reports go.
+        script: calls `report(value)` once per rank with something that JSON holds; `torch`, `deepspeed`, `rank`,
+            `world` and `arguments` are there.
+    """
+    (folder / "worker.py").write_text(WORKER + script)
+    words = [*launched(processes), str(folder / "worker.py"), *map(str, arguments), str(folder)]
+    done = run(words, env={"TRANSFORMERS_VERBOSITY": "error"})
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+def stage_command(script: Path, *flags: str, **variables: str) -> list[str]:
+    """The command that a stage script would run, as words; of the environment it sees `variables` alone."""
+    bare = {"PATH": environment()["PATH"], "HOME": os.environ.get("HOME", "/"), "DRY_RUN": "1"}
+    words = ["bash", str(script), *flags]
+    return shlex.split(subprocess.run(words, env=bare | variables, capture_output=True, text=True, check=True).stdout)
+
+
+def losses_of(folder: Path) -> dict[int, float]:
+    """step -> logged loss of a run."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
