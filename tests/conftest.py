@@ -16,7 +16,7 @@ from hypothesis import settings
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from moellava.data.tokenizers import load_tokenizer
-from moellava.model.compose import Composed
+from moellava.vlm import VLM
 from tests import processes, tiny
 from tests.processes import Finished, Flags
 
@@ -143,7 +143,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def composed(tiny_base, clip_tower) -> Composed:
+def composed(tiny_base, clip_tower) -> VLM:
     """A random Llama with a Llama tokenizer, template v1, images padded to a square."""
     options = {"image_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad"}
     return tiny.compose_tiny(tiny_base("vicuna"), clip_tower, "v1", **options)
@@ -165,7 +165,7 @@ def taught_folder(tiny_base, clip_tower, pictures, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def taught(taught_folder) -> Composed:
+def taught(taught_folder) -> VLM:
     """The taught model, opened."""
     return tiny.reopen(taught_folder)
 

@@ -21,10 +21,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import moellava.model  # noqa: F401  (registers the families)
 from moellava.convert.export import flat_rope
-from moellava.model.builder import load_pretrained_model
-from moellava.model.compose import Composed, compose
+from moellava.model.build import text_config
+from moellava.model.compose import Composition
 from moellava.model.families import FAMILIES
-from moellava.model.loading import text_config
+from moellava.vlm import VLM, compose, open_vlm
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 TEXT |= {"num_key_value_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": False}
@@ -114,16 +114,15 @@ def write_siglip(folder: Path) -> Path:
     return folder
 
 
-def compose_tiny(base: Path, tower: Path, version: str, **options: Any) -> Composed:
+def compose_tiny(base: Path, tower: Path, version: str, **options: Any) -> VLM:
     """A composed model of two folders; its projector is the same each time."""
     torch.manual_seed(0)
-    return compose(str(base), str(tower), version=version, **options)
+    return compose(base, str(tower), Composition(version=version, **options))
 
 
-def reopen(folder: Path) -> Composed:
+def reopen(folder: Path) -> VLM:
     """A folder that a stage has left, as fp32 on the CPU."""
-    tokenizer, model, processor, _ = load_pretrained_model(folder, device="cpu", dtype=torch.float32)
-    return Composed(model, tokenizer, processor)
+    return open_vlm(folder, device="cpu", dtype=torch.float32)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
