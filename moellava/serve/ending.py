@@ -6,6 +6,7 @@ Shapes: B rows, L prompt tokens.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-UNFINISHED_CHARACTER = "\ufffd"
-"""What a tokenizer shows for a character whose last bytes have not come yet."""
+UNSETTLED = re.compile(r"[\s\ufffd]+\Z")
+"""White space, and what a tokenizer shows for a character whose last bytes have not come yet, at the end of a text."""
 
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 """The tokens that SentencePiece spells with what its vocabulary lacks, one a byte of UTF-8."""
@@ -66,13 +67,13 @@ class Ending:
 
         That is, without half a character, without what may become the terminator, and without spaces at its end.
         """
-        text = self.text(ids).rstrip(UNFINISHED_CHARACTER)
+        text = UNSETTLED.sub("", self.text(ids))
         tail = self.plain or self.lead
         for size in range(min(len(tail), len(text)), 0, -1):
             if tail.startswith(text[-size:]):
                 text = text[:-size]
                 break
-        return text.rstrip()
+        return UNSETTLED.sub("", text)
 
     def cut(self, ids: Sequence[int]) -> list[int]:
         """The tokens up to the one that ends the answer, that included; what fills a row behind it goes."""

@@ -64,7 +64,7 @@ class Sampling:
             model's generation_config.json says.
 
     Raises:
-        UserError: a value that means nothing.
+        UserError: a value that means nothing, or that would not act.
     """
 
     max_new_tokens: int = 512
@@ -79,6 +79,12 @@ class Sampling:
         for name, (means_something, advice) in RANGES.items():
             if not means_something(getattr(self, name)):
                 raise UserError(f"{name} is {getattr(self, name)}: {advice}.")
+        for name, idle in {"top_p": 1, "top_k": 0}.items():
+            if self.temperature == 0 and getattr(self, name) != idle:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}, but nothing is sampled at temperature 0: give a temperature "
+                    f"above 0, or leave {name} out."
+                )
 
     def options(self) -> dict[str, Any]:
         """Arguments of `generate`. Given in full, for a folder's generation_config.json fills in what is not."""
