@@ -28,7 +28,7 @@ IMAGE_TOKEN = 5
 def text_config(family: str):
     import transformers
 
-    kinds = {
+    configs = {
         "llama": transformers.LlamaConfig,
         "mistral": transformers.MistralConfig,
         "phi": transformers.PhiConfig,
@@ -36,7 +36,7 @@ def text_config(family: str):
         "qwen2": transformers.Qwen2Config,
         "stablelm": transformers.StableLmConfig,
     }
-    return kinds[family](**SIZES)
+    return configs[family](**SIZES)
 
 
 @pytest.fixture
