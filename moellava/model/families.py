@@ -140,7 +140,7 @@ def family_of(config: Any) -> Family:
         config: a Hugging Face config (`LlavaConfig`, `Qwen2Config` …), a model that has one, or a config.json.
 
     Raises:
-        UnknownNameError: no family reads this kind of model; the known ones are listed.
+        UnknownNameError: no family reads such a model; the known ones are listed.
     """
     config = getattr(config, "config", config)
     raw = config if isinstance(config, Mapping) else config.to_dict()
@@ -156,7 +156,7 @@ def base_family(raw: Mapping[str, Any]) -> Family:
 
     Raises:
         UserError: the file names no `model_type`.
-        UnknownNameError: no family reads this kind of model; the known ones are listed.
+        UnknownNameError: no family reads such a model; the known ones are listed.
     """
     model_type = raw.get("model_type")
     if not model_type:
@@ -175,10 +175,10 @@ def published_family(raw: Mapping[str, Any]) -> Family:
     """The family of a folder that LLaVA or MoE-LLaVA wrote.
 
     Raises:
-        UnknownNameError: no family reads this kind of checkpoint; the known ones are listed.
+        UnknownNameError: no family reads such a checkpoint; the known ones are listed.
     """
-    kind = re.sub(r"^(moe_)?llava_?", "", raw.get("model_type", "")) or "llama"
-    fitting = [family for family in FAMILIES.values() if kind in family.published_types]
+    published = re.sub(r"^(moe_)?llava_?", "", raw.get("model_type", "")) or "llama"
+    fitting = [family for family in FAMILIES.values() if published in family.published_types]
     marked = [family for family in fitting if family.marks and all(mark in raw for mark in family.marks)]
     unmarked = [family for family in fitting if not family.marks]
     if marked or unmarked:

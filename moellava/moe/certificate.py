@@ -1,4 +1,7 @@
-"""What a conversion did to the model: logits of the dense and of the sparse model on the same probes."""
+"""What a conversion did to the model: logits of the dense and of the sparse model on the same probes.
+
+Shapes: N real tokens of a probe, V entries of the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,7 @@ class Certificate:
 
 
 def forward_of(model: nn.Module) -> Forward:
-    """A model's logits [n, V] in fp32 at the real positions of a probe, in evaluation mode and without gradient."""
+    """A model's logits [N, V] in fp32 at the real positions of a probe, in evaluation mode and without gradient."""
 
     def forward(probe: Probe) -> Tensor:
         training = model.training

@@ -1,6 +1,7 @@
 """Runs experts over the tokens that chose them.
 
-Legend: T tokens, D hidden, R = routed rows (one per token and choice), sorted by expert.
+Legend: T tokens, N real ones, k choices, D hidden, R routed rows (one per token and choice that is kept) sorted by
+expert, n the rows of one expert.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moellava.moe.fused import FusedExperts, tensors_of
+from moellava.moe.fused import FusedExperts
 from moellava.moe.grouped import can_group, run_grouped
 from moellava.moe.router import Choice
+from moellava.moe.weights import tensors_of
 
 
 @dataclass
@@ -56,17 +58,17 @@ def run_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch) -> T
     fusable = None if torch.is_autocast_enabled(x_TD.device.type) else tensors_of(experts)
     if fusable is None:
         return loop_over_experts(experts, x_TD, dispatch)
-    layout, tensors = fusable
-    if can_group(x_TD, layout, tensors):
-        return run_grouped(x_TD, dispatch.gate_R, dispatch.token_R, dispatch.counts, layout, tensors)
-    return FusedExperts.apply(x_TD, dispatch.gate_R, dispatch.token_R, dispatch.counts, layout, *tensors)
+    layout, flat = fusable
+    if can_group(x_TD, layout, flat):
+        return run_grouped(x_TD, dispatch.gate_R, dispatch.token_R, dispatch.counts, layout, flat)
+    return FusedExperts.apply(x_TD, dispatch.gate_R, dispatch.token_R, dispatch.counts, layout, *flat)
 
 
 def loop_over_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch) -> Tensor:
     """The same by calling each expert: for experts whose linears are wrapped (LoRA, 4-bit), and under autocast."""
     out_TD = torch.zeros_like(x_TD)
     rows = zip(dispatch.token_R.split(dispatch.counts), dispatch.gate_R.split(dispatch.counts), experts, strict=True)
-    for token_r, gate_r, expert in rows:
-        y_rD = expert(x_TD.index_select(0, token_r))
-        out_TD = out_TD.index_add(0, token_r, (y_rD * gate_r.unsqueeze(1)).to(out_TD.dtype))
+    for token_n, gate_n, expert in rows:
+        y_nD = expert(x_TD.index_select(0, token_n))
+        out_TD = out_TD.index_add(0, token_n, (y_nD * gate_n.unsqueeze(1)).to(out_TD.dtype))
     return out_TD

@@ -1,6 +1,7 @@
 """Experts as one autograd node: few operations per expert, and nothing kept that can be computed again.
 
-Legend: T tokens, D hidden, R routed rows sorted by expert, n the rows of one expert, I intermediate units.
+Legend: T tokens, D hidden, I intermediate units, R routed rows sorted by expert, n the rows of one expert, M those of
+the fullest one, b those of an elementwise block. Weights are named in `moe/weights.py`; dx is the gradient of x.
 
 A loop over `expert(rows)` under autograd spends its time on what surrounds the matrix products: rows copied for all
 experts at once, a full-size gradient for each, five saved tensors per row, elementwise passes over more than the
@@ -11,71 +12,17 @@ gradient; its own gradient is then what is left of the units' gradient, divided 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moellava.moe.mlp import MLPKind, kind_of
-
-Activation = Callable[[Tensor], Tensor]
+from moellava.moe.weights import Activation, Layout
 
 BLOCK = 65_536
 """Elements of an elementwise block: the six fp32 tensors of one stay near a core's L2 cache (half or twice: alike)."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the flat tensors of an expert mean: a weight and a bias (or None) per linear, inputs first.
-
-    Args:
-        blocks: of each input linear, how many blocks of I rows it holds (gate and up in one linear: 2).
-        activation: elementwise. With two blocks in all, the expert is gated: act(first) × second.
-    """
-
-    blocks: tuple[int, ...]
-    activation: Activation
-
-    @property
-    def stride(self) -> int:
-        """Tensors of one expert."""
-        return 2 * len(self.blocks) + 2
-
-    def pieces(self, base: int, width: int) -> list[tuple[int, slice]]:
-        """(position of the weight, its rows) of each block of an expert whose tensors begin at `base`."""
-        return [
-            (base + 2 * linear, slice(block * width, (block + 1) * width))
-            for linear, blocks in enumerate(self.blocks)
-            for block in range(blocks)
-        ]
-
-
-def tensors_of(experts: list[nn.Module]) -> tuple[Layout, list[Tensor | None]] | None:
-    """The layout and the flat tensors of all experts; None if they cannot be fused."""
-    kind = kind_of(experts[0])
-    tensors: list[Tensor | None] = []
-    for expert in experts:
-        linears = _bare_linears(expert, kind)
-        if linears is None:
-            return None
-        for linear in linears:
-            tensors += [linear.weight, linear.bias]
-    return Layout(tuple(kind.inputs.values()), getattr(experts[0], kind.activation)), tensors
-
-
-def _bare_linears(expert: nn.Module, kind: MLPKind) -> list[nn.Linear] | None:
-    """The expert's linears, inputs first; None where one is not a bare `nn.Linear` (LoRA, 4-bit)."""
-    linears = [getattr(expert, name) for name in (*kind.inputs, kind.output)]
-    if not all(type(linear) is nn.Linear for linear in linears):
-        return None
-    return None if any(_is_watched(module) for module in (expert, *linears)) else linears
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether something must happen when the module is called: hooks, or a forward of its own (offloaded weights)."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 class FusedExperts(torch.autograd.Function):
@@ -83,80 +30,75 @@ class FusedExperts(torch.autograd.Function):
 
     Args (of `apply`):
         x_TD, gate_R, token_R, counts: tokens and their `Dispatch`.
-        layout, tensors: those of `tensors_of`.
+        layout, flat: those of `tensors_of`.
     """
 
     @staticmethod
-    def forward(ctx, x_TD, gate_R, token_R, counts, layout: Layout, *tensors):
-        width, most = tensors[layout.stride - 2].shape[1], max(counts)
-        pre = [x_TD.new_empty(len(token_R), width) for _ in range(sum(layout.blocks))]
+    def forward(ctx, x_TD, gate_R, token_R, counts, layout: Layout, *flat):
+        experts = layout.experts(flat)
+        width, most = experts[0].width, max(counts)
+        h1_RI = x_TD.new_empty(len(token_R), width)
+        h3_RI = torch.empty_like(h1_RI) if layout.is_gated else None
         x_MD, inner_MI = x_TD.new_empty(most, x_TD.shape[1]), x_TD.new_empty(most, width)
         y_MD = torch.empty_like(x_MD)
         row_MD = y_MD.float()  # the same memory if that is fp32 already
         out_TD = torch.zeros(x_TD.shape, dtype=row_MD.dtype, device=x_TD.device)
-        for base, count, token_n, gate_n1, *pre_n in _per_expert(layout, counts, token_R, gate_R.unsqueeze(1), *pre):
-            output, inner_nI, y_nD = base + layout.stride - 2, inner_MI[:count], y_MD[:count]
+        parts = _cut(counts, token_R, gate_R.unsqueeze(1), h1_RI, h3_RI)
+        for expert, count, (token_n, gate_n1, h1_nI, h3_nI) in zip(experts, counts, parts, strict=True):
+            if not count:
+                continue
+            inner_nI, y_nD = inner_MI[:count], y_MD[:count]
             x_nD = torch.index_select(x_TD, 0, token_n, out=x_MD[:count])
-            for part, (position, piece) in zip(pre_n, layout.pieces(base, width), strict=True):
-                _linear(x_nD, tensors[position][piece], _piece(tensors[position + 1], piece), part)
-            _inner(layout.activation, pre_n, inner_nI)
-            _linear(inner_nI, tensors[output], tensors[output + 1], y_nD)
+            _linear(x_nD, expert.w1_ID, expert.b1_I, h1_nI)
+            if h3_nI is not None:
+                _linear(x_nD, expert.w3_ID, expert.b3_I, h3_nI)
+            _inner(layout.activation, h1_nI, h3_nI, inner_nI)
+            _linear(inner_nI, expert.w2_DI, expert.b2_D, y_nD)
             out_TD.index_add_(0, token_n, torch.mul(y_nD, gate_n1, out=row_MD[:count]))
         ctx.counts, ctx.layout = counts, layout
-        ctx.save_for_backward(x_TD, gate_R, token_R, *pre, *tensors)
+        ctx.save_for_backward(x_TD, gate_R, token_R, h1_RI, h3_RI, *flat)
         return out_TD.to(x_TD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout_TD):
-        layout, needs = ctx.layout, ctx.needs_input_grad[5:]
-        x_TD, gate_R, token_R, *rest = ctx.saved_tensors
-        pre, tensors = rest[: sum(layout.blocks)], rest[sum(layout.blocks) :]
-        grads = _room_for_gradients(tensors, needs, ctx.counts, layout.stride)
+        counts, layout = ctx.counts, ctx.layout
+        x_TD, gate_R, token_R, h1_RI, h3_RI, *flat = ctx.saved_tensors
+        dflat = [torch.empty_like(t) if needed else None for t, needed in zip(flat, ctx.needs_input_grad[5:])]
         dx_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
         dgate_R = torch.empty_like(gate_R)
-        width, most = pre[0].shape[1], max(ctx.counts)
+        most, width = max(counts), h1_RI.shape[1]
         dy_MD, inner_MI = dout_TD.new_empty(most, x_TD.shape[1]), dout_TD.new_empty(most, width)
-        x_MD, dpre_M = torch.empty_like(dy_MD), [torch.empty_like(inner_MI) for _ in pre]
-        per_expert = _per_expert(layout, ctx.counts, token_R, gate_R.unsqueeze(1), dgate_R, *pre)
-        for base, count, token_n, gate_n1, dgate_n, *pre_n in per_expert:
-            output, inner_nI, dpre_n = base + layout.stride - 2, inner_MI[:count], [part[:count] for part in dpre_M]
+        x_MD, dh1_MI = torch.empty_like(dy_MD), torch.empty_like(inner_MI)
+        dh3_MI = torch.empty_like(inner_MI) if layout.is_gated else None
+        experts, dexperts = layout.experts(flat), layout.experts(dflat)
+        parts = _cut(counts, token_R, gate_R.unsqueeze(1), dgate_R, h1_RI, h3_RI)
+        for expert, dexpert, count, part in zip(experts, dexperts, counts, parts, strict=True):
+            if not count:
+                dexpert.zero_()  # it is touched all the same
+                continue
+            token_n, gate_n1, dgate_n, h1_nI, h3_nI = part
+            inner_nI, dh1_nI, dh3_nI = inner_MI[:count], dh1_MI[:count], None if dh3_MI is None else dh3_MI[:count]
             dy_nD = torch.index_select(dout_TD, 0, token_n, out=dy_MD[:count]).mul_(gate_n1)
-            torch.mm(dy_nD, tensors[output], out=dpre_n[0])
-            _inner_backward(layout.activation, pre_n, dpre_n, inner_nI, dgate_n)
-            if tensors[output + 1] is not None:
-                dgate_n += dy_nD.float() @ tensors[output + 1].float()
-            _linear_backward(dy_nD, inner_nI, grads[output], grads[output + 1])
+            torch.mm(dy_nD, expert.w2_DI, out=dh1_nI)
+            _inner_backward(layout.activation, h1_nI, h3_nI, dh1_nI, dh3_nI, inner_nI, dgate_n)
+            if expert.b2_D is not None:
+                dgate_n += dy_nD.float() @ expert.b2_D.float()
+            _linear_backward(dy_nD, inner_nI, dexpert.w2_DI, dexpert.b2_D)
             x_nD = torch.index_select(x_TD, 0, token_n, out=x_MD[:count])
-            dx_nD = dy_nD  # its values are used up
-            for number, (position, piece) in enumerate(layout.pieces(base, width)):
-                dx_nD.addmm_(dpre_n[number], tensors[position][piece], beta=min(number, 1))
-                weight, bias = grads[position : position + 2]
-                _linear_backward(dpre_n[number], x_nD, _piece(weight, piece), _piece(bias, piece))
+            _linear_backward(dh1_nI, x_nD, dexpert.w1_ID, dexpert.b1_I)
+            dx_nD = torch.mm(dh1_nI, expert.w1_ID, out=dy_nD)  # whose values are used up
+            if dh3_nI is not None:
+                _linear_backward(dh3_nI, x_nD, dexpert.w3_ID, dexpert.b3_I)
+                dx_nD.addmm_(dh3_nI, expert.w3_ID)
             dx_TD.index_add_(0, token_n, dx_nD.float())
         dgate_R /= gate_R.clamp_min(torch.finfo(gate_R.dtype).tiny)  # at 0 the softmax behind it has no gradient
-        return dx_TD.to(x_TD.dtype), dgate_R, None, None, None, *grads
+        return dx_TD.to(x_TD.dtype), dgate_R, None, None, None, *dflat
 
 
-def _per_expert(layout: Layout, counts: list[int], *of_rows: Tensor) -> Iterator[tuple]:
-    """(position of the first tensor, number of rows, its part of each tensor of R rows) of experts with rows."""
-    parts = zip(*(tensor.split(counts) for tensor in of_rows), strict=True)
-    for index, (count, part) in enumerate(zip(counts, parts, strict=True)):
-        if count:
-            yield index * layout.stride, count, *part
-
-
-def _room_for_gradients(tensors, needs, counts: list[int], stride: int) -> list[Tensor | None]:
-    """Memory for the gradients. Zeros where an expert has no rows: it is touched all the same."""
-    grads: list[Tensor | None] = []
-    for position, (tensor, needed) in enumerate(zip(tensors, needs, strict=True)):
-        make = torch.empty_like if counts[position // stride] else torch.zeros_like
-        grads.append(make(tensor) if needed and tensor is not None else None)
-    return grads
-
-
-def _piece(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
+def _cut(sizes: int | list[int], *of_rows: Tensor | None) -> Iterator[tuple]:
+    """Tensors of the same rows, cut alike: into pieces of a size, or of these sizes. What is None stays None."""
+    return zip(*(repeat(None) if tensor is None else tensor.split(sizes) for tensor in of_rows))
 
 
 def _linear(x_nD: Tensor, weight_ID: Tensor, bias_I: Tensor | None, out_nI: Tensor) -> None:
@@ -175,38 +117,45 @@ def _linear_backward(dy_nI: Tensor, x_nD: Tensor, dweight_ID: Tensor | None, dbi
         torch.sum(dy_nI, 0, out=dbias_I)
 
 
-def _blocks(*of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of the same rows, cut alike into blocks of about `BLOCK` elements."""
-    return zip(*(tensor.split(max(BLOCK // of_rows[0].shape[1], 1)) for tensor in of_rows), strict=True)
+def _blocks(*of_rows: Tensor | None) -> Iterator[tuple]:
+    """Tensors of the same rows, cut alike into blocks of about `BLOCK` elements of the first."""
+    first = of_rows[0]
+    assert first is not None
+    return _cut(max(BLOCK // first.shape[1], 1), *of_rows)
 
 
-def _inner(activation: Activation, pre: list[Tensor], out_nI: Tensor) -> None:
-    """act(first) [× second], into given memory."""
-    for out_bI, first, *second in _blocks(out_nI, *pre):
-        _activate(activation, first, out_bI)
-        for factor in second:
-            out_bI.mul_(factor)
+def _inner(activation: Activation, h1_nI: Tensor, h3_nI: Tensor | None, out_nI: Tensor) -> None:
+    """The units act(h1) [× h3], into given memory."""
+    for out_bI, h1_bI, h3_bI in _blocks(out_nI, h1_nI, h3_nI):
+        _activate(activation, h1_bI, out_bI)
+        if h3_bI is not None:
+            out_bI.mul_(h3_bI)
 
 
 def _inner_backward(
-    activation: Activation, pre: list[Tensor], dpre: list[Tensor], inner_nI: Tensor, dgate_n: Tensor
+    activation: Activation,
+    h1_nI: Tensor,
+    h3_nI: Tensor | None,
+    dh1_nI: Tensor,
+    dh3_nI: Tensor | None,
+    inner_nI: Tensor,
+    dgate_n: Tensor,
 ) -> None:
-    """The units again, the gradients of `pre`, and Σ dz × units of each row.
+    """The units again, the gradients of h1 and h3, and Σ dz × units of each row.
 
-    Where the first of `dpre` goes stands dz, the gradient of the units, before.
+    Where the gradient of h1 goes stands dz, the gradient of the units, before.
     """
-    for inner_bI, dz_bI, dgate_b, first, *parts in _blocks(inner_nI, dpre[0], dgate_n, *pre, *dpre[1:]):
-        if len(pre) == 2:
-            second, dsecond = parts
-            _activate(activation, first, dsecond)
-            torch.mul(dsecond, second, out=inner_bI)
-            dsecond.mul_(dz_bI)
-            torch.sum(dsecond * second, 1, dtype=dgate_n.dtype, out=dgate_b)
-            dz_bI.mul_(second)
+    for inner_bI, dz_bI, dgate_b, h1_bI, h3_bI, dh3_bI in _blocks(inner_nI, dh1_nI, dgate_n, h1_nI, h3_nI, dh3_nI):
+        if h3_bI is not None:
+            _activate(activation, h1_bI, dh3_bI)
+            torch.mul(dh3_bI, h3_bI, out=inner_bI)
+            dh3_bI.mul_(dz_bI)
+            torch.sum(dh3_bI * h3_bI, 1, dtype=dgate_n.dtype, out=dgate_b)
+            dz_bI.mul_(h3_bI)
         else:
-            _activate(activation, first, inner_bI)
+            _activate(activation, h1_bI, inner_bI)
             torch.sum(dz_bI * inner_bI, 1, dtype=dgate_n.dtype, out=dgate_b)
-        _activation_backward(activation, first, dz_bI)
+        _activation_backward(activation, h1_bI, dz_bI)
 
 
 def _activate(activation: Activation, x: Tensor, out: Tensor) -> None:

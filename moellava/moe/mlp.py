@@ -15,34 +15,42 @@ from moellava.errors import UserError
 
 
 @dataclass(frozen=True)
-class MLPKind:
-    """Where the parts of a decoder's MLP are.
+class MLPLayout:
+    """Where the parts of a decoder's MLP are: act(w1 x) × (w3 x), or act(w1 x) alone, then w2.
 
     Args:
-        inputs: linears D -> I, by attribute name; the value says how many blocks of I rows one of them holds.
-        output: the linear I -> D.
-        activation: the function between them.
+        linears: attribute name of each linear: w1, w3 (D -> I) or w13 (D -> 2 I: w1 above w3), and last w2 (I -> D).
+        activation: attribute name of the function.
     """
 
-    inputs: dict[str, int]
-    output: str
+    linears: dict[str, str]
     activation: str
 
+    @property
+    def inputs(self) -> dict[str, int]:
+        """Attribute name of each linear but the last -> how many blocks of I rows it holds."""
+        return {name: 2 if role == "w13" else 1 for role, name in self.linears.items() if role != "w2"}
 
-KINDS = (
-    MLPKind({"gate_proj": 1, "up_proj": 1}, "down_proj", "act_fn"),
-    MLPKind({"gate_up_proj": 2}, "down_proj", "activation_fn"),
-    MLPKind({"fc1": 1}, "fc2", "activation_fn"),
+    @property
+    def output(self) -> str:
+        """Attribute name of the linear I -> D."""
+        return self.linears["w2"]
+
+
+LAYOUTS = (
+    MLPLayout({"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}, "act_fn"),
+    MLPLayout({"w13": "gate_up_proj", "w2": "down_proj"}, "activation_fn"),
+    MLPLayout({"w1": "fc1", "w2": "fc2"}, "activation_fn"),
 )
 """Llama, Mistral, Qwen2/3, StableLM, Gemma; Phi-3; Phi."""
 
 
-def kind_of(mlp: nn.Module) -> MLPKind:
-    """The kind of an MLP, by the names of its parts. Raises UserError where it is none that can be upcycled."""
-    for kind in KINDS:
-        if all(hasattr(mlp, name) for name in (*kind.inputs, kind.output, kind.activation)):
-            return kind
-    known = "; ".join(" + ".join((*kind.inputs, kind.output)) for kind in KINDS)
+def layout_of(mlp: nn.Module) -> MLPLayout:
+    """The layout of an MLP, by the names of its parts. Raises UserError where it has none that can be upcycled."""
+    for layout in LAYOUTS:
+        if all(hasattr(mlp, name) for name in (*layout.linears.values(), layout.activation)):
+            return layout
+    known = "; ".join(" + ".join(layout.linears.values()) for layout in LAYOUTS)
     raise UserError(
         f"A decoder layer's mlp is a {type(mlp).__name__}, which is not a plain MLP ({known}): "
         "it cannot be cut into experts. Layers that are sparse already need no upcycling."
@@ -51,17 +59,17 @@ def kind_of(mlp: nn.Module) -> MLPKind:
 
 def hidden_size(mlp: nn.Module) -> int:
     """D."""
-    return getattr(mlp, kind_of(mlp).output).out_features
+    return getattr(mlp, layout_of(mlp).output).out_features
 
 
 def slice_mlp(mlp: nn.Module, index: int, of: int) -> nn.Module:
     """One of `of` equal slices of an MLP: its share of the intermediate units, with the output weights × `of`.
 
     The slices' outputs average to the MLP's; a bias of the output is kept as it is, since the gates sum to 1.
-    Scaling the output alone is exact for gated MLPs too (FACTS: spreading the factor over all matrices is not).
+    Scaling the output alone is exact for gated MLPs too; spreading the factor over all matrices is not.
     """
-    kind = kind_of(mlp)
-    output = getattr(mlp, kind.output)
+    layout = layout_of(mlp)
+    output = getattr(mlp, layout.output)
     if output.in_features % of:
         raise UserError(f"--granularity {of} does not divide the MLP's {output.in_features} intermediate units.")
     width = output.in_features // of
@@ -69,11 +77,11 @@ def slice_mlp(mlp: nn.Module, index: int, of: int) -> nn.Module:
     part = copy.copy(mlp)
     part._modules = dict(mlp._modules)
     part._parameters, part._buffers = dict(mlp._parameters), dict(mlp._buffers)
-    for name, blocks in kind.inputs.items():
+    for name, blocks in layout.inputs.items():
         linear = getattr(mlp, name)
         pick = lambda tensor, blocks=blocks: torch.cat([b[units] for b in tensor.chunk(blocks)])  # noqa: E731
         setattr(part, name, _linear(pick(linear.weight), None if linear.bias is None else pick(linear.bias)))
-    setattr(part, kind.output, _linear(output.weight[:, units] * of, output.bias))
+    setattr(part, layout.output, _linear(output.weight[:, units] * of, output.bias))
     if hasattr(part, "intermediate_size"):
         part.intermediate_size = width
     return copy.deepcopy(part)
@@ -103,24 +111,24 @@ def redraw_units(mlp: nn.Module, ratio: float, generator: torch.Generator) -> No
     The same units in every matrix, each matrix from a normal distribution with the mean and standard deviation of
     the entries that it replaces.
     """
-    kind = kind_of(mlp)
-    width = getattr(mlp, kind.output).in_features
+    layout = layout_of(mlp)
+    width = getattr(mlp, layout.output).in_features
     units = torch.randperm(width, generator=generator)[: round(ratio * width)]
     if len(units) == 0:
         return
-    for name, blocks in kind.inputs.items():
+    for name, blocks in layout.inputs.items():
         weight = getattr(mlp, name).weight
         for block in range(blocks):
             rows = units.to(weight.device) + block * width
             weight[rows] = _like(weight[rows], generator)
-    weight = getattr(mlp, kind.output).weight
+    weight = getattr(mlp, layout.output).weight
     weight[:, units.to(weight.device)] = _like(weight[:, units.to(weight.device)], generator)
 
 
 @torch.no_grad()
 def silence(mlp: nn.Module) -> None:
     """Zeroes the output linear: the expert adds nothing until it has learnt something."""
-    for parameter in getattr(mlp, kind_of(mlp).output).parameters():
+    for parameter in getattr(mlp, layout_of(mlp).output).parameters():
         parameter.zero_()
 
 

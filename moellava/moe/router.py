@@ -1,6 +1,7 @@
 """Routing: which experts a token visits, and how much each counts. All of it in fp32.
 
-Legend: N real tokens, D hidden, E experts, k choices. `x_ND` is tokens × hidden.
+Legend: N real tokens (of T), D hidden, E experts, k choices, S sets of G slices (`init granular`). `x_ND` is tokens ×
+hidden.
 """
 
 from __future__ import annotations

@@ -244,7 +244,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Turns on gradient checkpointing that replays routing, for sparse and dense models.
 
     Call it after `upcycle`, in place of `gradient_checkpointing_enable()` (and leave the Trainer's own flag off).
-    Non-reentrant: the reentrant kind runs its first pass without grad, and the routers' losses would get none.
+    Non-reentrant: the reentrant variant runs its first pass without grad, and the routers' losses would get none.
     """
     model.gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}

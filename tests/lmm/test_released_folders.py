@@ -64,7 +64,7 @@ def test_upcycling_streams_and_keeps_the_logits(conforming, tiny_lmm, tmp_path, 
 def test_a_folder_that_cannot_be_streamed_is_converted_in_memory(tiny_lmm, tmp_path, monkeypatch):
     folder = tiny_lmm("qwen2.5-vl")
     assert upcycle(folder, tmp_path / "streamed") == 0
-    monkeypatch.setattr("moellava.convert.upcycle_folder.can_stream", lambda *_: False)
+    monkeypatch.setattr("moellava.commands.upcycle.can_stream", lambda *_: False)
     assert upcycle(folder, tmp_path / "whole") == 0
     one, other = (opened_fp32(tmp_path / name).model.state_dict() for name in ("streamed", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -83,7 +83,7 @@ def test_what_cannot_be_upcycled_says_why(tiny_lmm, tmp_path, capsys):
 def test_a_decoder_without_plain_mlps_stops_before_anything_is_computed(tiny_lmm, tmp_path, capsys, monkeypatch):
     from moellava.moe import mlp
 
-    monkeypatch.setattr(mlp, "KINDS", mlp.KINDS[2:])
+    monkeypatch.setattr(mlp, "LAYOUTS", mlp.LAYOUTS[2:])
     monkeypatch.setattr("moellava.convert.upcycle_folder.run_from_disk", None)
     assert upcycle(tiny_lmm("llava-1.5"), tmp_path / "moe") == 2
     assert "is a LlamaMLP, which is not a plain MLP" in capsys.readouterr().err

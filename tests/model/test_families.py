@@ -75,7 +75,7 @@ def test_a_published_config_finds_its_family(raw, name):
     assert published_family(raw).name == name
 
 
-def test_unknown_kinds_list_the_known():
+def test_unknown_model_types_list_the_known():
     with pytest.raises(UnknownNameError, match="'falcon'.*Known: .*llama.*qwen2"):
         base_family({"model_type": "falcon"})
     with pytest.raises(UnknownNameError, match="'llava_falcon'.*minicpm.*mistral"):

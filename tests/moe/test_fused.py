@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from moellava.moe.experts import Dispatch, loop_over_experts, run_experts
-from moellava.moe.fused import tensors_of
 from moellava.moe.grouped import can_group, run_grouped
+from moellava.moe.weights import tensors_of
 
 
 class Gated(nn.Module):
@@ -44,10 +44,10 @@ class Plain(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(x)))
 
 
-def problem(kind, bias=True, activation=None, width=24, dtype=torch.float32):
+def problem(mlp, bias=True, activation=None, width=24, dtype=torch.float32):
     """Four experts with 5, 0, 3 and 4 rows, of six tokens."""
     torch.manual_seed(0)
-    experts = [kind(16, width, bias, activation or nn.SiLU()).to(dtype) for _ in range(4)]
+    experts = [mlp(16, width, bias, activation or nn.SiLU()).to(dtype) for _ in range(4)]
     x = torch.randn(6, 16).to(dtype)
     tokens = torch.tensor([0, 1, 2, 4, 5, 0, 2, 3, 1, 3, 4, 5])
     return experts, x, Dispatch(tokens, torch.rand(12), [5, 0, 3, 4])
@@ -61,14 +61,30 @@ def gradients(run, experts, x, dispatch):
     return [out.detach(), x.grad, gate.grad, *(p.grad for e in experts for p in e.parameters())]
 
 
-@pytest.mark.parametrize("kind", [Gated, GatedInOne, Plain])
+@pytest.mark.parametrize("mlp", [Gated, GatedInOne, Plain])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU("tanh"), nn.ReLU()])
-def test_values_and_gradients(kind, bias, activation):
-    case = problem(kind, bias, activation)
+def test_values_and_gradients(mlp, bias, activation):
+    case = problem(mlp, bias, activation)
     assert tensors_of(case[0]) is not None
     for fused, plain in zip(gradients(run_experts, *case), gradients(loop_over_experts, *case), strict=True):
         torch.testing.assert_close(fused, plain, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mlp", [Gated, GatedInOne, Plain])
+def test_tensors_by_name_are_those_of_the_modules(mlp):
+    """By hand they give what the module does; gate and up in one linear are two views of it."""
+    experts, x, _ = problem(mlp)
+    layout, flat = tensors_of(experts)
+    for module, named in zip(experts, layout.experts([tensor.detach() for tensor in flat]), strict=True):
+        inner = layout.activation(x @ named.w1_ID.t() + named.b1_I)
+        if layout.is_gated:
+            inner = inner * (x @ named.w3_ID.t() + named.b3_I)
+        torch.testing.assert_close(inner @ named.w2_DI.t() + named.b2_D, module(x))
+        parameters = {parameter.data_ptr() for parameter in module.parameters()}
+        assert {named.w1_ID.data_ptr(), named.b1_I.data_ptr(), named.w2_DI.data_ptr()} <= parameters
+        named.zero_()
+        assert not any(parameter.any() for parameter in module.parameters())
 
 
 def test_more_rows_than_one_elementwise_block(monkeypatch):
@@ -163,15 +179,15 @@ def test_autocast_runs_the_experts_in_its_dtype():
 
 
 def grouped(experts, x, dispatch):
-    layout, tensors = tensors_of(experts)
-    return run_grouped(x, dispatch.gate_R, dispatch.token_R, dispatch.counts, layout, tensors)
+    layout, flat = tensors_of(experts)
+    return run_grouped(x, dispatch.gate_R, dispatch.token_R, dispatch.counts, layout, flat)
 
 
-@pytest.mark.parametrize("kind", [Gated, GatedInOne, Plain])
+@pytest.mark.parametrize("mlp", [Gated, GatedInOne, Plain])
 @pytest.mark.parametrize("bias", [True, False])
-def test_grouped_products_equal_the_loop(kind, bias):
+def test_grouped_products_equal_the_loop(mlp, bias):
     """The GPU path, on the CPU."""
-    case = problem(kind, bias)
+    case = problem(mlp, bias)
     for found, plain in zip(gradients(grouped, *case), gradients(loop_over_experts, *case), strict=True):
         torch.testing.assert_close(found, plain, atol=2e-6, rtol=1e-5)
 

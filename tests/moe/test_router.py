@@ -48,12 +48,12 @@ def test_a_full_expert_leaves_its_weight_to_the_others():
     assert gates(prob, choice_of(torch.tensor([[0, 1]]), kept), MoESpec()).tolist() == [[1.0, 0.0]]
 
 
-@pytest.mark.parametrize(("kind", "value"), [("exact", 1.0), ("probability", 0.6)])
-def test_one_choice_has_the_probability_gradient_either_way(kind, value):
+@pytest.mark.parametrize(("top1_gate", "value"), [("exact", 1.0), ("probability", 0.6)])
+def test_one_choice_has_the_probability_gradient_either_way(top1_gate, value):
     logit = torch.tensor([[1.0, 0.5]], requires_grad=True)
     prob = logit.softmax(1)
-    weight = gates(prob, choice_of(torch.tensor([[0]])), MoESpec(top_k_experts=1, top1_gate=kind))
-    torch.testing.assert_close(weight.item(), value if kind == "exact" else prob[0, 0].item())
+    weight = gates(prob, choice_of(torch.tensor([[0]])), MoESpec(top_k_experts=1, top1_gate=top1_gate))
+    torch.testing.assert_close(weight.item(), value if top1_gate == "exact" else prob[0, 0].item())
     weight.sum().backward()
     assert logit.grad.abs().min() > 0.1
 

@@ -1,0 +1,100 @@
+"""The tensors of experts: by name, and flat, as `torch.autograd.Function.apply` takes them.
+
+Legend: D hidden, I intermediate units, P = 2 I columns of a linear that holds w1 above w3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from moellava.moe.mlp import layout_of
+
+Activation = Callable[[Tensor], Tensor]
+
+TENSORS = {"w1": ("w1_ID", "b1_I"), "w3": ("w3_ID", "b3_I"), "w13": ("w13_PD", "b13_P"), "w2": ("w2_DI", "b2_D")}
+"""Linear of an `MLPLayout` -> its weight and its bias in `Expert`."""
+
+
+@dataclass
+class Expert:
+    """One expert's tensors: (act(x w1ᵀ + b1) × (x w3ᵀ + b3)) w2ᵀ + b2, without the second factor if it is not gated.
+
+    Of gradients the same. None: the expert has no such tensor, or its gradient is not wanted. Where w1 and w3 are one
+    linear, they are views of it.
+    """
+
+    w1_ID: Tensor | None = None
+    b1_I: Tensor | None = None
+    w3_ID: Tensor | None = None
+    b3_I: Tensor | None = None
+    w13_PD: Tensor | None = None
+    b13_P: Tensor | None = None
+    w2_DI: Tensor | None = None
+    b2_D: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.w13_PD is not None:
+            self.w1_ID, self.w3_ID = self.w13_PD.chunk(2)
+        if self.b13_P is not None:
+            self.b1_I, self.b3_I = self.b13_P.chunk(2)
+
+    @property
+    def width(self) -> int:
+        """I."""
+        assert self.w2_DI is not None  # of an expert, that is; a gradient may be without
+        return self.w2_DI.shape[1]
+
+    def zero_(self) -> None:
+        """Fills all tensors with zeros."""
+        for tensor in vars(self).values():
+            if tensor is not None:
+                tensor.zero_()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the experts of a layer have in common.
+
+    Args:
+        names: fields of `Expert`, in the order of an expert's tensors among the flat ones.
+        activation: elementwise.
+    """
+
+    names: tuple[str, ...]
+    activation: Activation
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the activation's result is multiplied by another linear's."""
+        return "w3_ID" in self.names or "w13_PD" in self.names
+
+    def experts(self, flat: Sequence[Tensor | None]) -> list[Expert]:
+        """The tensors by name.
+
+        Args:
+            flat: those of `names` of the first expert, of the second one, …
+        """
+        count = len(self.names)
+        return [Expert(**dict(zip(self.names, flat[start : start + count]))) for start in range(0, len(flat), count)]
+
+
+def tensors_of(modules: list[nn.Module]) -> tuple[Layout, list[Tensor | None]] | None:
+    """The layout of all experts and their flat tensors; None if something other than the tensors takes part."""
+    layout = layout_of(modules[0])
+    flat: list[Tensor | None] = []
+    for module in modules:
+        linears = [getattr(module, name) for name in layout.linears.values()]
+        if any(type(linear) is not nn.Linear for linear in linears) or any(map(_is_watched, (module, *linears))):
+            return None
+        for linear in linears:
+            flat += [linear.weight, linear.bias]
+    names = tuple(name for role in layout.linears for name in TENSORS[role])
+    return Layout(names, getattr(modules[0], layout.activation)), flat
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether something must happen when the module is called: hooks, or a forward of its own (offloaded weights)."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
