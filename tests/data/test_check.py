@@ -1,71 +1,46 @@
-"""`moellava check-data`."""
+"""The check of a data set: what it finds with a tokenizer, and that it finds what training would stop at."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from moellava.cli import main
-from moellava.data.check import check
+from moellava.data.check import check, write_skip_list
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
 from moellava.errors import UserError
 
 
 @pytest.fixture
-def files(data_file, make_record) -> list[str]:
+def path(data_file, make_record) -> str:
     rows = [
         make_record("good", "<image>\nq", "a", image="a.png"),
-        make_record("cut", "<image>\nq", "a", image="cut.jpg"),
         make_record("tags", "<image><image>\nq", "a", image="a.png"),
         make_record("text", "q", "a"),
+        make_record("cut", "<image>\nq", "a", image="cut.jpg"),
+        make_record("long", "q", "word " * 90),
+        make_record("open", "q"),
     ]
-    lines = json.dumps(make_record("late", "q", "a")) + '\n{"id": "no turns"}\n{broken'
-    return [str(data_file(rows, "one.json")), str(data_file(lines, "two.jsonl"))]
+    return str(data_file(rows))
 
 
-def test_all_problems_in_one_pass(files, image_tree, capsys):
-    assert main(["check-data", *files, "gone.json", "--image-folder", str(image_tree)]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    for words in ["Record tags", "Record no turns", "two.jsonl is not valid", "gone.json: no such", "cut.jpg"]:
-        assert sum(words in line for line in lines) == 1, words
-    assert lines[-1] == "5 problems"
-    assert "3 files, 7 records" in lines[-2] and "2 with image, 0 with video, 2 text only" in lines[-2]
-
-
-def test_sound_data(data_file, make_record, image_tree, capsys):
-    path = data_file([make_record(1, "<image>", "a", image="sub/b.jpg")])
-    assert main(["check-data", str(path), "--image-folder", str(image_tree)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "no problem found"
-
-
-def test_with_a_tokenizer_lengths_and_masks_are_checked(files, image_tree, tokenizers, data_file, make_record):
-    extra = str(data_file([make_record("long", "q", "word " * 90), make_record("open", "q")], "three.json"))
+def test_with_a_tokenizer_lengths_and_masks_are_checked(path, image_tree, tokenizers):
     images = MediaFiles(image_tree)
-    findings = check([*files, extra], images, tokenizers["phi"], "phi", tokens_per_image=20, max_length=80)
+    findings = check([path], images, tokenizers["phi"], "phi", tokens_per_image=20, max_length=80)
     texts = [problem.text for problem in findings.problems]
     assert any("Record long" in text and "positions, more than 80" in text for text in texts)
     assert any("Record open" in text and "no answer to train on" in text for text in texts)
-    assert findings.lengths == [60, 60, 38, 38, 128, 33]
+    assert findings.lengths == [60, 38, 60, 128, 33]
     with pytest.raises(UserError, match="--version"):
-        check(files, images, tokenizers["phi"])
+        check([path], images, tokenizers["phi"])
 
 
-def test_the_skip_list_makes_the_rest_trainable(files, image_tree, tmp_path, capsys):
-    skip = tmp_path / "skip.txt"
-    main(["check-data", *files, "--image-folder", str(image_tree), "--skip-list", str(skip)])
-    keys = [line.split("\t")[0] for line in skip.read_text(encoding="utf-8").splitlines()]
-    assert sorted(keys) == ["one.json:1", "one.json:2", "two.jsonl:1", "two.jsonl:2"]
-    assert [record["id"] for record in load_records(files, skip)] == ["good", "text", "late"]
-    again = ["check-data", *files, "--image-folder", str(image_tree), "--known", str(skip)]
-    capsys.readouterr()
-    assert main(again) == 0
-    assert "4 skip listed" in capsys.readouterr().out
+def test_without_one_records_and_files_are(path, image_tree):
+    findings = check([path], MediaFiles(image_tree))
+    assert {problem.key for problem in findings.problems} == {"data.json:1", "data.json:3"}
+    assert findings.counts["records"] == 6 and findings.lengths == []
 
 
-def test_findings_as_json(files, image_tree, capsys):
-    main(["check-data", *files, "--image-folder", str(image_tree), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["counts"]["records"] == 7 and len(found["problems"]) == 4
-    assert {problem["key"] for problem in found["problems"]} >= {"one.json:1"}
+def test_the_skip_list_leaves_out_what_was_found(path, image_tree, tmp_path):
+    findings = check([path], MediaFiles(image_tree))
+    assert write_skip_list(tmp_path / "skip.txt", findings.problems) == 2
+    assert [record["id"] for record in load_records(path, tmp_path / "skip.txt")] == ["good", "text", "long", "open"]

@@ -1,0 +1,56 @@
+"""`moellava check-data`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from moellava.cli import main
+from moellava.data.records import load_records
+
+
+@pytest.fixture
+def files(data_file, make_record) -> list[str]:
+    rows = [
+        make_record("good", "<image>\nq", "a", image="a.png"),
+        make_record("cut", "<image>\nq", "a", image="cut.jpg"),
+        make_record("tags", "<image><image>\nq", "a", image="a.png"),
+        make_record("text", "q", "a"),
+    ]
+    lines = json.dumps(make_record("late", "q", "a")) + '\n{"id": "no turns"}\n{broken'
+    return [str(data_file(rows, "one.json")), str(data_file(lines, "two.jsonl"))]
+
+
+def test_all_problems_in_one_pass(files, image_tree, capsys):
+    assert main(["check-data", *files, "gone.json", "--image-folder", str(image_tree)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    for words in ["Record tags", "Record no turns", "two.jsonl is not valid", "gone.json: no such", "cut.jpg"]:
+        assert sum(words in line for line in lines) == 1, words
+    assert lines[-1] == "5 problems"
+    assert "3 files, 7 records" in lines[-2] and "2 with image, 0 with video, 2 text only" in lines[-2]
+
+
+def test_sound_data(data_file, make_record, image_tree, capsys):
+    path = data_file([make_record(1, "<image>", "a", image="sub/b.jpg")])
+    assert main(["check-data", str(path), "--image-folder", str(image_tree)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "no problem found"
+
+
+def test_the_skip_list_makes_the_rest_trainable(files, image_tree, tmp_path, capsys):
+    skip = tmp_path / "skip.txt"
+    main(["check-data", *files, "--image-folder", str(image_tree), "--skip-list", str(skip)])
+    keys = [line.split("\t")[0] for line in skip.read_text(encoding="utf-8").splitlines()]
+    assert sorted(keys) == ["one.json:1", "one.json:2", "two.jsonl:1", "two.jsonl:2"]
+    assert [record["id"] for record in load_records(files, skip)] == ["good", "text", "late"]
+    again = ["check-data", *files, "--image-folder", str(image_tree), "--known", str(skip)]
+    capsys.readouterr()
+    assert main(again) == 0
+    assert "4 skip listed" in capsys.readouterr().out
+
+
+def test_findings_as_json(files, image_tree, capsys):
+    main(["check-data", *files, "--image-folder", str(image_tree), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["counts"]["records"] == 7 and len(found["problems"]) == 4
+    assert {problem["key"] for problem in found["problems"]} >= {"one.json:1"}
