@@ -75,9 +75,7 @@ class ChatRenderer(Renderer):
         said = turns_of(source, name)
         turns: Sequence[tuple[str, Content]] = said
         if self.in_parts:
-            turns = [
-                (role, text if role != "user" else message_in_parts(text, has_media, name)) for role, text in said
-            ]
+            turns = [(role, text if role != "user" else message_in_parts(text, has_media, name)) for role, text in said]
         pieces = chat_pieces(self._with_system(system), turns, name, opens)
         numbered = getattr(self.source, "numbered", None)
         return [self._unnumbered(piece, numbered) for piece in pieces] if numbered else pieces
