@@ -61,7 +61,7 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
     Args:
         images: of any size and mode.
         image_processor: a Hugging Face image processor.
-        model_cfg: its `image_aspect_ratio` is read; 'pad' or anything else, as of `pixel_values`.
+        model_cfg: its `image_aspect_ratio` is read; 'pad' or anything else. See `pixel_values`.
     """
     aspect_ratio = "pad" if getattr(model_cfg, "image_aspect_ratio", None) == "pad" else "square"
     return pixel_values(images, image_processor, aspect_ratio)

@@ -15,17 +15,17 @@ class Registry(Mapping[str, T]):
     """A read-only mapping that grows only through `register`, and changes only through `replace`.
 
     Args:
-        kind: what an entry is, in the words of an error message ('template', 'family').
+        noun: what an entry is, in the words of an error message ('template', 'family').
     """
 
-    def __init__(self, kind: str):
-        self.kind = kind
+    def __init__(self, noun: str):
+        self.noun = noun
         self._entries: dict[str, T] = {}
 
     def register(self, name: str, value: T) -> T:
         """Adds an entry and returns it. Raises ValueError if the name is taken."""
         if name in self._entries:
-            raise ValueError(f"{self.kind} {name!r} is registered twice")
+            raise ValueError(f"{self.noun} {name!r} is registered twice")
         self._entries[name] = value
         return value
 
@@ -39,7 +39,7 @@ class Registry(Mapping[str, T]):
         if name not in self._entries:
             close = difflib.get_close_matches(str(name), self._entries, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise UnknownNameError(f"Unknown {self.kind} {name!r}.{hint} Known: {', '.join(self._entries)}")
+            raise UnknownNameError(f"Unknown {self.noun} {name!r}.{hint} Known: {', '.join(self._entries)}")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:

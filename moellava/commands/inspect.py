@@ -69,7 +69,7 @@ def facts_text(facts: Facts) -> str:
         rows = f"{facts.embedding_rows}, {free} free: {where}"
     fitting = [fit.version for fit in facts.fits if fit.fits]
     lines = [
-        f"kind                      {facts.kind}",
+        f"tokenizer                 {facts.row}",
         f"adds BOS                  {'yes' if facts.adds_bos else 'no'}",
         f"special tokens            {', '.join(special)}{'; none: ' + ', '.join(missing) if missing else ''}",
         f"can add special tokens    {'yes' if facts.can_add_tokens else 'no, but moellava adds <image>'}",

@@ -62,7 +62,7 @@ def write_published(vlm: VLM, folder: str | Path) -> None:
 
 
 def published_config(model: Any) -> dict[str, Any]:
-    """The `config.json` that LLaVA's code writes for such a model. Raises UserError as `write_published` does."""
+    """The `config.json` that LLaVA's code writes for such a model. Raises UserError: see `write_published`."""
     family = family_of(model)
     section = section_of(model.config) or Section()
     if section.head_bias:

@@ -18,7 +18,7 @@ from moellava.files import read_json
 
 _SPACE = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-"""Kinds of SentencePiece pieces (sentencepiece_model.proto, `SentencePiece.Type`)."""
+"""Types of SentencePiece pieces (sentencepiece_model.proto, `SentencePiece.Type`)."""
 
 CL100K_DIGITS_APART = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -36,9 +36,9 @@ def from_sentencepiece(path: Path, legacy: bool = True) -> Tokenizer:
             transformers 4.31 and does with `legacy: true` since (transformers#24565).
 
     Raises:
-        UserError: not a SentencePiece file, or one of another kind than BPE.
+        UserError: not a SentencePiece file, or a model that is not BPE.
 
-    Exact for models that do not normalize text, as all of the Llama kind; the others go by `normalizers.Precompiled`,
+    Exact for models that do not normalize text, as all of Llama's; the others go by `normalizers.Precompiled`,
     which differs on a few sequences such as CR LF. There is no pre-tokenizer: SentencePiece merges over spaces. Control
     pieces take no part in merging, so that `</s>` typed in a text stays text.
     """
@@ -78,7 +78,7 @@ def _sentencepiece_text_rules(tokenizer: Tokenizer, spec: Any, legacy: bool, sym
     Args:
         tokenizer: changed in place.
         spec: the model's NormalizerSpec.
-        legacy: as of `from_sentencepiece`.
+        legacy: see `from_sentencepiece`.
         symbols: user-defined pieces. They are cut out of the normalized text whole; added tokens would not do, because
             the text behind one would count as a sentence of its own.
     """
@@ -157,7 +157,7 @@ def from_tiktoken(path: Path, pattern: str, special: dict[str, int]) -> Tokenize
 
 
 def from_merges(vocab_file: Path, merges_file: Path) -> Tokenizer:
-    """A GPT-2 style `vocab.json` + `merges.txt` as a fast tokenizer (the CodeGen kind of Phi-2).
+    """A GPT-2 style `vocab.json` + `merges.txt` as a fast tokenizer (CodeGen's, of Phi-2).
 
     Args:
         vocab_file: token -> id.

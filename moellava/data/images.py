@@ -47,7 +47,7 @@ def image_problem(path: str | Path, in_full: bool = False) -> str | None:
     Args:
         path: the file.
         in_full: decode every pixel. Otherwise only head and ending are read, which finds files that are missing, of
-            another kind or cut short; a file whose ending is unusual is decoded in full even so.
+            another format or cut short; a file whose ending is unusual is decoded in full even so.
     """
     try:
         if in_full or not _looks_complete(Path(path)):

@@ -149,7 +149,7 @@ class MaskEngine:
     def stretches(
         self, pieces: Iterable[Piece], has_image: bool = False, image_ids: Sequence[int] = (IMAGE_TOKEN_INDEX,)
     ) -> list[Stretch]:
-        """The prompt cut at special tokens and images, adjacent text joined; arguments as of `encode`."""
+        """The prompt cut at special tokens and images, adjacent text joined; arguments: see `encode`."""
         found: list[Stretch] = []
         current = Stretch("", start=Start.OPENING)
         unbroken = False

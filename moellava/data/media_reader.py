@@ -180,7 +180,7 @@ class MediaReader:
     def _asked(
         self, modality: str, samples: Sequence[Sequence[Any]]
     ) -> tuple[list[list[Run]], dict[str, torch.Tensor]]:
-        """What the processor makes of images, or of videos. Raises DataError as `read` does, without a name."""
+        """What the processor makes of images, or of videos. Raises DataError: see `read`; without a name."""
         if modality == "image" and self.fixed_run is not None:
             return self._pixels(samples, self.fixed_run)
         texts = [self.separator + (self.placeholders[modality] + self.separator) * len(row) for row in samples]

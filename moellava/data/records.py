@@ -42,7 +42,7 @@ class Problem(NamedTuple):
     """Something wrong with a data file.
 
     Attributes:
-        key: of the record, as of `key_of`; None where the whole file is meant.
+        key: of the record (see `key_of`); None where the whole file is meant.
         text: the message, which names file and record.
     """
 

@@ -53,10 +53,10 @@ class Facts:
     """What a tokenizer does.
 
     Attributes:
-        kind: its row in `TOKENIZERS`.
+        row: its row in `TOKENIZERS`.
         adds_bos: whether every sequence begins with BOS.
         special: name -> (text, id) of bos, eos, unk and pad; None where it has none.
-        can_add_tokens: whether the kind's own implementation takes new special tokens (ours always does).
+        can_add_tokens: whether its own implementation takes new special tokens (ours always does).
         tokens: ids in use.
         image_token: the id of `<image>`, or None where the tokenizer has none yet; it would get the next id.
         embedding_rows: of the model in the same folder; None without a config.json.
@@ -65,7 +65,7 @@ class Facts:
         fits: one entry per template, those that fit first.
     """
 
-    kind: str
+    row: str
     adds_bos: bool
     special: dict[str, tuple[str, int] | None]
     can_add_tokens: bool
@@ -93,7 +93,7 @@ def facts_of(tokenizer: PreTrainedTokenizerBase, folder: str | Path | None = Non
     names = ("bos", "eos", "unk", "pad")
     texts = {name: getattr(tokenizer, f"{name}_token") for name in names}
     return Facts(
-        kind=spec.kind,
+        row=spec.name,
         adds_bos=bool(leading_ids(tokenizer)),
         special={name: (text, tokenizer.convert_tokens_to_ids(text)) if text else None for name, text in texts.items()},
         can_add_tokens=spec.can_add_tokens,
@@ -156,7 +156,7 @@ def _comparable(text: str) -> str:
 
 
 def _fits(tokenizer: PreTrainedTokenizerBase, usual: Sequence[str]) -> list[Fit]:
-    """All templates, those that fit first; among them those made for the kind, then those that end with its eos."""
+    """All templates, those that fit first; among them those made for it, then those that end with its eos."""
     names = list(dict.fromkeys(conv_templates[name].version for name in conv_templates))
     fits = [fit_of(tokenizer, name) for name in [*names, *([CHAT_TEMPLATE] if tokenizer.chat_template else [])]]
     order = {name: place for place, name in enumerate(usual)}

@@ -1,7 +1,7 @@
-"""Tokenizers: what differs between their kinds, as rows of data, and the one way to load any of them.
+"""Tokenizers: what differs between them, as rows of data, and the one way to load any of them.
 
-`load_tokenizer` returns a fast tokenizer that gives the ids of the kind's own library, with the special tokens that the
-guide asks for (docs/CUSTOM.md). A new kind is one more row in `TOKENIZERS`.
+`load_tokenizer` returns a fast tokenizer that gives the ids of its own library, with the special tokens that the
+guide asks for (docs/CUSTOM.md). A new one is one more row in `TOKENIZERS`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
 )
 """What is fetched when a tokenizer is named by its hub id."""
 
-_KIND_KEY = "moellava_kind"
+_ROW_KEY = "moellava_kind"
 """Key of tokenizer_config.json under which a tokenizer remembers its row."""
 
 _QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
@@ -46,21 +46,21 @@ _ARCADE_SPECIAL = [
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """One kind of tokenizer.
+    """A row of `TOKENIZERS`.
 
     Attributes:
-        kind: its name in `TOKENIZERS`.
+        name: its key in `TOKENIZERS`.
         classes: the values of `tokenizer_class` in tokenizer_config.json that name it ('Fast' left out).
-        file: the vocabulary file without which it is not this kind; None where a tokenizer.json is enough.
+        file: the vocabulary file without which it is another; None where a tokenizer.json is enough.
         build: makes the fast tokenizer from (folder, tokenizer_config); None reads tokenizer.json.
         versions: templates made for it, the first one the usual choice.
         adds_bos: whether every sequence begins with `bos`; None keeps what the folder says.
         bos, eos, unk, pad: special tokens that are set, over what the folder says; None keeps the folder's. A pad that
             neither names is unk, or else eos.
-        can_add_tokens: whether the kind's own implementation takes new special tokens.
+        can_add_tokens: whether its own implementation takes new special tokens.
     """
 
-    kind: str
+    name: str
     classes: tuple[str, ...] = ()
     file: str | None = None
     build: Callable[[Path, dict[str, Any]], Tokenizer] | None = None
@@ -73,15 +73,15 @@ class TokenizerSpec:
     can_add_tokens: bool = True
 
     def has_own_file(self, folder: Path) -> bool:
-        """Whether to build from the kind's own file: a tokenizer.json wins, but not over SentencePiece."""
+        """Whether to build from its own file: a tokenizer.json wins, but not over SentencePiece."""
         if self.file is None or not (folder / self.file).exists():
             return False
         return self.file == "tokenizer.model" or not (folder / "tokenizer.json").exists()
 
     def fits(self, folder: Path, config: dict[str, Any]) -> bool:
-        """Whether a folder holds a tokenizer of this kind."""
-        name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
-        return name in self.classes or (not name and self.has_own_file(folder))
+        """Whether a folder holds such a tokenizer."""
+        cls = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+        return cls in self.classes or (not cls and self.has_own_file(folder))
 
 
 def _build_llama(folder: Path, config: dict[str, Any]) -> Tokenizer:
@@ -106,7 +106,7 @@ def _build_codegen(folder: Path, config: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-TOKENIZERS: Registry[TokenizerSpec] = Registry("tokenizer kind")
+TOKENIZERS: Registry[TokenizerSpec] = Registry("tokenizer")
 for _spec in (
     TokenizerSpec(
         "llama",
@@ -155,7 +155,7 @@ for _spec in (
     TokenizerSpec("qwen2", classes=("Qwen2Tokenizer",), versions=("qwen", "mpt"), adds_bos=False),
     TokenizerSpec("fast"),
 ):
-    TOKENIZERS.register(_spec.kind, _spec)
+    TOKENIZERS.register(_spec.name, _spec)
 
 
 def load_tokenizer(path: str | Path, version: str | None = None) -> PreTrainedTokenizerFast:
@@ -167,7 +167,7 @@ def load_tokenizer(path: str | Path, version: str | None = None) -> PreTrainedTo
         version: the template it is wanted for; an unknown name is refused.
 
     Returns:
-        A tokenizer that pads on the right, has a pad token, and adds BOS where its kind does. The same ids come from
+        A tokenizer that pads on the right, has a pad token, and adds BOS where its own implementation does. The same ids come from
         `AutoTokenizer` once it is saved.
 
     Raises:
@@ -178,7 +178,7 @@ def load_tokenizer(path: str | Path, version: str | None = None) -> PreTrainedTo
     folder = resolve_folder(path, "the tokenizer", patterns=TOKENIZER_FILES)
     config = read_json(folder / "tokenizer_config.json")
     spec = spec_for(folder)
-    saved_by_us = _KIND_KEY in config and (folder / "tokenizer.json").exists()
+    saved_by_us = _ROW_KEY in config and (folder / "tokenizer.json").exists()
     if spec.build is not None and spec.has_own_file(folder) and not saved_by_us:
         tokenizer = _wrap(spec, spec.build(folder, config), folder, config)
     else:
@@ -200,13 +200,13 @@ def spec_for(source: PreTrainedTokenizerBase | str | Path, version: str | None =
         _check_version(version)
     if isinstance(source, PreTrainedTokenizerBase):
         # A row of somebody else's may be unknown here; what was saved with it says all that loading needs.
-        row = TOKENIZERS.get(source.init_kwargs.get(_KIND_KEY, "fast"), TOKENIZERS["fast"])
+        row = TOKENIZERS.get(source.init_kwargs.get(_ROW_KEY, "fast"), TOKENIZERS["fast"])
         names = {key: getattr(source, f"{key}_token") for key in ("bos", "eos", "unk", "pad")}
         return replace(row, adds_bos=bool(leading_ids(source)), **names)
     folder = resolve_folder(source, "the tokenizer", patterns=TOKENIZER_FILES)
     config = read_json(folder / "tokenizer_config.json")
-    if _KIND_KEY in config:
-        return TOKENIZERS.get(config[_KIND_KEY], TOKENIZERS["fast"])
+    if _ROW_KEY in config:
+        return TOKENIZERS.get(config[_ROW_KEY], TOKENIZERS["fast"])
     fitting = [spec for spec in TOKENIZERS.values() if spec.classes and spec.fits(folder, config)]
     if fitting:
         return fitting[0]
@@ -308,7 +308,7 @@ def _wrap(spec: TokenizerSpec, backend: Tokenizer, folder: Path, config: dict[st
     for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = recorded.get(key)
         names[key] = value["content"] if isinstance(value, dict) else value
-    if spec.kind == "llama":
+    if spec.name == "llama":
         names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | {k: v for k, v in names.items() if v}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -332,7 +332,7 @@ def _apply(spec: TokenizerSpec, tokenizer: PreTrainedTokenizerFast, adds_bos: bo
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise UserError("the tokenizer has neither a pad, an unk nor an eos token: one of them must be in its config")
-    tokenizer.init_kwargs[_KIND_KEY] = spec.kind
+    tokenizer.init_kwargs[_ROW_KEY] = spec.name
 
 
 def _ensure_special(tokenizer: PreTrainedTokenizerFast, text: str) -> None:

@@ -37,7 +37,7 @@ class Clip:
         size: width and height in pixels, upright.
         total: frames of the whole video.
         fps: its frames a second.
-        indices: the chosen frames, from 0, as of `frame_indices`.
+        indices: the chosen frames, from 0. See `frame_indices`.
         stamps: for each of them (its own time, the time of the key frame to decode from), in the stream's unit; ()
             where the file does not stamp its frames, so that they have to be counted.
     """
@@ -190,7 +190,7 @@ def video_problem(path: str | Path, count: int, in_full: bool = False) -> str | 
 
 @_naming_the_file
 def _decode(path: str | Path, clip: Clip) -> None:
-    """Decodes frames and keeps none. Raises DataError as `read_frames` does."""
+    """Decodes frames and keeps none. Raises DataError: see `read_frames`."""
     _each(path, clip, lambda frame: None)
 
 

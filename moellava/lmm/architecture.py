@@ -80,7 +80,7 @@ class Architecture:
         return raw.get("model_type") == self.model_type
 
     def template_for(self, text_model_type: str, special: Collection[str] = ()) -> str | None:
-        """The chat template on record for a model, None if there is none; arguments as of `Template`."""
+        """The chat template on record for a model, None if there is none; arguments: see `Template`."""
         return self.template(text_model_type, special) if callable(self.template) else self.template
 
 

@@ -71,7 +71,7 @@ def group_of(name: str, keywords: Keywords) -> str:
 
 
 def group_names(names: Iterable[str], keywords: Keywords) -> dict[str, list[str]]:
-    """Parameter names by field of `Keywords`, every field in it. Raises UserError as `group_of` does."""
+    """Parameter names by field of `Keywords`, every field in it. Raises UserError: see `group_of`."""
     groups: dict[str, list[str]] = {group: [] for group in Keywords._fields}
     for name in names:
         groups[group_of(name, keywords)].append(name)

@@ -41,7 +41,7 @@ def save_pretrained_folder(
     Args:
         model: a composed model, dense or sparse.
         tokenizer, processor: saved beside it.
-        path: the folder; files of another kind in it stay.
+        path: the folder; other files in it stay.
         state_dict: the whole model's tensors under its own names, experts by their global index, where this process
             does not hold them all (`gather_moe_state_dict`). Default: `model.state_dict()`.
         meta: added to the config's `moellava` section (`stage`, `version` …).

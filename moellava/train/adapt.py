@@ -78,8 +78,8 @@ def trained_in_full(
     """
     if moe_args.moe_enable:
         return beside_experts(vlm, model_args, moe_args)
-    rests = model_args.freeze_backbone or lora_enable
-    return list(FINETUNE.selects(vlm, replace(model_args, freeze_backbone=rests), moe_args))
+    frozen = model_args.freeze_backbone or lora_enable
+    return list(FINETUNE.selects(vlm, replace(model_args, freeze_backbone=frozen), moe_args))
 
 
 def wanted_targets(vlm: VLM, model_args: ModelArguments, moe_args: MoEArguments, args: TrainingArguments) -> list[str]:

@@ -37,7 +37,7 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def publish(staged: Path, output_dir: Path, keep: int | None) -> Path:
+def put_in_place(staged: Path, output_dir: Path, keep: int | None) -> Path:
     """Moves a finished checkpoint to its place in one step, then removes all but the newest `keep`."""
     final = output_dir / staged.name
     flush_tree(staged)

@@ -110,7 +110,7 @@ CONFLICTS: list[Rule] = [
     ),
     (
         lambda f: f.training.activation_checkpointing_kwargs not in (None, {"use_reentrant": False}),
-        "--gradient_checkpointing_kwargs {training.activation_checkpointing_kwargs}: the non-reentrant kind is the "
+        "--gradient_checkpointing_kwargs {training.activation_checkpointing_kwargs}: the non-reentrant one is the "
         "only one; the other leaves the routers without a gradient. Leave the flag out.",
     ),
     (

@@ -17,7 +17,7 @@ from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.moe import moe_layers, router_losses, router_metrics, set_routing_context, update_router_bias
 from moellava.processes import sum_over_processes
-from moellava.train.checkpoint import STAGING, publish
+from moellava.train.checkpoint import STAGING, put_in_place
 from moellava.train.deepspeed.extensions import unlink_shared_buffer
 from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, stored_ep_size
 from moellava.train.folder import StageFolder
@@ -186,7 +186,7 @@ class StageTrainer(Trainer):
             self.saving_to = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            publish(
+            put_in_place(
                 output_dir / STAGING / f"checkpoint-{self.state.global_step}", output_dir, self.args.save_total_limit
             )
         self.accelerator.wait_for_everyone()

@@ -12,7 +12,6 @@ from moellava.train.checkpoint import (
     complete_checkpoints,
     last_checkpoint,
     mark_finished,
-    publish,
 )
 
 
@@ -25,14 +24,14 @@ def stage_checkpoint(output_dir, step):
 
 def test_publish_orders_by_number_and_keeps_the_newest(tmp_path):
     for step in (2, 10, 9):
-        publish(stage_checkpoint(tmp_path, step), tmp_path, keep=None)
+        put_in_place(stage_checkpoint(tmp_path, step), tmp_path, keep=None)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-9", "checkpoint-10"]
-    publish(stage_checkpoint(tmp_path, 11), tmp_path, keep=2)
+    put_in_place(stage_checkpoint(tmp_path, 11), tmp_path, keep=2)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
 
 
 def test_a_half_written_checkpoint_is_never_the_last_one(tmp_path):
-    publish(stage_checkpoint(tmp_path, 1), tmp_path, keep=1)
+    put_in_place(stage_checkpoint(tmp_path, 1), tmp_path, keep=1)
     stage_checkpoint(tmp_path, 2)
     assert last_checkpoint(tmp_path).name == "checkpoint-1"
     claim_folder(tmp_path, {"stage": "moe"})
@@ -41,14 +40,14 @@ def test_a_half_written_checkpoint_is_never_the_last_one(tmp_path):
 
 
 def test_publishing_a_step_again_replaces_it(tmp_path):
-    publish(stage_checkpoint(tmp_path, 4), tmp_path, keep=1)
-    publish(stage_checkpoint(tmp_path, 4), tmp_path, keep=1)
+    put_in_place(stage_checkpoint(tmp_path, 4), tmp_path, keep=1)
+    put_in_place(stage_checkpoint(tmp_path, 4), tmp_path, keep=1)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-4"]
 
 
 def test_another_run_is_refused_with_both_sides(tmp_path):
     claim_folder(tmp_path, {"stage": "pretrain", "seed": 1})
-    publish(stage_checkpoint(tmp_path, 1), tmp_path, keep=1)
+    put_in_place(stage_checkpoint(tmp_path, 1), tmp_path, keep=1)
     assert check_folder(tmp_path, {"stage": "pretrain", "seed": 1}) is False
     with pytest.raises(UserError, match=r"seed: 1 there, 2 now"):
         check_folder(tmp_path, {"stage": "pretrain", "seed": 2})

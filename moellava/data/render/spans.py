@@ -96,7 +96,7 @@ def chat_pieces(
 
 
 def chat_terminator(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What ends an answer in the tokenizer's chat template. Raises UserError as `chat_pieces` does."""
+    """What ends an answer in the tokenizer's chat template. Raises UserError: see `chat_pieces`."""
     slots, _ = _structure(tokenizer, tokenizer.chat_template, (None, None), False)
     return slots[1].ending
 
@@ -139,7 +139,7 @@ def _structure(
         tokenizer: renders.
         template: only tells apart the states of a tokenizer whose template is changed.
         shape: for each message the types of its parts, None for plain text.
-        opens: as of `chat_pieces`.
+        opens: see `chat_pieces`.
     """
     if not template:
         raise UserError(
