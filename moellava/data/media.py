@@ -106,11 +106,6 @@ def require_frames(num_frames: int, flag: str) -> None:
         raise UserError(f"{flag} {num_frames}: a video is at least 1 frame.")
 
 
-def pictures_of(shown: Image.Image | Video) -> Sequence[Image.Image]:
-    """The images that stand for what is shown: itself, or the frames of a video."""
-    return shown.frames if isinstance(shown, Video) else (shown,)
-
-
 def with_frames(source: Source, counts: Sequence[int]) -> Source:
     """A conversation whose questions show the frames of each video, one `<image>` a frame.
 

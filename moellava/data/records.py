@@ -180,11 +180,6 @@ def paths_of(record: dict[str, Any], modality: str) -> list[Any]:
     return list(paths) if isinstance(paths, list | tuple) else [paths]
 
 
-def images_of(record: dict[str, Any]) -> list[str]:
-    """The image paths of a record, as it writes them."""
-    return paths_of(record, "image")
-
-
 def media_of(record: dict[str, Any]) -> list[Medium]:
     """The images and videos of a sound record, in the order of their tags."""
     left = {modality: iter(paths_of(record, modality)) for modality in MODALITIES}

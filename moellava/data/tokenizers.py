@@ -167,8 +167,8 @@ def load_tokenizer(path: str | Path, version: str | None = None) -> PreTrainedTo
         version: the template it is wanted for; an unknown name is refused.
 
     Returns:
-        A tokenizer that pads on the right, has a pad token, and adds BOS where its own implementation does. The same ids come from
-        `AutoTokenizer` once it is saved.
+        A tokenizer that pads on the right, has a pad token, and adds BOS where its own implementation does. The same
+        ids come from `AutoTokenizer` once it is saved.
 
     Raises:
         UserError: no tokenizer there, a file of another format, or an unknown version.
