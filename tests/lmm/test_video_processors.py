@@ -1,7 +1,7 @@
 """Our video processors beside transformers' own, whose results were recorded where torchvision is installed.
 
-tests/golden/video_processors.npz holds, for each recipe, settings, three frames of 56 × 40 pixels, and what transformers
-5.23 with torchvision 0.28 makes of them; and `fits`: sizes that its two `smart_resize` functions choose.
+tests/golden/video_processors.npz holds, for each recipe, settings, three frames of 56 × 40 pixels, and what
+transformers 5.23 with torchvision 0.28 makes of them; and `fits`: sizes that its two `smart_resize` functions choose.
 """
 
 from __future__ import annotations
