@@ -15,7 +15,7 @@ PAGE_TOP = """# Supported models
 Written by `moellava models --markdown`; a test compares the two. docs/ADD_A_MODEL.md says how a model joins.
 
     python train.py --model_id qwen2-vl-2b-instruct …              # from the hub
-    python train.py --model_local_path FOLDER …                    # any folder of one below; needs no registration
+    python train.py --model_local_path FOLDER …                    # any folder of one below, registered or not
 
 The code of some architectures lies in their own repository, and runs only with `--trust_remote_code True`;
 docs/ADD_A_MODEL.md says what was checked of them here.

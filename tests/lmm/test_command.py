@@ -24,10 +24,10 @@ def test_the_table_names_every_model_and_language_model_family(capsys):
 
 
 @pytest.mark.parametrize(("family", "status"), [("qwen2-vl", 0), ("qwen9", 2)])
-def test_one_family_alone(family, status, capsys):
+def test_one_architecture_alone(family, status, capsys):
     assert main(["models", "--family", family]) == status
     output = capsys.readouterr()
     if status:
-        assert "Unknown model family 'qwen9'" in output.err
+        assert "Unknown architecture 'qwen9'" in output.err
     else:
         assert "qwen2-vl-72b-instruct" in output.out and "llava" not in output.out

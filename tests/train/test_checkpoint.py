@@ -12,6 +12,7 @@ from moellava.train.checkpoint import (
     complete_checkpoints,
     last_checkpoint,
     mark_finished,
+    put_in_place,
 )
 
 
