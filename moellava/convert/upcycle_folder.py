@@ -9,7 +9,6 @@ import torch
 
 from moellava.convert.streaming import can_stream, convert_files, sparse_config
 from moellava.errors import UserError
-from moellava.lmm.architecture import refuse_upcycling
 from moellava.model.build import on_meta
 from moellava.model.description import Description
 from moellava.model.manifest import Manifest
@@ -37,8 +36,7 @@ def upcycle_folder(source: Manifest, target: Path, spec: MoESpec, shard_bytes: i
             f"{source.flag} {source.name} is sparse already. `train.py --moe_enable True` trains it further."
         )
     description = describe(source)
-    if description.architecture is not None:
-        refuse_upcycling(description.architecture, f"{source.flag} {source.name}")
+    description.refuse_upcycling(f"{source.flag} {source.name}")
     if can_stream(description):
         return stream(description, target, spec, shard_bytes)
     return in_memory(description, target, spec, f"{source.flag} {source.name}")
