@@ -88,9 +88,7 @@ def describe_released(manifest: Manifest, architecture: Architecture, trust_remo
         model.config.image_token_id = processor_of(manifest, architecture).image_token_id
         return model
 
-    own_code = (
-        f"the decoder of {architecture.name} models is code in their own repository, whose MLPs are not known here"
-    )
+    own_code = f"the decoder of {architecture.name} models is code of their own, whose MLPs are not known here"
     return Description(
         manifest.folder,
         config,

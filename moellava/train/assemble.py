@@ -9,6 +9,7 @@ import torch
 
 from moellava.adapters.lora import Adapter
 from moellava.errors import UserError
+from moellava.lmm.architecture import Architecture
 from moellava.lmm.loaders import find_model
 from moellava.log import get_logger
 from moellava.model.compose import Composition, describe_parts
