@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from moellava.constants import IMAGE_TOKEN_INDEX
 from moellava.data.dataset import cut_length, problem_with_template
 from moellava.data.media import NUM_FRAMES, frame_counts, require_frames, with_frames
 from moellava.data.preprocess import is_multimodal, pieces_of
@@ -71,7 +71,7 @@ def _as_text(view: dict[str, Any], color: bool, show_ids: bool) -> str:
 def _as_json(view: dict[str, Any]) -> dict[str, Any]:
     tokens = [{"id": t.id, "text": t.text, "trained": t.trained} for t in view["tokens"]]
     ids = [token.id for token in view["tokens"]]
-    labels = [token.id if token.trained else IGNORE_INDEX for token in view["tokens"]]
+    labels = [token.label for token in view["tokens"]]
     text = "".join(token.text for token in view["tokens"])
     trained = "".join(token.text for token in view["tokens"] if token.trained)
     return {**view, "text": text, "trained_text": trained, "tokens": tokens, "input_ids": ids, "labels": labels}

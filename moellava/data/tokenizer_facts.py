@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN
 from moellava.conversation import Kind, Piece, conv_templates
-from moellava.data.masking import engine_for
+from moellava.data.masking import Encoded, engine_for
 from moellava.data.preprocess import is_plain, pieces_of, terminator_of
 from moellava.data.render.chat import CHAT_TEMPLATE
 from moellava.data.tokenizers import leading_ids, spec_for
@@ -117,7 +117,7 @@ def fit_of(tokenizer: PreTrainedTokenizerBase, version: str) -> Fit:
     except UserError as error:
         return Fit(version, "", [], False, str(error))
     ids = engine_for(tokenizer).encode([Piece(terminator)]).ids[len(leading_ids(tokenizer)) :]
-    wrong = mask_problem(tokenizer, pieces, has_image)
+    wrong = mask_problem(tokenizer, pieces, engine_for(tokenizer).encode(pieces, has_image))
     single = len(ids) == 1 and (ids[0] in tokenizer.all_special_ids or ids[0] in _special_ids(tokenizer))
     if wrong:
         return Fit(version, terminator, ids, False, wrong)
@@ -128,8 +128,13 @@ def fit_of(tokenizer: PreTrainedTokenizerBase, version: str) -> Fit:
     return Fit(version, terminator, ids, True, "the mask decodes to exactly the answers and their terminators")
 
 
-def mask_problem(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], has_image: bool) -> str | None:
-    """What is wrong with the mask of a rendered conversation; None if it decodes to exactly the trained pieces."""
+def mask_problem(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], encoded: Encoded) -> str | None:
+    """What is wrong with the labels of a rendered conversation; None if they decode to exactly the trained pieces.
+
+    Args:
+        pieces: the conversation.
+        encoded: the ids and labels that `MaskEngine.encode` has made of them, as training gets them.
+    """
     expected = [""]
     for piece in pieces:
         if piece.trained:
@@ -137,7 +142,7 @@ def mask_problem(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], ha
         elif expected[-1] and piece.text:
             expected.append("")
     expected = [_comparable(text) for text in expected if text]
-    found = [_comparable(text) for text in trained_texts(tokenizer, pieces, has_image)]
+    found = [_comparable(text) for text in trained_texts(tokenizer, encoded)]
     if found == expected:
         return None
     for number, (one, other) in enumerate(zip(expected, found, strict=False)):
