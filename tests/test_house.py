@@ -118,7 +118,9 @@ def run_command(folder_of, trained, data, pictures, tmp_path, capsys) -> Callabl
         if command == "train":
             return 0, str(trained(name))
         if command == "answer":
-            said = answering.answer(open_vlm(folder, device="cpu"), [Request(QUESTION, [picture])] * 2, max_new_tokens=2)
+            said = answering.answer(
+                open_vlm(folder, device="cpu"), [Request(QUESTION, [picture])] * 2, max_new_tokens=2
+            )
             return int(len(said) != 2), ""
         words = {
             "check-data": [str(data), *model, *images],
