@@ -48,7 +48,7 @@ def stream(description: Description, target: Path, spec: MoESpec, shard_bytes: i
     dtype, sparse = config.dtype or torch.float32, sparse_config(config, spec)
     on_meta(sparse)  # a decoder that cannot be cut into experts says so before anything is computed
     encoder = encoder_of(*description.inputs(), config, architecture)
-    probes: dict[str, Any] = probes_of(config, collator_of(encoder, architecture), dtype)
+    probes: dict[str, Any] = probes_of(config, encoder, collator_of(encoder, architecture), dtype)
     dense = dense_logits(forward_of(run_from_disk(description.folder, config, dtype)), probes)
     convert_files(description.folder, target, config, spec, shard_bytes)
     return compare(forward_of(run_from_disk(target, sparse, dtype)), probes, dense, spec, dtype)
