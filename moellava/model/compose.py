@@ -123,7 +123,7 @@ def describe_composed(manifest: Manifest) -> Description:
     """A folder in Hugging Face's LLaVA layout, extended or not.
 
     Raises:
-        UserError: another class, or a projector that none of our names describes.
+        UserError: another class, a projector that none of our names describes, or no tokenizer or processor.
     """
     model_type = str(manifest.config.get("model_type", "")).removeprefix(PREFIX)
     if model_type != LlavaConfig.model_type:
@@ -135,7 +135,13 @@ def describe_composed(manifest: Manifest) -> Description:
     def inputs() -> tuple[Any, Any]:
         section = section_of(config)
         tokenizer = load_tokenizer(manifest.folder, section.version if section else None)
-        return tokenizer, LlavaProcessor.from_pretrained(manifest.folder, tokenizer=tokenizer)
+        try:
+            return tokenizer, LlavaProcessor.from_pretrained(manifest.folder, tokenizer=tokenizer)
+        except OSError as error:
+            raise UserError(
+                f"{manifest.flag} {manifest.name} holds no processor: copy processor_config.json (of older folders, "
+                "preprocessor_config.json) from where the model comes from."
+            ) from error
 
     return Description(manifest.folder, config, LLAVA, inputs, lambda dtype: read(manifest.folder, config, dtype))
 
