@@ -9,11 +9,12 @@ import torch
 
 from moellava.adapters.lora import Adapter
 from moellava.errors import UserError
+from moellava.files import model_files
 from moellava.lmm.architecture import Architecture, refuse_upcycling
 from moellava.lmm.loaders import find_model
 from moellava.log import get_logger
 from moellava.model.compose import Composition, describe_parts
-from moellava.model.families import base_family
+from moellava.model.families import base_family, family_of
 from moellava.model.manifest import LANGUAGE_MODEL, TOWER, Manifest, read_folder
 from moellava.model.projector_start import load_projector
 from moellava.moe import convert_engine
@@ -61,7 +62,7 @@ def assemble(
     if manifest.holds == LANGUAGE_MODEL:
         vlm = composed(manifest, stage, model_args, data_args, dtype)
     else:
-        vlm = reopened(manifest, architecture, model_args, data_args, dtype)
+        vlm = reopened(manifest, architecture, stage, model_args, data_args, dtype)
     choose_attention(vlm.model, model_args.attn_implementation)
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(vlm.model, vlm.parts["projector"][0], model_args.pretrain_mm_mlp_adapter)
@@ -77,7 +78,8 @@ def start_of(model_args: ModelArguments) -> tuple[Manifest, Architecture | None]
     """The folder that the flags name, and what a registered id says that it is. Raises UserError: see `find_model`."""
     if model_args.is_released:
         return find_model(model_args.model_id, model_args.model_local_path, model_args.trust_remote_code)
-    return read_folder(model_args.model_name_or_path, FLAG), None
+    patterns = model_files(model_args.trust_remote_code)
+    return read_folder(model_args.model_name_or_path, FLAG, patterns=patterns), None
 
 
 def choose_attention(model: Any, name: str | None) -> None:
@@ -109,6 +111,7 @@ def composed(
 def reopened(
     manifest: Manifest,
     architecture: Architecture | None,
+    stage: Stage,
     model_args: ModelArguments,
     data_args: DataArguments,
     dtype: torch.dtype,
@@ -124,8 +127,14 @@ def reopened(
             f"{'with' if enclosed else 'without'} <im_start> and <im_end>. "
             "Leave the flag out: the folder says which it is."
         )
-    vlm.settle(model_args.version, data_args.image_aspect_ratio)
+    vlm.settle(model_args.version or next_template(vlm, stage), data_args.image_aspect_ratio)
     return vlm
+
+
+def next_template(vlm: VLM, stage: Stage) -> str | None:
+    """The template in place of stage 1's, which is for captions alone, in the stages after it; None: it may stay."""
+    has_template = vlm.architecture is not None or vlm.section.version != PLAIN
+    return None if has_template or stage is PRETRAIN else family_of(vlm.model.config).version
 
 
 def sparsify(vlm: VLM, moe_args: MoEArguments) -> Certificate | None:
