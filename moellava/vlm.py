@@ -26,7 +26,7 @@ from moellava.data.render import ChatRenderer, Renderer, renderer_for
 from moellava.data.render.jinja import saved_chat_template
 from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import UserError
-from moellava.files import CONFIG, resolve_folder
+from moellava.files import CONFIG, model_files, resolve_folder
 from moellava.lmm.architecture import Architecture, architecture_of
 from moellava.lmm.loaders import describe_released
 from moellava.model import manifest as folders
@@ -286,7 +286,7 @@ def open_vlm(
         UserError: the folder holds something else, lacks files or weights, or its parts do not belong together.
     """
     where = torch.device(device) if device is not None else default_device()
-    manifest = read_folder(path, flag, base=base)
+    manifest = read_folder(path, flag, base=base, patterns=model_files(trust_remote_code))
     vlm = build(describe(manifest, trust_remote_code), dtype or default_dtype(where), f"{flag} {path}")
     if version is not None:
         vlm.settle(version)

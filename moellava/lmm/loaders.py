@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from moellava.constants import CHAT_TEMPLATE
 from moellava.data.render import ChatRenderer
 from moellava.errors import UserError
-from moellava.files import CODE_FILES, MODEL_FILES
+from moellava.files import model_files
 from moellava.lmm.architecture import SUPPORTED_MODELS, Architecture, FieldView, undisguised
 from moellava.lmm.processors import load_processor
 from moellava.lmm.remote import RUNS_BADLY, load_remote_model, refusal
@@ -41,11 +41,11 @@ def find_model(
     """
     if model_id is None:
         assert model_local_path is not None
-        return read_folder(model_local_path, "--model_local_path"), None
+        return read_folder(model_local_path, "--model_local_path", patterns=model_files(trust_remote_code)), None
     known = SUPPORTED_MODELS[model_id]
     architecture = known.architecture
     if model_local_path is None:
-        patterns = MODEL_FILES + (CODE_FILES if architecture.remote_code and trust_remote_code else ())
+        patterns = model_files(architecture.remote_code and trust_remote_code)
         return read_folder(known.model_hf_path, f"--model_id {model_id}, which is", patterns=patterns), architecture
     manifest = read_folder(model_local_path, "--model_local_path")
     if architecture.model_type is not None and not architecture.fits(undisguised(manifest.config)):
