@@ -11,7 +11,7 @@ from moellava.constants import CHAT_TEMPLATE
 from moellava.data.render import ChatRenderer
 from moellava.errors import UserError
 from moellava.files import CODE_FILES, MODEL_FILES
-from moellava.lmm.architecture import SUPPORTED_MODELS, Architecture, FieldView, undisguised
+from moellava.lmm.architecture import SUPPORTED_MODELS, Architecture, FieldView, registered, undisguised
 from moellava.lmm.processors import load_processor
 from moellava.lmm.remote import RUNS_BADLY, load_remote_model, refusal
 from moellava.log import get_logger
@@ -29,7 +29,8 @@ LOADERS = FieldView("load", default=read)
 def find_model(
     model_id: str | None, model_local_path: str | None, trust_remote_code: bool = False
 ) -> tuple[Manifest, Architecture | None]:
-    """The folder that `--model_id` and `--model_local_path` mean, and the architecture that the id stands for.
+    """The folder that `--model_id` and `--model_local_path` mean, and the architecture that the id stands for, or that
+    the folder is found to be of; None if it is of none.
 
     Args:
         model_id: a registered id; alone, its weights come from the hub.
@@ -41,7 +42,8 @@ def find_model(
     """
     if model_id is None:
         assert model_local_path is not None
-        return read_folder(model_local_path, "--model_local_path"), None
+        manifest = read_folder(model_local_path, "--model_local_path")
+        return manifest, registered(manifest)
     known = SUPPORTED_MODELS[model_id]
     architecture = known.architecture
     if model_local_path is None:
@@ -71,7 +73,7 @@ def describe_released(manifest: Manifest, architecture: Architecture, trust_remo
     if architecture.remote_code and not trust_remote_code:
         raise UserError(
             f"{architecture.name} models need the Python code of their own repository. Read it, then add "
-            "--trust_remote_code True."
+            "--trust_remote_code True to train.py or `moellava merge-lora`; the other commands do not run it."
         )
     config = config_of(manifest, architecture)
     said = section_of(config)
