@@ -76,7 +76,11 @@ def test_a_batch_answers_as_its_requests_do_alone(family_id, lively, pictures, c
     shown = {"images": pictures[:2]}
     if family_id in WITH_VIDEO:
         shown = {"videos": [read_video(clips / "shapes.mp4", FRAMES)]}
-    requests = [Request(QUESTION, [pictures[0]]), Request("Which of them moves?", **shown), Request("Hello, you there?")]
+    requests = [
+        Request(QUESTION, [pictures[0]]),
+        Request("Which of them moves?", **shown),
+        Request("Hello, you there?"),
+    ]
     padding = (inputs_of(vlm, *requests)["attention_mask"] == 0).sum(dim=1)
     assert len(set(padding.tolist())) == 3 and padding.min() == 0
     alone = [answer(vlm, [request], max_new_tokens=8)[0] for request in requests]

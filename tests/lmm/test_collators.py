@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from moellava.constants import IGNORE_INDEX
-from moellava.errors import DataError, UserError
 from moellava.data.render.chat import parts_of_text
+from moellava.errors import DataError, UserError
 from moellava.lmm.datasets import TO_LOAD_IMAGE
 from tests.lmm.tiny import NATIVE, TINY, batch_of
 

@@ -17,7 +17,9 @@ def trust(family_id):
 @pytest.fixture
 def run_of(run):
     """(architecture, name of the run, flags) -> the folder that a run of three steps leaves, in this process."""
-    return lambda family_id, name="run", **flags: run(family_id, name, model_max_length=1024, **trust(family_id), **flags)
+    return lambda family_id, name="run", **flags: run(
+        family_id, name, model_max_length=1024, **trust(family_id), **flags
+    )
 
 
 def opened_again(folder, family_id):
