@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from moellava.constants import CHAT_TEMPLATE
 from moellava.data.render import ChatRenderer
@@ -13,7 +13,7 @@ from moellava.errors import UserError
 from moellava.files import CODE_FILES, MODEL_FILES
 from moellava.lmm.architecture import SUPPORTED_MODELS, Architecture, FieldView, registered, undisguised
 from moellava.lmm.processors import load_processor
-from moellava.lmm.remote import RUNS_BADLY, load_remote_model, refusal
+from moellava.lmm.remote import load_remote_config, load_remote_model
 from moellava.log import get_logger
 from moellava.model.build import open_config, read
 from moellava.model.description import Description
@@ -75,32 +75,24 @@ def describe_released(manifest: Manifest, architecture: Architecture, trust_remo
             f"{architecture.name} models need the Python code of their own repository. Read it, then add "
             "--trust_remote_code True to train.py or `moellava merge-lora`; the other commands do not run it."
         )
-    config = config_of(manifest, architecture)
+    remote = architecture.remote_code
+    config = (load_remote_config if remote else open_config)(manifest.folder, manifest.config)
     said = section_of(config)
     note(config, architecture=architecture.name, version=said.version if said else CHAT_TEMPLATE)
 
+    @functools.cache
     def inputs() -> tuple[Any, Any]:
         processor = processor_of(manifest, architecture)
         return processor.tokenizer, processor
 
     def load(dtype: torch.dtype) -> Any:
-        if not architecture.remote_code:
+        if not remote:
             return (architecture.load or read)(manifest.folder, config, dtype)
         model = load_remote_model(manifest.folder, config, dtype)
-        model.config.image_token_id = processor_of(manifest, architecture).image_token_id
+        model.config.image_token_id = inputs()[1].image_token_id
         return model
 
     return Description(manifest.folder, config, architecture.keywords, inputs, load, architecture)
-
-
-def config_of(manifest: Manifest, architecture: Architecture) -> Any:
-    """The config of a released model's class. Raises UserError where code of its own does not run."""
-    if not architecture.remote_code:
-        return open_config(manifest.folder, manifest.config)
-    try:
-        return AutoConfig.from_pretrained(manifest.folder, trust_remote_code=True)
-    except RUNS_BADLY as error:
-        raise refusal(manifest.folder, "config", error) from error
 
 
 def processor_of(manifest: Manifest, architecture: Architecture) -> Any:

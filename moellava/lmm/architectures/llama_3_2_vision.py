@@ -72,13 +72,14 @@ class BlankImages:
         `full_text_row_masked_out_mask` is [B, 1, L, 1], 0 for such text and 1 for any other. An image of a row is one
         that some token reads.
         """
-        mask, reads = kwargs.get("cross_attention_mask"), kwargs.get("full_text_row_masked_out_mask")
+        mask = kwargs.get("cross_attention_mask")
         if mask is None:
             return None
-        shown = reduce((mask == 0) & reads.bool(), "b one l (i n) -> b one 1 i", torch.any, n=self.length)
+        reads = kwargs["full_text_row_masked_out_mask"].bool()
+        shown = reduce((mask == 0) & reads, "b one l (i n) -> b one 1 i", torch.any, n=self.length)
         shown |= ~shown.any(dim=-1, keepdim=True)  # a row without images has its own hooks
         blank = repeat(~shown, "b one 1 i -> b one 1 (i n)", n=self.length)
-        hidden = mask.masked_fill(blank & ~reads.bool(), torch.finfo(mask.dtype).min)
+        hidden = mask.masked_fill(blank & ~reads, torch.finfo(mask.dtype).min)
         return args, kwargs | {"cross_attention_mask": hidden}
 
 
