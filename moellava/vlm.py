@@ -27,9 +27,8 @@ from moellava.data.render.jinja import saved_chat_template
 from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import UserError
 from moellava.files import CONFIG, model_files, resolve_folder
-from moellava.lmm.architecture import Architecture, architecture_of
+from moellava.lmm.architecture import Architecture, architecture_of, holds_vlm
 from moellava.lmm.loaders import describe_released
-from moellava.model import manifest as folders
 from moellava.model.compose import Composition, describe_composed, describe_parts, make_processor
 from moellava.model.description import Description
 from moellava.model.extended import extend_in_place
@@ -240,7 +239,7 @@ def describe(
     Raises:
         UserError: no vision-language model, one of a class that is not known, or a folder that lacks files.
     """
-    if manifest.holds != folders.VLM:
+    if architecture is None and not holds_vlm(manifest):
         raise UserError(
             f"{manifest.flag} {manifest.name} is {manifest.holds}, no vision-language model. Stage 1 composes one of a "
             "language model and a vision tower: train.py --model_name_or_path LLM --image_tower TOWER --version plain"
@@ -310,7 +309,7 @@ def open_encoder(path: str | Path, *, version: str | None = None, tokens_per_ima
     """
     folder = resolve_folder(path, flag)
     manifest = read_folder(path, flag) if (folder / CONFIG).is_file() else None
-    if manifest is not None and manifest.holds == folders.VLM:
+    if manifest is not None and holds_vlm(manifest):
         description = describe(manifest)
         tokenizer, processor = description.inputs()
         if tokenizer is None:
