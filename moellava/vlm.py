@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from moellava.constants import CHAT_TEMPLATE, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from moellava.constants import CHAT_TEMPLATE, DEFAULT_IMAGE_TOKEN
 from moellava.data.collate import MediaCollator
 from moellava.data.dataset import sample_of
-from moellava.data.encoder import CountedImages, Encoder, Example, image_ids_of
+from moellava.data.encoder import CountedImages, Encoder, image_ids_of
 from moellava.data.media_reader import MediaReader
 from moellava.data.render import ChatRenderer, Renderer, renderer_for
 from moellava.data.render.jinja import saved_chat_template
@@ -40,9 +40,10 @@ from moellava.model.saving import save_pretrained_folder
 from moellava.model.section import Section, note, section_of
 from moellava.moe import MoESpec, convert_engine
 
-PROBE_TOKENS = 24
+PROBE_TOKENS = 12
 PROBE_PIXELS = 56
-"""Text tokens, and height and width in pixels of the image, that two models are compared on."""
+"""Random tokens of a question and of its answer, and height and width in pixels of the image, that two models are
+compared on."""
 
 Probes = dict[str, dict[str, Any]]
 """'text' and 'image' -> inputs of the model."""
@@ -132,7 +133,7 @@ class VLM:
 
     def probes(self) -> Probes:
         """What it is compared with another model on."""
-        return probes_of(self.model.config, self.collator(), self.model.dtype)
+        return probes_of(self.model.config, self.encoder, self.collator(), self.model.dtype)
 
     def settle(self, version: str | None = None, image_aspect_ratio: str | None = None) -> None:
         """Gives it another conversation template, or another way to bring images to the tower's shape.
@@ -188,27 +189,28 @@ def collator_of(encoder: Encoder, architecture: Architecture | None, train_quest
     return collator(reader, end if pad is None else pad, train_questions)
 
 
-def probes_of(config: Any, collator: MediaCollator, dtype: torch.dtype = torch.float32, seed: int = 0) -> Probes:
-    """Random text, and random text around a random image, as inputs of a model.
+def probes_of(config: Any, encoder: Encoder, collator: MediaCollator, dtype: torch.dtype, seed: int = 0) -> Probes:
+    """A conversation of random words, and the same about a random image, as inputs of a model.
 
     Args:
         config: the model's.
-        collator: of its samples.
+        encoder, collator: of its samples.
         dtype: of the pixels.
-        seed: of ids and pixels.
+        seed: of words and pixels.
     """
-    generator = torch.Generator().manual_seed(seed)
-    words = min(collator.reader.processor.tokenizer.vocab_size, config.get_text_config().vocab_size)
-    ids = torch.randint(words // 2, words, (PROBE_TOKENS,), generator=generator).tolist()
-    half = PROBE_TOKENS // 2
+    generator, tokenizer = torch.Generator().manual_seed(seed), encoder.tokenizer
+    words = min(tokenizer.vocab_size, config.get_text_config().vocab_size)
+    ids = torch.randint(words // 2, words, (2, PROBE_TOKENS), generator=generator)
+    asked, said = (tokenizer.decode(row, skip_special_tokens=True) for row in ids)
     pixels = torch.randint(0, 256, (PROBE_PIXELS, PROBE_PIXELS, 3), generator=generator, dtype=torch.uint8)
-    shown = [*ids[:half], IMAGE_TOKEN_INDEX, *ids[half:]]
-    example = Example(shown, [IGNORE_INDEX] * len(shown))
-    image = collator.of_prompts()([sample_of(example, [Image.fromarray(pixels.numpy())], "probe")])
-    return {
-        "text": {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, PROBE_TOKENS, dtype=torch.long)},
-        "image": {name: value.to(dtype) if value.is_floating_point() else value for name, value in image.items()},
-    }
+    image = Image.fromarray(pixels.numpy())
+    probes: Probes = {}
+    for name, shown in {"text": [], "image": [image]}.items():
+        turns = [{"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n" * len(shown) + asked}]
+        record = {"conversations": [*turns, {"from": "gpt", "value": said}], "image": shown}
+        batch = collator.of_prompts()([sample_of(encoder.encode(record, "the probe"), shown, "the probe")])
+        probes[name] = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+    return probes
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
+from moellava.constants import IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from moellava.data.encoder import Encoder
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.media_reader import blank
@@ -53,7 +53,7 @@ def _as_json(view: View) -> dict[str, Any]:
         "trained_text": "".join(token.text for token in view.tokens if token.trained),
         "tokens": tokens,
         "input_ids": [token.id for token in view.tokens],
-        "labels": [token.id if token.trained else IGNORE_INDEX for token in view.tokens],
+        "labels": [token.label for token in view.tokens],
     }
 
 

@@ -9,7 +9,6 @@ import torch
 
 from moellava.convert.streaming import can_stream, convert_files, sparse_config
 from moellava.errors import UserError
-from moellava.lmm.architecture import refuse_upcycling
 from moellava.model.build import on_meta
 from moellava.model.description import Description
 from moellava.model.manifest import Manifest
@@ -37,8 +36,7 @@ def upcycle_folder(source: Manifest, target: Path, spec: MoESpec, shard_bytes: i
             f"{source.flag} {source.name} is sparse already. `train.py --moe_enable True` trains it further."
         )
     description = describe(source)
-    if description.architecture is not None:
-        refuse_upcycling(description.architecture, f"{source.flag} {source.name}")
+    description.refuse_upcycling(f"{source.flag} {source.name}")
     if can_stream(description):
         return stream(description, target, spec, shard_bytes)
     return in_memory(description, target, spec, f"{source.flag} {source.name}")
@@ -50,7 +48,7 @@ def stream(description: Description, target: Path, spec: MoESpec, shard_bytes: i
     dtype, sparse = config.dtype or torch.float32, sparse_config(config, spec)
     on_meta(sparse)  # a decoder that cannot be cut into experts says so before anything is computed
     encoder = encoder_of(*description.inputs(), config, architecture)
-    probes: dict[str, Any] = probes_of(config, collator_of(encoder, architecture), dtype)
+    probes: dict[str, Any] = probes_of(config, encoder, collator_of(encoder, architecture), dtype)
     dense = dense_logits(forward_of(run_from_disk(description.folder, config, dtype)), probes)
     convert_files(description.folder, target, config, spec, shard_bytes)
     return compare(forward_of(run_from_disk(target, sparse, dtype)), probes, dense, spec, dtype)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import CHAT_TEMPLATE, DEFAULT_IMAGE_TOKEN
 from moellava.conversation import Origin, Piece, conv_templates
-from moellava.data.masking import engine_for
+from moellava.data.masking import Encoded, engine_for
 from moellava.data.render import Renderer, TemplateRenderer, renderer_for
 from moellava.data.tokenizers import leading_ids, spec_for
 from moellava.data.view import trained_texts
@@ -116,7 +116,8 @@ def fit_of(tokenizer: PreTrainedTokenizerBase, version: str) -> Fit:
     except UserError as error:
         return Fit(version, "", [], False, str(error))
     ids = engine_for(tokenizer).encode([Piece(terminator)]).ids[len(leading_ids(tokenizer)) :]
-    wrong = mask_problem(tokenizer, pieces, has_image)
+    encoded = engine_for(tokenizer).encode(pieces, renderer.places_media(has_image))
+    wrong = mask_problem(tokenizer, pieces, encoded)
     single = len(ids) == 1 and (ids[0] in tokenizer.all_special_ids or ids[0] in _special_ids(tokenizer))
     if wrong:
         return Fit(version, terminator, ids, False, wrong)
@@ -132,8 +133,13 @@ def is_plain(renderer: Renderer) -> bool:
     return isinstance(renderer, TemplateRenderer) and renderer.is_plain
 
 
-def mask_problem(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], has_image: bool) -> str | None:
-    """What is wrong with the mask of a rendered conversation; None if it decodes to exactly the trained pieces."""
+def mask_problem(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], encoded: Encoded) -> str | None:
+    """What is wrong with the labels of a rendered conversation; None if they decode to exactly the trained pieces.
+
+    Args:
+        pieces: the conversation.
+        encoded: the ids and labels that `MaskEngine.encode` has made of them, as training gets them.
+    """
     expected = [""]
     for piece in pieces:
         if piece.trained:
@@ -141,7 +147,7 @@ def mask_problem(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], ha
         elif expected[-1] and piece.text:
             expected.append("")
     expected = [_comparable(text) for text in expected if text]
-    found = [_comparable(text) for text in trained_texts(tokenizer, pieces, has_image)]
+    found = [_comparable(text) for text in trained_texts(tokenizer, encoded)]
     if found == expected:
         return None
     for number, (one, other) in enumerate(zip(expected, found, strict=False)):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
+from moellava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from moellava.conversation import Piece
 from moellava.data.encoder import Encoder
-from moellava.data.masking import MaskEngine, Stretch, engine_for, labels_of
+from moellava.data.masking import Encoded, MaskEngine, Stretch, engine_for
 from moellava.data.media import MediaFiles
 
 GREEN, DIM, CYAN, RESET = "\033[32m", "\033[2m", "\033[36m", "\033[0m"
@@ -25,15 +25,20 @@ class Token:
 
     Attributes:
         id: the token id; `IMAGE_TOKEN_INDEX` for an image.
+        label: what is trained here; `IGNORE_INDEX` for nothing.
         text: the characters it stands for. Where several tokens share a character, the first has it.
-        trained: whether it carries a label.
         special: whether it is a special token or an image, not text.
     """
 
     id: int
+    label: int
     text: str
-    trained: bool
     special: bool = False
+
+    @property
+    def trained(self) -> bool:
+        """Whether it carries a label."""
+        return self.label != IGNORE_INDEX
 
 
 def tokens_of(
@@ -42,26 +47,30 @@ def tokens_of(
     has_image: bool = False,
     image_ids: Sequence[int] = (IMAGE_TOKEN_INDEX,),
 ) -> list[Token]:
-    """The tokens of a rendered conversation; ids and flags are those of `MaskEngine.encode` with the same arguments."""
+    """The tokens of a rendered conversation: ids and labels of `MaskEngine.encode`, and the text that each stands for.
+
+    The arguments are those of `encode`, which alone decides what is trained.
+    """
     engine, pieces = engine_for(tokenizer), list(pieces)
-    found = [token for stretch in engine.stretches(pieces, has_image, image_ids) for token in _of(engine, stretch)]
-    leading = engine.encode(pieces, has_image, image_ids).ids[: len(engine.leading)]
-    if [token.id for token in found[: len(leading)]] == leading:
-        return found
-    return [*(Token(index, tokenizer.decode([index]), False, True) for index in leading), *found]
+    encoded = engine.encode(pieces, has_image, image_ids)
+    stretches = engine.stretches(pieces, has_image, image_ids)
+    shown = [part for stretch in stretches for part in _texts(engine, stretch)]
+    leading = [(tokenizer.decode([index]), True) for index in encoded.ids[: len(encoded.ids) - len(shown)]]
+    return [
+        Token(index, label, text, special)
+        for index, label, (text, special) in zip(encoded.ids, encoded.labels, [*leading, *shown], strict=True)
+    ]
 
 
-def _of(engine: MaskEngine, stretch: Stretch) -> Iterable[Token]:
+def _texts(engine: MaskEngine, stretch: Stretch) -> Iterable[tuple[str, bool]]:
+    """(its text, whether it is special) of each token of a stretch."""
     if stretch.ids is not None:
-        for number, index in enumerate(stretch.ids):
-            shown = number == len(stretch.ids) // 2
-            yield Token(index, stretch.text if shown else "", bool(stretch.trained), True)
+        middle = len(stretch.ids) // 2
+        yield from ((stretch.text if number == middle else "", True) for number in range(len(stretch.ids)))
         return
-    ids, offsets = engine.tokenize(stretch)
-    labels = labels_of(ids, offsets, stretch.trained)
     position = 0
-    for index, label, (_, end) in zip(ids, labels, offsets, strict=True):
-        yield Token(index, stretch.text[position:end], label == index)
+    for _, end in engine.tokenize(stretch)[1]:
+        yield stretch.text[position:end], False
         position = max(position, end)
 
 
@@ -107,7 +116,7 @@ def view_of(
     pieces, places = encoder.pieces(record, name, files), encoder.places_media(record)
     spelled = tokens_of(encoder.tokenizer, pieces, places, encoder.image_ids)
     tokens = [
-        replace(token, id=index, trained=label != IGNORE_INDEX)
+        Token(index, label, token.text, token.special)
         for token, index, label in zip(spelled, kept.ids, kept.labels)  # what is cut has no token
     ]
     counts = counts_of(kept.ids, kept.labels, kept.length)
@@ -132,15 +141,17 @@ def counts_of(ids: Sequence[int], labels: Sequence[int], positions: int) -> dict
     }
 
 
-def trained_texts(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece], has_image: bool = False) -> list[str]:
-    """What the labels decode to, by the tokenizer's own decoder: one text per unbroken trained run.
+def trained_texts(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[str]:
+    """What the labels of a sample decode to, by the tokenizer's own decoder: one text per unbroken trained run.
 
     The first word of a run keeps the space in front of it, which a decoder would drop: a run is decoded together with
-    the tokens before it, and theirs is taken away.
+    the text before it, and theirs is taken away.
     """
+    special = set(engine_for(tokenizer).special.values())
     runs = [""]
-    for stretch in engine_for(tokenizer).stretches(pieces, has_image):
-        for text, trained in _decoded(tokenizer, stretch):
+    pairs = zip(encoded.ids, encoded.labels, strict=True)
+    for is_text, part in groupby(pairs, key=lambda pair: pair[0] >= 0 and pair[0] not in special):
+        for text, trained in (_decoded if is_text else _named)(tokenizer, list(part)):
             if trained:
                 runs[-1] += text
             elif runs[-1]:
@@ -148,14 +159,16 @@ def trained_texts(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece], h
     return [run for run in runs if run]
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, stretch: Stretch) -> list[tuple[str, bool]]:
-    """(decoded text, trained) of the runs of a stretch."""
-    if stretch.ids is not None:
-        return [
-            (stretch.text if IMAGE_TOKEN_INDEX in stretch.ids else tokenizer.decode(stretch.ids), bool(stretch.trained))
-        ]
-    tokens = list(_of(engine_for(tokenizer), stretch))
-    borders = [n for n in range(1, len(tokens)) if tokens[n].trained != tokens[n - 1].trained]
-    begins, ends = [0, *borders], [*borders, len(tokens)]
-    texts = [""] + [tokenizer.decode([token.id for token in tokens[:end]]) for end in ends]
-    return [(texts[n + 1][len(texts[n]) :], tokens[begin].trained) for n, begin in enumerate(begins)]
+def _named(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
+    """(text, trained) of each (id, label) of special tokens and images."""
+    found = [(index if label == IGNORE_INDEX else label, label != IGNORE_INDEX) for index, label in pairs]
+    return [(DEFAULT_IMAGE_TOKEN if index < 0 else tokenizer.decode([index]), trained) for index, trained in found]
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
+    """(decoded text, trained) of each run of (id, label) in text that nothing cuts; a label goes before its id."""
+    ids = [index if label == IGNORE_INDEX else label for index, label in pairs]
+    trained = [label != IGNORE_INDEX for _, label in pairs]
+    borders = [n for n in range(1, len(pairs)) if trained[n] != trained[n - 1]]
+    texts = ["", *(tokenizer.decode(ids[:end]) for end in [*borders, len(ids)])]
+    return [(texts[n + 1][len(texts[n]) :], trained[begin]) for n, begin in enumerate([0, *borders])]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moellava.errors import UnknownNameError, UserError
+from moellava.errors import UnknownNameError
 from moellava.lmm.video_processors import FrameRecipe
 from moellava.model.extended import PREFIX
 from moellava.model.manifest import Manifest
@@ -200,12 +200,3 @@ def undisguised(raw: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(plain.get("text_config"), Mapping):
         plain["text_config"] = undisguised(plain["text_config"])
     return plain
-
-
-def refuse_upcycling(architecture: Architecture, flag: str) -> None:
-    """Raises UserError where MLPs are not known here; `flag` is what asked for it, or for the model."""
-    if architecture.remote_code:
-        raise UserError(
-            f"{flag}: the decoder of {architecture.name} models is code in their own repository, whose MLPs are not "
-            "known here: it cannot be upcycled."
-        )

@@ -88,7 +88,16 @@ def describe_released(manifest: Manifest, architecture: Architecture, trust_remo
         model.config.image_token_id = processor_of(manifest, architecture).image_token_id
         return model
 
-    return Description(manifest.folder, config, architecture.keywords, inputs, load, architecture)
+    own_code = f"the decoder of {architecture.name} models is code of their own, whose MLPs are not known here"
+    return Description(
+        manifest.folder,
+        config,
+        architecture.keywords,
+        inputs,
+        load,
+        architecture,
+        keeps_mlps=own_code if architecture.remote_code else None,
+    )
 
 
 def config_of(manifest: Manifest, architecture: Architecture) -> Any:

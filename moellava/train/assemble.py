@@ -9,7 +9,7 @@ import torch
 
 from moellava.adapters.lora import Adapter
 from moellava.errors import UserError
-from moellava.lmm.architecture import Architecture, refuse_upcycling
+from moellava.lmm.architecture import Architecture
 from moellava.lmm.loaders import find_model
 from moellava.log import get_logger
 from moellava.model.compose import Composition, describe_parts
@@ -56,12 +56,14 @@ def assemble(
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     manifest, architecture = start_of(model_args)
     refuse_wrong_start(manifest, stage, model_args, moe_args)
-    if moe_args.moe_enable and architecture is not None:
-        refuse_upcycling(architecture, "--moe_enable True")
     if manifest.holds == LANGUAGE_MODEL:
         vlm = composed(manifest, stage, model_args, data_args, dtype)
     else:
-        vlm = reopened(manifest, architecture, model_args, data_args, dtype)
+        description = describe(manifest, model_args.trust_remote_code, architecture)
+        if moe_args.moe_enable:
+            description.refuse_upcycling("--moe_enable True")
+        vlm = build(description, dtype, f"{manifest.flag} {manifest.name}")
+        settle(vlm, model_args, data_args)
     choose_attention(vlm.model, model_args.attn_implementation)
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(vlm.model, vlm.parts["projector"][0], model_args.pretrain_mm_mlp_adapter)
@@ -106,26 +108,17 @@ def composed(
     return build(describe_parts(llm, model_args.image_tower, options, dtype), dtype, f"{llm.flag} {llm.name}")
 
 
-def reopened(
-    manifest: Manifest,
-    architecture: Architecture | None,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    dtype: torch.dtype,
-) -> VLM:
-    """A vision-language model, with the template and the image shape that the flags name, or else its own."""
-    source = f"{manifest.flag} {manifest.name}"
-    vlm = build(describe(manifest, model_args.trust_remote_code, architecture), dtype, source)
+def settle(vlm: VLM, model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Gives a model the template and the image shape that the flags name, or leaves its own."""
     vlm.require_tokenizer()
     enclosed = vlm.section.use_im_start_end
     if model_args.mm_use_im_start_end not in (None, enclosed):
         raise UserError(
-            f"--mm_use_im_start_end {model_args.mm_use_im_start_end}, but {source} was trained "
+            f"--mm_use_im_start_end {model_args.mm_use_im_start_end}, but {vlm.source} was trained "
             f"{'with' if enclosed else 'without'} <im_start> and <im_end>. "
             "Leave the flag out: the folder says which it is."
         )
     vlm.settle(model_args.version, data_args.image_aspect_ratio)
-    return vlm
 
 
 def sparsify(vlm: VLM, moe_args: MoEArguments) -> Certificate | None:

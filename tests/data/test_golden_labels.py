@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from moellava.constants import IGNORE_INDEX
+from moellava.data.masking import Encoded
 from moellava.data.preprocess import pieces_of, preprocess
 from moellava.data.tokenizer_facts import mask_problem
 
@@ -46,8 +47,8 @@ def test_what_the_reference_lost_is_supervised_here(golden_rows, tokenizers):
     for row in lost:
         tokenizer = tokenizers[row["tokenizer"]]
         pieces = pieces_of(row["conversations"], tokenizer, row["template"], has_image(row))
-        assert mask_problem(tokenizer, pieces, has_image(row)) is None, row["name"]
         ids, labels = encoded(row, tokenizers)
+        assert mask_problem(tokenizer, pieces, Encoded(ids, labels)) is None, row["name"]
         assert labels[-1] == ids[-1] == tokenizer.eos_token_id
         if row["name"] == "separator-in-question":
             assert ids == row["input_ids"]

@@ -46,8 +46,10 @@ def turns_for(version: str, conversation: list[dict[str, str]]) -> list[dict[str
 @quick
 @given(conversation=conversations())
 def test_the_labels_decode_to_the_answers_and_their_terminators(tokenizers, kind, version, conversation):
-    pieces = pieces_of(turns_for(version, conversation), tokenizers[kind], version, has_image=False)
-    assert mask_problem(tokenizers[kind], pieces, has_image=False) is None
+    tokenizer, turns = tokenizers[kind], turns_for(version, conversation)
+    pieces = pieces_of(turns, tokenizer, version, has_image=False)
+    encoded = encode_conversation(turns, tokenizer, version, has_image=False)
+    assert mask_problem(tokenizer, pieces, encoded) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
