@@ -18,8 +18,7 @@ from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = Path(sys.executable).parent
-"""Where this Python's launchers lie."""
+PROGRAMS = Path(sys.executable).parent  # where this Python's launchers lie
 
 Finished = subprocess.CompletedProcess[str]
 Flags = dict[str, object]
@@ -28,9 +27,9 @@ Flags = dict[str, object]
 
 def words_of(flags: Flags) -> list[str]:
     """Flags as they are typed."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    several = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in given.items()}
-    return [str(word) for name, values in several.items() for word in (f"--{name}", *values)]
+    given = [(name, value) for name, value in flags.items() if value is not None]
+    several = [(name, value if isinstance(value, (list, tuple)) else [value]) for name, value in given]
+    return [str(word) for name, values in several for word in (f"--{name}", *values)]
 
 
 def train_here(flags: Flags) -> Path:
@@ -63,14 +62,9 @@ def free_port() -> int:
 
 def environment() -> dict[str, str]:
     """This package, no hub, and one thread a process: runs are repeatable to the bit and do not fight for cores."""
-    return os.environ | {
-        "PATH": f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
+    calm = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    path = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | calm | {"PATH": path, "PYTHONPATH": str(ROOT)}
 
 
 def run(words: Sequence[str], timeout: float = 280, **options) -> Finished:

@@ -41,8 +41,7 @@ VOCABULARY = 280
 """Tokens of the trained tokenizer: its bytes, and a few words of the records."""
 
 EOS = "<|endoftext|>"
-IMAGE_TOKEN = 5
-"""Id of the image token in `tiny_llava`."""
+IMAGE_TOKEN = 5  # its id in `tiny_llava`
 
 
 def write_tokenizer(folder: Path) -> Path:
@@ -170,8 +169,7 @@ def write_records(folder: Path) -> None:
     for number in range(24):
         image, said = f"{number % 3}.png", f"a {SHAPES[number % 3]}" + " here" * (number % 5)
         captions.append(record(f"c{number}", "<image>", said, image=image))
-        turns = ("<image>\nwhat is in the image?", said, "is it red?", "no")
-        shown = record(f"s{number}", *turns, image=image)
+        shown = record(f"s{number}", "<image>\nwhat is in the image?", said, "is it red?", "no", image=image)
         conversations.append(shown if number % 4 else record(f"s{number}", "what is red?", "a shape"))
     (folder / "captions.json").write_text(json.dumps(captions))
     (folder / "sft.json").write_text(json.dumps(conversations))

@@ -205,7 +205,7 @@ def test_biases_train_when_asked_and_are_merged(bias, runs, flags_for, tmp_path)
     folder = train_here(flags | {"output_dir": tmp_path / "run"})
     before, after = weights_of(runs / "finetune"), weights_of(folder)
     biases = [name for name in before if ".language_model.layers." in name and name.endswith(".bias")]
-    assert len(biases) == 4 * 3, "the Qwen2 kind has them on query, key and value"
+    assert len(biases) == 4 * 3, "Qwen2 has them on query, key and value"
     assert all(not torch.equal(before[name], after[name]) for name in biases)
     merge_lora.merge(str(runs / "finetune"), folder / "adapter", tmp_path / "merged")
     assert all(torch.equal(value, after[name]) for name, value in weights_of(tmp_path / "merged").items())

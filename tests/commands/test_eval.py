@@ -35,7 +35,7 @@ def test_the_report_says_how_the_score_was_taken(folder, tmp_path, capsys):
     report = scored(folder, tmp_path / "new" / "score.json")
     assert report["questions"] == 24
     assert report["accuracy"] == report["right"] / 24
-    assert sum(kind["total"] for kind in report["by_kind"].values()) == 24
+    assert sum(part["total"] for part in report["by_kind"].values()) == 24
     assert report["prompt"]["version"] == "qwen"
     assert "USER: <image>\n" in report["prompt"]["example"]
     assert report["settings"]["decoding"] == "greedy"

@@ -61,8 +61,8 @@ def test_bf16_weights_stay_bf16_and_routers_are_fp32(tmp_path):
     assert run(tmp_path / "dense", tmp_path / "moe", "--shard-size", "0.00005") == 0
     found = weights_of(tmp_path / "moe")
     assert len(list((tmp_path / "moe").glob("*.safetensors"))) > 2
-    kinds = {name.split(".mlp.")[-1]: tensor.dtype for name, tensor in found.items() if ".layers.3.mlp." in name}
-    assert kinds["router.weight"] == torch.float32 and kinds["experts.3.up_proj.weight"] == torch.bfloat16
+    dtypes = {name.split(".mlp.")[-1]: tensor.dtype for name, tensor in found.items() if ".layers.3.mlp." in name}
+    assert dtypes["router.weight"] == torch.float32 and dtypes["experts.3.up_proj.weight"] == torch.bfloat16
 
 
 def test_other_files_come_along_and_plain_transformers_refuses(dense, tmp_path):
