@@ -33,8 +33,8 @@ FLOORS = [
 """From the ground up. A room may import from itself and from the floors below it."""
 
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-NEVER = {"moe": {"data"}, "serve": {"config", "train"}, "eval": {"config"}, "vis": {"config"}}
-"""Downward imports that are refused all the same: MoE layers know no data, and flags belong to training."""
+NEVER = {"moe": {"data"}}
+"""Downward imports that are refused all the same: MoE layers know no data."""
 
 FACES = {"model/builder.py", "serve/cli.py"}
 """Names that LLaVA and MoE-LLaVA know something by: they pass on what lies above, and nobody imports them."""

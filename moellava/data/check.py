@@ -21,7 +21,7 @@ class CheckReport:
         counts: files, records, records with images, with videos and with neither, images and videos named, their
             files, turns.
         problems: in the order of the files.
-        lengths: positions of each sound record in the model, if there was an encoder.
+        lengths: positions of each record in the model, if there was an encoder; none where a broken file decides them.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -50,8 +50,9 @@ def check(
     broken = files.problems(chain.from_iterable(map(media_of, records)), in_full=True)
     for index in range(len(records)):
         record, name, key = records[index], records.name(index), records.key(index)
-        texts = [f"{name}: {broken[medium]}" for medium in media_of(record) if medium in broken]
-        if encoder is not None and not texts:
+        bad = [medium for medium in media_of(record) if medium in broken]
+        texts = [f"{name}: {broken[medium]}" for medium in bad]
+        if encoder is not None and not any(map(encoder.looks_at, bad)):
             length, problem = _measure(encoder, record, name, files, max_length)
             texts += [problem] if problem else []
             report.lengths.append(length)

@@ -236,12 +236,16 @@ class Encoder:
         images = sum(files.frames_of(medium) for medium in media if self._is_image(medium))
         for medium in media:
             if self._is_image(medium):
-                size = files.size(medium) if self.reader.needs_sizes else (0, 0)
+                size = files.size(medium) if self.looks_at(medium) else (0, 0)
                 length = self.reader.run_length(size, images)
                 spans[IMAGE_TOKEN_INDEX].append(MediaSpan(medium, files.frames_of(medium), length))
             else:
                 spans[VIDEO_TOKEN_INDEX].append(MediaSpan(medium, 1, self.reader.clip_length(files.clip(medium))))
         return spans
+
+    def looks_at(self, medium: Medium) -> bool:
+        """Whether the file of an image or a video decides over the positions that it takes."""
+        return self.reader.needs_sizes or not self._is_image(medium)
 
     def _is_image(self, medium: Medium) -> bool:
         """Whether a medium is images to the model."""

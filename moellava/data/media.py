@@ -15,6 +15,7 @@ from PIL import Image
 from moellava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
 from moellava.data.images import image_problem, image_size, open_image
 from moellava.data.records import ROLES, Medium, Source
+from moellava.data.remembered import Remembered
 from moellava.data.video import Clip, Video, probe_video, read_frames, video_problem
 from moellava.errors import UserError
 
@@ -48,7 +49,7 @@ class MediaFiles:
         self.image_folder = Path(image_folder or "")
         self.video_folder = Path(video_folder) if video_folder else self.image_folder
         self.num_frames = num_frames
-        self._clips: dict[str, Clip] = {}  # no `lru_cache`, which spawned workers could not be sent
+        self._probed = Remembered(self._probe, CLIPS_KEPT)
 
     def file_of(self, medium: Medium) -> Path:
         """Where an image or a video lies."""
@@ -71,11 +72,10 @@ class MediaFiles:
         """Which frames of a video are shown. Raises DataError: see `probe_video`."""
         if isinstance(medium.path, Video):
             return medium.path.clip
-        if medium.path not in self._clips:
-            if len(self._clips) == CLIPS_KEPT:
-                self._clips.clear()
-            self._clips[medium.path] = probe_video(self.file_of(medium), self.num_frames)
-        return self._clips[medium.path]
+        return self._probed(medium)
+
+    def _probe(self, medium: Medium) -> Clip:
+        return probe_video(self.file_of(medium), self.num_frames)
 
     def frames_of(self, medium: Medium) -> int:
         """Images that an image or a video is, where a video is its frames."""

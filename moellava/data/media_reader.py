@@ -19,13 +19,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from PIL import Image
 
 from moellava.data.records import MODALITIES
+from moellava.data.remembered import Remembered
 from moellava.data.video import USUAL_FPS, Clip, Video
 from moellava.errors import DataError, UserError
 
@@ -34,6 +34,9 @@ BLANK = (56, 56)
 
 WIDE = (168, 56)
 """Another shape, to find out whether a processor cares for it."""
+
+SIZES_KEPT, CLIPS_KEPT = 65536, 16384
+"""Sizes of images and shapes of videos whose tokens are remembered."""
 
 PER_TOKEN = "token_type_ids"
 """How the names of a processor's outputs end that hold a number for each token."""
@@ -106,8 +109,8 @@ class MediaReader:
         self._places = re.compile(
             "|".join(f"(?P<{modality}>{re.escape(text)})" for modality, text in self.placeholders.items())
         )
-        self.run_length = lru_cache(maxsize=65536)(self._run_length)
-        self._clip_run = lru_cache(maxsize=16384)(self._run_of_clip)
+        self.run_length = Remembered(self._run_length, SIZES_KEPT)
+        self._clip_run = Remembered(self._run_of_clip, CLIPS_KEPT)
         blank_run, self.fixed_run = self._probed()
         self.spelled = self._spelled(blank_run)
         """The placeholder with the plain text that the processor puts around it."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from moellava.data.check import check, write_skip_list
+from moellava.data.encoder import CountedImages, Encoder
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
-from moellava.errors import UserError
+from moellava.data.render import TemplateRenderer
 
 
 @pytest.fixture
@@ -24,14 +25,12 @@ def path(data_file, make_record) -> str:
 
 
 def test_with_a_tokenizer_lengths_and_masks_are_checked(path, image_tree, tokenizers):
-    images = MediaFiles(image_tree)
-    findings = check([path], images, tokenizers["phi"], "phi", tokens_per_image=20, max_length=80)
+    encoder = Encoder(tokenizers["phi"], TemplateRenderer("phi"), CountedImages(20))
+    findings = check([path], MediaFiles(image_tree), encoder, max_length=80)
     texts = [problem.text for problem in findings.problems]
     assert any("Record long" in text and "positions, more than 80" in text for text in texts)
     assert any("Record open" in text and "no answer to train on" in text for text in texts)
     assert findings.lengths == [60, 38, 60, 128, 33]
-    with pytest.raises(UserError, match="--version"):
-        check([path], images, tokenizers["phi"])
 
 
 def test_without_one_records_and_files_are(path, image_tree):

@@ -7,26 +7,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from moellava.data.collate import ImageTextCollator
-from moellava.data.dataset import SupervisedDataset, cut_length
-from moellava.data.records import load_records
+from moellava.data.collate import MediaCollator
 from moellava.data.tokenizers import load_tokenizer, place_image_token
 from moellava.errors import DataError
 
 PATCHES = 4
-
-
-@pytest.fixture
-def make(tokenizers, image_processor, image_tree, data_file):
-    """Records and options -> a data set on the good and bad images."""
-
-    def build(rows: list[dict], **options) -> SupervisedDataset:
-        defaults = {"version": "qwen", "image_processor": image_processor, "image_folder": image_tree}
-        tokenizer = options.pop("tokenizer", tokenizers["qwen"])
-        options = defaults | {"tokens_per_image": PATCHES} | options
-        return SupervisedDataset(load_records(data_file(rows)), tokenizer, **options)
-
-    return build
 
 
 def test_samples(make, make_record):
@@ -37,14 +22,16 @@ def test_samples(make, make_record):
             make_record("two", "<image> or", "a", "<image>?", "b", image=["a.png", "sub/b.jpg"]),
         ]
     )
-    assert len(data) == 3 and data.modalities == [True, False, True]
+    assert len(data) == 3 and data.shows_media == [True, False, True]
+    assert data.modalities == ("image",)
     for index, images in enumerate([1, 0, 2]):
         sample = data[index]
         ids = sample["input_ids"].tolist()
-        assert ids.count(IMAGE_TOKEN_INDEX) == len(sample["pixel_values"]) == images
+        assert ids.count(IMAGE_TOKEN_INDEX) == len(sample["media"]) == images
         assert len(sample["labels"]) == len(ids)
         assert data.lengths[index] == len(ids) + images * (PATCHES - 1)
-    assert data[2]["pixel_values"].shape == (2, 3, 32, 32) and data[2]["record"].startswith("Record two of ")
+    assert [image.size for image in data[2]["media"]] == [(64, 40)] * 2
+    assert data[2]["record"].startswith("Record two of ")
     assert data.report() == {
         "records": 3,
         "skip_listed": 0,
@@ -82,7 +69,7 @@ def test_a_file_that_breaks_later_is_named(make, make_record, image_tree, tmp_pa
     content = (image_tree / "a.png").read_bytes()
     (tmp_path / "x.png").write_bytes(content)
     data = make([make_record("x", "<image>", "a", image="x.png")], image_folder=tmp_path)
-    assert len(data[0]["pixel_values"]) == 1
+    assert len(data[0]["media"]) == 1
     (tmp_path / "x.png").write_bytes(content[:100])
     with pytest.raises(DataError, match="Record x of .*x.png.*check-data"):
         data[0]
@@ -110,9 +97,9 @@ def test_an_image_is_never_cut(make, make_record):
         data = make(rows, max_length=max_length, overlong="truncate")
         sample = data[0]
         assert len(sample["input_ids"]) == second and data.lengths == [before]
-        assert sample["input_ids"].tolist().count(IMAGE_TOKEN_INDEX) == len(sample["pixel_values"]) == 1
+        assert sample["input_ids"].tolist().count(IMAGE_TOKEN_INDEX) == len(sample["media"]) == 1
     whole = make(rows, max_length=before + PATCHES, overlong="truncate")[0]
-    assert len(whole["input_ids"]) == second + 1 and len(whole["pixel_values"]) == 2
+    assert len(whole["input_ids"]) == second + 1 and len(whole["media"]) == 2
 
 
 def test_a_sample_with_nothing_left_is_dropped_and_counted(make, make_record):
@@ -121,20 +108,13 @@ def test_a_sample_with_nothing_left_is_dropped_and_counted(make, make_record):
     assert data.report()["dropped"] == 1 and data.report()["truncated"] == 0 and len(data) == 1
 
 
-def test_cut_length_keeps_wrapped_images_whole():
-    ids = [1, 2, 90, -200, 91, 3]
-    wrapped = (90, -200, 91)
-    assert [cut_length(ids, n, 3, wrapped) for n in (0, 1, 2, 3, 6, 7, 8, 9)] == [0, 1, 2, 2, 2, 5, 6, 6]
-    assert cut_length([-200, -200, 5], 6, 3, (-200,)) == 2
-
-
 def test_start_and_end_tokens(golden_tokenizers, make, make_record):
     tokenizer = load_tokenizer(golden_tokenizers / "phi")
     rows = [make_record("x", "<image>\nq", "a", image="a.png")]
     with pytest.raises(ValueError, match="place_image_token"):
-        make(rows, tokenizer=tokenizer, use_im_start_end=True)
+        make(rows, tokenizer=tokenizer, enclosed=True)
     _, start, end = place_image_token(tokenizer, 51200, ("<image>", "<im_start>", "<im_end>"))
-    ids = make(rows, tokenizer=tokenizer, version="phi", use_im_start_end=True)[0]["input_ids"].tolist()
+    ids = make(rows, tokenizer=tokenizer, version="phi", enclosed=True)[0]["input_ids"].tolist()
     where = ids.index(IMAGE_TOKEN_INDEX)
     assert ids[where - 1] == start and ids[where + 1] == end
 
@@ -148,10 +128,10 @@ def test_plain_takes_one_caption_of_an_image(make, make_record):
     assert "2 turns and 0 images" in error.value.problems[0] and "4 turns and 1 images" in error.value.problems[1]
 
 
-def test_images_need_a_tower(make, make_record):
-    with pytest.raises(DataError, match="1 images .* no image tower"):
-        make([make_record("x", "<image>", "a", image="a.png")], image_processor=None)
-    assert len(make([make_record("x", "q", "a")], image_processor=None)) == 1
+def test_media_can_be_refused(make, make_record):
+    with pytest.raises(DataError, match="1 images and 0 videos .* --is_multimodal False"):
+        make([make_record("x", "<image>", "a", image="a.png")], takes_media=False)
+    assert len(make([make_record("x", "q", "a")], takes_media=False)) == 1
 
 
 def test_a_chat_template_that_rewrites_is_reported_by_record(make, make_record, tokenizers, monkeypatch):
@@ -166,10 +146,10 @@ def test_a_chat_template_that_rewrites_is_reported_by_record(make, make_record, 
     assert len(error.value.problems) == 1
 
 
-def test_workers_see_the_same_samples(make, make_record):
+def test_workers_see_the_same_samples(make, make_record, reader):
     rows = [make_record(number, "<image>\nq", "a " * number, image="a.png") for number in range(1, 7)]
     data = make(rows)
-    collator = ImageTextCollator(pad_token_id=0, image_token_id=9, tokens_per_image=PATCHES, image_size=(32, 32))
+    collator = MediaCollator(reader, pad_token_id=0)
     alone = list(DataLoader(data, batch_size=2, collate_fn=collator))
     shared = list(DataLoader(data, batch_size=2, collate_fn=collator, num_workers=2))
     for one, other in zip(alone, shared, strict=True):

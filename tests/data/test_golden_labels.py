@@ -6,7 +6,8 @@ from collections import Counter
 
 from moellava.constants import IGNORE_INDEX
 from moellava.data.masking import Encoded
-from moellava.data.preprocess import pieces_of, preprocess
+from moellava.data.preprocess import preprocess
+from moellava.data.render import TemplateRenderer
 from moellava.data.tokenizer_facts import mask_problem
 
 MAX_LENGTH = 2048
@@ -46,7 +47,7 @@ def test_what_the_reference_lost_is_supervised_here(golden_rows, tokenizers):
     assert len(lost) == 8
     for row in lost:
         tokenizer = tokenizers[row["tokenizer"]]
-        pieces = pieces_of(row["conversations"], tokenizer, row["template"], has_image(row))
+        pieces = TemplateRenderer(row["template"]).pieces(row["conversations"], has_media=has_image(row))
         ids, labels = encoded(row, tokenizers)
         assert mask_problem(tokenizer, pieces, Encoded(ids, labels)) is None, row["name"]
         assert labels[-1] == ids[-1] == tokenizer.eos_token_id

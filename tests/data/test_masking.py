@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.conversation import Origin, Piece, conv_templates
+from moellava.data.encoder import CountedImages, Encoder
 from moellava.data.masking import engine_for, labels_of
-from moellava.data.preprocess import encode_conversation, encode_prompt, is_plain, pieces_of
+from moellava.data.preprocess import encode_conversation
+from moellava.data.render import TemplateRenderer
 from moellava.data.tokenizer_facts import mask_problem
 from moellava.data.tokenizers import load_tokenizer, place_image_token
 
-KINDS = ("mistral", "qwen", "phi", "stablelm")
+TOKENIZERS = ("mistral", "qwen", "phi", "stablelm")
 VERSIONS = sorted({conv_templates[name].version for name in conv_templates})
 
 SNIPPETS = [
@@ -37,45 +39,49 @@ def conversations(draw, text=plain_texts, most_rounds: int = 3) -> list[dict[str
     return [{"from": role, "value": value} for pair in turns for role, value in pair]
 
 
+def is_plain(version: str) -> bool:
+    return TemplateRenderer(version).is_plain
+
+
 def turns_for(version: str, conversation: list[dict[str, str]]) -> list[dict[str, str]]:
     return conversation[:2] if is_plain(version) else conversation
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("version", VERSIONS)
 @quick
 @given(conversation=conversations())
-def test_the_labels_decode_to_the_answers_and_their_terminators(tokenizers, kind, version, conversation):
-    tokenizer, turns = tokenizers[kind], turns_for(version, conversation)
-    pieces = pieces_of(turns, tokenizer, version, has_image=False)
-    encoded = encode_conversation(turns, tokenizer, version, has_image=False)
-    assert mask_problem(tokenizer, pieces, encoded) is None
+def test_the_labels_decode_to_the_answers_and_their_terminators(tokenizers, name, version, conversation):
+    turns = turns_for(version, conversation)
+    pieces = TemplateRenderer(version).pieces(turns, has_media=False)
+    encoded = encode_conversation(turns, tokenizers[name], version, has_image=False)
+    assert mask_problem(tokenizers[name], pieces, encoded) is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("version", VERSIONS)
 @quick
 @given(conversation=conversations(text=texts))
-def test_typed_special_tokens_are_text(tokenizers, kind, version, conversation):
-    tokenizer, turns = tokenizers[kind], turns_for(version, conversation)
+def test_typed_special_tokens_are_text(tokenizers, name, version, conversation):
+    tokenizer, turns = tokenizers[name], turns_for(version, conversation)
     ids = encode_conversation(turns, tokenizer, version, has_image=False).ids
     silent = [{**turn, "value": "x"} for turn in turns]
     expected = encode_conversation(silent, tokenizer, version, has_image=False).ids
     special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for name, index in special.items():
-        assert ids.count(index) == expected.count(index), name
+    for text, index in special.items():
+        assert ids.count(index) == expected.count(index), text
     assert IMAGE_TOKEN_INDEX not in ids or is_plain(version)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("version", VERSIONS)
 @quick
 @given(conversation=conversations(), images=st.integers(0, 2))
-def test_another_turn_never_changes_what_came_before(tokenizers, kind, version, conversation, images):
+def test_another_turn_never_changes_what_came_before(tokenizers, name, version, conversation, images):
     if is_plain(version):
         conversation = conversation[:2]
     conversation[0]["value"] = "<image>" * images + conversation[0]["value"]
-    tokenizer = tokenizers[kind]
+    tokenizer = tokenizers[name]
     whole = encode_conversation(conversation, tokenizer, version, images > 0)
     assert whole.ids.count(IMAGE_TOKEN_INDEX) == images
     for end in range(2, len(conversation), 2):
@@ -84,27 +90,28 @@ def test_another_turn_never_changes_what_came_before(tokenizers, kind, version, 
         assert whole.labels[: len(part.labels)] == part.labels
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("version", VERSIONS)
 @quick
 @given(conversation=conversations())
-def test_a_prompt_is_what_training_saw_up_to_the_answer(tokenizers, kind, version, conversation):
+def test_a_prompt_is_what_training_saw_up_to_the_answer(tokenizers, name, version, conversation):
     if is_plain(version):
         conversation = [{"from": "human", "value": "<image>"}, *conversation[1:2]]
-    tokenizer, has_image = tokenizers[kind], is_plain(version)
-    trained = encode_conversation(conversation, tokenizer, version, has_image)
-    prompt = encode_prompt(conversation[:-1], tokenizer, version, has_image)
+    encoder = Encoder(tokenizers[name], TemplateRenderer(version), CountedImages(1))
+    shown = {"image": "a.png"} if is_plain(version) else {}
+    trained = encoder.encode({"conversations": conversation, **shown})
+    prompt = encoder.encode({"conversations": conversation[:-1], **shown}, opens=True).ids
     assert trained.ids[: len(prompt)] == prompt
     assert set(trained.labels[len(prompt) :]) != {IGNORE_INDEX}
     assert IGNORE_INDEX not in trained.labels[len(prompt) :]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TOKENIZERS)
 @quick
 @given(conversation=conversations(text=texts))
-def test_pieces_join_to_the_ids(tokenizers, kind, conversation):
-    engine = engine_for(tokenizers[kind])
-    pieces = pieces_of(conversation, tokenizers[kind], "v1", has_image=True)
+def test_pieces_join_to_the_ids(tokenizers, name, conversation):
+    engine = engine_for(tokenizers[name])
+    pieces = TemplateRenderer("v1").pieces(conversation, has_media=True)
     ids = list(engine.leading)
     for stretch in engine.stretches(pieces, has_image=True):
         ids += engine.tokenize(stretch)[0] if stretch.ids is None else stretch.ids

@@ -9,30 +9,19 @@ import pytest
 import torch
 
 from moellava.cli import main
-from moellava.commands.inspect import view_of
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from moellava.data.collate import ImageTextCollator
-from moellava.data.dataset import SupervisedDataset, cut_length
+from moellava.data.collate import MediaCollator
+from moellava.data.encoder import CountedImages
 from moellava.data.images import open_image
 from moellava.data.media import MediaFiles
-from moellava.data.records import Medium, load_records, media_of
+from moellava.data.records import Medium, media_of
+from moellava.data.render.jinja import jinja_of
 from moellava.data.video import read_video
+from moellava.data.view import view_of
 from moellava.errors import DataError
 from moellava.mm_utils import pixel_values
 
 PATCHES, FRAMES = 4, 3
-
-
-@pytest.fixture
-def make(tokenizers, image_processor, image_tree, clips, data_file):
-    """Records and options -> a data set whose videos are 3 frames each."""
-
-    def build(rows: list[dict], **options) -> SupervisedDataset:
-        defaults = {"version": "qwen", "image_processor": image_processor, "image_folder": image_tree}
-        options = defaults | {"video_folder": clips, "num_frames": FRAMES, "tokens_per_image": PATCHES} | options
-        return SupervisedDataset(load_records(data_file(rows)), tokenizers["qwen"], **options)
-
-    return build
 
 
 @pytest.fixture
@@ -47,17 +36,18 @@ def rows(make_record) -> list[dict]:
     ]
 
 
-def test_a_video_is_its_frames_as_images(make, rows, image_processor, image_tree, clips):
+def test_a_video_is_its_frames_as_images(make, rows, reader, image_processor, image_tree, clips):
     data = make(rows)
-    assert data.modalities == [True, True, True, False]
+    assert data.shows_media == [True, True, True, False] and data.modalities == ("image",)
     for sample, length, images in zip(data, data.lengths, [FRAMES, 1 + 2 * FRAMES, 1, 0], strict=True):
         ids = sample["input_ids"].tolist()
-        assert ids.count(IMAGE_TOKEN_INDEX) == len(sample["pixel_values"]) == images
+        assert ids.count(IMAGE_TOKEN_INDEX) == len(sample["media"]) == images
         assert length == len(ids) + images * (PATCHES - 1)
         assert IMAGE_TOKEN_INDEX not in sample["labels"].tolist()
     shown = [open_image(image_tree / "a.png")]
     shown += [frame for name in ("wide.mp4", "short.mkv") for frame in read_video(clips / name, FRAMES).frames]
-    assert torch.equal(data[1]["pixel_values"], pixel_values(shown, image_processor, "square"))
+    batch = MediaCollator(reader, pad_token_id=0)([data[1]])
+    assert torch.equal(batch["pixel_values"], pixel_values(shown, image_processor, "square"))
 
 
 def test_ids_and_labels_are_those_of_a_record_that_shows_the_frames(make, rows, make_record):
@@ -69,14 +59,13 @@ def test_ids_and_labels_are_those_of_a_record_that_shows_the_frames(make, rows, 
         assert torch.equal(clip["labels"], spelled["labels"])
 
 
-def test_a_batch_of_every_kind(make, rows):
+def test_a_batch_of_videos_images_and_text(make, rows, reader):
     data = make(rows)
-    collator = ImageTextCollator(pad_token_id=0, image_token_id=9, tokens_per_image=PATCHES, image_size=(32, 32))
-    batch = collator([data[index] for index in range(4)])
-    images = [FRAMES, 1 + 2 * FRAMES, 1, 0]
-    assert (batch["input_ids"] == 9).sum(dim=1).tolist() == [count * PATCHES for count in images]
+    batch = MediaCollator(reader, pad_token_id=0)([data[index] for index in range(4)])
+    images, is_image = [FRAMES, 1 + 2 * FRAMES, 1, 0], batch["input_ids"] == reader.placeholder_id
+    assert is_image.sum(dim=1).tolist() == [count * PATCHES for count in images]
     assert len(batch["pixel_values"]) == sum(images)
-    assert (batch["labels"][batch["input_ids"] == 9] == IGNORE_INDEX).all()
+    assert (batch["labels"][is_image] == IGNORE_INDEX).all()
     assert batch["attention_mask"].sum(dim=1).tolist() == data.lengths
 
 
@@ -89,19 +78,12 @@ def test_a_video_is_never_cut(make, rows, make_record):
     for max_length in range(before, before + FRAMES * PATCHES):
         data = make([row], max_length=max_length, overlong="truncate")
         assert len(data[0]["input_ids"]) == second and data.lengths == [before]
-        assert torch.equal(data[0]["pixel_values"], whole[0]["pixel_values"][:FRAMES])
+        assert data[0]["media"] == whole[0]["media"][:FRAMES]
     fits = make([row], max_length=before + FRAMES * PATCHES, overlong="truncate")
-    assert len(fits[0]["pixel_values"]) == 2 * FRAMES
+    assert len(fits[0]["media"]) == 2 * FRAMES
     assert make([row], max_length=whole.lengths[0], overlong="error").lengths == whole.lengths
     with pytest.raises(DataError, match=f"takes {whole.lengths[0]} positions"):
         make([row], max_length=whole.lengths[0] - 1)
-
-
-def test_cut_length_keeps_what_belongs_together():
-    wrapped = (90, -200, 91)
-    ids = [1, *wrapped, *wrapped, 2, *wrapped]  # a video of two frames, and an image; 4 positions each
-    cuts = [cut_length(ids, limit, 2, wrapped, (2, 1)) for limit in range(16)]
-    assert cuts == [0, *[1] * 8, 7, *[8] * 4, 11, 11]
 
 
 def test_bad_videos_are_named_before_training_or_skipped(make, rows, make_record):
@@ -113,15 +95,15 @@ def test_bad_videos_are_named_before_training_or_skipped(make, rows, make_record
     assert any("Record both of" in p and "3 frames but --num_frames asks for 4" in p for p in error.value.problems)
     data = make([*rows, *bad], bad_files="skip")
     assert (data.report()["bad_files"], len(data)) == (4, 4)
-    with pytest.raises(DataError, match="1 images and 3 videos are named in the data, but there is no image tower"):
-        make(rows, image_processor=None)
+    with pytest.raises(DataError, match="1 images and 3 videos are named in the data, but --is_multimodal False"):
+        make(rows, takes_media=False)
 
 
 def test_a_video_that_breaks_later_is_named(make, make_record, clips, tmp_path):
     content = (clips / "shapes.mp4").read_bytes()
     (tmp_path / "x.mp4").write_bytes(content)
     data = make([make_record("x", "<video>", "a", video="x.mp4")], video_folder=tmp_path)
-    assert len(data[0]["pixel_values"]) == FRAMES
+    assert len(data[0]["media"]) == FRAMES
     (tmp_path / "x.mp4").write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match="Record x of .*x.mp4.*check-data"):
         data[0]
@@ -134,11 +116,14 @@ def test_videos_lie_beside_images_unless_told_otherwise(clips, image_tree):
     assert MediaFiles(image_tree, clips).file_of(Medium("image", "a.png")) == image_tree / "a.png"
 
 
-def test_a_data_set_with_videos_can_be_sent_to_spawned_workers(make, rows, monkeypatch):
-    data = pickle.loads(pickle.dumps(make(rows)))
-    assert len(data[0]["pixel_values"]) == FRAMES
+@pytest.mark.parametrize("version", ["qwen", "chat_template"])
+def test_a_data_set_with_videos_can_be_sent_to_spawned_workers(make, rows, monkeypatch, reader, version):
     monkeypatch.setattr("moellava.data.media.CLIPS_KEPT", 1)
-    assert [len(data.files.read(medium).frames) for medium in media_of(rows[1]) if medium.kind == "video"] == [
+    monkeypatch.setattr(reader.processor.tokenizer, "chat_template", jinja_of("qwen"))
+    made = make(rows, version=version)
+    data = pickle.loads(pickle.dumps(made))
+    assert len(data[0]["media"]) == FRAMES and data[0]["input_ids"].tolist() == made[0]["input_ids"].tolist()
+    assert [len(data.files.read(medium).frames) for medium in media_of(rows[1]) if medium.modality == "video"] == [
         FRAMES
     ] * 2
 
@@ -173,9 +158,11 @@ def test_inspect_shows_a_video_as_its_frames(rows, data_file, golden_tokenizers,
     assert "2 images" in capsys.readouterr().out
 
 
-def test_inspect_cuts_a_video_as_training_does(rows, tokenizers):
-    whole = view_of(rows[0], "the record", tokenizers["phi"], "phi", PATCHES, None, FRAMES)["counts"]
+def test_inspect_cuts_a_video_as_training_does(rows, encoder, tokenizers, image_tree, clips):
+    reads, files = encoder("phi", tokenizers["phi"], CountedImages(PATCHES)), MediaFiles(image_tree, clips, FRAMES)
+    whole = view_of(reads, rows[0], "the record", files).counts
     for limit in range(whole["positions"] - 20, whole["positions"]):
-        view = view_of(rows[0], "the record", tokenizers["phi"], "phi", PATCHES, limit, FRAMES)
-        assert (view["counts"]["images"], view["cut"]["images"]) in [(FRAMES, 0), (0, FRAMES)]
-        assert view["counts"]["positions"] <= limit
+        view = view_of(reads, rows[0], "the record", files, limit)
+        assert view.cut is not None
+        assert (view.counts["images"], view.cut["images"]) in [(FRAMES, 0), (0, FRAMES)]
+        assert view.counts["positions"] <= limit

@@ -9,7 +9,7 @@ import pytest
 
 from moellava.errors import UnknownNameError, UserError
 from moellava.eval.benchmarks import BENCHMARKS, Question, shuffle_images
-from moellava.eval.easy_vqa import easy_vqa, kind_of
+from moellava.eval.easy_vqa import category_of, easy_vqa
 
 
 def test_easy_vqa_is_the_whole_official_test_split():
@@ -17,20 +17,20 @@ def test_easy_vqa_is_the_whole_official_test_split():
     assert len(questions) == 9673
     assert len({question.image for question in questions}) == 1000
     assert all(question.image.parent.parent.name == "test" and question.image.exists() for question in questions)
-    assert Counter(question.kind for question in questions) == {"yes/no": 7136, "shape": 1257, "color": 1280}
+    assert Counter(question.category for question in questions) == {"yes/no": 7136, "shape": 1257, "color": 1280}
 
 
 @pytest.mark.parametrize(
-    ("answer", "kind"), [("yes", "yes/no"), ("no", "yes/no"), ("circle", "shape"), ("teal", "color")]
+    ("answer", "category"), [("yes", "yes/no"), ("no", "yes/no"), ("circle", "shape"), ("teal", "color")]
 )
-def test_the_answer_tells_the_kind(answer, kind):
-    assert kind_of(answer) == kind
+def test_the_answer_tells_the_category(answer, category):
+    assert category_of(answer) == category
 
 
 def test_shuffling_is_a_derangement_that_keeps_questions_and_images():
     questions = easy_vqa().questions()
     shuffled = shuffle_images(questions, seed=0)
-    assert [(q.text, q.answer, q.kind) for q in shuffled] == [(q.text, q.answer, q.kind) for q in questions]
+    assert [(q.text, q.answer, q.category) for q in shuffled] == [(q.text, q.answer, q.category) for q in questions]
     assert not any(before.image == after.image for before, after in zip(questions, shuffled, strict=True))
     assert Counter(q.image for q in shuffled) == Counter(q.image for q in questions)
 

@@ -8,7 +8,8 @@ import pytest
 
 from moellava.eval import scoring
 from moellava.eval.benchmarks import Question
-from moellava.eval.scoring import Score, answers_of, by_kind, score
+from moellava.eval.scoring import Score, answers_of, by_category, score
+from moellava.serve.generate import Sampling
 
 QUESTIONS = [
     Question("is there a circle in the image?", "yes", Path("a.png"), "yes/no"),
@@ -35,19 +36,20 @@ def test_accuracy_is_a_share():
     assert Score(0, 0).accuracy == 0.0
 
 
-def test_kinds_are_counted_apart():
-    assert by_kind(QUESTIONS, ["yes", "blue", "yes"]) == {"color": Score(0, 1), "yes/no": Score(1, 2)}
+def test_categories_are_counted_apart():
+    assert by_category(QUESTIONS, ["yes", "blue", "yes"]) == {"color": Score(0, 1), "yes/no": Score(1, 2)}
 
 
 def test_answers_come_back_in_the_order_of_the_questions(monkeypatch):
     asked = []
 
-    def echo(model, tokenizer, processor, requests, **settings):
+    def echo(vlm, requests, **settings):
         asked.extend(request.messages[-1]["value"] for request in requests)
-        assert settings == {"max_new_tokens": 8, "temperature": 0, "batch_size": 2}
+        assert settings.pop("batch_size") == 2
+        assert Sampling(**settings) == Sampling(max_new_tokens=8, temperature=0), "answers are greedy"
         return [f" {request.images[0]} " for request in requests]
 
     monkeypatch.setattr(scoring, "answer", echo)
-    said = answers_of(None, None, None, QUESTIONS, max_new_tokens=8, batch_size=2)
+    said = answers_of(None, QUESTIONS, max_new_tokens=8, batch_size=2)
     assert said == ["a.png", "b.png", "c.png"]
-    assert [len(text) for text in asked] == sorted(len(text) for text in asked)
+    assert asked == [f"<image>\n{question.text}" for question in QUESTIONS]

@@ -7,16 +7,22 @@ import json
 import pytest
 import torch
 
-from moellava.model.probe import probe_batches
 from moellava.moe import MoESpec, moe_layers
 from moellava.moe import certificate as certificates
 from moellava.moe.certificate import NotExactError, upcycle_certified
+from moellava.vlm import VLM
+from tests.tiny import compose_tiny
 
 
-def test_an_exact_recipe_is_exact_with_and_without_an_image(tiny_llava, tmp_path):
-    model = tiny_llava()
-    certificate = upcycle_certified(model, MoESpec(), probe_batches(model.config))
-    assert len(moe_layers(model)) == 2
+@pytest.fixture
+def vlm(make_base, clip_tower) -> VLM:
+    """A dense model of its own, whose images are 4 tokens."""
+    return compose_tiny(make_base("llama").folder, clip_tower, "v1")
+
+
+def test_an_exact_recipe_is_exact_with_and_without_an_image(vlm, tmp_path):
+    certificate = upcycle_certified(vlm.model, MoESpec(), vlm.probes())
+    assert len(moe_layers(vlm.model)) == 2
     stored = json.loads(certificate.save(tmp_path).read_text())
     assert stored["exact_in_theory"] and set(stored["probes"]) == {"text", "image"}
     for probe in stored["probes"].values():
@@ -25,28 +31,26 @@ def test_an_exact_recipe_is_exact_with_and_without_an_image(tiny_llava, tmp_path
     assert stored["recipe"]["num_experts"] == [4]
 
 
-def test_another_recipe_reports_what_it_costs(tiny_llava):
-    model = tiny_llava()
+def test_another_recipe_reports_what_it_costs(vlm):
     spec = MoESpec(init="drop", init_drop_ratio=0.5)
-    certificate = upcycle_certified(model, spec, probe_batches(model.config))
+    certificate = upcycle_certified(vlm.model, spec, vlm.probes())
     assert not certificate.exact_in_theory
     assert certificate.probes["text"]["kl"] > 1e-9
     assert "not exact" in certificate.lines()[0]
 
 
-def test_bf16_is_judged_by_its_own_rounding(tiny_llava):
-    model = tiny_llava().bfloat16()
-    certificate = upcycle_certified(model, MoESpec(), probe_batches(model.config, torch.bfloat16))
+def test_bf16_is_judged_by_its_own_rounding(vlm):
+    vlm.model.bfloat16()
+    certificate = upcycle_certified(vlm.model, MoESpec(), vlm.probes())
     assert certificate.dtype == "bfloat16"
-    assert moe_layers(model)[0][1].router.weight.dtype == torch.float32
+    assert moe_layers(vlm.model)[0][1].router.weight.dtype == torch.float32
 
 
-def test_an_exact_recipe_that_is_off_is_an_error(tiny_llava, monkeypatch):
-    model = tiny_llava()
+def test_an_exact_recipe_that_is_off_is_an_error(vlm, monkeypatch):
 
     def broken(model, spec):  # the "conversion" changes the head
         model.lm_head.weight.data *= 1.01
 
     monkeypatch.setattr(certificates, "upcycle", broken)
     with pytest.raises(NotExactError, match="should keep the logits"):
-        upcycle_certified(model, MoESpec(), probe_batches(model.config))
+        upcycle_certified(vlm.model, MoESpec(), vlm.probes())

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from moellava.constants import CHAT_TEMPLATE
 from moellava.conversation import Origin, Piece
 from moellava.data.records import MEDIA_TAG, Source
+from moellava.data.remembered import Remembered
 from moellava.data.render.renderer import Renderer, turns_of
 from moellava.data.render.spans import Content, chat_pieces, chat_terminator
 from moellava.errors import DataError
@@ -47,7 +47,7 @@ class ChatRenderer(Renderer):
         self.in_parts = in_parts
         self.keeps_tags = not in_parts
         self.shows_videos = in_parts
-        self._with_system = lru_cache(maxsize=SYSTEMS_KEPT)(self._template_with)
+        self._with_system = Remembered(self._template_with, SYSTEMS_KEPT)
 
     def _template_with(self, system: str | None) -> ChatTemplate:
         return ChatTemplate(self.source, self.template, system, self.in_parts)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from moellava.data.preprocess import encode_prompt, preprocess, terminator_of
+from moellava.data.encoder import CountedImages, Encoder
+from moellava.data.preprocess import preprocess
+from moellava.data.render import ChatRenderer
 from moellava.data.render.spans import chat_pieces, chat_terminator
 from moellava.errors import DataError, UserError
 
@@ -54,8 +56,9 @@ def test_chatml(tokenizers, with_template):
     ids = batch["input_ids"][0].tolist()
     assert supervised(batch, tokenizer) == " a cat <|im_end|><|im_end|>assistant<|im_end|>"
     assert ids.count(151645) == 5 and ids.count(IMAGE_TOKEN_INDEX) == 1, "what is typed is no special token"
-    assert terminator_of("chat_template", tokenizer) == "<|im_end|>"
-    prompt = encode_prompt(CONVERSATION[:3], tokenizer, "chat_template", True)
+    assert ChatRenderer(tokenizer).terminator == "<|im_end|>" and ChatRenderer(tokenizer).ends_with_special_token
+    encoder = Encoder(tokenizer, ChatRenderer(tokenizer), CountedImages(1))
+    prompt = encoder.encode({"conversations": CONVERSATION[:3], "image": "a.png"}, opens=True).ids
     assert ids[: len(prompt)] == prompt
 
 
