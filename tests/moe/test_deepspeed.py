@@ -12,6 +12,7 @@ from moellava.moe import (
     expert_parameters,
     gather_moe_state_dict,
     moe_layers,
+    native_names,
     router_losses,
     set_routing_context,
     upcycle,
@@ -76,6 +77,20 @@ def test_state_dict_has_native_names(tiny_llava):
     model = convert_engine(native, "deepspeed")
     state = gather_moe_state_dict(model)
     assert set(state) == set(expected) and all(torch.equal(state[name], expected[name]) for name in state)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_rank_holds_its_share_under_global_indices(tiny_llava, monkeypatch, rank):
+    """Four processes with two sets of four experts: ranks 1 and 3 hold the last two experts of a layer."""
+    monkeypatch.setattr("moellava.moe.deepspeed.rank", lambda: rank)
+    monkeypatch.setattr("moellava.moe.deepspeed.world_size", lambda: 4)
+    native = perturb(upcycle(tiny_llava(), MoESpec(moe_mode="sparse")))
+    expected = {name: value.clone() for name, value in native.state_dict().items()}
+    model = convert_engine(native, "deepspeed", ep_size=2)
+    assert [list(layer.local_experts()) for _, layer in moe_layers(model)] == [[0, 1] if rank % 2 == 0 else [2, 3]] * 2
+    state, names = model.state_dict(), native_names(model)
+    assert len(names) == 2 * 2 * 3, "layers, experts and linears"
+    assert all(torch.equal(state[own], expected[name]) for own, name in names.items())
 
 
 def test_sizes_that_do_not_divide(tiny_llava):

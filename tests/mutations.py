@@ -1,0 +1,522 @@
+"""One-line mutations of the package: what a slip would look like that nobody sees, and the tests that must see it.
+
+Each stands for a mistake that has been made, here or elsewhere, and that no traceback tells of: the run goes on and the
+numbers are wrong. `tests/mutants.py` applies them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A change of one place of the package.
+
+    Args:
+        name: what it is called by.
+        file: below `moellava/`.
+        line: the code to search for, which the file holds exactly once; more than one line where one is not unique.
+        change: what is put there.
+        means: what a user would get.
+        killers: files of tests, below `tests/`, that have to fail.
+    """
+
+    name: str
+    file: str
+    line: str
+    change: str
+    means: str
+    killers: tuple[str, ...]
+
+
+MASKING = (
+    Mutation(
+        "first-token-of-answers-untrained",
+        "data/masking.py",
+        "first, last = bisect_left(offsets, (begin,)), bisect_left(offsets, (end,))",
+        "first, last = bisect_left(offsets, (begin,)) + 1, bisect_left(offsets, (end,))",
+        "The model never learns how an answer begins, which for a yes or no is all of it.",
+        ("data/test_masking.py", "data/test_golden_labels.py"),
+    ),
+    Mutation(
+        "questions-trained",
+        "conversation.py",
+        "else Piece(lead + text, False, Origin.QUESTION)",
+        "else Piece(lead + text, True, Origin.QUESTION)",
+        "The model learns to ask instead of to answer.",
+        ("data/test_golden_labels.py", "test_conversation.py"),
+    ),
+    Mutation(
+        "terminator-untrained",
+        "conversation.py",
+        "yield Piece(conversation.sep, bool(turn % 2))",
+        "yield Piece(conversation.sep)",
+        "The model never learns to stop: its answers run on to the limit.",
+        ("test_conversation.py", "data/test_golden_labels.py"),
+    ),
+    Mutation(
+        "typed-special-tokens-are-real",
+        "data/masking.py",
+        'if not token["special"] and token["content"] != DEFAULT_IMAGE_TOKEN',
+        'if token["content"] != DEFAULT_IMAGE_TOKEN',
+        "Who types </s> into a question ends the turn.",
+        ("data/test_masking.py",),
+    ),
+    Mutation(
+        "beginning-of-sequence-doubled",
+        "data/masking.py",
+        "leading = [] if spelled else self.leading",
+        "leading = self.leading",
+        "Chat templates that spell the BOS token give two of them, which the base model has never read.",
+        ("data/test_masking.py", "data/render/test_chat.py"),
+    ),
+    Mutation(
+        "samples-without-labels-kept",
+        "data/encoder.py",
+        "return self.labels.count(IGNORE_INDEX) < len(self.labels)",
+        "return bool(self.labels)",
+        "Records whose answer was cut off or is empty count as data and train nothing.",
+        ("data/test_dataset.py",),
+    ),
+)
+
+ENCODING = (
+    Mutation(
+        "image-cut-in-half",
+        "data/encoder.py",
+        "if max_length is not None and positions + taken > max_length:",
+        "if max_length is not None and positions >= max_length:",
+        "A long sample ends inside an image: it has more positions than were allowed, which is out of memory on a GPU.",
+        ("data/test_dataset.py", "data/test_encoder.py", "data/test_media.py"),
+    ),
+    Mutation(
+        "image-lengths-off-by-one",
+        "data/encoder.py",
+        "total = len(ids) + sum(span.placeholders * (span.length - 1) for span in every)",
+        "total = len(ids) + sum(span.placeholders * span.length for span in every)",
+        "Samples that just fit are dropped, and the limit of the context is off by one for every image.",
+        ("data/test_dataset.py", "data/test_encoder.py"),
+    ),
+    Mutation(
+        "media-miscounted",
+        "data/encoder.py",
+        "if given != shown:",
+        "if given < shown:",
+        "A chat template that forgets an image trains on a conversation about an image that is not there.",
+        ("data/test_encoder.py", "lmm/test_collators.py", "lmm/test_videos.py"),
+    ),
+    Mutation(
+        "order-the-same-in-every-epoch",
+        "data/sampler.py",
+        "generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)",
+        "generator = torch.Generator().manual_seed(self.seed * 1_000_003)",
+        "Every epoch has the same batches in the same order.",
+        ("data/test_sampler.py",),
+    ),
+)
+
+COLLATING = (
+    Mutation(
+        "images-trained",
+        "data/collate.py",
+        'row["labels"] += [IGNORE_INDEX] * len(run.ids)',
+        'row["labels"] += run.ids',
+        "Most of the loss is the prediction of image placeholders; it falls fast and says nothing.",
+        ("data/test_collate.py",),
+    ),
+    Mutation(
+        "padding-attended",
+        "data/collate.py",
+        'batch["attention_mask"] = torch.zeros(len(rows), width, dtype=torch.long)',
+        'batch["attention_mask"] = torch.ones(len(rows), width, dtype=torch.long)',
+        "Padding counts as tokens: routers balance it, and the router losses are means over it.",
+        ("data/test_collate.py",),
+    ),
+    Mutation(
+        "blank-image-attended",
+        "data/collate.py",
+        'for name, values in {"input_ids": run.ids, **run.extras}.items():',
+        'for name, values in {"input_ids": run.ids, "attention_mask": [1] * len(run.ids), **run.extras}.items():',
+        "A black image that nobody gave is part of a text sample.",
+        ("data/test_collate.py",),
+    ),
+    Mutation(
+        "questions-never-trained",
+        "data/collate.py",
+        'row["labels"].append(token if self.train_questions else label)',
+        'row["labels"].append(label)',
+        "--mask_question_tokens False is taken and does nothing.",
+        ("data/test_collate.py",),
+    ),
+    Mutation(
+        "prompts-padded-on-the-right",
+        "data/collate.py",
+        "place = slice(width - length, width) if self.for_prompts else slice(0, length)",
+        "place = slice(0, length)",
+        "In a batch, all answers but the one to the longest prompt are about padding.",
+        ("data/test_collate.py", "serve/test_answer.py"),
+    ),
+)
+
+ROUTING = (
+    Mutation(
+        "worst-experts-chosen",
+        "moe/router.py",
+        "score_NE = score_NE.clone()",
+        "score_NE = -score_NE",
+        "Every token visits the experts that suit it least; training hides it, for the router turns around.",
+        ("moe/test_router.py",),
+    ),
+    Mutation(
+        "gates-not-renormalised",
+        "moe/router.py",
+        "return gate_Nk / gate_Nk.sum(1, keepdim=True).clamp_min(torch.finfo(gate_Nk.dtype).eps)",
+        "return gate_Nk",
+        "Sparse layers say less than the dense ones did: upcycling is no longer exact.",
+        ("moe/test_router.py", "moe/test_upcycle.py"),
+    ),
+    Mutation(
+        "single-choice-router-starved",
+        "moe/router.py",
+        "return gate_Nk / prob_NE.detach().gather(1, choice.expert_Nk)",
+        "return gate_Nk / prob_NE.gather(1, choice.expert_Nk)",
+        "With one expert a token, the router learns nothing from the answers.",
+        ("moe/test_router.py",),
+    ),
+    Mutation(
+        "capacity-ignored",
+        "moe/router.py",
+        "return (place <= limit).view(expert_Nk.shape[1], -1).t()",
+        "return (place <= len(place)).view(expert_Nk.shape[1], -1).t()",
+        "--capacity_factor is taken and drops nothing; published models answer otherwise than they were trained.",
+        ("moe/test_router.py", "moe/test_upcycle.py"),
+    ),
+    Mutation(
+        "evaluation-has-the-capacity-of-training",
+        "moe/router.py",
+        "factor = spec.capacity_factor if training else spec.eval_capacity_factor",
+        "factor = spec.capacity_factor",
+        "--eval_capacity_factor does nothing; published models drop tokens that they should read.",
+        ("moe/test_router.py",),
+    ),
+    Mutation(
+        "padding-routed",
+        "moe/layer.py",
+        "token_N = None if mask_T is None else every_T[mask_T.to(device)]",
+        "token_N = None",
+        "Balancing losses and loads are those of the padding.",
+        ("moe/test_upcycle.py",),
+    ),
+    Mutation(
+        "routing-redone-on-recompute",
+        "moe/context.py",
+        "return _Enter(region, replay=False), _Enter(region, replay=True)",
+        "return _Enter(region, replay=False), _Enter(region, replay=False)",
+        "Under gradient checkpointing a token's gradient may go to an expert that it has not visited.",
+        ("moe/test_context.py",),
+    ),
+    Mutation(
+        "balancing-bias-the-wrong-way",
+        "moe/losses.py",
+        "bias_E += rate * torch.sign(choices_E.mean() - choices_E)",
+        "bias_E += rate * torch.sign(choices_E - choices_E.mean())",
+        "--router_balance bias makes the fullest expert fuller until it has all tokens.",
+        ("moe/test_losses.py",),
+    ),
+)
+
+LOSSES = (
+    Mutation(
+        "router-losses-per-micro-batch",
+        "moe/losses.py",
+        "aux_per_layer.append(aux / tokens)",
+        "aux_per_layer.append(aux / max(record.n_tokens, 1))",
+        "The balancing loss weighs as many times as there are micro-batches and ranks.",
+        ("moe/test_losses.py",),
+    ),
+    Mutation(
+        "z-loss-not-squared",
+        "moe/losses.py",
+        "z=routing.logit_NE.logsumexp(1).square().sum(),",
+        "z=routing.logit_NE.logsumexp(1).sum(),",
+        "--router_z_loss_coef pushes logits towards minus infinity.",
+        ("moe/test_losses.py",),
+    ),
+    Mutation(
+        "cross-entropy-averaged-twice",
+        "train/loss.py",
+        'reduction="sum", label_smoothing=label_smoothing)',
+        'reduction="mean", label_smoothing=label_smoothing)',
+        "The loss is divided by its tokens twice: the learning rate is a thousandth of what was asked for.",
+        ("train/test_loss.py",),
+    ),
+    Mutation(
+        "labels-not-shifted",
+        "train/loss.py",
+        "shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)",
+        "shifted = labels",
+        "The model learns to repeat the token that it reads: the loss goes to 0 and every answer is noise.",
+        ("train/test_loss.py",),
+    ),
+)
+
+UPCYCLING = (
+    Mutation(
+        "slices-not-scaled",
+        "moe/mlp.py",
+        "setattr(part, layout.output, _linear(output.weight[:, units] * of, output.bias))",
+        "setattr(part, layout.output, _linear(output.weight[:, units], output.bias))",
+        "--init granular starts from a model whose sparse layers say a fraction of what they should.",
+        ("moe/test_upcycle.py",),
+    ),
+    Mutation(
+        "slices-of-one-mlp-torn-apart",
+        "moe/upcycle.py",
+        "draw(n_experts // spec.granularity).repeat_interleave(spec.granularity, dim=0)",
+        "draw(n_experts)",
+        "--init granular mixes slices of different MLPs from the first step on.",
+        ("moe/test_upcycle.py",),
+    ),
+    Mutation(
+        "experts-share-one-tensor",
+        "moe/upcycle.py",
+        "if slices > 1 else copy.deepcopy(mlp)",
+        "if slices > 1 else mlp",
+        "All experts of a layer are one: the sparse model is the dense one and stays so.",
+        ("moe/test_upcycle.py",),
+    ),
+    Mutation(
+        "every-layer-draws-the-same",
+        "moe/upcycle.py",
+        "generator = torch.Generator().manual_seed(spec.init_seed * 100_003 + layer_index)\n    drawn =",
+        "generator = torch.Generator().manual_seed(spec.init_seed * 100_003)\n    drawn =",
+        "The routers of all layers start equal, and `moellava upcycle` gives other models than `train.py`.",
+        ("moe/test_upcycle.py", "convert/test_upcycle_folder.py"),
+    ),
+    Mutation(
+        "published-routing-as-ours",
+        "moe/spec.py",
+        'if "format" in section:',
+        "if section:",
+        "A published MoE-LLaVA is routed by today's defaults, without capacity: its answers are others.",
+        ("moe/test_spec.py", "model/test_published.py"),
+    ),
+    Mutation(
+        "certificate-of-no-numbers",
+        "moe/certificate.py",
+        'if self.exact_in_theory and not probe["max_abs_delta"] <= limit:',
+        'if self.exact_in_theory and probe["max_abs_delta"] > limit:',
+        "A conversion whose logits are NaN is certified as exact.",
+        ("moe/test_certificate.py",),
+    ),
+)
+
+SAVING = (
+    Mutation(
+        "head-of-its-own-lost",
+        "model/saving.py",
+        "if model.config.get_text_config().tie_word_embeddings:",
+        "if not model.config.get_text_config().tie_word_embeddings:",
+        "The folder lacks the head that was trained, or holds a tied one twice.",
+        ("model/test_saving.py",),
+    ),
+    Mutation(
+        "experts-of-every-rank-are-the-first",
+        "moe/deepspeed.py",
+        "return (rank() % self.ep_size) * self.num_local_experts",
+        "return 0",
+        "At --ep_size 2 the second rank's experts are saved over the first one's.",
+        ("moe/test_deepspeed.py",),
+    ),
+    Mutation(
+        "config-moves-first",
+        "files.py",
+        "key=lambda file: (file.name == CONFIG, file.name)",
+        "key=lambda file: (file.name != CONFIG, file.name)",
+        "A run that is killed while it saves leaves a folder that opens, with old weights under a new config.",
+        ("test_files.py",),
+    ),
+    Mutation(
+        "stage-not-noted",
+        "model/saving.py",
+        "note(model.config, **meta)",
+        "note(model.config)",
+        "A folder does not say which stage left it.",
+        ("model/test_saving.py",),
+    ),
+    Mutation(
+        "earlier-template-outlives-the-stage",
+        "model/saving.py",
+        "tokenizer.chat_template = processor.chat_template",
+        "pass",
+        "Plain transformers renders prompts with the base model's template, which the stage has not trained on.",
+        ("model/test_saving.py", "model/test_compose.py"),
+    ),
+    Mutation(
+        "old-section-misread",
+        "model/section.py",
+        'OLD_NAMES = {"lmm_family": "architecture"}',
+        "OLD_NAMES: dict[str, str] = {}",
+        "A released model that an older moellava fine-tuned is opened as if it were composed.",
+        ("model/test_section.py", "lmm/test_released_folders.py", "lmm/test_loaders.py"),
+    ),
+)
+
+RESUMING = (
+    Mutation(
+        "finished-runs-run-again",
+        "train/checkpoint.py",
+        'return bool(stored["finished"])',
+        "return False",
+        "The same command trains a finished model once more, from its last checkpoint.",
+        ("train/test_checkpoint.py",),
+    ),
+    Mutation(
+        "checkpoints-in-the-order-of-text",
+        "train/checkpoint.py",
+        "sorted((int(match[1]), path) for match, path in found if match)",
+        "sorted((match[1], path) for match, path in found if match)",
+        "A killed run goes on from step 900 instead of 1000, and 1000 is the one that is removed.",
+        ("train/test_checkpoint.py",),
+    ),
+    Mutation(
+        "newest-checkpoints-removed",
+        "train/checkpoint.py",
+        "for old in complete_checkpoints(output_dir)[:-keep]:",
+        "for old in complete_checkpoints(output_dir)[keep:]:",
+        "--save_total_limit keeps the oldest checkpoints.",
+        ("train/test_checkpoint.py",),
+    ),
+    Mutation(
+        "sampler-not-told-the-epoch",
+        "train/trainer.py",
+        "self.trainer.train_sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))",
+        "self.trainer.train_sampler.set_epoch(0)",
+        "A run of several epochs reads the same batches in the same order in each of them.",
+        ("train/test_trainer.py",),
+    ),
+    Mutation(
+        "portable-states-under-local-names",
+        "train/deepspeed/portable.py",
+        "yield names.get(name, name), parameter,",
+        "yield name, parameter,",
+        "A run that goes on with another --ep_size gives experts the optimizer states of others.",
+        ("train/deepspeed/test_portable.py",),
+    ),
+    Mutation(
+        "accumulated-steps-too-long",
+        "train/trainer.py",
+        "loss = ce * processes / num_items_in_batch",
+        "loss = ce * processes / max(len(targets), 1)",
+        "With --gradient_accumulation_steps 8 the gradient is eight times what one big batch gives.",
+        ("train/test_trainer.py",),
+    ),
+)
+
+STAGES = (
+    Mutation(
+        "language-model-trains-in-stage-1",
+        "train/stages.py",
+        'chosen = list(vlm.parts["projector"].parameters())\n    if',
+        'chosen = [*vlm.parts["projector"].parameters(), *vlm.parts["language_model"].parameters()]\n    if',
+        "Captions overwrite what the language model knows.",
+        ("train/test_stages.py",),
+    ),
+    Mutation(
+        "projector-frozen-in-stage-2",
+        "train/stages.py",
+        "with_projector = vlm.trains_projector and not args.freeze_mm_mlp_adapter",
+        "with_projector = False",
+        "The language model has to learn around a projector that has only seen captions.",
+        ("train/test_stages.py",),
+    ),
+    Mutation(
+        "routers-frozen-in-stage-3",
+        "train/stages.py",
+        "return list(expert_parameters(vlm.model)) + beside_experts(vlm, args, moe)",
+        "return list(expert_parameters(vlm.model))",
+        "Experts learn on tokens that a random router deals out for ever.",
+        ("train/test_stages.py",),
+    ),
+    Mutation(
+        "parts-by-letters",
+        "model/parts.py",
+        'if components[: keyword.count(".") + 1] == keyword.split(".")',
+        'if ".".join(components).startswith(keyword)',
+        "A keyword takes its neighbour along: `visual` freezes `visual_projector` as well.",
+        ("model/test_parts.py", "lmm/test_parts.py"),
+    ),
+    Mutation(
+        "projector-learning-rate-ignored",
+        "train/optimizer.py",
+        '"lr": projector_lr if part == "projector" else learning_rate,',
+        '"lr": learning_rate,',
+        "--mm_projector_lr is taken and does nothing.",
+        ("train/test_optimizer.py",),
+    ),
+    Mutation(
+        "norms-decay",
+        "train/optimizer.py",
+        "decays = parameter.ndim > 1 and weight_decay > 0",
+        "decays = weight_decay > 0",
+        "--weight_decay pulls the norms' weights to 0.",
+        ("train/test_optimizer.py",),
+    ),
+    Mutation(
+        "adapters-merged-unscaled",
+        "adapters/folder.py",
+        "value = (value.float() + scaling * (b @ a)).to(value.dtype).cpu()",
+        "value = (value.float() + b @ a).to(value.dtype).cpu()",
+        "The merged model is not what was trained and evaluated: alpha / r is lost.",
+        ("adapters/test_lora.py",),
+    ),
+)
+
+ANSWERING = (
+    Mutation(
+        "answers-end-in-the-terminator",
+        "serve/ending.py",
+        "said = said.split(self.plain, 1)[0]",
+        "said = said.strip()",
+        "Answers of models with ### end in ###, and an exact match is none.",
+        ("serve/test_ending.py",),
+    ),
+    Mutation(
+        "image-tokens-answered",
+        "serve/generate.py",
+        "return scores.index_fill(-1, torch.tensor(known, dtype=torch.long, device=scores.device), -math.inf)",
+        "return scores",
+        "A model says an image token, and the next step fails or reads it as a patch.",
+        ("serve/test_generate.py",),
+    ),
+    Mutation(
+        "padding-takes-room-of-prompts",
+        "serve/generate.py",
+        "set_routing_context(model, token_mask=mask_BL[:, -length:].bool())",
+        "set_routing_context(model)",
+        "Where capacity is limited, an answer depends on how much longer the batch's other prompts are.",
+        ("serve/test_generate.py",),
+    ),
+    Mutation(
+        "answers-swapped",
+        "serve/answer.py",
+        "for index, tokens in zip(chosen, said, strict=True):",
+        "for index, tokens in zip(sorted(chosen), said, strict=True):",
+        "Questions of different lengths get each other's answers; scores of a benchmark fall to chance.",
+        ("serve/test_answer.py",),
+    ),
+)
+
+MUTATIONS = (
+    *MASKING,
+    *ENCODING,
+    *COLLATING,
+    *ROUTING,
+    *LOSSES,
+    *UPCYCLING,
+    *SAVING,
+    *RESUMING,
+    *STAGES,
+    *ANSWERING,
+)

@@ -1,0 +1,47 @@
+"""Optimizer states by parameter: experts under their global indices, whichever rank holds them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moellava.errors import UserError
+from moellava.moe import MoESpec, convert_engine, upcycle
+from moellava.train.deepspeed.portable import FOLDER, META, StoredStates, stored_ep_size, trained
+
+
+def test_what_trains_is_named_as_in_the_folder_on_every_rank(tiny_llava, monkeypatch):
+    whole = dict(upcycle(tiny_llava(), MoESpec(moe_mode="sparse", init="noise")).named_parameters())
+    experts = {name for name in whole if ".experts." in name}
+    held = set()
+    for rank in (0, 1):
+        monkeypatch.setattr("moellava.moe.deepspeed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("moellava.moe.deepspeed.world_size", lambda: 2)
+        model = upcycle(tiny_llava(), MoESpec(moe_mode="sparse", init="noise"))
+        model.get_input_embeddings().requires_grad_(False)
+        found = list(trained(convert_engine(model, "deepspeed", ep_size=2)))
+        assert all(torch.equal(parameter, whole[name]) for name, parameter, _ in found)
+        own = {name for name, _, is_expert in found if is_expert}
+        assert {name for name, _, _ in found} - own == whole.keys() - experts - {
+            "model.language_model.embed_tokens.weight"
+        }
+        assert len(own) == len(experts) / 2 and not own & held
+        held |= own
+    assert held == experts
+
+
+def test_states_of_all_ranks_are_read_by_name(tmp_path):
+    for rank, name in enumerate(("head::fp32", "expert::fp32")):
+        save_file({name: torch.full((2,), float(rank))}, tmp_path / f"state-rank-{rank}.safetensors")
+    stored = StoredStates(tmp_path)
+    assert stored.read("head::fp32").tolist() == [0, 0] and stored.read("expert::fp32").tolist() == [1, 1]
+    with pytest.raises(UserError, match="holds no head::exp_avg: the checkpoint is of another model or stage"):
+        stored.read("head::exp_avg")
+
+
+def test_a_checkpoint_says_how_its_experts_were_spread(tmp_path):
+    assert stored_ep_size(tmp_path) is None
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / META).write_text('{"ep_size": 4, "step": 1}')
+    assert stored_ep_size(tmp_path) == 4

@@ -1,0 +1,33 @@
+"""What happens around a step: how its loss is weighed, and which order an epoch has."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moellava.data.sampler import GroupedSampler
+from moellava.train.trainer import RunHooks
+from tests.processes import losses_of, train_here
+from tests.tiny import weights_of
+
+
+@pytest.mark.parametrize(("epoch", "number"), [(None, 0), (0.0, 0), (0.999999999, 1), (1.5, 1), (2.0, 2)])
+def test_the_sampler_is_told_the_epoch(epoch, number):
+    """A resumed run counts epochs by fractions, which may be off by a rounding."""
+    sampler = GroupedSampler([1] * 8, None, batch_size=2)
+    RunHooks(SimpleNamespace(train_sampler=sampler)).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
+    assert sampler.epoch == number
+
+
+def test_accumulated_batches_are_one_batch(flags_for, tmp_path):
+    """Captions of different lengths: a mean over micro-batches would weigh their tokens differently."""
+    one_step = {"max_steps": 1, "save_strategy": "no", "skip_dry_save": True, "learning_rate": 1e-2}
+    splits = {"whole": (8, 1), "split": (2, 4)}
+    for name, (batch, accumulated) in splits.items():
+        size = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        train_here(flags_for(tmp_path, "pretrain") | one_step | size | {"output_dir": tmp_path / name})
+    assert losses_of(tmp_path / "split") == pytest.approx(losses_of(tmp_path / "whole"), abs=1e-5)
+    mine, reference = weights_of(tmp_path / "split"), weights_of(tmp_path / "whole")
+    assert all(torch.allclose(mine[name], reference[name], atol=1e-5) for name in reference)
