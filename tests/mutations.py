@@ -69,7 +69,7 @@ MASKING = (
         "leading = [] if spelled else self.leading",
         "leading = self.leading",
         "Chat templates that spell the BOS token give two of them, which the base model has never read.",
-        ("data/test_masking.py", "data/render/test_chat.py"),
+        ("data/render/test_chat.py",),
     ),
     Mutation(
         "samples-without-labels-kept",
