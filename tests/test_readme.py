@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import io
 import re
 import shlex
@@ -76,7 +77,9 @@ def check_command(words: list[str]) -> None:
         assert not unknown, f"{words}: {unknown}"
     elif program in ("bash", "source", "python"):
         path = next((word for word in rest if not word.startswith("-")), None)
-        if path and path != "-m":
+        if rest[:1] == ["-m"]:
+            assert importlib.util.find_spec(rest[1]), words
+        elif path:
             found = [ROOT / name for name in expand_braces(path)]
             assert all(name.exists() for name in found), words
     else:
