@@ -201,7 +201,7 @@ def test_times_are_told_to_models_that_read_them(videos_of, clips):
         text = dataset.encoder.tokenizer.decode(batch["input_ids"][0])
         assert all(word in text for word in words), text
         assert dataset.encoder.reader.is_timed
-    assert not videos_of("qwen2-vl").reader.is_timed
+    assert not videos_of("qwen2-vl").encoder.reader.is_timed
     batch = batch_of("qwen2.5-vl", videos_of("qwen2.5-vl"), 0)
     assert batch["second_per_grid_ts"].tolist() == pytest.approx([2 / (3 / 20 * 4)])
 
