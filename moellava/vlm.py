@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from moellava.constants import CHAT_TEMPLATE, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from moellava.constants import CHAT_TEMPLATE, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.data.collate import MediaCollator
 from moellava.data.dataset import sample_of
 from moellava.data.encoder import CountedImages, Encoder, Example, image_ids_of
@@ -44,7 +44,7 @@ PROBE_PIXELS = 56
 """Text tokens, and height and width in pixels of the image, that two models are compared on."""
 
 Probes = dict[str, dict[str, Any]]
-"""'text' and 'image' -> inputs of the model."""
+"""'text', and 'image' where there is one, -> inputs of the model."""
 
 
 @dataclass
@@ -171,6 +171,11 @@ class VLM:
 def encoder_of(tokenizer: Any, processor: Any, config: Any, architecture: Architecture | None) -> Encoder:
     """The encoder of a model. Raises UserError where its processor or its template cannot be used."""
     section = section_of(config) or Section()
+    if architecture is not None and section.version != CHAT_TEMPLATE and processor.image_token != DEFAULT_IMAGE_TOKEN:
+        raise UserError(
+            f"--version {section.version} writes {DEFAULT_IMAGE_TOKEN} where an image stands, but {architecture.name} "
+            f"models read {processor.image_token}: leave the flag out, or give --version {CHAT_TEMPLATE}."
+        )
     reader = MediaReader(processor, architecture is None or architecture.loads_images)
     in_parts = architecture is not None and section.version == CHAT_TEMPLATE
     renderer: Renderer = renderer_for(section.version, tokenizer)
@@ -188,7 +193,8 @@ def collator_of(encoder: Encoder, architecture: Architecture | None, train_quest
 
 
 def probes_of(config: Any, collator: MediaCollator, dtype: torch.dtype = torch.float32, seed: int = 0) -> Probes:
-    """Random text, and random text around a random image, as inputs of a model.
+    """Random text, and random text around a random image, as inputs of a model; text alone where the model opens the
+    files of its images itself.
 
     Args:
         config: the model's.
@@ -199,15 +205,16 @@ def probes_of(config: Any, collator: MediaCollator, dtype: torch.dtype = torch.f
     generator = torch.Generator().manual_seed(seed)
     words = min(collator.reader.processor.tokenizer.vocab_size, config.get_text_config().vocab_size)
     ids = torch.randint(words // 2, words, (PROBE_TOKENS,), generator=generator).tolist()
+    text = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, PROBE_TOKENS, dtype=torch.long)}
+    if not collator.reader.loads_images:
+        return {"text": text}
     half = PROBE_TOKENS // 2
     pixels = torch.randint(0, 256, (PROBE_PIXELS, PROBE_PIXELS, 3), generator=generator, dtype=torch.uint8)
-    shown = [*ids[:half], IMAGE_TOKEN_INDEX, *ids[half:]]
-    example = Example(shown, [IGNORE_INDEX] * len(shown))
+    around = [*ids[:half], IMAGE_TOKEN_INDEX, *ids[half:]]
+    example = Example(around, [IGNORE_INDEX] * len(around))
     image = collator.of_prompts()([sample_of(example, [Image.fromarray(pixels.numpy())], "probe")])
-    return {
-        "text": {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, PROBE_TOKENS, dtype=torch.long)},
-        "image": {name: value.to(dtype) if value.is_floating_point() else value for name, value in image.items()},
-    }
+    shown = {name: value.to(dtype) if value.is_floating_point() else value for name, value in image.items()}
+    return {"text": text, "image": shown}
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -108,8 +108,9 @@ def processor_of(manifest: Manifest, architecture: Architecture) -> Any:
         processor = architecture.remote_processor(manifest.folder, manifest.config)
     else:
         processor = load_processor(manifest.folder, architecture, model_type)
-    text = manifest.config.get("text_config") or {}
-    settle_template(processor, architecture, undisguised(text)["model_type"] if text else model_type)
+    if manifest.section is None or manifest.section.version == CHAT_TEMPLATE:  # else a template of ours is beside it
+        text = manifest.config.get("text_config") or {}
+        settle_template(processor, architecture, undisguised(text)["model_type"] if text else model_type)
     return processor
 
 

@@ -98,14 +98,20 @@ def test_merge_lora_gives_the_runs_own_folder(family_id, sparse, tiny_lmm, run, 
     assert merged.processor.chat_template == trained.processor.chat_template
 
 
-def test_merge_lora_runs_a_models_own_code_only_when_it_may(tiny_lmm, run, tmp_path, capsys):
-    folder = run("phi3-v", use_lora=True, lora_r=2, trust_remote_code=True, max_steps=2)
+SLOW = pytest.param("qwen-vl", marks=pytest.mark.slow)  # its vocabulary; its model opens the files of images itself
+
+
+@pytest.mark.parametrize("family_id", ["phi3-v", SLOW])
+def test_merge_lora_runs_a_models_own_code_only_when_it_may(family_id, tiny_lmm, run, tmp_path, capsys):
+    folder = run(family_id, use_lora=True, lora_r=2, trust_remote_code=True, max_steps=2, model_max_length=1024)
     target = tmp_path / "merged"
     adapter = ["--adapter", str(folder / "adapter")]
-    words = ["--model-path", str(tiny_lmm("phi3-v")), *adapter, "--output-dir", str(target)]
+    words = ["--model-path", str(tiny_lmm(family_id)), *adapter, "--output-dir", str(target)]
     assert main(["merge-lora", *words]) == 2 and not target.exists()
     assert "--trust_remote_code True" in capsys.readouterr().err
     assert main(["merge-lora", *words, "--trust_remote_code", "True"]) == 0
+    said = capsys.readouterr().out
+    assert "without an image" in said and ("with an image" in said) is ARCHITECTURES[family_id].loads_images
     merged, trained = (reopen(path, trust_remote_code=True).model.state_dict() for path in (target, folder))
     assert all(torch.equal(merged[name], trained[name]) for name in trained)
 

@@ -6,11 +6,13 @@ import logging
 import pytest
 import torch
 
+from moellava.data.render.jinja import jinja_of
 from moellava.errors import UserError
 from moellava.lmm.loaders import find_model
 from moellava.serve.answer import answer
 from moellava.serve.prompt import Request
 from tests.lmm.tiny import reopen
+from tests.processes import train_here
 
 
 def changed(before, after):
@@ -99,6 +101,24 @@ def test_attention_is_computed_as_asked_and_recomputed_when_asked(family_id, run
 def test_attention_that_does_not_exist_is_named(run):
     with pytest.raises((UserError, ValueError), match="--attn_implementation quick"):
         run("llava-1.5", attn_implementation="quick")
+
+
+@pytest.mark.parametrize("version", ["v1", "v0"])
+def test_a_template_of_ours_takes_the_place_of_the_models_own(version, run):
+    """`v0` ends answers with plain text, so that it could not be a chat template on record. Where a model has other
+    placeholders than our templates write, the flag is refused."""
+    folder = run("llava-1.5", version=version, max_steps=1)
+    vlm = reopen(folder)
+    assert vlm.section.version == vlm.encoder.version == version
+    assert vlm.processor.chat_template == jinja_of(version)
+    with pytest.raises(UserError, match=f"--version {version} writes <image> .* qwen2-vl models read <.image_pad.>"):
+        run("qwen2-vl", "other", version=version, max_steps=1)
+
+
+def test_no_code_of_its_own_runs_in_a_language_model(released_flags, parts):
+    flags = released_flags(None, model_local_path=None, model_name_or_path=parts / "lm", image_tower=parts / "tower")
+    with pytest.raises(UserError, match="--trust_remote_code True, but .* is a language model"):
+        train_here(flags | {"trust_remote_code": True})
 
 
 @pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2.5-vl"])
