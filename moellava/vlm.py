@@ -45,7 +45,7 @@ PROBE_PIXELS = 56
 compared on."""
 
 Probes = dict[str, dict[str, Any]]
-"""'text' and 'image' -> inputs of the model."""
+"""'text', and 'image' where there is one, -> inputs of the model."""
 
 
 @dataclass
@@ -173,6 +173,11 @@ class VLM:
 def encoder_of(tokenizer: Any, processor: Any, config: Any, architecture: Architecture | None) -> Encoder:
     """The encoder of a model. Raises UserError where its processor or its template cannot be used."""
     section = section_of(config) or Section()
+    if architecture is not None and section.version != CHAT_TEMPLATE and processor.image_token != DEFAULT_IMAGE_TOKEN:
+        raise UserError(
+            f"--version {section.version} writes {DEFAULT_IMAGE_TOKEN} where an image stands, but {architecture.name} "
+            f"models read {processor.image_token}: leave the flag out, or give --version {CHAT_TEMPLATE}."
+        )
     reader = MediaReader(processor, architecture is None or architecture.loads_images)
     in_parts = architecture is not None and section.version == CHAT_TEMPLATE
     renderer: Renderer = renderer_for(section.version, tokenizer)
@@ -190,7 +195,8 @@ def collator_of(encoder: Encoder, architecture: Architecture | None, train_quest
 
 
 def probes_of(config: Any, encoder: Encoder, collator: MediaCollator, dtype: torch.dtype, seed: int = 0) -> Probes:
-    """A conversation of random words, and the same about a random image, as inputs of a model.
+    """A conversation of random words, and the same about a random image, as inputs of a model; without an image where
+    the model opens image files itself.
 
     Args:
         config: the model's.
@@ -203,9 +209,11 @@ def probes_of(config: Any, encoder: Encoder, collator: MediaCollator, dtype: tor
     ids = torch.randint(words // 2, words, (2, PROBE_TOKENS), generator=generator)
     asked, said = (tokenizer.decode(row, skip_special_tokens=True) for row in ids)
     pixels = torch.randint(0, 256, (PROBE_PIXELS, PROBE_PIXELS, 3), generator=generator, dtype=torch.uint8)
-    image = Image.fromarray(pixels.numpy())
+    shows: dict[str, list[Any]] = {"text": []}
+    if collator.reader.loads_images:
+        shows["image"] = [Image.fromarray(pixels.numpy())]
     probes: Probes = {}
-    for name, shown in {"text": [], "image": [image]}.items():
+    for name, shown in shows.items():
         turns = [{"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n" * len(shown) + asked}]
         record = {"conversations": [*turns, {"from": "gpt", "value": said}], "image": shown}
         batch = collator.of_prompts()([sample_of(encoder.encode(record, "the probe"), shown, "the probe")])

@@ -284,9 +284,11 @@ def test_probes_are_inputs_of_the_model(name, request):
     text, image = probes["text"], probes["image"]
     placeholder = vlm.placeholder_ids[0]
     shown = image["input_ids"] == placeholder
-    assert set(text) == {"input_ids", "attention_mask"} and "pixel_values" in image and "labels" not in image
-    assert text["input_ids"].shape == (1, PROBE_TOKENS) and placeholder not in text["input_ids"]
-    assert torch.equal(image["input_ids"][~shown], text["input_ids"][0]), "the same words around the image"
+    assert not any("labels" in probe for probe in probes.values()) and "pixel_values" in image
+    assert "pixel_values" not in text and placeholder not in text["input_ids"]
+    assert text["input_ids"].shape[0] == 1 and text["input_ids"].shape[1] >= 2 * PROBE_TOKENS
+    words = text["input_ids"][0, -PROBE_TOKENS:]
+    assert torch.equal(image["input_ids"][0, -PROBE_TOKENS:], words), "the same words behind the image"
     assert shown.sum() >= 4 and image["attention_mask"].all()
     with torch.no_grad():
         logits = vlm.model(**image).logits

@@ -9,6 +9,7 @@ import torch
 
 from moellava.convert.streaming import can_stream, convert_files, sparse_config
 from moellava.errors import UserError
+from moellava.lmm.architecture import registered
 from moellava.model.build import on_meta
 from moellava.model.description import Description
 from moellava.model.manifest import Manifest
@@ -35,8 +36,10 @@ def upcycle_folder(source: Manifest, target: Path, spec: MoESpec, shard_bytes: i
         raise UserError(
             f"{source.flag} {source.name} is sparse already. `train.py --moe_enable True` trains it further."
         )
+    architecture = registered(source)
+    if architecture is not None:  # first: of those that are refused, the code would have to run to describe the folder
+        architecture.refuse_upcycling(f"{source.flag} {source.name}")
     description = describe(source)
-    description.refuse_upcycling(f"{source.flag} {source.name}")
     if can_stream(description):
         return stream(description, target, spec, shard_bytes)
     return in_memory(description, target, spec, f"{source.flag} {source.name}")

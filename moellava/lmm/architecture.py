@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moellava.errors import UnknownNameError
+from moellava.errors import UnknownNameError, UserError
 from moellava.lmm.video_processors import FrameRecipe
 from moellava.model.extended import PREFIX
 from moellava.model.manifest import VLM, Manifest
@@ -69,6 +69,14 @@ class Architecture:
     def remote_code(self) -> bool:
         """Whether the Python files beside its weights have to run."""
         return self.remote_processor is not None
+
+    def refuse_upcycling(self, flag: str) -> None:
+        """Raises UserError where the MLPs are not known here; `flag` is what asked for it, or for the model."""
+        if self.remote_code:
+            raise UserError(
+                f"{flag}: the decoder of {self.name} models is code of their own, whose MLPs are not known here: it "
+                "cannot be upcycled."
+            )
 
     def fits(self, raw: Mapping[str, Any]) -> bool:
         """Whether a config.json is one of this architecture."""

@@ -94,16 +94,7 @@ def describe_released(manifest: Manifest, architecture: Architecture, trust_remo
             model.config.image_token_id = inputs()[1].image_token_id
         return model
 
-    own_code = f"the decoder of {architecture.name} models is code of their own, whose MLPs are not known here"
-    return Description(
-        manifest.folder,
-        config,
-        architecture.keywords,
-        inputs,
-        load,
-        architecture,
-        keeps_mlps=own_code if architecture.remote_code else None,
-    )
+    return Description(manifest.folder, config, architecture.keywords, inputs, load, architecture)
 
 
 def processor_of(manifest: Manifest, architecture: Architecture) -> Any:
@@ -117,8 +108,9 @@ def processor_of(manifest: Manifest, architecture: Architecture) -> Any:
         processor = architecture.remote_processor(manifest.folder, manifest.config)
     else:
         processor = load_processor(manifest.folder, architecture, model_type)
-    text = manifest.config.get("text_config") or {}
-    settle_template(processor, architecture, undisguised(text)["model_type"] if text else model_type)
+    if manifest.section is None or manifest.section.version == CHAT_TEMPLATE:  # else a template of ours is beside it
+        text = manifest.config.get("text_config") or {}
+        settle_template(processor, architecture, undisguised(text)["model_type"] if text else model_type)
     return processor
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from moellava.errors import UserError
 from moellava.model.parts import Keywords
 
 
@@ -25,7 +24,6 @@ class Description:
         load: makes the model, on the CPU and in evaluation mode, in a dtype.
         architecture: of a released model, its entry; None for what is composed here.
         streams: whether its safetensors hold the tensors of its model class, so that they can be converted one by one.
-        keeps_mlps: why its MLPs cannot be turned into experts; None where they can, as far as the folder tells.
     """
 
     folder: Path
@@ -35,9 +33,3 @@ class Description:
     load: Callable[[torch.dtype], Any]
     architecture: Any = None
     streams: bool = True
-    keeps_mlps: str | None = None
-
-    def refuse_upcycling(self, flag: str) -> None:
-        """Raises UserError where the MLPs are not known here; `flag` is what asked for it, or for the model."""
-        if self.keeps_mlps is not None:
-            raise UserError(f"{flag}: {self.keeps_mlps}, so that it cannot be upcycled.")

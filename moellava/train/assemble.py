@@ -60,8 +60,8 @@ def assemble(
     refuse_wrong_start(manifest, is_vlm, stage, model_args, moe_args)
     if is_vlm:
         description = describe(manifest, model_args.trust_remote_code, architecture)
-        if moe_args.moe_enable:
-            description.refuse_upcycling("--moe_enable True")
+        if moe_args.moe_enable and description.architecture is not None:
+            description.architecture.refuse_upcycling("--moe_enable True")
         vlm = build(description, dtype, f"{manifest.flag} {manifest.name}")
         settle(vlm, stage, model_args, data_args)
     else:

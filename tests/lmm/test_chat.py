@@ -9,6 +9,7 @@ from moellava.cli import main as moellava
 from moellava.constants import IGNORE_INDEX
 from moellava.data.video import read_video
 from moellava.errors import UserError
+from moellava.moe import MoESpec, expert_parameters, router_parameters, upcycle
 from moellava.serve.answer import Prompts, answer, stream
 from moellava.serve.generate import Sampling
 from moellava.serve.prompt import Request
@@ -69,10 +70,21 @@ def lively(tiny_lmm):
     return make
 
 
-@pytest.mark.parametrize("family_id", NATIVE)
+def sparse(vlm):
+    """The same model with different experts and routers that choose among them."""
+    spec = MoESpec(moe_mode="dense", num_experts=[4], top_k_experts=2)
+    upcycle(vlm.model, spec)
+    vlm.sparse(spec)
+    for parameter in (*router_parameters(vlm.model), *expert_parameters(vlm.model)):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return vlm
+
+
+@pytest.mark.parametrize("family_id", [*NATIVE, "sparse gemma3", "sparse llama-3.2-vision"])
 def test_a_batch_answers_as_its_requests_do_alone(family_id, lively, pictures, clips):
     """One image, two or a video, and text alone; of three lengths, so that two of them are padded on the left."""
-    vlm = lively(family_id)
+    experts, _, family_id = family_id.rpartition(" ")
+    vlm = sparse(lively(family_id)) if experts else lively(family_id)
     shown = {"images": pictures[:2]}
     if family_id in WITH_VIDEO:
         shown = {"videos": [read_video(clips / "shapes.mp4", FRAMES)]}

@@ -9,12 +9,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from moellava.cli import main
-from moellava.files import read_config
 from moellava.lmm.architecture import ARCHITECTURES
-from moellava.lmm.folders import is_released, open_folder
+from moellava.model.section import Section
 from moellava.moe import moe_layers
-from moellava.train.arguments import parse_arguments
-from moellava.train.train import train
+from moellava.vlm import open_vlm
+from tests.lmm.tiny import reopen
 
 
 def upcycle(folder, target, *flags):
@@ -22,17 +21,13 @@ def upcycle(folder, target, *flags):
     return main(["upcycle", "--model-path", str(folder), "--output-dir", str(target), *words])
 
 
-def opened_fp32(folder):
-    return open_folder(folder, torch.float32)
-
-
-def logits(opened, probes):
+def logits(vlm, probes):
     with torch.no_grad():
-        return {name: opened.model(**probe, use_cache=False).logits for name, probe in probes.items()}
+        return {name: vlm.model(**probe, use_cache=False).logits for name, probe in probes.items()}
 
 
 def assert_equal_models(one, other, atol):
-    one, other = opened_fp32(one), opened_fp32(other)
+    one, other = reopen(one), reopen(other)
     probes = one.probes()
     before, after = logits(one, probes), logits(other, probes)
     for name in probes:
@@ -52,21 +47,17 @@ def test_upcycling_streams_and_keeps_the_logits(conforming, tiny_lmm, tmp_path, 
     certificate = json.loads((target / "moe_certificate.json").read_text())
     assert set(certificate["probes"]) == {"text", "image"}
     assert max(probe["max_abs_delta"] for probe in certificate["probes"].values()) < 1e-6
-    sparse = opened_fp32(target)
-    assert sparse.family is ARCHITECTURES[conforming] and len(moe_layers(sparse.model)) >= 2
-    assert sparse.model.config.moellava == {
-        "version": "chat_template",
-        "lmm_family": conforming,
-        "stage": "moe",
-    }
+    sparse = reopen(target)
+    assert sparse.architecture is ARCHITECTURES[conforming] and len(moe_layers(sparse.model)) >= 2
+    assert sparse.section == Section(version="chat_template", architecture=conforming, stage="moe")
 
 
 def test_a_folder_that_cannot_be_streamed_is_converted_in_memory(tiny_lmm, tmp_path, monkeypatch):
     folder = tiny_lmm("qwen2.5-vl")
     assert upcycle(folder, tmp_path / "streamed") == 0
-    monkeypatch.setattr("moellava.commands.upcycle.can_stream", lambda *_: False)
+    monkeypatch.setattr("moellava.convert.upcycle_folder.can_stream", lambda *_: False)
     assert upcycle(folder, tmp_path / "whole") == 0
-    one, other = (opened_fp32(tmp_path / name).model.state_dict() for name in ("streamed", "whole"))
+    one, other = (reopen(tmp_path / name).model.state_dict() for name in ("streamed", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -91,17 +82,15 @@ def test_a_decoder_without_plain_mlps_stops_before_anything_is_computed(tiny_lmm
 
 
 @pytest.mark.parametrize(("family_id", "sparse"), [("llava-1.5", False), ("qwen2.5-vl", True), ("gemma3", False)])
-def test_merge_lora_gives_the_runs_own_folder(family_id, sparse, tiny_lmm, released_flags, tmp_path, capsys):
-    flags = released_flags(tiny_lmm(family_id), use_lora=True, lora_r=4, train_vision_projector=not sparse)
-    if sparse:
-        flags |= {"moe_enable": True, "moe_mode": "dense", "num_experts": 2}
-    run = train(*parse_arguments([str(word) for key, value in flags.items() for word in (f"--{key}", value)]))
+def test_merge_lora_gives_the_runs_own_folder(family_id, sparse, tiny_lmm, run, tmp_path, capsys):
+    flags = {"moe_enable": True, "moe_mode": "dense", "num_experts": 2} if sparse else {}
+    folder = run(family_id, use_lora=True, lora_r=4, train_vision_projector=not sparse, **flags)
     target = tmp_path / "merged"
-    words = ["--model-path", str(tiny_lmm(family_id)), "--adapter", str(run / "adapter"), "--output-dir", str(target)]
-    assert main(["merge-lora", *words]) == 0
+    words = ["--model-path", tiny_lmm(family_id), "--adapter", folder / "adapter", "--output-dir", target]
+    assert main(["merge-lora", *map(str, words)]) == 0
     assert "with an image" in capsys.readouterr().out
-    assert is_released(read_config(target, "test"))
-    merged, trained = opened_fp32(target), opened_fp32(run)
+    merged, trained = reopen(target), reopen(folder)
+    assert merged.architecture is ARCHITECTURES[family_id] and merged.section == trained.section
     assert type(merged.model) is type(trained.model) and type(merged.processor) is type(trained.processor)
     assert bool(moe_layers(merged.model)) is sparse
     one, other = merged.model.state_dict(), trained.model.state_dict()
@@ -109,15 +98,21 @@ def test_merge_lora_gives_the_runs_own_folder(family_id, sparse, tiny_lmm, relea
     assert merged.processor.chat_template == trained.processor.chat_template
 
 
-def test_merge_lora_runs_a_models_own_code_only_when_it_may(tiny_lmm, released_flags, tmp_path, capsys):
-    flags = released_flags(tiny_lmm("phi3-v"), use_lora=True, lora_r=2, trust_remote_code=True, max_steps=2)
-    run = train(*parse_arguments([str(word) for key, value in flags.items() for word in (f"--{key}", value)]))
+SLOW = pytest.param("qwen-vl", marks=pytest.mark.slow)  # its vocabulary; its model opens the files of images itself
+
+
+@pytest.mark.parametrize("family_id", ["phi3-v", SLOW])
+def test_merge_lora_runs_a_models_own_code_only_when_it_may(family_id, tiny_lmm, run, tmp_path, capsys):
+    folder = run(family_id, use_lora=True, lora_r=2, trust_remote_code=True, max_steps=2, model_max_length=1024)
     target = tmp_path / "merged"
-    words = ["--model-path", str(tiny_lmm("phi3-v")), "--adapter", str(run / "adapter"), "--output-dir", str(target)]
+    adapter = ["--adapter", str(folder / "adapter")]
+    words = ["--model-path", str(tiny_lmm(family_id)), *adapter, "--output-dir", str(target)]
     assert main(["merge-lora", *words]) == 2 and not target.exists()
     assert "--trust_remote_code True" in capsys.readouterr().err
     assert main(["merge-lora", *words, "--trust_remote_code", "True"]) == 0
-    merged, trained = (open_folder(path, torch.float32, True).model.state_dict() for path in (target, run))
+    said = capsys.readouterr().out
+    assert "without an image" in said and ("with an image" in said) is ARCHITECTURES[family_id].loads_images
+    merged, trained = (reopen(path, trust_remote_code=True).model.state_dict() for path in (target, folder))
     assert all(torch.equal(merged[name], trained[name]) for name in trained)
 
 
@@ -133,17 +128,16 @@ def tied(tiny_lmm, tmp_path):
     return folder
 
 
-def test_a_head_that_is_the_embedding_is_stored_once_and_learns_as_one(tied, released_flags, tmp_path):
+def test_a_head_that_is_the_embedding_is_stored_once_and_learns_as_one(tied, run, tmp_path):
     assert upcycle(tied, tmp_path / "moe") == 0
     stored = load_file(tmp_path / "moe" / "model.safetensors")
     assert "lm_head.weight" not in stored
-    kinds = {tensor.dtype for name, tensor in stored.items() if "router" not in name}
-    assert kinds == {torch.bfloat16}
+    assert {tensor.dtype for name, tensor in stored.items() if "router" not in name} == {torch.bfloat16}
     assert_equal_models(tied, tmp_path / "moe", atol=1e-6)
-    flags = released_flags(tied, use_vision_lora=True, lora_r=2, bf16=True, max_steps=2)
-    run = train(*parse_arguments([str(word) for key, value in flags.items() for word in (f"--{key}", value)]))
-    words = ["--model-path", tied, "--adapter", run / "adapter", "--output-dir", tmp_path / "merged"]
+    folder = run(tied, use_vision_lora=True, lora_r=2, bf16=True, max_steps=2)
+    words = ["--model-path", tied, "--adapter", folder / "adapter", "--output-dir", tmp_path / "merged"]
     assert main(["merge-lora", *map(str, words)]) == 0
-    merged, trained = (open_folder(folder, torch.bfloat16).model for folder in (tmp_path / "merged", run))
+    paths = (tmp_path / "merged", folder)
+    merged, trained = (open_vlm(path, device="cpu", dtype=torch.bfloat16).model for path in paths)
     assert merged.lm_head.weight is merged.get_input_embeddings().weight
     assert all(torch.equal(value, trained.state_dict()[name]) for name, value in merged.state_dict().items())

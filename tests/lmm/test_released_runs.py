@@ -8,12 +8,11 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from moellava.cli import main
-from moellava.lmm.folders import open_folder
-from moellava.train.arguments import parse_arguments
-from moellava.train.train import train
+from tests.lmm.tiny import reopen
+from tests.processes import train_here
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = ["llava-1.5", "qwen2-vl"]
+ARCHITECTURES = ["llava-1.5", "qwen2-vl"]
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def trained(result):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family_id", KINDS)
+@pytest.mark.parametrize("family_id", ARCHITECTURES)
 def test_train_merge_upcycle_train_again_and_chat(
     family_id, tiny_lmm, released_flags, run_train, moellava, pictures, tmp_path
 ):
@@ -42,7 +41,7 @@ def test_train_merge_upcycle_train_again_and_chat(
                     "--output-dir", tmp_path / "merged")  # fmt: skip
     assert "merging changes them by" in said and "with an image" in said
     plain, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(info[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(plain) is type(AutoModelForImageTextToText.from_pretrained(base))
     assert "processor_class" in json.loads((tmp_path / "merged" / "processor_config.json").read_text())
 
@@ -50,7 +49,7 @@ def test_train_merge_upcycle_train_again_and_chat(
                     "--moe_mode", "dense", "--num_experts", "2")  # fmt: skip
     assert "exact in theory" in said
     trained(run_train(released_flags(tmp_path / "moe", "moe-run", moe_enable=True)))
-    before, after = (open_folder(tmp_path / name, torch.float32).model.state_dict() for name in ("moe", "moe-run"))
+    before, after = (reopen(tmp_path / name).model.state_dict() for name in ("moe", "moe-run"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(".mlp.experts." in name or ".mlp.router." in name for name in moved)
     assert moellava("chat", "--model-path", tmp_path / "moe-run", "--image-file", pictures[0],
@@ -75,7 +74,7 @@ def one_with_and_one_without(released_flags, clips, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family_id", KINDS)
+@pytest.mark.parametrize("family_id", ARCHITECTURES)
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_rank_without_an_image_trains_beside_one_with(
     zero, family_id, tiny_lmm, one_with_and_one_without, run_train, losses_of, tmp_path
@@ -88,7 +87,7 @@ def test_a_rank_without_an_image_trains_beside_one_with(
     trained(result)
     assert (result.stdout + result.stderr).count("Sample answer at step 3") == 1, "answered together, shown once"
     flags = one_with_and_one_without(tiny_lmm(family_id), "whole", skip_dry_save=True)
-    train(*parse_arguments([str(word) for key, value in flags.items() for word in (f"--{key}", value)]))
+    train_here(flags)
     assert losses_of(tmp_path / "split") == pytest.approx(losses_of(tmp_path / "whole"), abs=1e-4)
-    one, other = (open_folder(tmp_path / name, torch.float32).model.state_dict() for name in ("split", "whole"))
+    one, other = (reopen(tmp_path / name).model.state_dict() for name in ("split", "whole"))
     assert all(torch.allclose(one[name], other[name], atol=2e-3) for name in other)

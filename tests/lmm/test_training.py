@@ -6,34 +6,18 @@ import logging
 import pytest
 import torch
 
+from moellava.data.render.jinja import jinja_of
 from moellava.errors import UserError
-from moellava.lmm.loaders import find_model, load_lmm
-from moellava.serve.generate import Sampling
+from moellava.lmm.loaders import find_model
+from moellava.serve.answer import answer
 from moellava.serve.prompt import Request
-from moellava.serve.released import open_released, stream_released
-from moellava.train.arguments import parse_arguments
-from moellava.train.train import train
-
-
-@pytest.fixture
-def run(tiny_lmm, released_flags):
-    """(family or folder, name of the run, flags) -> the folder that a short run leaves, in this process."""
-
-    def start(model, name="run", **flags):
-        flags = released_flags(model if "/" in str(model) else tiny_lmm(model), name, **flags)
-        return train(*parse_arguments([str(word) for key, value in flags.items() for word in (f"--{key}", value)]))
-
-    return start
-
-
-def reopened(folder):
-    path, raw, family = find_model(None, str(folder))
-    return load_lmm(path, raw, family, dtype=torch.float32)
+from tests.lmm.tiny import reopen
+from tests.processes import train_here
 
 
 def changed(before, after):
     """Names of the tensors that differ; the hub's folders store them under older names, hence by way of the models."""
-    old, new = (reopened(folder).model.state_dict() for folder in (before, after))
+    old, new = (reopen(folder).model.state_dict() for folder in (before, after))
     return {name for name in old if not torch.equal(old[name], new[name])}
 
 
@@ -49,14 +33,14 @@ def test_a_run_leaves_a_folder_of_the_models_own_class(family_id, run, tiny_lmm)
 
     folder = run(family_id)
     model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(info[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     moved = changed(tiny_lmm(family_id), folder)
     assert moved and all("language_model" in name or "lm_head" in name for name in moved), "projector and tower rest"
-    released = reopened(folder)
-    assert released.family.name == family_id
-    assert type(released.model) is type(model)
+    vlm = reopen(folder)
+    assert vlm.architecture.name == family_id
+    assert type(vlm.model) is type(model)
     saved = json.loads((folder / "processor_config.json").read_text())
-    assert saved["processor_class"] == type(released.processor).__name__
+    assert saved["processor_class"] == type(vlm.processor).__name__
 
 
 def test_what_trains_is_what_is_asked_for(run, tiny_lmm):
@@ -84,7 +68,7 @@ def test_a_released_model_is_upcycled_and_trained_further(family_id, run):
     assert certificate["exact_in_theory"]
     assert all(probe["max_abs_delta"] < 1e-5 for probe in certificate["probes"].values())
     assert {"text", "image"} == set(certificate["probes"])
-    assert find_model(None, str(folder))[2].name == family_id
+    assert find_model(None, str(folder))[1].name == family_id
     further = run(folder, "further", moe_enable=True)
     moved = changed(folder, further)
     assert moved and all(".mlp.experts." in name or ".mlp.router." in name for name in moved)
@@ -119,6 +103,24 @@ def test_attention_that_does_not_exist_is_named(run):
         run("llava-1.5", attn_implementation="quick")
 
 
+@pytest.mark.parametrize("version", ["v1", "v0"])
+def test_a_template_of_ours_takes_the_place_of_the_models_own(version, run):
+    """`v0` ends answers with plain text, so that it could not be a chat template on record. Where a model has other
+    placeholders than our templates write, the flag is refused."""
+    folder = run("llava-1.5", version=version, max_steps=1)
+    vlm = reopen(folder)
+    assert vlm.section.version == vlm.encoder.version == version
+    assert vlm.processor.chat_template == jinja_of(version)
+    with pytest.raises(UserError, match=f"--version {version} writes <image> .* qwen2-vl models read <.image_pad.>"):
+        run("qwen2-vl", "other", version=version, max_steps=1)
+
+
+def test_no_code_of_its_own_runs_in_a_language_model(released_flags, parts):
+    flags = released_flags(None, model_local_path=None, model_name_or_path=parts / "lm", image_tower=parts / "tower")
+    with pytest.raises(UserError, match="--trust_remote_code True, but .* is a language model"):
+        train_here(flags | {"trust_remote_code": True})
+
+
 @pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2.5-vl"])
 def test_sample_answers_are_what_chat_says(family_id, run, tmp_path, pictures, caplog):
     flags = {"eval_data_path": tmp_path / "data.json", "eval_strategy": "steps", "eval_steps": 3, "eval_samples": 2}
@@ -126,16 +128,13 @@ def test_sample_answers_are_what_chat_says(family_id, run, tmp_path, pictures, c
         folder = run(family_id, **flags)
     shown = [entry.args for entry in caplog.records if entry.msg.startswith("Sample answer")]
     assert [prompt.count("Hello?") for _, _, prompt, _, _ in shown] == [1, 1], "records 0 and 4 are text alone"
-    released = open_released(str(folder), "cpu")
-    said = "".join(stream_released(released, Request("Hello?"), Sampling(max_new_tokens=64)))
-    assert {answer for *_, answer, _ in shown} == {said.strip()}
+    (said,) = answer(reopen(folder), [Request("Hello?")], max_new_tokens=64)
+    assert {told for *_, told, _ in shown} == {said}
     assert [reference for *_, reference in shown] == ["A fractal, number 0.", "A fractal, number 4."]
     caplog.clear()
     with caplog.at_level(logging.INFO, "moellava"):
         folder = run(family_id, "more", **flags | {"eval_samples": 8})
     shown = [entry.args for entry in caplog.records if entry.msg.startswith("Sample answer")]
-    said = "".join(
-        stream_released(open_released(str(folder), "cpu"), Request("What is it?", [pictures[1]]), Sampling(64))
-    )
-    assert shown[1][3] == said.strip() and "What is it?" in shown[1][2]
+    (said,) = answer(reopen(folder), [Request("What is it?", [pictures[1]])], max_new_tokens=64)
+    assert shown[1][3] == said and "What is it?" in shown[1][2]
     assert "eval_loss" in (folder / "trainer_state.json").read_text()

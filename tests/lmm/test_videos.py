@@ -11,16 +11,15 @@ from PIL import Image
 
 from moellava.cli import main as moellava
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
-from moellava.data.media_reader import video_arguments
+from moellava.data.media_reader import modality_of, video_arguments
 from moellava.data.video import read_video
 from moellava.errors import DataError, UserError
-from moellava.lmm.family_collators import collator_for
+from moellava.serve.answer import Prompts, stream
 from moellava.serve.generate import Sampling
 from moellava.serve.prompt import Request
-from moellava.serve.released import inputs_of, stream_released
 from moellava.train.arguments import parse_arguments
-from moellava.train.train import train
-from tests.lmm.tiny import NATIVE, TINY, WITH_VIDEO
+from tests.lmm.tiny import NATIVE, TINY, WITH_VIDEO, batch_of
+from tests.processes import train_here, words_of
 
 AS_IMAGES = [name for name in NATIVE if name not in WITH_VIDEO]
 """Those that see a video as its frames."""
@@ -65,11 +64,6 @@ def videos_of(samples_of, clips):
     return make
 
 
-def collate(family_id, dataset, *numbers):
-    collator = collator_for(family_id, dataset.reader.processor, reader=dataset.reader)
-    return collator([dataset[number] for number in numbers])
-
-
 def expected(processor, record, shown):
     """What the processor itself gives for a record, shown images and videos in the order of their tags."""
     messages = []
@@ -77,8 +71,8 @@ def expected(processor, record, shown):
         parts = []
         if turn["from"] == "human":
             for word in turn["value"].replace("<video>\n", "<video>").replace(">", ">|").replace("<", "|<").split("|"):
-                kind = word.strip("<>") if word in ("<video>", "<image>") else None
-                parts += [{"type": kind}] if kind else [{"type": "text", "text": word}] if word else []
+                modality = word.strip("<>") if word in ("<video>", "<image>") else None
+                parts += [{"type": modality}] if modality else [{"type": "text", "text": word}] if word else []
         else:
             parts = [{"type": "text", "text": turn["value"]}]
         messages.append({"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": parts})
@@ -100,13 +94,13 @@ def test_a_batch_is_what_the_processor_makes_of_the_rendered_text(family_id, vid
     if family_id == "smolvlm":
         del shown[1]  # its processor lets the images of a text go when there are videos in it
     for number, media in shown.items():
-        batch = collate(family_id, dataset, number)
-        wanted = expected(dataset.reader.processor, RECORDS[number], media)
+        batch = batch_of(family_id, dataset, number)
+        wanted = expected(dataset.encoder.reader.processor, RECORDS[number], media)
         assert set(batch) == set(wanted) | {"labels"}
         for name, value in wanted.items():
             torch.testing.assert_close(batch[name], torch.as_tensor(value), rtol=0, atol=0, msg=f"{number} {name}")
         assert dataset.lengths[number] == batch["input_ids"].shape[1]
-    assert dataset.modalities == [True, True, True, False]
+    assert dataset.shows_media == [True, True, True, False]
 
 
 @pytest.mark.parametrize("family_id", WITH_VIDEO)
@@ -114,8 +108,8 @@ def test_only_answers_train_and_a_row_does_not_feel_the_others(family_id, videos
     """A batch of a video, a video beside an image, an image, and text; then each of them alone."""
     records = [RECORDS[0] | {"conversations": [*RECORDS[0]["conversations"][:3], TYPED]}, *RECORDS[1:]]
     dataset, model = videos_of(family_id, records), opened(family_id).model
-    tokenizer = dataset.reader.processor.tokenizer
-    batch = collate(family_id, dataset, 0, 1, 2, 3)
+    tokenizer = dataset.encoder.tokenizer
+    batch = batch_of(family_id, dataset, 0, 1, 2, 3)
     decoded = [tokenizer.decode(row[row != IGNORE_INDEX]) for row in batch["labels"]]
     end = tokenizer.eos_token
     assert [text.replace(" ", "") for text in decoded] == [
@@ -129,7 +123,7 @@ def test_only_answers_train_and_a_row_does_not_feel_the_others(family_id, videos
     with torch.no_grad():
         logits = model(**batch).logits
         for row in range(4):
-            alone = collate(family_id, dataset, row)
+            alone = batch_of(family_id, dataset, row)
             kept = alone["attention_mask"][0].bool()
             whole = model(**alone).logits[0, kept]
             torch.testing.assert_close(logits[row, : len(whole)], whole, rtol=1e-4, atol=1e-5)
@@ -144,7 +138,7 @@ def test_what_is_seen_decides_what_is_said(family_id, videos_of, opened, clips):
     said = []
     for name in ("shapes.mp4", "wide.mp4"):
         dataset = videos_of(family_id, [RECORDS[0] | {"video": name}])
-        batch = collate(family_id, dataset, 0)
+        batch = batch_of(family_id, dataset, 0)
         with torch.no_grad():
             said.append(opened(family_id).model(**batch).logits[0, -1])
     assert not torch.allclose(*said, atol=1e-6)
@@ -162,10 +156,11 @@ def test_elsewhere_a_video_is_its_frames_as_images(family_id, videos_of, clips, 
         "conversations": [said[0] | {"value": "<image>" * FRAMES + "\nWhat is shown?"}, *said[1:]],
     }
     dataset = videos_of(family_id, [RECORDS[0], spelled])
-    clip, images = collate(family_id, dataset, 0), collate(family_id, dataset, 1)
+    clip, images = batch_of(family_id, dataset, 0), batch_of(family_id, dataset, 1)
     assert clip.keys() == images.keys() and dataset.lengths[0] == dataset.lengths[1]
     assert all(torch.equal(clip[name], images[name]) for name in clip)
-    assert dataset[0]["input_ids"].tolist().count(IMAGE_TOKEN_INDEX) == FRAMES and not dataset[0]["videos"]
+    assert dataset[0]["input_ids"].tolist().count(IMAGE_TOKEN_INDEX) == FRAMES
+    assert all(isinstance(shown, Image.Image) for shown in dataset[0]["media"])
 
 
 @pytest.mark.parametrize("family_id", ["llava-1.5", "qwen3-vl"])
@@ -175,7 +170,7 @@ def test_a_video_is_never_cut(family_id, videos_of):
     turns = [{"from": role, "value": text} for role, text in said]
     record = {"id": "two", "video": ["shapes.mp4", "wide.mp4"], "conversations": turns}
     whole = videos_of(family_id, [record])
-    full, units = whole.lengths[0], len(whole[0]["images"]) + len(whole[0]["videos"])
+    full, units = whole.lengths[0], len(whole[0]["media"])
     seen = set()
     for max_length in range(full * 2 // 3, full + 1, 2):
         text = {"id": "text", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
@@ -183,16 +178,16 @@ def test_a_video_is_never_cut(family_id, videos_of):
         if len(dataset) == 1:
             continue
         sample = dataset[0]
-        assert len(sample["images"]) + len(sample["videos"]) in (units // 2, units)
-        assert collate(family_id, dataset, 0)["input_ids"].shape[1] == dataset.lengths[0] <= max_length
-        seen.add(len(sample["images"]) + len(sample["videos"]))
+        assert len(sample["media"]) in (units // 2, units)
+        assert batch_of(family_id, dataset, 0)["input_ids"].shape[1] == dataset.lengths[0] <= max_length
+        seen.add(len(sample["media"]))
     assert seen == {units // 2, units}
 
 
 @pytest.mark.parametrize("family_id", [name for name in TINY if TINY[name].video_prompt])
 def test_what_a_model_reads(family_id, videos_of):
     dataset = videos_of(family_id, [RECORDS[0] | {"conversations": RECORDS[0]["conversations"][:2]}])
-    text = dataset.reader.processor.tokenizer.decode(collate(family_id, dataset, 0)["input_ids"][0])
+    text = dataset.encoder.tokenizer.decode(batch_of(family_id, dataset, 0)["input_ids"][0])
     text = re.sub(r"(<[^<>]+>)\1+", lambda run: f"{run[1]}×{len(run[0]) // len(run[1])}", text)
     # Spaces apart: SentencePiece's decoder shows some more behind special tokens.
     assert text.replace(" ", "") == TINY[family_id].video_prompt.replace(" ", "")
@@ -202,27 +197,27 @@ def test_times_are_told_to_models_that_read_them(videos_of, clips):
     """Qwen3-VL's tokens name the seconds of the frames that were chosen, SmolVLM's the minutes and the duration."""
     for family_id, words in {"qwen3-vl": ["<1.1 seconds>", "<4.8 seconds>"], "smolvlm": ["0:00:05", "00:04"]}.items():
         dataset = videos_of(family_id)
-        batch = collate(family_id, dataset, 0)
-        text = dataset.reader.processor.tokenizer.decode(batch["input_ids"][0])
+        batch = batch_of(family_id, dataset, 0)
+        text = dataset.encoder.tokenizer.decode(batch["input_ids"][0])
         assert all(word in text for word in words), text
-        assert dataset.reader.is_timed
-    assert not videos_of("qwen2-vl").reader.is_timed
-    batch = collate("qwen2.5-vl", videos_of("qwen2.5-vl"), 0)
+        assert dataset.encoder.reader.is_timed
+    assert not videos_of("qwen2-vl").encoder.reader.is_timed
+    batch = batch_of("qwen2.5-vl", videos_of("qwen2.5-vl"), 0)
     assert batch["second_per_grid_ts"].tolist() == pytest.approx([2 / (3 / 20 * 4)])
 
 
 def test_pixels_of_images_and_videos_under_one_name_go_in_the_order_of_their_tokens(videos_of):
     for family_id in ("internvl", "smolvlm"):
         dataset = videos_of(family_id)
-        reader, sample = dataset.reader, dataset[1]
+        reader, sample = dataset.encoder.reader, dataset[1]
         assert [t for t in sample["input_ids"].tolist() if t < 0] == [
             VIDEO_TOKEN_INDEX,
             IMAGE_TOKEN_INDEX,
             VIDEO_TOKEN_INDEX,
         ]
-        shown = [sample["videos"][0], sample["images"][0], sample["videos"][1]]
-        alone = [reader.read([[one]]).tensors["pixel_values"].flatten(0, -4) for one in shown]
-        together = collate(family_id, dataset, 1)["pixel_values"].flatten(0, -4)
+        assert [modality_of(one) for one in sample["media"]] == ["video", "image", "video"]
+        alone = [reader.read([[one]]).tensors["pixel_values"].flatten(0, -4) for one in sample["media"]]
+        together = batch_of(family_id, dataset, 1)["pixel_values"].flatten(0, -4)
         assert torch.equal(together, torch.cat(alone))
 
 
@@ -237,32 +232,32 @@ def test_what_cannot_be_shown_is_named_before_training(videos_of, opened):
     with pytest.raises(DataError, match="Record clip of .*: the processor cannot take videos of .*64, 64"):
         videos_of("qwen3-vl", [RECORDS[0]], num_frames=1)
     with pytest.raises(DataError, match="Record clip of .* has a video, but this model reads images by their paths"):
-        videos_of("llava-1.5", [RECORDS[0]], to_load_image=False)
+        videos_of("llava-1.5", [RECORDS[0]], loads_images=False)
 
 
-def test_a_collator_counts_what_stands_behind_placeholders(videos_of):
+def test_a_collator_counts_what_stands_behind_placeholders(videos_of, opened):
     sample = videos_of("qwen2-vl")[1]
-    collator = collator_for("qwen2-vl", videos_of("qwen2-vl").reader.processor)
-    with pytest.raises(ValueError, match="Record both of .* has 2 placeholders but 1 videos"):
-        collator([sample | {"videos": sample["videos"][:1]}])
+    with pytest.raises(ValueError, match="Record both of .* has 3 placeholders but 2 media"):
+        opened("qwen2-vl").collator()([sample | {"media": sample["media"][:2]}])
 
 
 @pytest.mark.parametrize("family_id", ["qwen2-vl", "qwen3-vl", "internvl", "llava-1.5"])
 def test_chat_reads_what_training_shows(family_id, videos_of, opened, clips, pictures):
     """A video and an image between two texts, up to where the answer begins; and an answer comes."""
-    dataset, released = videos_of(family_id), opened(family_id)
-    batch = collate(family_id, dataset, 1)
+    dataset, vlm = videos_of(family_id), opened(family_id)
+    batch = batch_of(family_id, dataset, 1)
     prompt = int((batch["labels"][0] == IGNORE_INDEX).long().cumprod(0).sum())
     videos = [read_video(clips / name, FRAMES) for name in ("wide.mp4", "short.mkv")]
     request = Request(RECORDS[1]["conversations"][0]["value"], [pictures[0]], videos=videos)
-    inputs = inputs_of(released, request)
+    prompts = Prompts(vlm)
+    inputs = prompts.batch([prompts.example(request)])
     assert torch.equal(inputs["input_ids"][0], batch["input_ids"][0, :prompt])
     assert all(
         torch.equal(inputs[name], batch[name]) for name in inputs if name.startswith(("pixel", "video", "image"))
     )
-    said = "".join(stream_released(released, request, Sampling(max_new_tokens=3)))
-    tokens = released.model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, prompt:]
-    assert said == released.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    said = "".join(stream(vlm, request, Sampling(max_new_tokens=3)))
+    tokens = vlm.model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, prompt:]
+    assert said == vlm.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 @pytest.fixture
@@ -274,7 +269,7 @@ def run_on(tiny_lmm, released_flags, clips, tmp_path):
         data = {"data_path": tmp_path / "videos.json", "video_folder": clips, "num_frames": FRAMES}
         roles = {"user_key": "human", "assistant_key": "gpt"}
         flags = released_flags(tiny_lmm("qwen2.5-vl"), "run", **data, **roles, **{"model_max_length": 512} | flags)
-        folder = train(*parse_arguments([str(word) for name, value in flags.items() for word in (f"--{name}", value)]))
+        folder = train_here(flags)
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return folder, [row for row in history if "loss" in row]
 
@@ -300,15 +295,15 @@ def test_a_videos_tokens_are_image_tokens_to_the_load_of_experts(run_on):
 def test_flags_of_videos_are_checked(tiny_lmm, released_flags):
     flags = released_flags(tiny_lmm("qwen2-vl"), "run", num_frames=0)
     with pytest.raises(UserError, match="--num_frames 0: a video is at least 1 frame"):
-        parse_arguments([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
+        parse_arguments(words_of(flags))
 
 
 @pytest.mark.parametrize("family_id", ["llava-onevision", "qwen2-vl", "internvl"])
 def test_every_batch_runs_the_tower_equally_often(family_id, videos_of, opened, monkeypatch):
     """A video, an image, both, or neither; and what is blank changes nothing that is said."""
     dataset, model = videos_of(family_id), opened(family_id).model
-    assert dataset.kinds == ("image", "video")
-    collator = collator_for(family_id, dataset.reader.processor, reader=dataset.reader)
+    assert dataset.modalities == ("image", "video")
+    collator = opened(family_id).collator()
     tower = model.model.visual if family_id == "qwen2-vl" else model.model.vision_tower
     passes = []
     monkeypatch.setattr(
@@ -316,8 +311,8 @@ def test_every_batch_runs_the_tower_equally_often(family_id, videos_of, opened, 
     )
     counts = set()
     for number in range(4):
-        collator.kinds = dataset.kinds
-        batch, plain = collator([dataset[number]]), collator.for_prompts()([dataset[number]])
+        collator.modalities = dataset.modalities
+        batch, plain = collator([dataset[number]]), collator.of_prompts()([dataset[number]])
         length = int(plain["attention_mask"].sum())
         assert int(batch["attention_mask"].sum()) == length and (batch["labels"][0, length:] == IGNORE_INDEX).all()
         with torch.no_grad():
@@ -326,4 +321,4 @@ def test_every_batch_runs_the_tower_equally_often(family_id, videos_of, opened, 
             counts.add(len(passes))
             torch.testing.assert_close(logits, model(**plain).logits[0, :length], rtol=1e-4, atol=1e-5)
     assert counts == {1 if family_id == "internvl" else 2}
-    assert videos_of(family_id, RECORDS[3:]).kinds == () and videos_of("llava-1.5").kinds == ("image",)
+    assert videos_of(family_id, RECORDS[3:]).modalities == () and videos_of("llava-1.5").modalities == ("image",)
