@@ -51,7 +51,7 @@ def test_loads_masks_learns_saves_reopens_and_upcycles(conforming, samples_of, t
     if remote_code:
         with pytest.raises(UserError, match="code of their own.* cannot be upcycled"):
             folder = read_folder(tiny_lmm(conforming), "--model-path")
-            describe(folder, trust_remote_code=True).refuse_upcycling("--moe_enable True")
+            describe(folder, trust_remote_code=True).architecture.refuse_upcycling("--moe_enable True")
         return
     spec = MoESpec(num_experts=[2], moe_mode="dense")
     upcycle(again.model, spec)

@@ -160,4 +160,4 @@ def test_code_that_does_not_run_and_code_that_is_missing_are_named(copy_of):
 def test_upcycling_says_why_not(tiny_lmm):
     description = describe(read_folder(tiny_lmm("qwen-vl"), "--model-path"), trust_remote_code=True)
     with pytest.raises(UserError, match="--moe_enable True: the decoder of qwen-vl models is code of their own"):
-        description.refuse_upcycling("--moe_enable True")
+        description.architecture.refuse_upcycling("--moe_enable True")
