@@ -38,6 +38,8 @@ class Origin(Enum):
 
     TEMPLATE = auto()
     """Text of the template: special tokens spelled in it are special tokens."""
+    SYSTEM = auto()
+    """A system prompt that a record brings: plain text, whatever it spells."""
     QUESTION = auto()
     """A human message: plain text, but for the image tags of its record."""
     ANSWER = auto()
@@ -72,6 +74,7 @@ class Conversation:
         sep: what ends a question (SINGLE, MPT: any message).
         sep2: what ends an answer.
         version: the name that `--version` knows the template by.
+        system_prompt: a record's own, behind `system`; None where it brings none.
     """
 
     system: str
@@ -82,6 +85,7 @@ class Conversation:
     sep: str = "###"
     sep2: str | None = None
     version: str = "Unknown"
+    system_prompt: str | None = None
 
     @property
     def terminator(self) -> str:
@@ -109,7 +113,7 @@ class Conversation:
         return Conversation(self.system, self.roles, [], 0, self.sep_style, self.sep, self.sep2, self.version)
 
     def with_system(self, system: str) -> Conversation:
-        """The conversation with another system text, behind the marker that opens the template's own (ChatML).
+        """The conversation with a system prompt in place of the template's system text, whose marker stays (ChatML).
 
         Raises:
             UserError: the template has no place for one.
@@ -117,7 +121,7 @@ class Conversation:
         if not self.system:
             raise UserError(f"the template {self.version!r} has no place for a system prompt")
         marker, newline, _ = self.system.rpartition("\n") if self.sep_style is SeparatorStyle.MPT else ("", "", "")
-        return replace(self, system=marker + newline + system)
+        return replace(self, system=marker + newline, system_prompt=system)
 
     def pieces(self) -> list[Piece]:
         """The rendered text in order, each part with its flag; `get_prompt` is its join.
@@ -136,11 +140,21 @@ def _message(text: str, turn: int, lead: str = "") -> Piece:
     return Piece(lead + text, True, Origin.ANSWER) if turn % 2 else Piece(lead + text, False, Origin.QUESTION)
 
 
+def _system(conversation: Conversation, before: str, after: str) -> Iterator[Piece]:
+    """The system text, or what a record brings in its place, and what stands around it."""
+    if conversation.system_prompt is None:
+        yield Piece(before + conversation.system + after)
+        return
+    yield Piece(before + conversation.system)
+    yield Piece(conversation.system_prompt, False, Origin.SYSTEM)
+    yield Piece(after)
+
+
 def _render_colon(conversation: Conversation) -> Iterator[Piece]:
     """SINGLE and TWO: `role: message sep`."""
     two = conversation.sep_style is SeparatorStyle.TWO
     ends = Piece(conversation.sep), Piece(conversation.terminator if two else conversation.sep, True)
-    yield Piece(conversation.system + conversation.sep)
+    yield from _system(conversation, "", conversation.sep)
     for turn, (role, text) in enumerate(conversation.messages):
         yield _opening(role)
         if text is not None:
@@ -155,7 +169,7 @@ def _opening(role: str) -> Piece:
 
 def _render_mpt(conversation: Conversation) -> Iterator[Piece]:
     """MPT: `role message sep`; roles and separators are markers of the vocabulary."""
-    yield Piece(conversation.system + conversation.sep)
+    yield from _system(conversation, "", conversation.sep)
     for turn, (role, text) in enumerate(conversation.messages):
         yield Piece(str(role))
         if text is not None:
@@ -183,8 +197,10 @@ def _render_llama_2(conversation: Conversation) -> Iterator[Piece]:
             yield _message(text, turn, lead=" ")
             yield Piece(f" {conversation.terminator}", True)
         else:
-            system = f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n" if turn == 0 else ""
-            yield Piece((conversation.sep if turn else "") + "[INST] " + system)
+            if turn:
+                yield Piece(conversation.sep + "[INST] ")
+            else:
+                yield from _system(conversation, "[INST] <<SYS>>\n", "\n<</SYS>>\n\n")
             yield _message(text, turn)
             yield Piece(" [/INST]")
 

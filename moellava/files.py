@@ -28,6 +28,11 @@ LEVELS_ABOVE = 3
 """How far up from a folder a relative name in its config is looked for."""
 
 
+def model_files(with_code: bool) -> tuple[str, ...]:
+    """What is fetched from the hub of a model, with the Python code beside it or without."""
+    return MODEL_FILES + (CODE_FILES if with_code else ())
+
+
 def resolve_folder(
     name: str | Path, flag: str, near: Path | None = None, patterns: Sequence[str] = MODEL_FILES
 ) -> Path:

@@ -26,10 +26,9 @@ from moellava.data.render import ChatRenderer, Renderer, renderer_for
 from moellava.data.render.jinja import saved_chat_template
 from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import UserError
-from moellava.files import CONFIG, resolve_folder
-from moellava.lmm.architecture import Architecture, architecture_of
+from moellava.files import CONFIG, model_files, resolve_folder
+from moellava.lmm.architecture import Architecture, architecture_of, holds_vlm
 from moellava.lmm.loaders import describe_released
-from moellava.model import manifest as folders
 from moellava.model.compose import Composition, describe_composed, describe_parts, make_processor
 from moellava.model.description import Description
 from moellava.model.extended import extend_in_place
@@ -240,7 +239,7 @@ def describe(
     Raises:
         UserError: no vision-language model, one of a class that is not known, or a folder that lacks files.
     """
-    if manifest.holds != folders.VLM:
+    if architecture is None and not holds_vlm(manifest):
         raise UserError(
             f"{manifest.flag} {manifest.name} is {manifest.holds}, no vision-language model. Stage 1 composes one of a "
             "language model and a vision tower: train.py --model_name_or_path LLM --image_tower TOWER --version plain"
@@ -286,7 +285,7 @@ def open_vlm(
         UserError: the folder holds something else, lacks files or weights, or its parts do not belong together.
     """
     where = torch.device(device) if device is not None else default_device()
-    manifest = read_folder(path, flag, base=base)
+    manifest = read_folder(path, flag, base=base, patterns=model_files(trust_remote_code))
     vlm = build(describe(manifest, trust_remote_code), dtype or default_dtype(where), f"{flag} {path}")
     if version is not None:
         vlm.settle(version)
@@ -310,7 +309,7 @@ def open_encoder(path: str | Path, *, version: str | None = None, tokens_per_ima
     """
     folder = resolve_folder(path, flag)
     manifest = read_folder(path, flag) if (folder / CONFIG).is_file() else None
-    if manifest is not None and manifest.holds == folders.VLM:
+    if manifest is not None and holds_vlm(manifest):
         description = describe(manifest)
         tokenizer, processor = description.inputs()
         if tokenizer is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,3 +120,20 @@ def test_nobody_comes_in_by_a_face(path):
 def test_every_room_has_a_floor():
     rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES} - {"__init__"}
     assert rooms <= set(FLOOR_OF)
+
+
+GIVEN_UP = {"kind": "the precise word: modality, layout, family …", "as of `": "See `…`"}
+"""Words that CONTRIBUTING.md's glossary has given up -> what is said instead."""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_one_word_per_thing(path):
+    text = path.read_text(encoding="utf-8")
+    found = [word for word in GIVEN_UP if re.search(rf"\b{re.escape(word)}", text, re.IGNORECASE)]
+    assert not found, {word: GIVEN_UP[word] for word in found}
+
+
+def test_the_glossary_is_short():
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [line for line in page.split("## Words")[1].split("## ")[0].splitlines() if line.startswith("| ")]
+    assert 10 < len(rows) - 1 <= 25

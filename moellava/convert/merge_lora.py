@@ -17,7 +17,7 @@ from torch import nn
 from moellava.adapters.folder import check_base, load_adapter, merged, read_adapter
 from moellava.adapters.lora import attach, lora_layers, target_names
 from moellava.errors import UserError
-from moellava.files import CODE_FILES, MODEL_FILES, staged
+from moellava.files import model_files, staged
 from moellava.model.manifest import read_folder
 from moellava.model.section import note, section_of
 from moellava.moe import MoESpec, moe_layers, set_routing_context, upcycle
@@ -99,8 +99,8 @@ def merge(
         UserError: base and adapter do not belong together, or merging changes logits by more than rounding. Nothing
             is left in `output_dir` then.
     """
-    patterns = MODEL_FILES + (CODE_FILES if trust_remote_code else ())
-    description = describe(read_folder(base, "--model-path", patterns=patterns), trust_remote_code)
+    manifest = read_folder(base, "--model-path", patterns=model_files(trust_remote_code))
+    description = describe(manifest, trust_remote_code)
     adapter, tensors = read_adapter(adapter_dir, description.keywords)
     vlm = build(description, getattr(torch, adapter.origin.get("dtype", "float32")), f"--model-path {base}")
     rebuild(vlm, adapter.origin)

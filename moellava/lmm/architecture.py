@@ -15,7 +15,7 @@ from typing import Any
 from moellava.errors import UnknownNameError
 from moellava.lmm.video_processors import FrameRecipe
 from moellava.model.extended import PREFIX
-from moellava.model.manifest import Manifest
+from moellava.model.manifest import VLM, Manifest
 from moellava.model.parts import Keywords
 from moellava.registry import Registry
 
@@ -174,23 +174,34 @@ def architecture_of(manifest: Manifest) -> Architecture | None:
     Raises:
         UnknownNameError: it is of none that is registered; the known types are listed.
     """
+    found, named = registered(manifest), manifest.section and manifest.section.architecture
+    model_type = undisguised(manifest.config)["model_type"]
+    is_composed = named is None and (manifest.section is not None or model_type == COMPOSED_TYPE)
+    if found is not None or is_composed:
+        return found
+    known = ", ".join(sorted({entry.model_type for entry in ARCHITECTURES.values() if entry.model_type}))
+    says = f", and says that it is of {named!r}, which is not registered here" if named else ""
+    raise UnknownNameError(
+        f"{manifest.flag} {manifest.name} is a model of type {model_type!r}, which no architecture of "
+        f"moellava is{says}. Known: {known}. docs/ADD_A_MODEL.md says how one joins."
+    )
+
+
+def registered(manifest: Manifest) -> Architecture | None:
+    """The entry that a folder says it is of, or else the one that its config fits; None if there is none."""
     named = manifest.section and manifest.section.architecture
-    if manifest.section is not None and named is None:
+    if manifest.is_published or (manifest.section is not None and named is None):
         return None
     if named in ARCHITECTURES:
         return ARCHITECTURES[str(named)]
     plain = undisguised(manifest.config)
-    for architecture in ARCHITECTURES.values():
-        if architecture.fits(plain):
-            return architecture
-    if plain["model_type"] == COMPOSED_TYPE and named is None:
-        return None
-    known = ", ".join(sorted({entry.model_type for entry in ARCHITECTURES.values() if entry.model_type}))
-    says = f", and says that it is of {named!r}, which is not registered here" if named else ""
-    raise UnknownNameError(
-        f"{manifest.flag} {manifest.name} is a model of type {plain['model_type']!r}, which no architecture of "
-        f"moellava is{says}. Known: {known}. docs/ADD_A_MODEL.md says how one joins."
-    )
+    return next((architecture for architecture in ARCHITECTURES.values() if architecture.fits(plain)), None)
+
+
+def holds_vlm(manifest: Manifest) -> bool:
+    """Whether a folder is a vision-language model's. That of a registered architecture is, whatever its config.json
+    has for fields."""
+    return manifest.holds == VLM or registered(manifest) is not None
 
 
 def undisguised(raw: Mapping[str, Any]) -> dict[str, Any]:

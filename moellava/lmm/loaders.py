@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from moellava.constants import CHAT_TEMPLATE
 from moellava.data.render import ChatRenderer
 from moellava.errors import UserError
-from moellava.files import CODE_FILES, MODEL_FILES
-from moellava.lmm.architecture import SUPPORTED_MODELS, Architecture, FieldView, undisguised
+from moellava.files import model_files
+from moellava.lmm.architecture import SUPPORTED_MODELS, Architecture, FieldView, registered, undisguised
 from moellava.lmm.processors import load_processor
-from moellava.lmm.remote import RUNS_BADLY, load_remote_model, refusal
+from moellava.lmm.remote import load_remote_config, load_remote_model
 from moellava.log import get_logger
 from moellava.model.build import open_config, read
 from moellava.model.description import Description
@@ -29,7 +29,8 @@ LOADERS = FieldView("load", default=read)
 def find_model(
     model_id: str | None, model_local_path: str | None, trust_remote_code: bool = False
 ) -> tuple[Manifest, Architecture | None]:
-    """The folder that `--model_id` and `--model_local_path` mean, and the architecture that the id stands for.
+    """The folder that `--model_id` and `--model_local_path` mean, and the architecture that the id stands for, or that
+    the folder is found to be of; None if it is of none.
 
     Args:
         model_id: a registered id; alone, its weights come from the hub.
@@ -41,11 +42,12 @@ def find_model(
     """
     if model_id is None:
         assert model_local_path is not None
-        return read_folder(model_local_path, "--model_local_path"), None
+        manifest = read_folder(model_local_path, "--model_local_path", patterns=model_files(trust_remote_code))
+        return manifest, registered(manifest)
     known = SUPPORTED_MODELS[model_id]
     architecture = known.architecture
     if model_local_path is None:
-        patterns = MODEL_FILES + (CODE_FILES if architecture.remote_code and trust_remote_code else ())
+        patterns = model_files(architecture.remote_code and trust_remote_code)
         return read_folder(known.model_hf_path, f"--model_id {model_id}, which is", patterns=patterns), architecture
     manifest = read_folder(model_local_path, "--model_local_path")
     if architecture.model_type is not None and not architecture.fits(undisguised(manifest.config)):
@@ -71,21 +73,23 @@ def describe_released(manifest: Manifest, architecture: Architecture, trust_remo
     if architecture.remote_code and not trust_remote_code:
         raise UserError(
             f"{architecture.name} models need the Python code of their own repository. Read it, then add "
-            "--trust_remote_code True."
+            "--trust_remote_code True to train.py or `moellava merge-lora`; the other commands do not run it."
         )
-    config = config_of(manifest, architecture)
+    remote = architecture.remote_code
+    config = (load_remote_config if remote else open_config)(manifest.folder, manifest.config)
     said = section_of(config)
     note(config, architecture=architecture.name, version=said.version if said else CHAT_TEMPLATE)
 
+    @functools.cache
     def inputs() -> tuple[Any, Any]:
         processor = processor_of(manifest, architecture)
         return processor.tokenizer, processor
 
     def load(dtype: torch.dtype) -> Any:
-        if not architecture.remote_code:
+        if not remote:
             return (architecture.load or read)(manifest.folder, config, dtype)
         model = load_remote_model(manifest.folder, config, dtype)
-        model.config.image_token_id = processor_of(manifest, architecture).image_token_id
+        model.config.image_token_id = inputs()[1].image_token_id
         return model
 
     own_code = f"the decoder of {architecture.name} models is code of their own, whose MLPs are not known here"
@@ -98,16 +102,6 @@ def describe_released(manifest: Manifest, architecture: Architecture, trust_remo
         architecture,
         keeps_mlps=own_code if architecture.remote_code else None,
     )
-
-
-def config_of(manifest: Manifest, architecture: Architecture) -> Any:
-    """The config of a released model's class. Raises UserError where code of its own does not run."""
-    if not architecture.remote_code:
-        return open_config(manifest.folder, manifest.config)
-    try:
-        return AutoConfig.from_pretrained(manifest.folder, trust_remote_code=True)
-    except RUNS_BADLY as error:
-        raise refusal(manifest.folder, "config", error) from error
 
 
 def processor_of(manifest: Manifest, architecture: Architecture) -> Any:

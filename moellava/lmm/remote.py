@@ -7,14 +7,14 @@ beside the model run only where --trust_remote_code True was given, and are writ
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moellava.errors import UserError
 from moellava.files import read_json
@@ -89,14 +89,26 @@ def saved_template(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
+def load_remote_config(folder: Path, raw: Mapping[str, Any]) -> Any:
+    """The config of a model by the code in its folder; `raw` is its config.json.
+
+    Raises:
+        UserError: the folder has no code, or the code does not run.
+    """
+    if "AutoModelForCausalLM" not in (raw.get("auto_map") or {}):
+        raise UserError(f"{folder} has no code for its model: its config.json names none under auto_map.")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    except RUNS_BADLY as error:
+        raise refusal(folder, "config", error) from error
+
+
 def load_remote_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     """A model by the code in its folder.
 
     Raises:
-        UserError: the folder has no code, the code does not run, or the weights do not fit.
+        UserError: the code does not run, or the weights do not fit.
     """
-    if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
-        raise UserError(f"{folder} has no code for its model: its config.json names none under auto_map.")
     try:
         with quietly():
             model, info = AutoModelForCausalLM.from_pretrained(

@@ -25,6 +25,7 @@ from moellava.data.tokenizers import load_tokenizer, place_image_token
 from moellava.errors import UserError
 from moellava.model.build import build, open_config, read, text_config
 from moellava.model.description import Description
+from moellava.model.extended import PREFIX
 from moellava.model.families import Family, base_family, family_of
 from moellava.model.manifest import Manifest
 from moellava.model.parts import LLAVA
@@ -122,18 +123,25 @@ def describe_composed(manifest: Manifest) -> Description:
     """A folder in Hugging Face's LLaVA layout, extended or not.
 
     Raises:
-        UserError: another class, or a projector that none of our names describes.
+        UserError: another class, a projector that none of our names describes, or no tokenizer or processor.
     """
+    model_type = str(manifest.config.get("model_type", "")).removeprefix(PREFIX)
+    if model_type != LlavaConfig.model_type:
+        raise UserError(f"{manifest.folder} is a {model_type!r} model, which no stage of ours writes.")
     config = open_config(manifest.folder, manifest.config)
-    if not isinstance(config, LlavaConfig):
-        raise UserError(f"{manifest.folder} is a {config.model_type!r} model, which no stage of ours writes.")
     if manifest.section is None:
         adopted(config).put(config)
 
     def inputs() -> tuple[Any, Any]:
         section = section_of(config)
         tokenizer = load_tokenizer(manifest.folder, section.version if section else None)
-        return tokenizer, LlavaProcessor.from_pretrained(manifest.folder, tokenizer=tokenizer)
+        try:
+            return tokenizer, LlavaProcessor.from_pretrained(manifest.folder, tokenizer=tokenizer)
+        except OSError as error:
+            raise UserError(
+                f"{manifest.flag} {manifest.name} holds no processor: copy processor_config.json (of older folders, "
+                "preprocessor_config.json) from where the model comes from."
+            ) from error
 
     return Description(manifest.folder, config, LLAVA, inputs, lambda dtype: read(manifest.folder, config, dtype))
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moellava.files import MODEL_FILES, read_config, resolve_folder
+from moellava.files import CONFIG, MODEL_FILES, read_config, resolve_folder
 from moellava.model.section import Section, section_of
 from moellava.model.towers import TOWERS
 
@@ -28,7 +28,8 @@ class Manifest:
         name: what the user called it.
         flag: the flag that named it, for messages.
         config: its config.json.
-        base: the language model of a published folder that holds a projector alone, or whose tokenizer lies elsewhere.
+        base: the language model of a published folder that holds a projector alone, or whose tokenizer lies elsewhere;
+            its config is empty where it is that tokenizer alone.
     """
 
     folder: Path
@@ -76,12 +77,18 @@ def read_folder(
     Args:
         name: folder or hub id.
         flag: the flag that named it.
-        base: the language model of a published folder (`--model-base`).
+        base: the language model of a published folder, or its tokenizer alone (`--model-base`).
         patterns: files to fetch from the hub.
 
     Raises:
         UserError: no such folder, or no config.json in it.
     """
     folder = resolve_folder(name, flag, patterns=patterns)
-    below = None if base is None else read_folder(base, "--model-base")
+    below = None if base is None else _read_base(base)
     return Manifest(folder, str(name), flag, read_config(folder, flag), below)
+
+
+def _read_base(name: str | Path) -> Manifest:
+    flag = "--model-base"
+    folder = resolve_folder(name, flag)
+    return Manifest(folder, str(name), flag, read_config(folder, flag) if (folder / CONFIG).is_file() else {})

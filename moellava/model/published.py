@@ -136,7 +136,7 @@ def published_tensors(
 def stage_1_tensors(manifest: Manifest) -> dict[str, torch.Tensor]:
     """The language model's tensors and the projector that stage 1 left. Raises UserError without a language model."""
     path = manifest.folder / STAGE_1_FILE
-    if manifest.base is None:
+    if manifest.base is None or not manifest.base.config:
         raise UserError(
             f"{manifest.flag} {manifest.name} holds a stage-1 projector alone ({STAGE_1_FILE}). "
             "Give the language model that it was trained on as --model-base."

@@ -61,6 +61,7 @@ def save_pretrained_folder(
                 model.generation_config.save_pretrained(staging)
             # Both write chat_template.jinja, and a base model's or an earlier stage's own would outlive this stage's.
             tokenizer.chat_template = processor.chat_template
+            forget_last_call(tokenizer)
             processor.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
             (staging / "README.md").write_text(folder_page(model.config), encoding="utf-8")
@@ -77,6 +78,14 @@ def note_meta(model: Any, meta: Mapping[str, Any]) -> None:
         extend_in_place(model)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = next(model.parameters()).dtype
+
+
+def forget_last_call(tokenizer: Any) -> None:
+    """Takes off how the last call has padded and cut, which a fast tokenizer keeps and would write to its file."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
 
 
 def without_ties(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

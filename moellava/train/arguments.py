@@ -1,4 +1,4 @@
-"""The flags of `train.py`: four dataclasses, and the spellings that Hugging Face renamed.
+"""The flags of `train.py`: four dataclasses, what some of them mean in terms of others, and spellings of before.
 
 A flag that is accepted does something. What cannot be served is refused by name (`conflicts.py`),
 before anything loads.
@@ -17,10 +17,10 @@ from transformers import HfArgumentParser
 
 from moellava.data.media import NUM_FRAMES
 from moellava.errors import UserError
+from moellava.lmm.supported_models import SUPPORTED_MODELS
 from moellava.moe.flags import FlagHelp
 from moellava.moe.spec import MoESpec, MoESpecFlags, given_options
 from moellava.train.conflicts import Flags, find_conflicts
-from moellava.train.released_arguments import ReleasedArguments, settle
 
 
 def _flag(help_text: str, default=None, **kwargs):
@@ -31,13 +31,37 @@ def _flag(help_text: str, default=None, **kwargs):
 
 
 @dataclass
+class ReleasedArguments:
+    """A released vision-language model in place of --model_name_or_path, and what goes by the names of its guides."""
+
+    model_id: str | None = _flag("A released model; `moellava models` lists them.")
+    model_local_path: str | None = _flag("Folder of a released model; with --model_id, where that model lies.")
+    trust_remote_code: bool = _flag("Run the Python code in the model's folder, for architectures that need it.", False)
+    train_vision_encoder: bool = _flag("Train the vision encoder, in full.", False)
+    train_vision_projector: bool | None = _flag(
+        "Train what maps image features to embeddings. Unset: not with a released model."
+    )
+    use_vision_lora: bool = _flag("Train low-rank adapters beside the vision encoder's frozen linears.", False)
+    use_lora: bool = _flag("The same as --lora_enable.", False)
+    q_lora: bool = _flag("The same as --lora_enable True --bits 4.", False)
+    mask_question_tokens: bool = _flag("False: train on every token but padding and media.", True)
+    user_key: str = _flag("What the records call the user's turns.", "human")
+    assistant_key: str = _flag("What the records call the model's turns.", "gpt")
+
+    @property
+    def is_released(self) -> bool:
+        """Whether a released model is asked for."""
+        return bool(self.model_id or self.model_local_path)
+
+
+@dataclass
 class ModelArguments(ReleasedArguments):
     """What is composed or loaded, and which part of it trains."""
 
     model_name_or_path: str = _flag("Folder or hub id: a language model, or any folder that a stage has left.", "")
     version: str | None = _flag(
-        "Conversation template: plain for stage 1; v1, qwen, phi, stablelm … after it. Unset: the folder's own, or the "
-        "one that goes with the language model."
+        "Conversation template: plain for stage 1; v1, qwen, phi, stablelm … after it. Unset: the folder's own, or, "
+        "where it has none or stage 1's, the one that goes with the language model."
     )
     image_tower: str | None = _flag("Folder or hub id of a CLIP or SigLIP tower; with a language model only.")
     image_projector_type: str = _flag("linear, identity, or mlpNx_gelu with N layers.", "linear")
@@ -179,6 +203,54 @@ def translate_flags(argv: list[str]) -> list[str]:
             continue
         flags.append(RENAMED_FLAGS.get(name, name) + has_value + value)
     return flags
+
+
+COMPOSED_ONLY = (
+    "model_name_or_path",
+    "image_tower",
+    "pretrain_mm_mlp_adapter",
+    "image_projector_type",
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+    "mm_use_im_start_end",
+)
+"""Flags that say how a model is composed: a released one is as it is."""
+
+
+def settle(model: ModelArguments, training: TrainingArguments) -> None:
+    """Writes what the flags of `ReleasedArguments` mean into the others, so that the rest of training need not know.
+
+    Raises:
+        UserError: flags that contradict each other: a released model beside those that compose another one, or a
+            projector that shall both train and rest.
+    """
+    if model.q_lora:
+        training.bits = 4
+    training.lora_enable = training.lora_enable or model.use_lora or model.q_lora
+    if model.train_vision_projector and model.freeze_mm_mlp_adapter:
+        raise UserError("--train_vision_projector True and --freeze_mm_mlp_adapter True conflict: choose one.")
+    if model.train_vision_projector is not None:
+        model.freeze_mm_mlp_adapter = not model.train_vision_projector
+    if model.is_released:
+        settle_released(model)
+
+
+def settle_released(model: ModelArguments) -> None:
+    """Puts a released model's folder in the place of --model_name_or_path. Raises UserError: see `settle`."""
+    default = {f.name: f.default for f in fields(model)}
+    for name in COMPOSED_ONLY:
+        if getattr(model, name) != default[name]:
+            raise UserError(f"--{name} {getattr(model, name)} conflicts with --model_id and --model_local_path.")
+    if model.tune_mm_mlp_adapter:
+        raise UserError(
+            "--tune_mm_mlp_adapter True (stage 1) is for composed models. A released model's projector alone trains "
+            "with --freeze_backbone True --train_vision_projector True."
+        )
+    if model.model_local_path:
+        model.model_name_or_path = model.model_local_path
+    elif model.model_id:
+        model.model_name_or_path = SUPPORTED_MODELS[model.model_id].model_hf_path
+    model.freeze_mm_mlp_adapter = not model.train_vision_projector
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, MoEArguments, TrainingArguments)

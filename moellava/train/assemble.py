@@ -9,12 +9,13 @@ import torch
 
 from moellava.adapters.lora import Adapter
 from moellava.errors import UserError
-from moellava.lmm.architecture import Architecture
+from moellava.files import model_files
+from moellava.lmm.architecture import Architecture, holds_vlm, registered
 from moellava.lmm.loaders import find_model
 from moellava.log import get_logger
 from moellava.model.compose import Composition, describe_parts
-from moellava.model.families import base_family
-from moellava.model.manifest import LANGUAGE_MODEL, TOWER, Manifest, read_folder
+from moellava.model.families import base_family, family_of
+from moellava.model.manifest import TOWER, Manifest, read_folder
 from moellava.model.projector_start import load_projector
 from moellava.moe import convert_engine
 from moellava.moe.certificate import Certificate, upcycle_certified
@@ -55,15 +56,16 @@ def assemble(
     """
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     manifest, architecture = start_of(model_args)
-    refuse_wrong_start(manifest, stage, model_args, moe_args)
-    if manifest.holds == LANGUAGE_MODEL:
-        vlm = composed(manifest, stage, model_args, data_args, dtype)
-    else:
+    is_vlm = architecture is not None or holds_vlm(manifest)
+    refuse_wrong_start(manifest, is_vlm, stage, model_args, moe_args)
+    if is_vlm:
         description = describe(manifest, model_args.trust_remote_code, architecture)
         if moe_args.moe_enable:
             description.refuse_upcycling("--moe_enable True")
         vlm = build(description, dtype, f"{manifest.flag} {manifest.name}")
-        settle(vlm, model_args, data_args)
+        settle(vlm, stage, model_args, data_args)
+    else:
+        vlm = composed(manifest, stage, model_args, data_args, dtype)
     choose_attention(vlm.model, model_args.attn_implementation)
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(vlm.model, vlm.parts["projector"][0], model_args.pretrain_mm_mlp_adapter)
@@ -76,10 +78,12 @@ def assemble(
 
 
 def start_of(model_args: ModelArguments) -> tuple[Manifest, Architecture | None]:
-    """The folder that the flags name, and what a registered id says that it is. Raises UserError: see `find_model`."""
+    """The folder that the flags name, and what a registered id, or else the folder, says that it is. Raises UserError:
+    see `find_model`."""
     if model_args.is_released:
         return find_model(model_args.model_id, model_args.model_local_path, model_args.trust_remote_code)
-    return read_folder(model_args.model_name_or_path, FLAG), None
+    manifest = read_folder(model_args.model_name_or_path, FLAG, patterns=model_files(model_args.trust_remote_code))
+    return manifest, registered(manifest)
 
 
 def choose_attention(model: Any, name: str | None) -> None:
@@ -108,7 +112,7 @@ def composed(
     return build(describe_parts(llm, model_args.image_tower, options, dtype), dtype, f"{llm.flag} {llm.name}")
 
 
-def settle(vlm: VLM, model_args: ModelArguments, data_args: DataArguments) -> None:
+def settle(vlm: VLM, stage: Stage, model_args: ModelArguments, data_args: DataArguments) -> None:
     """Gives a model the template and the image shape that the flags name, or leaves its own."""
     vlm.require_tokenizer()
     enclosed = vlm.section.use_im_start_end
@@ -118,7 +122,13 @@ def settle(vlm: VLM, model_args: ModelArguments, data_args: DataArguments) -> No
             f"{'with' if enclosed else 'without'} <im_start> and <im_end>. "
             "Leave the flag out: the folder says which it is."
         )
-    vlm.settle(model_args.version, data_args.image_aspect_ratio)
+    vlm.settle(model_args.version or next_template(vlm, stage), data_args.image_aspect_ratio)
+
+
+def next_template(vlm: VLM, stage: Stage) -> str | None:
+    """The template in place of stage 1's, which is for captions alone, in the stages after it; None: it may stay."""
+    has_template = vlm.architecture is not None or vlm.section.version != PLAIN
+    return None if has_template or stage is PRETRAIN else family_of(vlm.model.config).version
 
 
 def sparsify(vlm: VLM, moe_args: MoEArguments) -> Certificate | None:
@@ -140,11 +150,18 @@ def sparsify(vlm: VLM, moe_args: MoEArguments) -> Certificate | None:
     return None
 
 
-def refuse_wrong_start(manifest: Manifest, stage: Stage, model_args: ModelArguments, moe_args: MoEArguments) -> None:
+def refuse_wrong_start(
+    manifest: Manifest, is_vlm: bool, stage: Stage, model_args: ModelArguments, moe_args: MoEArguments
+) -> None:
     """Raises UserError if a stage cannot start from what a folder holds."""
-    source, is_llm = f"{manifest.flag} {manifest.name}", manifest.holds == LANGUAGE_MODEL
+    source, is_llm = f"{manifest.flag} {manifest.name}", not is_vlm
     if manifest.holds == TOWER:
         raise UserError(f"{source} is a vision tower. Give it as --image_tower, beside an LLM.")
+    if is_llm and model_args.trust_remote_code:
+        raise UserError(
+            f"--trust_remote_code True, but {source} is a language model, which is composed with no code of its own. "
+            "Leave the flag out."
+        )
     if is_llm and not model_args.image_tower:
         raise UserError(
             f"{source} is a language model without a vision tower: add --image_tower, "

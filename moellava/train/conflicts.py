@@ -12,7 +12,7 @@ from moellava.moe.spec import MoESpec
 
 
 class Flags(NamedTuple):
-    """The four groups of flags of `config.py`, as rules read them."""
+    """The four groups of flags of `arguments.py`, as rules read them."""
 
     model: Any
     data: Any

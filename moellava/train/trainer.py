@@ -58,6 +58,8 @@ class StageTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step; also counts its tokens, on which the router losses are means."""
+        if self.control.should_training_stop:  # before the first step: see `RunHooks.on_epoch_begin`
+            return [], None
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         counted = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum() if batches else 0
         self.step_tokens = float(sum_over_processes(torch.as_tensor(counted, dtype=torch.float64).to(device)))
@@ -242,7 +244,12 @@ class RunHooks(TrainerCallback):
             trainer.folder.dry_save(trainer.model, trainer.model_wrapped, trainer.accelerator)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        """Tells our sampler the epoch; a resumed run skips batches of the same order."""
+        """Tells our sampler the epoch; a resumed run skips batches of the same order.
+
+        One that was killed behind its last checkpoint has no step left; Hugging Face's loop would ask after one more.
+        """
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True
         if self.trainer.train_sampler is not None:
             self.trainer.train_sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 

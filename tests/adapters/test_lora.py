@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ from transformers import LlavaForConditionalGeneration
 
 from moellava.adapters.folder import merged
 from moellava.adapters.gradient_watch import GradientWatch
-from moellava.adapters.lora import adapt, attach, lora_layers, lora_parameters, pattern_of, target_names
+from moellava.adapters.lora import attach, lora_layers, lora_parameters, pattern_of, target_names
 from moellava.cli import main
 from moellava.convert import merge_lora
 from moellava.errors import UserError
-from moellava.model.builder import load_pretrained_model, save_pretrained_folder
 from moellava.moe import MoESpec, upcycle
+from moellava.train.adapt import adapt
 from moellava.train.arguments import parse_arguments
+from moellava.vlm import VLM, open_vlm
 from tests.processes import ROOT, train_here, words_of
 from tests.tiny import reopen, weights_of
 
@@ -90,24 +92,31 @@ def test_the_towers_linears_get_adapters_when_asked(runs, flags_for, tmp_path):
     assert all("multi_modal_projector" in name for name in moved - tower) and moved - tower
 
 
+def upcycled(folder: Path, **options) -> VLM:
+    """A stage's model whose layer 1 has two experts."""
+    vlm = reopen(folder)
+    upcycle(vlm.model, MoESpec(num_experts=[2], moe_layers_idx=[1], **options))
+    return vlm
+
+
 def test_targets_are_the_decoders_linears_and_never_what_routes(runs):
-    model = upcycle(reopen(runs / "pretrain").model, MoESpec(num_experts=[2], moe_layers_idx=[1], use_residual=True))
-    experts, everything = target_names(model, only_experts=True), target_names(model, only_experts=False)
+    vlm = upcycled(runs / "pretrain", use_residual=True)
+    experts, everything = target_names(vlm, only_experts=True), target_names(vlm, only_experts=False)
     assert len(experts) == (2 + 1) * 3, "two experts and the dense MLP beside them"
     assert all(".layers.1.mlp." in name for name in experts)
     assert len(everything) == len(experts) + 3 * 3 + 4 * 4
     assert not any(part in name for name in everything for part in ("router", "coefficient", "head", "vision"))
     config = LoraConfig(r=2, target_modules=pattern_of(everything))
-    attach(model, config, everything)
-    assert [name for name, _ in lora_layers(model)] == everything
+    attach(vlm.model, config, everything)
+    assert [name for name, _ in lora_layers(vlm.model)] == everything
 
 
 def test_a_target_that_peft_skips_is_an_error_that_names_it(runs):
-    model = upcycle(reopen(runs / "pretrain").model, MoESpec(num_experts=[2], moe_layers_idx=[1]))
-    targets = target_names(model, only_experts=True)
+    vlm = upcycled(runs / "pretrain")
+    targets = target_names(vlm, only_experts=True)
     config = LoraConfig(r=2, target_modules=pattern_of(targets), exclude_modules=r".*experts\.1\.up_proj")
     with pytest.raises(UserError, match=r"5 linears where 6 .*experts\.1\.up_proj\. Not meant: none"):
-        attach(model, config, targets)
+        attach(vlm.model, config, targets)
 
 
 def test_adapters_are_fp32_beside_16_bit_weights_and_merge_into_16_bits():
@@ -185,12 +194,15 @@ def test_a_base_that_has_changed_meanwhile_is_refused(runs, flags_for, tmp_path,
 
 def test_plain_transformers_and_plain_peft_compute_what_the_stage_2_folder_does(runs):
     """The merged folder opens without moellava; so does the adapter, with peft, on the folder that it has learnt on."""
-    ours = merge_lora.probe_logits(reopen(runs / "finetune").model)
+    vlm = reopen(runs / "finetune")
+    probes = vlm.probes()
+    ours = merge_lora.probe_logits(vlm, probes)
     plain = LlavaForConditionalGeneration.from_pretrained(runs / "finetune").eval()
     base = LlavaForConditionalGeneration.from_pretrained(runs / "pretrain")
     with_peft = PeftModel.from_pretrained(base, runs / "finetune" / "adapter").eval()
-    assert max(merge_lora.largest_difference(ours, merge_lora.probe_logits(plain)).values()) == 0.0
-    assert max(merge_lora.largest_difference(ours, merge_lora.probe_logits(with_peft)).values()) < 1e-5
+    without_us, by_peft = (merge_lora.probe_logits(replace(vlm, model=model), probes) for model in (plain, with_peft))
+    assert max(merge_lora.largest_difference(ours, without_us).values()) == 0.0
+    assert max(merge_lora.largest_difference(ours, by_peft).values()) < 1e-5
 
 
 def test_gradient_checkpointing_changes_no_loss(runs, flags_for, losses_of, tmp_path):
@@ -287,7 +299,7 @@ def test_quantised_linears_under_zero_3_are_refused(runs, flags_for, tmp_path):
     model_args, _, moe_args, args = parse_arguments(words_of(flags_for(runs, "finetune") | LORA | {"bits": 4}))
     args.deepspeed = str(ROOT / "scripts" / "zero3.json")
     with pytest.raises(UserError, match=r"--bits 4 and --deepspeed .*zero3\.json"):
-        adapt(reopen(runs / "pretrain").model, model_args, moe_args, args)
+        adapt(reopen(runs / "pretrain"), model_args, moe_args, args)
 
 
 def test_another_base_is_refused(runs, tmp_path, capsys):
@@ -305,8 +317,7 @@ def test_a_merge_that_changes_logits_writes_nothing(runs, tmp_path, monkeypatch)
 
 
 def test_a_folder_in_16_bits_is_merged_in_16_bits(runs, tmp_path):
-    tokenizer, model, processor, _ = load_pretrained_model(runs / "pretrain", device="cpu", dtype=torch.bfloat16)
-    save_pretrained_folder(model, tokenizer, processor, tmp_path / "base")
+    open_vlm(runs / "pretrain", device="cpu", dtype=torch.bfloat16).save(tmp_path / "base")
     shutil.copytree(runs / "finetune" / "adapter", tmp_path / "adapter")
     (tmp_path / "adapter" / "origin.json").write_text(json.dumps({"dtype": "bfloat16"}))
     found = merge_lora.merge(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")

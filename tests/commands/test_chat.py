@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
-from functools import partial
 
 import pytest
 
 from moellava.cli import main as moellava
+from moellava.commands import chat as command
+from moellava.commands.chat import Chat
+from moellava.serve.generate import Sampling
 from tests.processes import Finished, run
 
 QUESTION = "what colour is it?"
@@ -66,12 +68,7 @@ def test_a_mistake_is_one_message(capsys, tmp_path):
 
 
 def test_a_conversation_remembers_turns_and_images(composed, pictures):
-    from moellava.commands.chat import Chat
-    from moellava.serve.answer import stream
-    from moellava.serve.generate import Sampling
-
-    parts = (composed.model, composed.tokenizer, composed.processor)
-    chat = Chat(partial(stream, *parts, sampling=Sampling(max_new_tokens=3)))
+    chat = Chat(composed, Sampling(max_new_tokens=3))
     chat.show([str(pictures[0])])
     first = "".join(chat.ask("what is it?"))
     chat.show([str(pictures[1]), str(pictures[2])])
@@ -88,13 +85,8 @@ def test_a_conversation_remembers_turns_and_images(composed, pictures):
 
 
 def test_several_images_and_an_end_of_input(composed, pictures, monkeypatch, capsys):
-    import moellava.commands.chat as cli
-
-    monkeypatch.setattr(
-        cli, "load_pretrained_model", lambda *_, **__: (composed.tokenizer, composed.model, composed.processor, 512)
-    )
-    monkeypatch.setattr(cli, "is_released", lambda path: False)
+    monkeypatch.setattr(command, "open_vlm", lambda *_, **__: composed)
     monkeypatch.setattr("sys.stdin", io.StringIO("compare them\n/help\n"))
     words = ["--model-path", "x", "--image-file", *map(str, pictures), "--max-new-tokens", "2"]
-    assert cli.main(words) == 0
+    assert command.main(words) == 0
     assert capsys.readouterr().out.count("/reset") == 2  # the greeting and /help

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from moellava.cli import main
 from moellava.data.records import load_records
+from moellava.vlm import open_encoder
 
 
 @pytest.fixture
@@ -54,3 +56,38 @@ def test_findings_as_json(files, image_tree, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["counts"]["records"] == 7 and len(found["problems"]) == 4
     assert {problem["key"] for problem in found["problems"]} >= {"one.json:1"}
+
+
+def lengths_of(report: str) -> str:
+    return next(line for line in report.splitlines() if line.startswith("positions in the model"))
+
+
+def test_a_models_folder_says_how_long_records_are(
+    folder_without_weights, published_folder, golden_tokenizers, data_file, make_record, image_tree, capsys
+):
+    """Of a stage and of LLaVA's code, both without weights: each by its own template and its own tokens of an image."""
+    shutil.copytree(golden_tokenizers / "mistral", published_folder, dirs_exist_ok=True)
+    path = data_file([make_record(1, "<image>\nq", "a", image="a.png")])
+    asked = ["check-data", str(path), "--image-folder", str(image_tree), "--model-path"]
+    for folder, version, tokens in ((folder_without_weights, "phi", 5), (published_folder, "v1", 16)):
+        assert main([*asked, str(folder)]) == 0
+        report = capsys.readouterr().out
+        length = len(open_encoder(folder, flag="test").encode(load_records(path)[0]).ids) - 1 + tokens
+        assert lengths_of(report) == f"positions in the model: {length} to {length}, median {length}"
+        assert main([*asked, str(folder), "--max-length", str(length - 1)]) == 1
+        assert f"takes {length} positions, more than {length - 1}" in capsys.readouterr().out
+        named = [*asked, str(folder), "--version", version]
+        assert main(named) == 0
+        assert lengths_of(capsys.readouterr().out) == lengths_of(report)
+
+
+def test_a_tokenizer_alone_needs_a_template(golden_tokenizers, data_file, make_record, capsys):
+    asked = ["check-data", str(data_file([make_record(1, "q", "a")])), "--tokenizer", str(golden_tokenizers / "phi")]
+    assert main(asked) == 2
+    assert "--version names the template, which --tokenizer" in capsys.readouterr().err
+    assert main([*asked, "--version", "phi"]) == 0
+
+
+def test_a_template_without_a_tokenizer_is_refused(data_file, make_record, capsys):
+    assert main(["check-data", str(data_file([make_record(1, "q", "a")])), "--version", "phi"]) == 2
+    assert "--version phi is read with --tokenizer alone" in capsys.readouterr().err

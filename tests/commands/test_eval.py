@@ -10,9 +10,8 @@ import pytest
 from moellava.cli import main
 from moellava.commands.eval import main as evaluate
 from moellava.errors import UserError
-from moellava.model.builder import save_pretrained_folder
-from moellava.model.compose import compose
 from tests.processes import ROOT
+from tests.tiny import compose_tiny
 
 BASE = ROOT / "playground" / "base"
 
@@ -21,8 +20,7 @@ BASE = ROOT / "playground" / "base"
 def folder(tmp_path_factory) -> Path:
     """The demo's base models, composed and not trained together."""
     path = tmp_path_factory.mktemp("model") / "composed"
-    made = compose(str(BASE / "lm"), str(BASE / "tower"), version="qwen")
-    save_pretrained_folder(made.model, made.tokenizer, made.processor, path, meta={"version": "qwen"})
+    compose_tiny(BASE / "lm", BASE / "tower", "qwen").save(path, meta={"version": "qwen"})
     return path
 
 
@@ -35,7 +33,7 @@ def test_the_report_says_how_the_score_was_taken(folder, tmp_path, capsys):
     report = scored(folder, tmp_path / "new" / "score.json")
     assert report["questions"] == 24
     assert report["accuracy"] == report["right"] / 24
-    assert sum(part["total"] for part in report["by_kind"].values()) == 24
+    assert sum(category["total"] for category in report["by_category"].values()) == 24
     assert report["prompt"]["version"] == "qwen"
     assert "USER: <image>\n" in report["prompt"]["example"]
     assert report["settings"]["decoding"] == "greedy"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -114,13 +115,27 @@ def test_a_template_that_does_not_fit_says_why(tokenizers):
     assert "needs a tokenizer with a chat template" in fit_of(tokenizers["mistral"], "chat_template").verdict
 
 
-def test_a_models_folder_names_template_and_image_size(tokenizers, tmp_path, capsys):
-    tokenizers["phi"].save_pretrained(tmp_path)
-    config = {"moellava": {"version": "phi"}, "image_seq_length": 9, "text_config": {"vocab_size": 51200}}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
-    assert main(["inspect", "--model-path", str(tmp_path), "--conversation", "<image> q", "a"]) == 0
+def test_a_models_folder_names_template_and_image_size(folder_without_weights, capsys):
+    asked = ["inspect", "--model-path", str(folder_without_weights), "--conversation", "<image> q", "a"]
+    assert main(asked) == 0
     out = capsys.readouterr().out
-    assert "--version phi" in out and "1 images, 9 image tokens" in out
+    assert "--version phi" in out and "1 images, 5 image tokens" in out
+    assert main([*asked, "--version", "v1", "--tokens-per-image", "99"]) == 0
+    out = capsys.readouterr().out
+    assert "--version v1" in out and "1 images, 5 image tokens" in out
+    (folder_without_weights / "processor_config.json").unlink()
+    assert main(asked) == 2
+    assert "holds no processor: copy processor_config.json" in capsys.readouterr().err
+
+
+def test_a_published_folder_is_read_as_its_model_reads(published_folder, golden_tokenizers, capsys):
+    asked = ["inspect", "--model-path", str(published_folder), "--conversation", "<image> q", "a"]
+    assert main(asked) == 2
+    assert "holds no tokenizer. Copy the files" in capsys.readouterr().err
+    shutil.copytree(golden_tokenizers / "mistral", published_folder, dirs_exist_ok=True)
+    assert main(asked) == 0
+    out = capsys.readouterr().out
+    assert "--version v1" in out and "1 images, 16 image tokens" in out
 
 
 def test_user_errors(run, data_file):

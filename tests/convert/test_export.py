@@ -8,18 +8,18 @@ import torch
 from moellava.cli import main
 from moellava.convert.export import flat_rope, write_published
 from moellava.errors import UserError
-from moellava.model.builder import load_pretrained_model, save_pretrained_folder
-from moellava.model.compose import compose
 from moellava.moe import MoESpec, upcycle
+from tests.tiny import compose_tiny, reopen
 
 
 def test_the_command_writes_a_folder_that_opens(make_base, clip_tower, inputs, tmp_path, capsys):
-    made = compose(str(make_base("stablelm").folder), str(clip_tower), version="plain")
-    save_pretrained_folder(made.model, made.tokenizer, made.processor, tmp_path / "ours")
+    made = compose_tiny(make_base("stablelm").folder, clip_tower, "plain")
+    made.save(tmp_path / "ours")
     arguments = ["export", "--model-path", str(tmp_path / "ours"), "--output-dir", str(tmp_path / "theirs")]
     assert main(arguments) == 0
-    tokenizer, model, _, _ = load_pretrained_model(tmp_path / "theirs", device="cpu")
-    assert tokenizer.get_vocab() == made.tokenizer.get_vocab()
+    theirs = reopen(tmp_path / "theirs")
+    model = theirs.model
+    assert theirs.tokenizer.get_vocab() == made.tokenizer.get_vocab()
     assert model.config.image_token_index == made.model.config.image_token_index
     batch = inputs(model)
     with torch.no_grad():
@@ -49,13 +49,13 @@ def test_rope_goes_back_to_its_old_names():
     ],
 )
 def test_routing_that_moe_llava_lacks_is_not_written(options, message, make_base, clip_tower, tmp_path):
-    model = compose(str(make_base("llama").folder), str(clip_tower), version="plain").model
-    upcycle(model, MoESpec(num_experts=[4], **options))
+    made = compose_tiny(make_base("llama").folder, clip_tower, "plain")
+    upcycle(made.model, MoESpec(num_experts=[4], **options))
     with pytest.raises(UserError, match=message):
-        write_published(model, None, tmp_path)
+        write_published(made, tmp_path)
 
 
 def test_a_biased_head_is_not_written(make_base, clip_tower, tmp_path):
-    made = compose(str(make_base("phi").folder), str(clip_tower), version="plain")
+    made = compose_tiny(make_base("phi").folder, clip_tower, "plain")
     with pytest.raises(UserError, match="head has a bias"):
-        write_published(made.model, made.tokenizer, tmp_path)
+        write_published(made, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 
@@ -11,18 +12,25 @@ from transformers import LlavaForConditionalGeneration
 
 from moellava.cli import main
 from moellava.files import read_config
-from moellava.model.builder import read_composed
 from moellava.moe import MoESpec, upcycle
+from moellava.vlm import VLM
 from tests.processes import run_python
-from tests.tiny import tiny_llava, weights_of
+from tests.tiny import compose_tiny, reopen, tiny_llava, weights_of
+
+
+@pytest.fixture(scope="module")
+def made(make_base, clip_tower) -> VLM:
+    return compose_tiny(make_base("llama").folder, clip_tower, "v1", image_projector_type="mlp2x_gelu")
 
 
 @pytest.fixture
-def dense(tmp_path):
-    """A folder as the hub has them: several shards, Hugging Face's older names."""
-    folder = tmp_path / "dense"
-    tiny_llava().save_pretrained(folder, max_shard_size="50KB")
-    (folder / "tokenizer.json").write_text("{}")
+def dense(made, tmp_path):
+    """A folder as the hub has them: several shards, Hugging Face's older names, and nothing that we say of it."""
+    folder, model = tmp_path / "dense", copy.deepcopy(made.model)
+    del model.config.moellava
+    model.save_pretrained(folder, max_shard_size="50KB")
+    made.processor.save_pretrained(folder)
+    (folder / "notes.txt").write_text("ours")
     return folder
 
 
@@ -40,14 +48,16 @@ def run(dense, target, *flags):
         ["--init", "shared", "--init_seed", "5"],
     ],
 )
-def test_the_folder_holds_what_upcycling_in_memory_gives(dense, tmp_path, flags, capsys):
+def test_the_folder_holds_what_upcycling_in_memory_gives(made, dense, tmp_path, flags, capsys):
     assert run(dense, tmp_path / "moe", *flags) == 0
     raw = read_config(tmp_path / "moe", "test")
-    expected = upcycle(tiny_llava(), MoESpec.from_config(raw["moe"])).state_dict()
+    expected = upcycle(copy.deepcopy(made.model), MoESpec.from_config(raw["moe"])).state_dict()
     found = weights_of(tmp_path / "moe")
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in found)
-    assert read_composed(tmp_path / "moe", raw, torch.float32) is not None
+    opened = reopen(tmp_path / "moe")
+    assert opened.spec == MoESpec.from_config(raw["moe"])
+    assert opened.section.stage == "moe" and opened.architecture.name == opened.section.architecture == "llava-1.5"
     assert "max |Δlogit|" in capsys.readouterr().out
     certificate = json.loads((tmp_path / "moe" / "moe_certificate.json").read_text())
     assert set(certificate["probes"]) == {"text", "image"}
@@ -56,9 +66,9 @@ def test_the_folder_holds_what_upcycling_in_memory_gives(dense, tmp_path, flags,
         assert max(probe["max_abs_delta"] for probe in certificate["probes"].values()) < 1e-6
 
 
-def test_bf16_weights_stay_bf16_and_routers_are_fp32(tmp_path):
-    tiny_llava().bfloat16().save_pretrained(tmp_path / "dense")
-    assert run(tmp_path / "dense", tmp_path / "moe", "--shard-size", "0.00005") == 0
+def test_bf16_weights_stay_bf16_and_routers_are_fp32(made, dense, tmp_path):
+    copy.deepcopy(made.model).bfloat16().save_pretrained(dense, max_shard_size="50KB")
+    assert run(dense, tmp_path / "moe", "--shard-size", "0.00005") == 0
     found = weights_of(tmp_path / "moe")
     assert len(list((tmp_path / "moe").glob("*.safetensors"))) > 2
     dtypes = {name.split(".mlp.")[-1]: tensor.dtype for name, tensor in found.items() if ".layers.3.mlp." in name}
@@ -67,7 +77,8 @@ def test_bf16_weights_stay_bf16_and_routers_are_fp32(tmp_path):
 
 def test_other_files_come_along_and_plain_transformers_refuses(dense, tmp_path):
     assert run(dense, tmp_path / "moe") == 0
-    assert (tmp_path / "moe" / "tokenizer.json").read_text() == "{}"
+    for name in ("notes.txt", "tokenizer.json", "processor_config.json", "chat_template.jinja"):
+        assert (tmp_path / "moe" / name).read_bytes() == (dense / name).read_bytes()
     with pytest.raises((ValueError, KeyError)):
         LlavaForConditionalGeneration.from_pretrained(tmp_path / "moe")
 
@@ -80,6 +91,7 @@ def test_other_files_come_along_and_plain_transformers_refuses(dense, tmp_path):
         ("sparse", [], "sparse already"),
         ("full", [], "already holds a model"),
         ("damaged", [], "damaged|lacks tensors|missing"),
+        ("without tokenizer", [], "tokenizer"),
     ],
 )
 def test_mistakes_are_named_and_leave_nothing(dense, tmp_path, prepare, flags, message, capsys):
@@ -92,6 +104,9 @@ def test_mistakes_are_named_and_leave_nothing(dense, tmp_path, prepare, flags, m
         (target / "config.json").write_text("{}")
     elif prepare == "damaged":
         sorted(dense.glob("*.safetensors"))[1].unlink()
+    elif prepare == "without tokenizer":
+        for file in dense.glob("tokenizer*"):
+            file.unlink()
     before = sorted(target.rglob("*")) if target.exists() else []
     assert run(dense, target, *flags) == 2
     assert re.search(message, capsys.readouterr().err)
@@ -104,14 +119,14 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from transformers import LlavaConfig
-from moellava.convert.streaming import upcycle_folder
+from moellava.convert.streaming import convert_files
 from moellava.moe import MoESpec
 from safetensors import safe_open
 small, big, target = map(Path, sys.argv[1:4])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-upcycle_folder(small, target / "small", LlavaConfig.from_pretrained(small), MoESpec(), 10**9)  # imports, buffers
+convert_files(small, target / "small", LlavaConfig.from_pretrained(small), MoESpec(), 10**9)  # imports, buffers
 before = peak()
-upcycle_folder(big, target / "big", LlavaConfig.from_pretrained(big), MoESpec(moe_mode="dense"), 30_000_000)
+convert_files(big, target / "big", LlavaConfig.from_pretrained(big), MoESpec(moe_mode="dense"), 30_000_000)
 print(peak() - before)
 """
 

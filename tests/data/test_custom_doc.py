@@ -44,7 +44,7 @@ def test_rows_that_the_page_shows_are_the_rows(page):
 def test_every_kind_and_its_usual_template_is_on_the_page(page):
     for spec in TOKENIZERS.values():
         if spec.versions:
-            assert spec.classes[0] in page or spec.kind in page.lower()
+            assert spec.classes[0] in page or spec.name in page.lower()
             assert f"`--version {spec.versions[0]}`" in page or f"`{spec.versions[0]}`" in page
 
 

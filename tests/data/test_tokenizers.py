@@ -1,4 +1,4 @@
-"""Every kind of tokenizer: the ids of its own library, its special tokens, and what survives saving."""
+"""Every sort of tokenizer: the ids of its own library, its special tokens, and what survives saving."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_phi_ids_are_codegens(golden_tokenizers, tokenizers):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "size", "bos", "eos", "unk", "pad", "leading"),
+    ("name", "row", "size", "bos", "eos", "unk", "pad", "leading"),
     [
         ("mistral", "llama", 32000, 1, 2, 0, 0, [1]),
         ("qwen", "qwen1", 151851, None, 151643, 151646, 151646, []),
@@ -104,9 +104,9 @@ def test_phi_ids_are_codegens(golden_tokenizers, tokenizers):
         ("stablelm", "arcade100k", 100289, 100257, 100257, 100280, 100280, []),
     ],
 )
-def test_special_tokens_are_those_of_the_guide(tokenizers, name, kind, size, bos, eos, unk, pad, leading):
+def test_special_tokens_are_those_of_the_guide(tokenizers, name, row, size, bos, eos, unk, pad, leading):
     tokenizer = tokenizers[name]
-    assert spec_for(tokenizer).kind == kind and len(tokenizer) == size
+    assert spec_for(tokenizer).name == row and len(tokenizer) == size
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id)
     assert ids == (bos, eos, unk, pad)
     assert leading_ids(tokenizer) == leading and spec_for(tokenizer).adds_bos == bool(leading)
@@ -215,12 +215,12 @@ def test_a_tokenizer_json_of_transformers_opens(golden_tokenizers, tmp_path):
     assert tokenizer.pad_token == "<unk>"
 
 
-def test_a_qwen2_kind_needs_no_new_tokens(golden_tokenizers, tmp_path, tokenizers):
+def test_a_qwen2_tokenizer_needs_no_new_tokens(golden_tokenizers, tmp_path, tokenizers):
     tokenizers["qwen"].backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path, "qwen")
-    assert spec_for(tokenizer).kind == "qwen2" and len(tokenizer) == 151851
+    assert spec_for(tokenizer).name == "qwen2" and len(tokenizer) == 151851
     assert tokenizer.pad_token_id == 151643 and leading_ids(tokenizer) == []
     assert tokenizer(SAMPLE).input_ids == tokenizers["qwen"](SAMPLE).input_ids
 
@@ -274,7 +274,7 @@ def test_a_saved_folder_opens_where_its_row_is_unknown(tokenizers, tmp_path):
     path = tmp_path / "tokenizer_config.json"
     path.write_text(path.read_text().replace('"codegen"', '"acme"'))
     tokenizer = load_tokenizer(tmp_path)
-    assert spec_for(tokenizer).kind == "fast" and tokenizer.pad_token == "<|extra_0|>"
+    assert spec_for(tokenizer).name == "fast" and tokenizer.pad_token == "<|extra_0|>"
 
 
 def test_every_row_names_known_templates():

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from moellava.data.dataset import SupervisedDataset
+from moellava.data.encoder import Encoder
+from moellava.data.media import MediaFiles
 from moellava.data.media_reader import MediaReader
 from moellava.data.records import load_records
+from moellava.data.render import ChatRenderer
 from moellava.lmm.architecture import ARCHITECTURES, SUPPORTED_MODELS
-from moellava.lmm.datasets import TO_LOAD_IMAGE, MediaDataset
-from moellava.lmm.loaders import find_model, load_lmm
-from tests.lmm.tiny import TINY
+from moellava.vlm import VLM
+from tests.lmm.tiny import TINY, reopen
+from tests.processes import train_here
 
 
 @pytest.fixture(scope="session")
@@ -34,15 +37,9 @@ def tiny_lmm(tmp_path_factory, golden_tokenizers) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def opened(tiny_lmm) -> Callable[[str], Any]:
-    """architecture -> its tiny model, opened by our loader; shared, so tests leave it as it is."""
-
-    @functools.cache
-    def open_once(name: str) -> Any:
-        folder, raw, architecture = find_model(None, str(tiny_lmm(name)))
-        return load_lmm(folder, raw, architecture, dtype=torch.float32, trust_remote_code=architecture.remote_code)
-
-    return open_once
+def opened(tiny_lmm) -> Callable[[str], VLM]:
+    """architecture -> its tiny model; shared, so tests leave it as it is."""
+    return functools.cache(lambda name: reopen(tiny_lmm(name), ARCHITECTURES[name].remote_code))
 
 
 @pytest.fixture
@@ -78,24 +75,45 @@ RECORDS = [
 
 
 @pytest.fixture
-def samples_of(opened, pictures, tmp_path) -> Callable[..., MediaDataset]:
-    """(architecture, records, options) -> the data set of that architecture's tiny model."""
+def samples_of(opened, pictures, tmp_path) -> Callable[..., SupervisedDataset]:
+    """(architecture, records, vlm=, template=, loads_images=, options) -> the data set of that architecture's tiny
+    model, or of another `vlm`; options are those of `MediaFiles` and `SupervisedDataset`."""
 
-    def make(name: str, records: list[dict[str, Any]] = RECORDS, **options: Any) -> MediaDataset:
-        released = options.pop("released", None) or opened(name)
+    def make(
+        name: str,
+        records: list[dict[str, Any]] = RECORDS,
+        *,
+        vlm: VLM | None = None,
+        template: str | None = None,
+        loads_images: bool = True,
+        image_folder: Path | None = None,
+        video_folder: Path | None = None,
+        num_frames: int = 8,
+        **options: Any,
+    ) -> SupervisedDataset:
+        vlm = vlm or opened(name)
+        encoder = vlm.encoder
+        if template is not None:
+            encoder = Encoder(vlm.tokenizer, ChatRenderer(vlm.processor, template, in_parts=True), vlm.reader)
+        if not loads_images:
+            encoder = Encoder(vlm.tokenizer, encoder.renderer, MediaReader(vlm.processor, loads_images=False))
         (tmp_path / "records.json").write_text(json.dumps(records))
-        dataset = MediaDataset(
-            load_records(tmp_path / "records.json"),
-            MediaReader(released.processor),
-            options.pop("template", released.processor.chat_template),
-            to_load_image=options.pop("to_load_image", TO_LOAD_IMAGE[name]),
-            image_folder=options.pop("image_folder", pictures[0].parent),
-            **options,
-        )
-        dataset.family_id = name
-        return dataset
+        folder = pictures[0].parent if image_folder is None else image_folder
+        files = MediaFiles(folder, video_folder, num_frames)
+        return SupervisedDataset(load_records(tmp_path / "records.json"), encoder, files, **options)
 
     return make
+
+
+@pytest.fixture
+def run(tiny_lmm, released_flags) -> Callable[..., Path]:
+    """(architecture or folder, name of the run, flags) -> the folder that a short run leaves, in this process."""
+
+    def start(model: str | Path, name: str = "run", **flags: object) -> Path:
+        folder = model if isinstance(model, Path) else tiny_lmm(model)
+        return train_here(released_flags(folder, name, **flags))
+
+    return start
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

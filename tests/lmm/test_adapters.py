@@ -13,32 +13,17 @@ from moellava.adapters.lora import attach, lora_layers, vision_target_names
 from moellava.cli import main
 from moellava.errors import UserError
 from moellava.lmm.architecture import ARCHITECTURES
-from moellava.lmm.folders import open_folder
 from moellava.lmm.supported_models import MULTIMODAL_KEYWORDS
-from moellava.model.builder import parts_of
 from moellava.model.parts import group_names
 from moellava.train.arguments import parse_arguments
-from moellava.train.train import train
+from moellava.vlm import VLM
+from tests.lmm.tiny import reopen
 
 VISION_LORA = {"use_vision_lora": True, "lora_r": 2, "lora_alpha": 4}
 
 
-@pytest.fixture
-def run(tiny_lmm, released_flags):
-    """(family or folder, name of the run, flags) -> the folder that a short run leaves, in this process."""
-
-    def start(model, name="run", **flags):
-        return train(*parsed(released_flags(model if "/" in str(model) else tiny_lmm(model), name, **flags)))
-
-    return start
-
-
-def parsed(flags):
-    return parse_arguments([str(word) for key, value in flags.items() for word in (f"--{key}", value)])
-
-
 def state_of(folder):
-    return open_folder(folder, torch.float32).model.state_dict()
+    return reopen(folder).model.state_dict()
 
 
 def moved_groups(family_id, before, after):
@@ -50,14 +35,14 @@ def moved_groups(family_id, before, after):
 
 def test_targets_are_linears_of_the_vision_encoder(conforming, opened):
     """By the keywords, which say where the encoder is; projectors inside it are none of it."""
-    model = opened(conforming).model
-    targets = vision_target_names(model)
+    vlm = opened(conforming)
+    targets = vision_target_names(vlm)
     groups = group_names([f"{name}.weight" for name in targets], MULTIMODAL_KEYWORDS[conforming])
     assert len(groups["vision_encoder"]) == len(targets)
     if ARCHITECTURES[conforming].remote_code:
         return  # a stand-in for code that is not here, with hardly an encoder
     assert targets
-    layers = 1 if getattr(model.config, "vision_feature_layer", None) == -2 else 2
+    layers = 1 if getattr(vlm.model.config, "vision_feature_layer", None) == -2 else 2
     assert len({part for name in targets for part in name.split(".") if part.isdigit()}) == layers
 
 
@@ -75,7 +60,7 @@ def test_vision_adapters_train_beside_a_decoder_that_is_adapted_rests_or_trains_
     folder = run(family_id, **VISION_LORA, **flags)
     moved = moved_groups(family_id, tiny_lmm(family_id), folder)
     assert set(moved) == parts
-    targets = vision_target_names(opened(family_id).model)
+    targets = vision_target_names(opened(family_id))
     assert moved["vision_encoder"] == {f"{name}.weight" for name in targets}
     old, new = state_of(tiny_lmm(family_id)), state_of(folder)
     assert all(
@@ -188,8 +173,8 @@ def test_targets_that_match_nothing_are_named(run, monkeypatch):
     monkeypatch.setattr("moellava.adapters.lora.read_layers", lambda *_: [])
     with pytest.raises(UserError, match="--use_vision_lora True: the vision encoder of this LlavaForCond.* no linear"):
         run("llava-1.5", **VISION_LORA)
-    parts = parts_of
-    monkeypatch.setattr("moellava.adapters.lora.parts_of", lambda m: parts(m) | {"language_model": nn.Identity()})
+    parts = VLM.parts.fget
+    monkeypatch.setattr(VLM, "parts", property(lambda vlm: parts(vlm) | {"language_model": nn.ModuleList()}))
     with pytest.raises(UserError, match="--lora_enable True: the language model of this LlavaForCond.* no linear"):
         run("llava-1.5", use_lora=True)
 

@@ -5,15 +5,10 @@ import torch
 from PIL import Image
 
 from moellava.constants import IGNORE_INDEX
+from moellava.data.render.chat import parts_of_text
 from moellava.errors import DataError, UserError
 from moellava.lmm.datasets import TO_LOAD_IMAGE
-from moellava.lmm.family_collators import collator_for
-from moellava.lmm.prompts import parts_of_text, prompt_pieces
-from tests.lmm.tiny import NATIVE, TINY
-
-
-def collator(dataset, **options):
-    return collator_for(dataset.family_id, dataset.reader.processor, reader=dataset.reader, **options)
+from tests.lmm.tiny import NATIVE, TINY, batch_of
 
 
 @pytest.mark.parametrize("family_id", [name for name in NATIVE if name != "paligemma"])
@@ -31,7 +26,7 @@ def test_a_batch_is_what_the_processor_makes_of_the_rendered_text(family_id, sam
         ],
     }
     dataset = samples_of(family_id, [record])
-    batch = collator(dataset)([dataset[0]])
+    batch = batch_of(family_id, dataset, 0)
     processor = opened(family_id).processor
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is it?"}]
     messages = [
@@ -51,15 +46,15 @@ def test_a_batch_is_what_the_processor_makes_of_the_rendered_text(family_id, sam
     for name, value in expected.items():
         torch.testing.assert_close(batch[name], value, rtol=0, atol=0, msg=name)
     assert dataset.lengths == [batch["input_ids"].shape[1]]
-    assert dataset.modalities == [True]
+    assert dataset.shows_media == [True]
 
 
 @pytest.mark.parametrize("family_id", NATIVE)
 def test_only_answers_and_their_terminators_train(family_id, samples_of):
     dataset = samples_of(family_id)
-    tokenizer = dataset.reader.processor.tokenizer
+    tokenizer = dataset.encoder.tokenizer
     end = TINY[family_id].end
-    batch = collator(dataset)([dataset[index] for index in range(3)])
+    batch = batch_of(family_id, dataset, 0, 1, 2)
     decoded = [tokenizer.decode(row[row != IGNORE_INDEX]) for row in batch["labels"]]
     assert [text.replace(" ", "") for text in decoded] == [
         f"Afractal.{end}Yes,no</s>andno<image>.{end}",
@@ -75,8 +70,8 @@ def test_only_answers_and_their_terminators_train(family_id, samples_of):
 @pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2-vl", "gemma3"])
 def test_a_batch_without_images_runs_the_tower_and_changes_nothing(family_id, samples_of, opened):
     dataset, model = samples_of(family_id), opened(family_id).model
-    tokenizer = dataset.reader.processor.tokenizer
-    batch = collator(dataset)([dataset[2]])
+    tokenizer = dataset.encoder.tokenizer
+    batch = batch_of(family_id, dataset, 2)
     assert len(batch["pixel_values"])
     loss = model(**batch).loss
     model.zero_grad()
@@ -94,37 +89,36 @@ def test_a_batch_without_images_runs_the_tower_and_changes_nothing(family_id, sa
 @pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2-vl", "gemma3"])
 def test_a_padded_batch_computes_what_its_rows_compute_alone(family_id, samples_of, opened):
     dataset, model = samples_of(family_id), opened(family_id).model
-    together = collator(dataset)([dataset[index] for index in range(3)])
+    together = batch_of(family_id, dataset, 0, 1, 2)
     with torch.no_grad():
         logits = model(**together).logits
         for row in range(3):
-            batch = collator(dataset)([dataset[row]])
+            batch = batch_of(family_id, dataset, row)
             alone = model(**batch).logits[0, batch["attention_mask"][0].bool()]
             torch.testing.assert_close(logits[row, : len(alone)], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_questions_train_when_asked_but_never_media_or_padding(samples_of):
     dataset = samples_of("qwen2-vl")
-    batch = collator(dataset, train_questions=True)([dataset[index] for index in range(3)])
+    batch = batch_of("qwen2-vl", dataset, 0, 1, 2, train_questions=True)
     trained = batch["labels"] != IGNORE_INDEX
-    media = batch["input_ids"] == dataset.reader.placeholder_id
+    media = batch["input_ids"] == dataset.encoder.reader.placeholder_id
     assert torch.equal(trained, batch["attention_mask"].bool() & ~media)
 
 
 def test_a_system_prompt_opens_its_conversation(samples_of):
     dataset = samples_of("qwen2-vl")
-    texts = [dataset.reader.processor.tokenizer.decode([i for i in s["input_ids"].tolist() if i >= 0]) for s in dataset]
+    decode = dataset.encoder.tokenizer.decode
+    texts = [decode([token for token in sample["input_ids"].tolist() if token >= 0]) for sample in dataset]
     assert texts[1].startswith("<|im_start|>system\nBe brief.<|im_end|>")
     assert texts[0].startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>")
 
 
-def test_images_stand_where_the_template_puts_them(samples_of, opened):
+def test_images_stand_where_the_template_puts_them(make_record, opened):
     """Qwen2-VL keeps the order of a question; LLaVA-1.5 shows images first."""
-    texts = {}
+    texts, question = {}, "First <image> then <image> say"
     for family_id in ("qwen2-vl", "llava-1.5"):
-        dataset = samples_of(family_id)
-        turns = [("user", "First <image> then <image> say"), ("assistant", "ok")]
-        pieces = prompt_pieces(dataset.template_of(None), turns, True, "the record")
+        pieces = opened(family_id).encoder.pieces(make_record("1", question, "ok", image=["0.png", "1.png"]))
         texts[family_id] = "".join(piece.text for piece in pieces)
     shown = "<|vision_start|><|image_pad|><|vision_end|>"
     assert f"First {shown} then {shown} say<|im_end|>" in texts["qwen2-vl"]
@@ -143,7 +137,7 @@ def test_an_overlong_record_is_cut_but_never_inside_an_image(samples_of):
     dataset = samples_of("llava-1.6", overlong="truncate", max_length=whole[0] - 1)
     assert dataset.lengths == [whole[0] - 1, whole[2]]
     assert (dataset.report()["truncated"], dataset.report()["dropped"]) == (1, 1)
-    batch = collator(dataset)([dataset[0], dataset[1]])
+    batch = batch_of("llava-1.6", dataset, 0, 1)
     assert batch["input_ids"].shape[1] == whole[0] - 1
     inside = samples_of("llava-1.6", overlong="truncate", max_length=whole[2])
     assert inside.lengths == [whole[2]], "a cut inside the image leaves nothing to train on"
@@ -168,5 +162,5 @@ def test_what_cannot_be_masked_or_shown_is_named(samples_of, opened):
 
 def test_architectures_that_read_paths_get_paths(samples_of, pictures):
     assert TO_LOAD_IMAGE["qwen-vl"] is False and TO_LOAD_IMAGE["llava-1.5"] is True
-    dataset = samples_of("llava-1.5", to_load_image=False)
-    assert dataset[0]["images"] == [pictures[0]]
+    dataset = samples_of("llava-1.5", loads_images=False)
+    assert dataset[0]["media"] == [pictures[0]]

@@ -17,9 +17,7 @@ import pytest
 
 from moellava.constants import IGNORE_INDEX
 from moellava.lmm.architecture import ARCHITECTURES
-from moellava.lmm.family_collators import collator_for
-from moellava.lmm.prompts import prompt_pieces
-from tests.lmm.tiny import TINY
+from tests.lmm.tiny import TINY, batch_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "released.jsonl"
 
@@ -54,20 +52,16 @@ def packed(ids):
 
 
 def text_of(dataset, record):
-    turns = [("assistant" if turn["from"] == "gpt" else "user", turn["value"]) for turn in record["conversations"]]
-    template = dataset.template_of(record.get("system_prompt"))
-    return "".join(piece.text for piece in prompt_pieces(template, turns, "image" in record, "the record"))
+    """As the template renders it: no placeholder is spelled out yet."""
+    shown = {"has_media": "image" in record, "system": record.get("system_prompt")}
+    return "".join(piece.text for piece in dataset.encoder.renderer.pieces(record["conversations"], **shown))
 
 
 def row_of(family_id, case, samples_of):
     record = {"id": case, **CASES[case]}
     dataset = samples_of(family_id, [record], image_folder=Path())
-    collate = collator_for(family_id, dataset.reader.processor, reader=dataset.reader)
-    batch = {
-        name: value[0]
-        for name, value in collate([dataset[0]]).items()
-        if name in ("input_ids", "labels", "attention_mask")
-    }
+    whole = batch_of(family_id, dataset, 0)
+    batch = {name: whole[name][0] for name in ("input_ids", "labels", "attention_mask")}
     kept = batch["attention_mask"].bool()
     trained = batch["labels"][batch["labels"] != IGNORE_INDEX]
     return {
@@ -75,7 +69,7 @@ def row_of(family_id, case, samples_of):
         "case": case,
         "text": text_of(dataset, record),
         "ids": packed(batch["input_ids"][kept].tolist()),
-        "trained": dataset.reader.processor.tokenizer.decode(trained),
+        "trained": dataset.encoder.tokenizer.decode(trained),
     }
 
 

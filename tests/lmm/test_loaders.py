@@ -9,33 +9,29 @@ import torch
 
 from moellava.errors import UnknownNameError, UserError
 from moellava.lmm.architecture import ARCHITECTURES
-from moellava.lmm.loaders import find_model, load_lmm
+from moellava.lmm.loaders import find_model
+from tests.lmm.tiny import reopen
 
 REMOTE = [name for name, architecture in ARCHITECTURES.items() if architecture.remote_code]
-
-
-def reopen(folder):
-    path, raw, family = find_model(None, str(folder))
-    return load_lmm(path, raw, family, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2-vl", "gemma3"])
 def test_a_folder_opens_in_its_own_class_with_its_own_processor(family_id, opened, tiny_lmm):
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    released = opened(family_id)
-    assert released.family is ARCHITECTURES[family_id]
+    vlm = opened(family_id)
+    assert vlm.architecture is ARCHITECTURES[family_id]
     plain = AutoModelForImageTextToText.from_pretrained(tiny_lmm(family_id))
-    assert type(released.model) is type(plain)
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in released.model.state_dict().items())
-    assert type(released.processor).__name__.removesuffix("Processor") in type(plain).__name__
-    assert released.processor.chat_template == ARCHITECTURES[family_id].template, "the folder has none of its own"
-    assert AutoConfig.from_pretrained(tiny_lmm(family_id)).model_type == released.family.model_type
+    assert type(vlm.model) is type(plain)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in vlm.model.state_dict().items())
+    assert type(vlm.processor).__name__.removesuffix("Processor") in type(plain).__name__
+    assert vlm.processor.chat_template == ARCHITECTURES[family_id].template, "the folder has none of its own"
+    assert AutoConfig.from_pretrained(tiny_lmm(family_id)).model_type == vlm.architecture.model_type
 
 
 def test_a_processor_keeps_the_settings_of_its_video_processor(opened, tmp_path):
-    released = opened("qwen2-vl")
-    released.processor.save_pretrained(tmp_path)
+    vlm = opened("qwen2-vl")
+    vlm.processor.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "processor_config.json").read_text())
     assert saved["processor_class"] == "Qwen2VLProcessor"
     assert saved["video_processor"]["size"] == {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
@@ -47,7 +43,7 @@ def test_an_id_and_a_folder_of_another_architecture_are_refused(tiny_lmm):
         UserError, match="--model_id qwen2-vl-2b-instruct is of the architecture qwen2-vl.*type 'llava'"
     ):
         find_model("qwen2-vl-2b-instruct", str(tiny_lmm("llava-1.5")))
-    assert find_model("llava-1.5-7b", str(tiny_lmm("llava-1.5")))[2].name == "llava-1.5"
+    assert find_model("llava-1.5-7b", str(tiny_lmm("llava-1.5")))[1].name == "llava-1.5"
     with pytest.raises(UnknownNameError, match="Unknown model id 'llava-1.5'. Did you mean 'llava-1.5-7b'"):
         find_model("llava-1.5", None)
 
@@ -110,8 +106,11 @@ def test_a_template_that_cannot_be_masked_is_named(reason, copy_of, architecture
 
 @pytest.mark.parametrize("family_id", REMOTE)
 def test_remote_code_runs_only_when_it_is_allowed(family_id, tmp_path):
+    architecture = ARCHITECTURES[family_id]
+    raw = {"model_type": architecture.model_type, **dict.fromkeys(architecture.needs, {})}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=f"{family_id} models need the Python code.*--trust_remote_code True"):
-        load_lmm(tmp_path, {}, ARCHITECTURES[family_id], dtype=torch.float32)
+        reopen(tmp_path)
 
 
 def test_a_template_that_never_stops_gives_way_to_the_one_on_record(copy_of, caplog):

@@ -11,10 +11,8 @@ from PIL import Image
 from moellava.constants import IGNORE_INDEX
 from moellava.errors import DataError, UserError
 from moellava.lmm.architecture import ARCHITECTURES, refuse_upcycling
-from moellava.lmm.family_collators import collator_for
-from moellava.lmm.loaders import find_model, load_lmm
 from moellava.model.parts import group_names
-from moellava.model.saving import save_pretrained_folder
+from tests.lmm.tiny import batch_of, reopen
 
 RECORD = {
     "id": "two",
@@ -29,11 +27,6 @@ RECORD = {
 }
 
 
-def batch_of(dataset, *numbers):
-    collate = collator_for(dataset.family_id, dataset.reader.processor, reader=dataset.reader)
-    return collate([dataset[number] for number in numbers])
-
-
 def python_of(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -44,8 +37,8 @@ def python_of(path):
 def test_qwen_vl_gets_the_ids_that_its_own_tokenizer_makes_of_paths(samples_of, tiny_lmm, pictures):
     dataset = samples_of("qwen-vl", [RECORD])
     sample = dataset[0]
-    assert sample["images"] == list(pictures[:2]), "unopened"
-    batch = batch_of(dataset, 0)
+    assert sample["media"] == list(pictures[:2]), "unopened"
+    batch = batch_of("qwen-vl", dataset, 0)
     text = (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         f"<|im_start|>user\nPicture 1: <img>{pictures[0]}</img>\nWhat is it?<|im_end|>\n"
@@ -58,7 +51,7 @@ def test_qwen_vl_gets_the_ids_that_its_own_tokenizer_makes_of_paths(samples_of, 
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert dataset.lengths == [batch["input_ids"].shape[1]]
     trained = batch["labels"][0][batch["labels"][0] != IGNORE_INDEX]
-    assert dataset.reader.processor.tokenizer.decode(trained) == "A fractal.<|im_end|>Another.<|im_end|>"
+    assert dataset.encoder.tokenizer.decode(trained) == "A fractal.<|im_end|>Another.<|im_end|>"
 
 
 def test_qwen_vl_renders_paths_that_a_message_brings_along(opened):
@@ -89,7 +82,7 @@ def test_phi_3_vision_gets_what_its_own_processor_makes_of_the_prompt(count, sam
     turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": "A fractal."}]
     shown = {"image": [f"{number}.png" for number in range(count)]} if count else {}
     dataset = samples_of("phi3-v", [{"id": "a", "conversations": turns, **shown}])
-    batch = batch_of(dataset, 0)
+    batch = batch_of("phi3-v", dataset, 0)
     numbered = "".join(f"<|image_{number}|>\n" for number in range(1, count + 1))
     text = f"<|user|>\n{numbered}What is it?<|end|>\n<|assistant|>\nA fractal.<|end|>\n"
     theirs = AutoProcessor.from_pretrained(tiny_lmm("phi3-v"), trust_remote_code=True)
@@ -101,7 +94,7 @@ def test_phi_3_vision_gets_what_its_own_processor_makes_of_the_prompt(count, sam
         assert set(batch) == set(expected) | {"labels"}
         assert all(torch.equal(batch[name], value) for name, value in expected.items())
     trained = batch["labels"][0][batch["labels"][0] != IGNORE_INDEX]
-    assert dataset.reader.processor.tokenizer.decode(trained).replace(" ", "") == "Afractal.<|end|>"
+    assert dataset.encoder.tokenizer.decode(trained).replace(" ", "") == "Afractal.<|end|>"
 
 
 @pytest.mark.parametrize("family_id", ["qwen-vl", "phi3-v"])
@@ -112,7 +105,7 @@ def test_parts_and_gradients(family_id, samples_of, opened):
     assert sorted(name for group in groups.values() for name in group) == sorted(names)
     dataset = samples_of(family_id)
     model.train().zero_grad()
-    model(**batch_of(dataset, 2)).loss.backward()
+    model(**batch_of(family_id, dataset, 2)).loss.backward()
     towers = {name: model.get_parameter(name).grad for name in groups["vision_encoder"] + groups["vision_projector"]}
     model.eval().zero_grad()
     assert all(gradient is not None and not gradient.any() for gradient in towers.values())
@@ -122,15 +115,14 @@ def test_parts_and_gradients(family_id, samples_of, opened):
 def test_a_trained_folder_opens_with_its_own_code_alone(family_id, opened, samples_of, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    released = opened(family_id)
-    released.model.config.moellava = {"version": "chat_template"}
-    save_pretrained_folder(released.model, released.tokenizer, released.processor, tmp_path / "saved")
+    vlm = opened(family_id)
+    vlm.save(tmp_path / "saved")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
-    batch = batch_of(samples_of(family_id), 0, 1)
+    batch = batch_of(family_id, samples_of(family_id), 0, 1)
     with torch.no_grad():
-        assert torch.equal(plain.eval()(**batch).logits, released.model(**batch).logits)
-    again = load_lmm(*find_model(None, str(tmp_path / "saved")), dtype=torch.float32, trust_remote_code=True)
-    assert again.processor.chat_template == released.processor.chat_template
+        assert torch.equal(plain.eval()(**batch).logits, vlm.model(**batch).logits)
+    again = reopen(tmp_path / "saved", trust_remote_code=True)
+    assert again.processor.chat_template == vlm.processor.chat_template
     if family_id == "qwen-vl":
         assert python_of(tmp_path / "saved" / "tokenization_qwen.py").QWenTokenizer(tmp_path / "saved")("Hi") == [13048]
 
@@ -143,15 +135,11 @@ def copy_of(tiny_lmm, tmp_path):
     return copy
 
 
-def reopened(folder, trust=True):
-    return load_lmm(*find_model(None, str(folder)), dtype=torch.float32, trust_remote_code=trust)
-
-
 def test_nothing_runs_without_the_flag(copy_of):
     folder = copy_of("phi3-v")
     (folder / "modeling_phi3_v.py").write_text("raise SystemExit('was run')")
     with pytest.raises(UserError, match="phi3-v models need the Python code.*--trust_remote_code True"):
-        reopened(folder, trust=False)
+        reopen(folder)
 
 
 def test_code_that_does_not_run_and_code_that_is_missing_are_named(copy_of):
@@ -159,14 +147,14 @@ def test_code_that_does_not_run_and_code_that_is_missing_are_named(copy_of):
     code = (folder / "modeling_qwen.py").read_text()
     (folder / "modeling_qwen.py").write_text(f"from transformers import BeamHypotheses\n{code}")
     with pytest.raises(UserError, match=r"cannot make its model with transformers .*BeamHypotheses.*config.json names"):
-        reopened(folder)
+        reopen(folder, trust_remote_code=True)
     raw = json.loads((folder / "config.json").read_text())
     del raw["auto_map"]
     (folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="has no code for its model"):
-        reopened(folder)
+        reopen(folder, trust_remote_code=True)
 
 
 def test_upcycling_says_why_not(opened):
     with pytest.raises(UserError, match="--moe_enable True: the decoder of qwen-vl models is code in their own"):
-        refuse_upcycling(opened("qwen-vl").family, "--moe_enable True")
+        refuse_upcycling(opened("qwen-vl").architecture, "--moe_enable True")

@@ -3,10 +3,10 @@
 import pytest
 
 from moellava.errors import UnknownNameError
-from moellava.lmm.architecture import ARCHITECTURES, architecture_of
+from moellava.lmm.architecture import ARCHITECTURES, architecture_of, holds_vlm
 from moellava.lmm.collators import COLLATORS, MediaCollator
 from moellava.lmm.datasets import TO_LOAD_IMAGE
-from moellava.lmm.loaders import LOADERS, load_native
+from moellava.lmm.loaders import LOADERS
 from moellava.lmm.supported_models import (
     LMM_FAMILIES,
     MULTIMODAL_KEYWORDS,
@@ -15,17 +15,18 @@ from moellava.lmm.supported_models import (
     register_family,
     register_model,
 )
+from moellava.model.build import read
 from moellava.model.parts import LLAVA, Keywords
-from tests.lmm.tiny import NATIVE, TINY
+from tests.lmm.tiny import NATIVE, TINY, manifest_of
 
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_the_architecture_follows_from_the_config(name):
     raw = TINY[name].tiny_config().to_dict()
-    assert architecture_of(raw).name == name
+    assert architecture_of(manifest_of(raw)).name == name
     raw["model_type"] = "moellava_" + raw["model_type"]
     raw["text_config"]["model_type"] = "moellava_" + raw["text_config"]["model_type"]
-    assert architecture_of(raw).name == name, "a sparse folder is of the architecture of its dense model"
+    assert architecture_of(manifest_of(raw)).name == name, "a sparse folder is of the architecture of its dense model"
 
 
 def test_every_model_that_was_promised_is_known():
@@ -51,9 +52,18 @@ def test_every_model_that_was_promised_is_known():
 
 
 def test_a_language_model_of_the_same_type_is_no_vision_language_model():
-    assert architecture_of({"model_type": "qwen", "visual": {}}).name == "qwen-vl"
-    with pytest.raises(UnknownNameError, match="'qwen', which no architecture"):
-        architecture_of({"model_type": "qwen"}, "Qwen-7B")
+    assert architecture_of(manifest_of({"model_type": "qwen", "visual": {}})).name == "qwen-vl"
+    with pytest.raises(UnknownNameError, match="--model-path Qwen-7B .* 'qwen', which no architecture"):
+        architecture_of(manifest_of({"model_type": "qwen"}, "Qwen-7B"))
+    assert not holds_vlm(manifest_of({"model_type": "qwen"})) and not holds_vlm(manifest_of({"model_type": "llama"}))
+
+
+def test_what_is_registered_is_a_vision_language_model_whatever_its_fields(architectures):
+    raw = {"model_type": "stranger"}
+    assert not holds_vlm(manifest_of(raw))
+    register_family(Architecture("mine", LLAVA, model_type="stranger"))
+    assert holds_vlm(manifest_of(raw)) and architecture_of(manifest_of(raw)) is architectures["mine"]
+    assert architecture_of(manifest_of({"model_type": "llava", "moellava": {"version": "v1"}})) is None, "composed"
 
 
 def test_every_architecture_has_models_and_a_row_of_tests():
@@ -73,12 +83,12 @@ def test_an_id_is_given_once_and_an_unknown_one_lists_the_known():
     with pytest.raises(ValueError, match="architecture 'llava-1.5' is registered twice"):
         register_family(Architecture("llava-1.5", LLAVA))
     with pytest.raises(UnknownNameError, match="'bert', which no architecture of moellava is. Known: gemma3, internvl"):
-        architecture_of({"model_type": "bert"})
+        architecture_of(manifest_of({"model_type": "bert"}))
 
 
 def test_the_names_of_the_guide_are_views_that_can_be_written(architectures):
     assert MULTIMODAL_KEYWORDS["llava-1.5"] == LLAVA and LMM_FAMILIES is ARCHITECTURES
-    assert LOADERS["llava-1.5"] is load_native and LOADERS["llama-3.2-vision"] is not load_native
+    assert LOADERS["llava-1.5"] is read and LOADERS["llama-3.2-vision"] is not read
     assert COLLATORS["llava-1.5"] is MediaCollator and issubclass(COLLATORS["paligemma"], MediaCollator)
     assert [name for name in TO_LOAD_IMAGE if not TO_LOAD_IMAGE[name]] == ["qwen-vl"]
     TO_LOAD_IMAGE["llava-1.5"] = False

@@ -99,4 +99,7 @@ def test_a_processor_without_a_recipe_keeps_its_settings_and_shows_frames(opened
     settings = {"video_processor_type": "Any", "size": {"height": 9}}
     stranger = build_without_torchvision(Stranger, UNKNOWN, video_settings=settings, **parts)
     assert dict(stranger.video_processor) == settings
-    assert set(MediaReader(stranger).kinds) == {"image"} and set(MediaReader(known).kinds) == {"image", "video"}
+    assert set(MediaReader(stranger).placeholders) == {"image"} and set(MediaReader(known).placeholders) == {
+        "image",
+        "video",
+    }

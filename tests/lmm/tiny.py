@@ -16,9 +16,12 @@ from typing import Any
 import torch
 import transformers as hf
 
+from moellava.data.dataset import SupervisedDataset
 from moellava.data.tokenizers import load_tokenizer
 from moellava.lmm.architecture import ARCHITECTURES
 from moellava.lmm.processors import build_without_torchvision
+from moellava.model.manifest import Manifest
+from moellava.vlm import VLM, collator_of, open_vlm
 
 TEXT = {
     "hidden_size": 16,
@@ -495,3 +498,19 @@ NATIVE = [name for name in TINY if not ARCHITECTURES[name].remote_code]
 
 WITH_VIDEO = [name for name in TINY if ARCHITECTURES[name].video]
 """Those whose processor has a way for videos."""
+
+
+def reopen(folder: Path, trust_remote_code: bool = False) -> VLM:
+    """A folder, opened as fp32 on the CPU."""
+    return open_vlm(folder, device="cpu", dtype=torch.float32, trust_remote_code=trust_remote_code)
+
+
+def manifest_of(raw: dict[str, Any], name: str = "FOLDER") -> Manifest:
+    """A folder that is not there, with that config.json."""
+    return Manifest(Path(name), name, "--model-path", raw)
+
+
+def batch_of(name: str, dataset: SupervisedDataset, *numbers: int, **options: bool) -> dict[str, torch.Tensor]:
+    """Samples of a data set as a batch of that architecture; for options see `collator_of`."""
+    collate = collator_of(dataset.encoder, ARCHITECTURES[name], **options)
+    return collate([dataset[number] for number in numbers])

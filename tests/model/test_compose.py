@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -13,16 +10,18 @@ import torch
 from PIL import Image
 
 from moellava.errors import UnknownNameError, UserError
-from moellava.model.builder import image_size, parts_of, save_pretrained_folder, tokens_per_image
-from moellava.model.compose import compose
+from moellava.model.compose import Composition
 from moellava.model.families import FAMILIES, family_of
+from moellava.vlm import VLM, compose
+from tests.processes import run_python
+from tests.tiny import compose_tiny
 
 ROWS = 280  # tokens of the test tokenizer
 IDS = torch.tensor([[5, 9, 200, 3, 77, 8]])
 
 
-def composed(base, tower, **options):
-    return compose(str(base.folder), str(tower), version="plain", **options)
+def composed(base, tower, **options) -> VLM:
+    return compose_tiny(base.folder, tower, "plain", **options)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -40,12 +39,12 @@ def test_text_alone_gives_the_base_models_logits(name, make_base, clip_tower):
 def test_features_stand_where_the_image_token_does(name, make_base, clip_tower, inputs):
     out = composed(make_base(name), clip_tower, mm_vision_select_layer=-2, image_projector_type="mlp2x_gelu")
     model, batch = out.model, inputs(out.model)
-    parts = parts_of(model)
+    (tower,), (projector,) = out.parts["vision_tower"], out.parts["projector"]
     with torch.no_grad():
-        states = parts["vision_tower"](batch["pixel_values"], output_hidden_states=True).hidden_states
-        features = parts["projector"](states[-2][:, 1:])
+        states = tower(batch["pixel_values"], output_hidden_states=True).hidden_states
+        features = projector(states[-2][:, 1:])
         embeddings = model.get_input_embeddings()(batch["input_ids"])
-        embeddings[:, 1 : 1 + tokens_per_image(model)] = features
+        embeddings[:, 1 : 1 + model.config.image_seq_length] = features
         wanted = model(inputs_embeds=embeddings, attention_mask=batch["attention_mask"]).logits
         found = model(**batch).logits
     torch.testing.assert_close(found, wanted)
@@ -90,14 +89,15 @@ def test_the_processor_writes_as_many_tokens_as_there_are_features(tower, featur
     out = composed(make_base("llama"), folder, mm_vision_select_feature=feature)
     image = Image.new("RGB", (30, 50), (255, 0, 0))
     batch = out.processor(images=image, text="<image>what colour?", return_tensors="pt")
-    assert tokens_per_image(out.model) == tokens
+    assert out.model.config.image_seq_length == out.reader.run_length((30, 50), 1) == tokens
     assert (batch["input_ids"] == out.model.config.image_token_index).sum() == tokens
-    assert batch["pixel_values"].shape[-2:] == image_size(out.model) == (28, 28)
+    assert batch["pixel_values"].shape[-2:] == (28, 28)
     assert out.model(**batch).logits.isfinite().all()
 
 
 def test_dtype_is_kept(make_base, clip_tower):
-    model = composed(make_base("mistral"), clip_tower, dtype=torch.bfloat16).model
+    base, tower = make_base("mistral").folder, str(clip_tower)
+    model = compose(base, tower, Composition(version="plain"), torch.bfloat16).model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
@@ -105,8 +105,8 @@ def test_the_same_seed_draws_the_same_projector(make_base, clip_tower):
     weights = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        model = composed(make_base("llama"), clip_tower).model
-        weights.append(parts_of(model)["projector"].linear_1.weight)
+        vlm = compose(make_base("llama").folder, str(clip_tower), Composition(version="plain"))
+        weights.append(vlm.parts["projector"][0].linear_1.weight)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
@@ -125,15 +125,15 @@ def test_options_that_do_not_fit_are_named(options, message, make_base, clip_tow
         composed(make_base("llama"), clip_tower, **options)
 
 
-def test_parts_of_the_wrong_kind_are_named(tmp_path, make_base, clip_tower):
+def test_folders_that_hold_something_else_are_named(tmp_path, make_base, clip_tower):
     with pytest.raises(UnknownNameError, match="'clip_vision_model'.*Known: .*llama"):
-        compose(str(clip_tower), str(clip_tower), version="plain")
+        compose_tiny(clip_tower, clip_tower, "plain")
     with pytest.raises(UnknownNameError, match="not a known vision tower"):
-        compose(str(make_base("llama").folder), str(make_base("llama").folder), version="plain")
+        compose_tiny(make_base("llama").folder, make_base("llama").folder, "plain")
     shutil.copytree(make_base("llama").folder, tmp_path, dirs_exist_ok=True)
     shutil.copy(make_base("qwen").folder / "model.safetensors", tmp_path)
     with pytest.raises(UserError, match="no embeddings under the names of the family 'llama'"):
-        compose(str(tmp_path), str(clip_tower), version="plain")
+        compose_tiny(tmp_path, clip_tower, "plain")
 
 
 def test_hub_ids_are_fetched_without_code(make_base, clip_tower, monkeypatch):
@@ -146,8 +146,8 @@ def test_hub_ids_are_fetched_without_code(make_base, clip_tower, monkeypatch):
         return str(folders[name])
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    made = compose("org/llm", "org/tower", version="plain")
-    assert asked == ["org/llm", "org/tower"] and made.model.config.moellava["image_tower"] == "org/tower"
+    made = compose_tiny("org/llm", "org/tower", "plain")
+    assert asked == ["org/llm", "org/tower"] and made.section.image_tower == "org/tower"
 
 
 PLAIN = """
@@ -173,24 +173,21 @@ assert not any(name.split(".")[0] == "moellava" for name in sys.modules)
 
 @pytest.mark.slow
 def test_folders_open_in_a_process_without_moellava(tmp_path, make_base, clip_tower, siglip_tower):
-    """Every family and every kind of projector that Hugging Face's class can hold: same logits, same processor."""
-    kinds = [(name, clip_tower, "mlp2x_gelu", "square") for name in FAMILIES if name != "phi"]
-    kinds += [("qwen2", siglip_tower, "linear", "pad"), ("llama", clip_tower, "mlp1x_gelu", "pad")]
+    """Every family and every projector that Hugging Face's class can hold: same logits, same processor."""
+    recipes = [(name, clip_tower, "mlp2x_gelu", "square") for name in FAMILIES if name != "phi"]
+    recipes += [("qwen2", siglip_tower, "linear", "pad"), ("llama", clip_tower, "mlp1x_gelu", "pad")]
     pixels = np.random.RandomState(0).randint(0, 255, (20, 44, 3), dtype=np.uint8)
     folders = []
-    for number, (name, tower, projector, aspect) in enumerate(kinds):
+    for number, (name, tower, projector, aspect) in enumerate(recipes):
         out = composed(
             make_base(name, tied=name == "qwen2"), tower, image_projector_type=projector, image_aspect_ratio=aspect
         )
         folder = tmp_path / str(number)
-        save_pretrained_folder(out.model, out.tokenizer, out.processor, folder, meta={"stage": "pretrain"})
+        out.save(folder, meta={"stage": "pretrain"})
         Image.fromarray(pixels).save(folder / "image.png")
         batch = out.processor(images=Image.fromarray(pixels), text="<image>what colour?", return_tensors="pt")
         with torch.no_grad():
             torch.save({**batch, "logits": out.model(**batch).logits}, folder / "wanted.pt")
         assert "opens in plain transformers" in (folder / "README.md").read_text()
         folders.append(str(folder))
-    script = tmp_path / "plain.py"
-    script.write_text(textwrap.dedent(PLAIN))
-    done = subprocess.run([sys.executable, str(script), *folders], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(PLAIN, *folders)

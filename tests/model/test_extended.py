@@ -9,24 +9,25 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from moellava.errors import UserError
-from moellava.model.builder import folder_kind, load_pretrained_model, save_pretrained_folder
-from moellava.model.compose import compose
 from moellava.model.extended import PREFIX, as_extended, base_of, extend_in_place, reasons
+from moellava.model.manifest import VLM, read_folder
 from moellava.moe import MoESpec, moe_layers, upcycle
+from moellava.vlm import open_vlm
+from tests.tiny import compose_tiny, reopen
 
-KINDS = ["moe", "residual", "head bias", "deep projector", "all"]
+BEYOND = ["moe", "residual", "head bias", "deep projector", "all"]
 
 
 @pytest.fixture
 def extended(make_base, clip_tower):
-    """kind -> a composed model of that kind with weights that no initialisation gives."""
+    """what it has beyond Hugging Face's class -> such a composed model, with weights that no initialisation gives."""
 
-    def make(kind):
-        name = "phi" if kind in ("head bias", "all") else "qwen2"
-        projector = "mlp3x_gelu" if kind in ("deep projector", "all") else "linear"
-        made = compose(str(make_base(name).folder), str(clip_tower), version="plain", image_projector_type=projector)
-        if kind in ("moe", "residual", "all"):
-            spec = MoESpec(num_experts=[2, 4], moe_mode="sparse", use_residual=kind == "residual")
+    def make(beyond):
+        name = "phi" if beyond in ("head bias", "all") else "qwen2"
+        projector = "mlp3x_gelu" if beyond in ("deep projector", "all") else "linear"
+        made = compose_tiny(make_base(name).folder, clip_tower, "plain", image_projector_type=projector)
+        if beyond in ("moe", "residual", "all"):
+            spec = MoESpec(num_experts=[2, 4], moe_mode="sparse", use_residual=beyond == "residual")
             upcycle(made.model, spec)
             made.model.config.moe = spec.to_config()
             torch.manual_seed(5)
@@ -39,17 +40,18 @@ def extended(make_base, clip_tower):
     return make
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_round_trip_and_refusal(kind, extended, inputs, tmp_path):
-    made = extended(kind)
+@pytest.mark.parametrize("beyond", BEYOND)
+def test_round_trip_and_refusal(beyond, extended, inputs, tmp_path):
+    made = extended(beyond)
     batch = inputs(made.model)
     with torch.no_grad():
         wanted = made.model.eval()(**batch).logits
-    save_pretrained_folder(made.model, made.tokenizer, made.processor, tmp_path, meta={"stage": "moe"})
-    _, model, _, _ = load_pretrained_model(tmp_path, device="cpu")
+    made.save(tmp_path, meta={"stage": "moe"})
+    model = reopen(tmp_path).model
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, wanted)
-    assert folder_kind(tmp_path) == ("moe" if kind in ("moe", "residual", "all") else "dense")
+    manifest = read_folder(tmp_path, "test")
+    assert manifest.holds == VLM and manifest.is_sparse == (beyond in ("moe", "residual", "all"))
     page = (tmp_path / "README.md").read_text()
     assert "This folder needs moellava" in page and all(reason in page for reason in reasons(model.config))
 
@@ -61,17 +63,16 @@ def test_round_trip_and_refusal(kind, extended, inputs, tmp_path):
 def test_saving_twice_gives_the_same_config(extended, tmp_path):
     made = extended("moe")
     for name in ("one", "two"):
-        save_pretrained_folder(made.model, made.tokenizer, made.processor, tmp_path / name)
-        tokenizer, model, processor, _ = load_pretrained_model(tmp_path / name, device="cpu")
-        made.model, made.tokenizer, made.processor = model, tokenizer, processor
+        made.save(tmp_path / name)
+        made = reopen(tmp_path / name)
     first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two"))
     assert first == second and first["text_config"]["model_type"] == f"{PREFIX}qwen2"
 
 
 def test_routers_stay_in_fp32(extended, tmp_path):
     made = extended("moe")
-    save_pretrained_folder(made.model, made.tokenizer, made.processor, tmp_path)
-    _, model, _, _ = load_pretrained_model(tmp_path, device="cpu", dtype=torch.bfloat16)
+    made.save(tmp_path)
+    model = open_vlm(tmp_path, device="cpu", dtype=torch.bfloat16).model
     (_, layer), *_ = moe_layers(model)
     assert layer.router.weight.dtype == torch.float32
     assert {parameter.dtype for parameter in layer.experts.parameters()} == {torch.bfloat16}

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moellava.errors import UnknownNameError, UserError
+from moellava.model.build import text_config
 from moellava.model.families import FAMILIES, Family, KeyRule, base_family, family_of, published_family
-from moellava.model.loading import text_config
 from moellava.registry import Registry
 
 

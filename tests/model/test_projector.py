@@ -1,4 +1,4 @@
-"""Projectors: names, exactness of the padded kinds, and the reference's layout."""
+"""Projectors: names, exactness of the padded ones, and the reference's layout."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ from moellava.model.projector import (
 
 def reference(name: str, width: int, out: int) -> nn.Module:
     """The projector as LLaVA builds it."""
-    kind = parse_projector(name)
-    if kind.layers == 0:
+    spec = parse_projector(name)
+    if spec.layers == 0:
         return nn.Identity()
     if name == "linear":
         return nn.Linear(width, out)
     layers: list[nn.Module] = [nn.Linear(width, out)]
-    for _ in range(1, kind.layers):
+    for _ in range(1, spec.layers):
         layers += [nn.GELU(), nn.Linear(out, out)]
     return nn.Sequential(*layers)
 
 
 def ours(name: str, width: int, out: int) -> nn.Module:
     """The projector of a composed model, as Hugging Face's class or ours builds it."""
-    kind = parse_projector(name)
-    if kind.is_deep:
-        return DeepProjector(width, out, kind.layers)
+    spec = parse_projector(name)
+    if spec.is_deep:
+        return DeepProjector(width, out, spec.layers)
     vision = CLIPVisionConfig(hidden_size=width, num_attention_heads=2)
     text = LlamaConfig(hidden_size=out, num_attention_heads=2)
     return LlavaMultiModalProjector(
-        LlavaConfig(vision_config=vision, text_config=text, projector_hidden_act=kind.activation)
+        LlavaConfig(vision_config=vision, text_config=text, projector_hidden_act=spec.activation)
     )
 
 
 @pytest.mark.parametrize("name", ["linear", "identity", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "mlp4x_gelu"])
-def test_each_kind_computes_what_the_reference_does(name):
+def test_each_computes_what_the_reference_does(name):
     width, out = (8, 8) if name == "identity" else (6, 8)
     torch.manual_seed(0)
-    wanted, kind = reference(name, width, out), parse_projector(name)
+    wanted, spec = reference(name, width, out), parse_projector(name)
     projector = ours(name, width, out)
-    state = initial_weights(kind, width, out)
+    state = initial_weights(spec, width, out)
     state |= {from_published(key): tensor for key, tensor in wanted.state_dict().items()}
     projector.load_state_dict(state)
     features = torch.randn(2, 5, width)
     torch.testing.assert_close(projector(features), wanted(features))
-    pin_identities(projector, kind)
+    pin_identities(projector, spec)
     torch.testing.assert_close(projector(features), wanted(features))
     assert sum(p.numel() for p in projector.parameters()) == sum(p.numel() for p in wanted.parameters())
-    names = {to_published(key, kind) for key, _ in projector.named_parameters()}
+    names = {to_published(key, spec) for key, _ in projector.named_parameters()}
     assert names == set(wanted.state_dict())
 
 
@@ -69,10 +69,10 @@ def test_fixed_layers_are_stored_and_have_no_gradient():
 
 
 def test_a_layer_that_should_be_the_identity_but_is_not_is_refused():
-    kind = parse_projector("linear")
+    spec = parse_projector("linear")
     projector = ours("linear", 6, 8)
     with pytest.raises(UserError, match="linear_2 is not the identity"):
-        pin_identities(projector, kind)
+        pin_identities(projector, spec)
 
 
 @pytest.mark.parametrize("name", ["mlp_gelu", "mlp0x_gelu", "resampler", ""])

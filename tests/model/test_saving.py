@@ -14,17 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from moellava.model import saving
-from moellava.model.builder import load_pretrained_model, save_pretrained_folder
-from moellava.model.compose import compose
+from moellava.vlm import VLM
+from tests.tiny import compose_tiny, reopen
 
 
 @pytest.fixture(scope="module")
 def made(make_base, clip_tower):
-    return compose(str(make_base("qwen2", tied=True).folder), str(clip_tower), version="plain")
-
-
-def save(made, folder, **options):
-    save_pretrained_folder(made.model, made.tokenizer, made.processor, folder, **options)
+    return compose_tiny(make_base("qwen2", tied=True).folder, clip_tower, "plain")
 
 
 def snapshot(folder):
@@ -32,7 +28,7 @@ def snapshot(folder):
 
 
 def test_a_folder_is_complete(made, tmp_path):
-    save(made, tmp_path, meta={"stage": "finetune"})
+    made.save(tmp_path, meta={"stage": "finetune"})
     names = {path.name for path in tmp_path.iterdir()}
     assert {
         "config.json",
@@ -48,7 +44,7 @@ def test_a_folder_is_complete(made, tmp_path):
 
 
 def test_tied_weights_are_stored_once_under_the_models_own_names(made, tmp_path):
-    save(made, tmp_path)
+    made.save(tmp_path)
     stored, state = load_file(tmp_path / "model.safetensors"), made.model.state_dict()
     assert set(state) - set(stored) == {"lm_head.weight"} and not set(stored) - set(state)
     assert all(torch.equal(stored[name], state[name]) for name in stored)
@@ -58,15 +54,15 @@ def test_names_that_share_memory_are_written_apart(made, tmp_path):
     """A head that looks tied but whose config says it is not, as after loading one tensor under two names."""
     untied = copy.deepcopy(made.model)
     untied.config.tie_word_embeddings = untied.config.text_config.tie_word_embeddings = False
-    save_pretrained_folder(untied, made.tokenizer, made.processor, tmp_path)
+    VLM(untied, made.tokenizer, made.processor, made.keywords).save(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert torch.equal(stored["lm_head.weight"], stored["model.language_model.embed_tokens.weight"])
-    load_pretrained_model(tmp_path, device="cpu")
+    reopen(tmp_path)
 
 
 def test_a_given_state_dict_is_what_is_written(made, tmp_path):
     state = {name: tensor + 1 for name, tensor in made.model.state_dict().items()}
-    save(made, tmp_path, state_dict=state)
+    made.save(tmp_path, state_dict=state)
     stored = load_file(tmp_path / "model.safetensors")
     name = "model.language_model.norm.weight"
     assert torch.equal(stored[name], made.model.state_dict()[name] + 1)
@@ -74,37 +70,37 @@ def test_a_given_state_dict_is_what_is_written(made, tmp_path):
 
 def test_shards_are_indexed_and_those_of_an_earlier_save_go(made, tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "MAX_SHARD_SIZE", "40KB")
-    save(made, tmp_path)
+    made.save(tmp_path)
     many = list(tmp_path.glob("model-*.safetensors"))
     assert len(many) > 2 and (tmp_path / saving.INDEX).exists()
-    _, model, _, _ = load_pretrained_model(tmp_path, device="cpu")
+    model = reopen(tmp_path).model
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), made.model.parameters()))
     monkeypatch.setattr(saving, "MAX_SHARD_SIZE", "1GB")
-    save(made, tmp_path)
+    made.save(tmp_path)
     assert not list(tmp_path.glob("model-*.safetensors")) and not (tmp_path / saving.INDEX).exists()
-    load_pretrained_model(tmp_path, device="cpu")
+    reopen(tmp_path)
 
 
 def test_other_files_in_the_folder_stay(made, tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "trainer_state.json").write_text("{}")
-    save(made, tmp_path)
+    made.save(tmp_path)
     assert (tmp_path / "checkpoint-3").is_dir() and (tmp_path / "trainer_state.json").exists()
 
 
 def test_a_disk_without_room_is_seen_before_anything_is_written(made, tmp_path, monkeypatch):
-    save(made, tmp_path)
+    made.save(tmp_path)
     before = snapshot(tmp_path)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
     with pytest.raises(OSError, match="0.00 GB are free") as caught:
-        save(made, tmp_path, meta={"stage": "later"})
+        made.save(tmp_path, meta={"stage": "later"})
     assert caught.value.errno == errno.ENOSPC and snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("failing", ["write_weights", "folder_page", "flush"])
 def test_a_save_that_fails_half_way_leaves_the_old_folder(made, tmp_path, monkeypatch, failing):
-    save(made, tmp_path)
+    made.save(tmp_path)
     before = snapshot(tmp_path)
 
     def full(*args, **kwargs):
@@ -112,21 +108,21 @@ def test_a_save_that_fails_half_way_leaves_the_old_folder(made, tmp_path, monkey
 
     monkeypatch.setattr(saving, failing, full)
     with pytest.raises(OSError, match="No space left"):
-        save(made, tmp_path, meta={"stage": "later"})
+        made.save(tmp_path, meta={"stage": "later"})
     assert snapshot(tmp_path) == before and not (tmp_path / saving.STAGING).exists()
-    load_pretrained_model(tmp_path, device="cpu")
+    reopen(tmp_path)
 
 
 @pytest.mark.parametrize("limit", [30_000, 400])
 def test_a_disk_that_fills_up_leaves_the_old_folder(made, tmp_path, limit):
     """A real failing write: the process may write no file longer than `limit` bytes (in the weights, in the config)."""
-    save(made, tmp_path)
+    made.save(tmp_path)
     before = snapshot(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(OSError):
-            save(made, tmp_path, meta={"stage": "later"})
+            made.save(tmp_path, meta={"stage": "later"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert snapshot(tmp_path) == before and not (tmp_path / saving.STAGING).exists()
@@ -135,4 +131,4 @@ def test_a_disk_that_fills_up_leaves_the_old_folder(made, tmp_path, limit):
 def test_a_folder_that_cannot_be_written_raises_an_os_error(made, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
-        save(made, tmp_path / "file" / "folder")
+        made.save(tmp_path / "file" / "folder")

@@ -26,10 +26,10 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("architecture", ["clip", "siglip"])
-def test_hidden_states_end_before_the_final_norm(architecture, request):
+@pytest.mark.parametrize("tower_type", ["clip", "siglip"])
+def test_hidden_states_end_before_the_final_norm(tower_type, request):
     """Layer -1 of the reference is the last layer's output; today's transformers must not have normed it."""
-    tower = load_tower(str(request.getfixturevalue(f"{architecture}_tower")), torch.float32).model.eval()
+    tower = load_tower(str(request.getfixturevalue(f"{tower_type}_tower")), torch.float32).model.eval()
     found = {}
     layers = dict(tower.named_modules())
     name = max(key for key in layers if key.endswith("layers.2"))
@@ -41,11 +41,11 @@ def test_hidden_states_end_before_the_final_norm(architecture, request):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "feature", "strategy", "tokens"),
+    ("tower_type", "feature", "strategy", "tokens"),
     [("clip", "patch", "default", 4), ("clip", "cls_patch", "full", 5), ("siglip", "patch", "full", 4)],
 )
-def test_tokens_per_image(architecture, feature, strategy, tokens, request):
-    config = load_tower(str(request.getfixturevalue(f"{architecture}_tower")), torch.float32).model.config
+def test_tokens_per_image(tower_type, feature, strategy, tokens, request):
+    config = load_tower(str(request.getfixturevalue(f"{tower_type}_tower")), torch.float32).model.config
     assert select_strategy(config, feature) == strategy
     assert tower_tokens(config, strategy) == tokens
 
@@ -70,9 +70,9 @@ def test_the_vision_half_of_a_full_clip_is_a_tower(tmp_path):
     torch.testing.assert_close(tower(image).pooler_output, full.vision_model(image).pooler_output)
 
 
-@pytest.mark.parametrize("architecture", ["clip", "siglip"])
-def test_pad_keeps_the_whole_image_and_square_is_the_towers_own(architecture, request):
-    tower = load_tower(str(request.getfixturevalue(f"{architecture}_tower")), torch.float32)
+@pytest.mark.parametrize("tower_type", ["clip", "siglip"])
+def test_pad_keeps_the_whole_image_and_square_is_the_towers_own(tower_type, request):
+    tower = load_tower(str(request.getfixturevalue(f"{tower_type}_tower")), torch.float32)
     own, config = tower.image_processor, tower.model.config
     wide = picture(60, 20)
     square = composed_image_processor(own, "square", config)

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from moellava.model.builder import load_pretrained_model
 from moellava.moe import moe_layers
 from moellava.serve.answer import Request, answer
 from tests.processes import ROOT, free_port, run, stage_command
-from tests.tiny import record
+from tests.tiny import record, reopen
 
 TEMPLATES = {"vicuna": "v1", "qwen": "qwen", "phi2": "phi", "stablelm": "stablelm", "openchat": "openchat"}
 STAGES = {"pretrain": "pretrain", "finetune": "finetune", "finetune_moe": "moe"}
@@ -73,10 +72,10 @@ def check_folders(root: Path, family: str, pictures: list[Path]) -> None:
         assert [entry["step"] for entry in history if "ce" in entry] == [1, 2]
         assert all(0 < entry["ce"] < 20 for entry in history if "ce" in entry)
     (last,) = root.glob("*-moe")
-    tokenizer, model, processor, _ = load_pretrained_model(last, device="cpu")
-    assert [index for index, _ in moe_layers(model)] == [0, 2]
+    vlm = reopen(last)
+    assert [index for index, _ in moe_layers(vlm.model)] == [0, 2]
     requests = [Request("which colour?", [pictures[0]]), Request("hello")]
-    assert len(answer(model, tokenizer, processor, requests, max_new_tokens=2)) == 2
+    assert len(answer(vlm, requests, max_new_tokens=2)) == 2
 
 
 def run_together(commands: list[list[str]]) -> None:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
-import torch
 from PIL import Image
 
+from moellava.data import media
 from moellava.data.preprocess import preprocess
+from moellava.data.records import Medium
 from moellava.errors import DataError, UserError
 from moellava.moe import MoESpec, upcycle
-from moellava.serve.answer import ImageCache, answer, stream
+from moellava.serve.answer import OpenImages, Prompts, answer, stream
 from moellava.serve.generate import Sampling
-from moellava.serve.prompt import Request, encode
+from moellava.serve.prompt import Request
+from moellava.vlm import VLM
 
 QUESTION = "what colour is it?"
+
+
+def of_version(vlm: VLM, version: str) -> VLM:
+    """The same model with another conversation template."""
+    other = dataclasses.replace(vlm, model=copy.copy(vlm.model))
+    other.model.config = copy.deepcopy(vlm.model.config)
+    other.settle(version)
+    return other
 
 
 def mixed_requests(pictures) -> list[Request]:
@@ -33,27 +46,20 @@ def mixed_requests(pictures) -> list[Request]:
     ]
 
 
-def texts(parts, requests, **options) -> list[str]:
-    return answer(parts.model, parts.tokenizer, parts.processor, requests, **options)
-
-
 @pytest.mark.parametrize("batch_size", [2, 6])
 def test_a_batch_answers_as_single_requests_do(composed, pictures, batch_size):
     requests = mixed_requests(pictures)
-    single = [texts(composed, [request], max_new_tokens=12)[0] for request in requests]
-    assert texts(composed, requests, max_new_tokens=12, batch_size=batch_size) == single
+    single = [answer(composed, [request], max_new_tokens=12)[0] for request in requests]
+    assert answer(composed, requests, max_new_tokens=12, batch_size=batch_size) == single
     assert len(set(single)) > 3, "answers that are all alike would show nothing"
 
 
 def test_a_sparse_model_answers_in_batches_too(composed, pictures):
-    import copy
-
-    sparse = copy.deepcopy(composed.model)
-    upcycle(sparse, MoESpec(moe_mode="sparse", num_experts=[4], top_k_experts=2, init="noise"))
+    sparse = dataclasses.replace(composed, model=copy.deepcopy(composed.model))
+    upcycle(sparse.model, MoESpec(moe_mode="sparse", num_experts=[4], top_k_experts=2, init="noise"))
     requests = mixed_requests(pictures)
-    single = [answer(sparse, composed.tokenizer, composed.processor, [r], max_new_tokens=8)[0] for r in requests]
-    together = answer(sparse, composed.tokenizer, composed.processor, requests, max_new_tokens=8, batch_size=6)
-    assert together == single
+    single = [answer(sparse, [request], max_new_tokens=8)[0] for request in requests]
+    assert answer(sparse, requests, max_new_tokens=8, batch_size=6) == single
 
 
 def test_greedy_answers_equal_hugging_faces_generate(composed, pictures):
@@ -65,14 +71,14 @@ def test_greedy_answers_equal_hugging_faces_generate(composed, pictures):
     output = composed.model.generate(**inputs, max_new_tokens=12, do_sample=False)
     new = output[0, inputs["input_ids"].shape[1] :]
     expected = composed.tokenizer.decode(new, skip_special_tokens=True).strip()
-    assert texts(composed, [request], max_new_tokens=12) == [expected]
+    assert answer(composed, [request], max_new_tokens=12) == [expected]
 
 
 def test_it_says_what_it_was_taught_and_stops_there(taught, pictures):
     requests = [Request(QUESTION, [path]) for path in pictures] + [Request("and the sky?")]
-    assert texts(taught, requests, max_new_tokens=50, batch_size=4) == ["red", "green", "blue", "blue it is"]
+    assert answer(taught, requests, max_new_tokens=50, batch_size=4) == ["red", "green", "blue", "blue it is"]
     swapped = [Request(QUESTION, [path]) for path in reversed(pictures)]
-    assert texts(taught, swapped) == ["blue", "green", "red"]
+    assert answer(taught, swapped) == ["blue", "green", "red"]
 
 
 @pytest.mark.parametrize("version", ["v1", "qwen", "llama_2", "mpt", "v0"])
@@ -81,8 +87,9 @@ def test_a_prompt_is_the_beginning_of_the_training_sample(composed, version):
     whole = preprocess(
         [[question, {"from": "gpt", "value": "red"}]], composed.tokenizer, version=version, has_image=True
     )
+    vlm = of_version(composed, version)
     request = Request(messages=[question], images=["unopened.png"])
-    prompt = encode(request, composed.tokenizer, version, [-200])
+    prompt = vlm.encoder.encode(request.record, opens=True).ids
     ids, labels = whole["input_ids"][0].tolist(), whole["labels"][0].tolist()
     assert prompt == ids[: len(prompt)]
     assert all(label == -100 for label in labels[: len(prompt)])
@@ -92,7 +99,7 @@ def test_a_prompt_is_the_beginning_of_the_training_sample(composed, version):
 def test_the_model_returns_to_training_mode(taught, pictures):
     taught.model.train()
     try:
-        texts(taught, [Request(QUESTION, [pictures[0]])], max_new_tokens=2)
+        answer(taught, [Request(QUESTION, [pictures[0]])], max_new_tokens=2)
         assert taught.model.training
     finally:
         taught.model.eval()
@@ -101,12 +108,12 @@ def test_the_model_returns_to_training_mode(taught, pictures):
 def test_an_answer_ends_with_the_context(composed):
     room = composed.model.config.get_text_config().max_position_embeddings
     words = "word " * (room - 60)
-    ids = encode(Request(words), composed.tokenizer, "v1", [-200])
-    said = texts(composed, [Request(words), Request("hello")], max_new_tokens=40, batch_size=2)
+    ids = Prompts(composed).example(Request(words)).ids
+    said = answer(composed, [Request(words), Request("hello")], max_new_tokens=40, batch_size=2)
     assert len(ids) < room
     assert len(composed.tokenizer(said[0], add_special_tokens=False).input_ids) <= max(room - len(ids), 1) + 2
     with pytest.raises(UserError, match=rf"reads at most {room}"):
-        texts(composed, [Request("word " * room)])
+        answer(composed, [Request("word " * room)])
 
 
 def test_mistakes_are_named(composed, pictures, tmp_path):
@@ -119,35 +126,52 @@ def test_mistakes_are_named(composed, pictures, tmp_path):
     with pytest.raises(UserError, match="end with human"):
         Request(messages=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}])
     with pytest.raises(DataError, match="no such image file"):
-        texts(composed, [Request("what?", [tmp_path / "missing.png"])])
+        answer(composed, [Request("what?", [tmp_path / "missing.png"])])
     with pytest.raises(UserError, match="Unknown template"):
-        texts(composed, [Request("what?")], version="no-such")
+        of_version(composed, "no-such")
 
 
-def test_a_model_without_a_template_asks_for_one(composed, monkeypatch):
-    monkeypatch.setattr(composed.model.config, "moellava", {})
-    with pytest.raises(UserError, match="--version"):
-        texts(composed, [Request("what?")])
-    assert texts(composed, [Request("what?")], version="v1", max_new_tokens=1)
+def test_a_model_without_a_template_asks_for_one(composed):
+    model, tokenizer = copy.deepcopy((composed.model, composed.tokenizer))
+    vlm = dataclasses.replace(composed, model=model, tokenizer=tokenizer)
+    del vlm.model.config.moellava
+    vlm.tokenizer.chat_template = None
+    with pytest.raises(UserError, match="--version chat_template needs a tokenizer with a chat template"):
+        answer(vlm, [Request("what?")])
+    vlm.settle("v1")
+    assert answer(vlm, [Request("what?")], max_new_tokens=1)
 
 
 def test_images_are_read_once_and_the_oldest_go_first(composed, pictures, monkeypatch):
-    import moellava.serve.answer as module
-
     opened = []
-    monkeypatch.setattr(module, "open_image", lambda path: opened.append(path) or Image.open(path).convert("RGB"))
-    one_image = 3 * 28 * 28 * 4
-    cache = ImageCache(composed.processor.image_processor, "pad", limit=2 * one_image)
-    first = cache(pictures[0])
-    assert torch.equal(cache(pictures[0]), first) and len(opened) == 1
-    cache(pictures[1])
-    cache(pictures[0])
-    cache(pictures[2])  # there is room for two: picture 1 was not asked for lately
+
+    def open_image(path):
+        opened.append(path)
+        return Image.open(path).convert("RGB").resize((40, 40))
+
+    monkeypatch.setattr(media, "open_image", open_image)
+    one_image = 3 * 40 * 40
+    cache = OpenImages(limit=2 * one_image)
+    red, green, blue = (Medium("image", path) for path in pictures)
+    first = cache.read(red)
+    assert cache.read(red) is first and len(opened) == 1
+    cache.read(green)
+    cache.read(red)
+    cache.read(blue)  # there is room for two: the green one was not asked for lately
     assert cache.bytes == 2 * one_image
-    cache(pictures[0])
+    cache.read(red)
     assert len(opened) == 3
-    cache(pictures[1])
+    cache.read(green)
     assert len(opened) == 4
+    assert cache.read(Medium("image", first)) is first and len(opened) == 4, "what is open already needs no file"
+
+
+def test_a_batch_asks_for_each_file_once(composed, pictures, monkeypatch):
+    opened, open_image = [], media.open_image
+    monkeypatch.setattr(media, "open_image", lambda path: opened.append(path) or open_image(path))
+    requests = [Request(question, [pictures[0]]) for question in ("what?", "which colour?", "why?")]
+    answer(composed, requests, max_new_tokens=1, batch_size=2)
+    assert opened == [pictures[0]]
 
 
 # -- streaming -----------------------------------------------------------------------------------------------------
@@ -155,23 +179,15 @@ def test_images_are_read_once_and_the_oldest_go_first(composed, pictures, monkey
 
 def test_a_stream_joins_to_the_answer(composed, taught, pictures):
     for request in mixed_requests(pictures):
-        pieces = list(
-            stream(
-                composed.model,
-                composed.tokenizer,
-                composed.processor,
-                request,
-                sampling=Sampling(max_new_tokens=12),
-            )
-        )
-        assert "".join(pieces) == texts(composed, [request], max_new_tokens=12)[0]
+        pieces = list(stream(composed, request, Sampling(max_new_tokens=12)))
+        assert "".join(pieces) == answer(composed, [request], max_new_tokens=12)[0]
         assert len(pieces) > 1
-    said = stream(taught.model, taught.tokenizer, taught.processor, Request("and the sky?"))
+    said = stream(taught, Request("and the sky?"))
     assert "".join(said) == "blue it is"
 
 
 def test_a_seed_repeats_an_answer(composed):
     options = {"temperature": 1.5, "seed": 3, "max_new_tokens": 8}
-    first = texts(composed, [Request("hello")], **options)
-    assert texts(composed, [Request("hello")], **options) == first
-    assert texts(composed, [Request("hello")], **(options | {"seed": 4})) != first
+    first = answer(composed, [Request("hello")], **options)
+    assert answer(composed, [Request("hello")], **options) == first
+    assert answer(composed, [Request("hello")], **(options | {"seed": 4})) != first

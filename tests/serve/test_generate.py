@@ -16,7 +16,7 @@ from moellava.errors import UserError
 from moellava.moe import MoESpec, moe_layers, upcycle
 from moellava.serve.answer import Prompts
 from moellava.serve.ending import Ending
-from moellava.serve.generate import NoPlaceholders, Sampling, evaluating, generate, placeholders_of, stream
+from moellava.serve.generate import NoPlaceholders, Sampling, evaluating, generate, stream
 from moellava.serve.prompt import Request
 
 QUESTION = "what colour is it?"
@@ -43,7 +43,7 @@ def models(composed):
 
 @pytest.fixture
 def prompts(composed):
-    return Prompts.of(composed.model, composed.tokenizer, composed.processor, "v1")
+    return Prompts(composed)
 
 
 def requests(pictures) -> list[Request]:
@@ -58,21 +58,24 @@ def requests(pictures) -> list[Request]:
 
 
 def said(model, prompts: Prompts, requests: Sequence[Request], sampling=GREEDY, **options) -> list[list[int]]:
-    ids = [prompts.ids(request) for request in requests]
-    batch = prompts.batch(requests, ids)
-    return generate(model, batch, prompts.ending, sampling, **prompts.options(ids) | options)
+    examples = [prompts.example(request) for request in requests]
+    batch = prompts.batch(examples)
+    return generate(model, batch, prompts.ending, sampling, **prompts.options(examples) | options)
 
 
 @contextmanager
 def reciting(model, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Makes a model say the given tokens, row by row; gives the list of the batch sizes of its forwards."""
+    """Makes a model say the given tokens, row by row; gives the list of the batch sizes of its forwards.
+
+    Each the more surely the later it comes: of a row's beams, all that differ early end with it at its end.
+    """
     sizes: list[int] = []
 
     def recite(_, args, logits):
         copies = len(logits) // len(rows)
         for number, row in enumerate(rows):
             token = row[min(len(sizes), len(row) - 1)]
-            logits[number * copies : (number + 1) * copies, -1, token] += 100.0
+            logits[number * copies : (number + 1) * copies, -1, token] += 100.0 * (1 + len(sizes))
         sizes.append(len(logits))
 
     hook = model.lm_head.register_forward_hook(recite)
@@ -97,16 +100,15 @@ def test_a_batch_says_what_its_rows_say_alone(name, beams, models, prompts, pict
 @pytest.mark.parametrize(("name", "chunk"), [("sparse", None), ("sparse", 7), ("dropping", None)])
 def test_padding_takes_no_room(name, chunk, models, prompts, pictures, monkeypatch):
     """A row behind a lot of padding says what it says alone, tokens that are dropped for want of room included."""
-    model, alone = models[name], requests(pictures)[1:2]
-    ids = [prompts.ids(alone[0])]
-    batch = prompts.batch(alone, ids)
+    model, alone = models[name], [prompts.example(requests(pictures)[1])]
+    batch = prompts.batch(alone)
     fill = {"input_ids": prompts.collator.pad_token_id, "attention_mask": 0}
     padded = dict(batch)
     for key, value in fill.items():
         padded[key] = torch.cat([torch.full((1, 60), value), batch[key]], dim=1)
-    expected = generate(model, batch, prompts.ending, GREEDY, **prompts.options(ids))
+    expected = generate(model, batch, prompts.ending, GREEDY, **prompts.options(alone))
     monkeypatch.setattr(model.generation_config, "prefill_chunk_size", chunk)
-    assert generate(model, padded, prompts.ending, GREEDY, **prompts.options(ids)) == expected
+    assert generate(model, padded, prompts.ending, GREEDY, **prompts.options(alone)) == expected
     untold = model.generate(**padded, max_new_tokens=8, do_sample=False)[0, padded["input_ids"].shape[1] :].tolist()
     assert ([untold] == expected) == (name == "sparse"), "without telling the routers, padding takes room"
     assert all(layer.context.token_mask is None for _, layer in moe_layers(model))
@@ -124,17 +126,16 @@ def test_rows_end_at_their_own_limits(models, prompts, pictures):
 @pytest.mark.parametrize("eos", [True, False])
 @pytest.mark.parametrize("terminator", ["###", "\n", "</s>"])
 def test_every_row_ends_at_its_terminator(terminator, eos, beams, models, prompts, pictures):
-    tokenizer = copy.deepcopy(prompts.tokenizer)
+    tokenizer = copy.deepcopy(prompts.vlm.tokenizer)
     if not eos:
         tokenizer.eos_token = None
     ending = Ending(tokenizer, terminator)
     answers = ["yes", "a longer answer, with # in it", "漢"]
     rows = [tokenizer(f"{text}{terminator}", add_special_tokens=False).input_ids for text in answers]
-    chosen = requests(pictures)[:3]
-    ids = [prompts.ids(request) for request in chosen]
-    batch, sampling = prompts.batch(chosen, ids), Sampling(40, num_beams=beams)
+    chosen = [prompts.example(request) for request in requests(pictures)[:3]]
+    batch, sampling = prompts.batch(chosen), Sampling(40, num_beams=beams)
     with reciting(models["dense"], rows) as sizes:
-        tokens = generate(models["dense"], batch, ending, sampling, **prompts.options(ids))
+        tokens = generate(models["dense"], batch, ending, sampling, **prompts.options(chosen))
     assert [ending.text(row) for row in tokens] == answers
     assert tokens == [ending.cut(row) for row in rows]
     assert len(sizes) == max(map(len, rows)), "nothing is generated once all rows have ended"
@@ -142,8 +143,8 @@ def test_every_row_ends_at_its_terminator(terminator, eos, beams, models, prompt
 
 def test_the_prompts_own_terminators_end_nothing(models, prompts):
     """The template's `###` stands right before the answer."""
-    ending = Ending(prompts.tokenizer, "###")
-    prompt = prompts.tokenizer("Human: what?###", return_tensors="pt")
+    ending = Ending(prompts.vlm.tokenizer, "###")
+    prompt = prompts.vlm.tokenizer("Human: what?###", return_tensors="pt")
     tokens = generate(models["dense"], prompt, ending, GREEDY, placeholders=[], pad_token_id=0)
     assert len(tokens[0]) == 8
 
@@ -158,7 +159,7 @@ def test_placeholders_are_never_answered(sampling, models, prompts, pictures):
         assert said(models["dense"], prompts, requests(pictures)[1:2], sampling, placeholders=[])[0] == [image] * 8
         (row,) = said(models["dense"], prompts, requests(pictures)[1:2], sampling)
     assert len(row) == 8 and image not in row
-    assert placeholders_of(models["dense"].config) == [image]
+    assert prompts.vlm.placeholder_ids == [image]
 
 
 def test_placeholders_beyond_the_logits_are_no_concern():
@@ -170,8 +171,7 @@ def test_placeholders_beyond_the_logits_are_no_concern():
 def test_a_beam_is_the_likeliest_of_those_followed(models, prompts, pictures):
     """Two tokens, three beams, three images: searched by hand. Each beam has to see its row's images in order."""
     model, request = models["dense"], Request("which?", pictures)
-    ids = [prompts.ids(request)]
-    batch = prompts.batch([request], ids)
+    batch = prompts.batch([prompts.example(request)])
 
     def log_odds(**inputs):
         with torch.no_grad():
@@ -198,11 +198,11 @@ def test_sampling_is_bounded_by_top_k_and_top_p(models, prompts, pictures):
     wide = Sampling(8, temperature=2, seed=0)
     assert said(models["dense"], prompts, requests(pictures), wide) != greedy
     few = Sampling(1, temperature=50.0, top_k=3, seed=0)
-    ids = [prompts.ids(Request("hello"))] * 40
-    batch = prompts.batch([Request("hello")] * 40, ids)
-    drawn = {row[0] for row in generate(models["dense"], batch, prompts.ending, few, **prompts.options(ids))}
+    asked = [prompts.example(Request("hello"))] * 40
+    batch = prompts.batch(asked)
+    drawn = {row[0] for row in generate(models["dense"], batch, prompts.ending, few, **prompts.options(asked))}
     with torch.no_grad():
-        likeliest = models["dense"](**prompts.batch([Request("hello")], ids[:1])).logits[0, -1].topk(3).indices
+        likeliest = models["dense"](**prompts.batch(asked[:1])).logits[0, -1].topk(3).indices
     assert drawn == set(likeliest.tolist())
 
 
@@ -274,8 +274,8 @@ def test_sampling_refuses_what_would_not_act(values):
 
 
 def pieces(model, prompts: Prompts, request: Request, sampling=GREEDY, **options) -> Iterator[str]:
-    ids = [prompts.ids(request)]
-    return stream(model, prompts.batch([request], ids), prompts.ending, sampling, **prompts.options(ids) | options)
+    asked = [prompts.example(request)]
+    return stream(model, prompts.batch(asked), prompts.ending, sampling, **prompts.options(asked) | options)
 
 
 @pytest.mark.parametrize("name", ["dense", "sparse", "dropping"])
@@ -290,8 +290,8 @@ def test_a_stream_joins_to_the_answer(name, models, prompts, pictures):
 
 def test_pieces_come_while_the_answer_grows(models, prompts):
     text = "one 漢字 # two ### three"
-    rows = [prompts.tokenizer(text, add_special_tokens=False).input_ids]
-    prompts.ending = Ending(prompts.tokenizer, "###")
+    rows = [prompts.vlm.tokenizer(text, add_special_tokens=False).input_ids]
+    prompts.ending = Ending(prompts.vlm.tokenizer, "###")
     with reciting(models["dense"], rows):
         shown = list(pieces(models["dense"], prompts, Request("hello"), Sampling(40)))
     assert shown == ["one", " 漢", "字", " # two"] or shown == ["one", " 漢", "字", " #", " two"]
@@ -329,10 +329,10 @@ def test_an_error_in_the_thread_is_the_readers(models, prompts):
 
 
 def test_a_stream_is_of_one_row(models, prompts):
-    ids = [prompts.ids(Request("hello"))] * 2
-    batch = prompts.batch([Request("hello")] * 2, ids)
+    asked = [prompts.example(Request("hello"))] * 2
+    batch = prompts.batch(asked)
     with pytest.raises(ValueError, match="one row, and this batch has 2"):
-        next(stream(models["dense"], batch, prompts.ending, GREEDY, **prompts.options(ids)))
+        next(stream(models["dense"], batch, prompts.ending, GREEDY, **prompts.options(asked)))
 
 
 # -- around it -----------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_every_module_returns_to_its_own_mode(composed):
 
 
 def test_a_taught_model_answers_with_beams_and_as_a_stream(taught, pictures):
-    prompts = Prompts.of(taught.model, taught.tokenizer, taught.processor, "v1")
+    prompts = Prompts(taught)
     asked = [Request(QUESTION, [path]) for path in pictures] + [Request("and the sky?")]
     expected = ["red", "green", "blue", "blue it is"]
     for sampling in (Sampling(50), Sampling(50, num_beams=3)):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from functools import partial
 
 import pytest
 
 from moellava.commands import chat as cli
+from moellava.data.dataset import opened
+from moellava.data.media import MediaFiles
 from moellava.data.video import read_video
 from moellava.errors import DataError, UserError
 from moellava.serve.answer import answer, stream
@@ -27,24 +28,28 @@ def test_a_video_is_asked_about_as_its_frames_are(composed, videos, pictures):
     frames = [*videos[0].frames, pictures[0], *videos[1].frames]
     tags = "<image>" * FRAMES
     spelled = Request(f"first {tags} then <image> then {tags}", frames)
-    assert shown.in_images().messages == spelled.messages and list(shown.in_images().images) == frames
-    parts = (composed.model, composed.tokenizer, composed.processor)
-    said = answer(*parts, [shown, spelled, Request("hello")], max_new_tokens=8)
-    assert said[0] == said[1] == "".join(stream(*parts, shown, sampling=Sampling(max_new_tokens=8)))
+    ours, theirs = (composed.encoder.encode(request.record, opens=True) for request in (shown, spelled))
+    assert (ours.ids, ours.length) == (theirs.ids, theirs.length)
+    seen = opened(ours.media, composed.encoder, MediaFiles())
+    assert seen[:FRAMES] + seen[-FRAMES:] == [*videos[0].frames, *videos[1].frames] and len(seen) == len(frames)
+    said = answer(composed, [shown, spelled, Request("hello")], max_new_tokens=8)
+    assert said[0] == said[1] == "".join(stream(composed, shown, Sampling(max_new_tokens=8)))
 
 
-def test_tags_are_put_in_front_and_counted(videos, pictures):
+def test_tags_are_put_in_front_and_counted(composed, videos, pictures):
+    def prompt(request: Request) -> str:
+        return "".join(piece.text for piece in composed.encoder.pieces(request.record, opens=True))
+
     both = Request("what?", [pictures[0]], videos=videos)
     assert both.messages[0]["value"] == "<video>\n<video>\n<image>\nwhat?"
-    assert both.in_images().messages[0]["value"] == "<image>" * 3 + "\n" + "<image>" * 3 + "\n<image>\nwhat?"
-    assert Request("no video").in_images().messages == [{"from": "human", "value": "no video"}]
+    assert "USER: " + "<image>" * 3 + "\n" + "<image>" * 3 + "\n<image>\nwhat? ASSISTANT:" in prompt(both)
+    assert prompt(Request("no video")).endswith("USER: no video ASSISTANT:")
     with pytest.raises(UserError, match="The request has 2 videos but 1 <video> tags: 'one <video>'"):
         Request("one <video>", videos=videos)
 
 
 def test_a_conversation_remembers_videos(composed, clips, pictures):
-    parts = (composed.model, composed.tokenizer, composed.processor)
-    chat = cli.Chat(partial(stream, *parts, sampling=Sampling(max_new_tokens=2)), FRAMES)
+    chat = cli.Chat(composed, Sampling(max_new_tokens=2), FRAMES)
     chat.show(videos=[str(clips / "shapes.mp4")])
     first = "".join(chat.ask("what is it?"))
     with pytest.raises(DataError, match="text.mp4: the video cannot be read"):
@@ -59,9 +64,7 @@ def test_a_conversation_remembers_videos(composed, clips, pictures):
 
 
 def test_the_command_takes_videos(composed, clips, monkeypatch, capsys):
-    loaded = (composed.tokenizer, composed.model, composed.processor, 512)
-    monkeypatch.setattr(cli, "load_pretrained_model", lambda *_, **__: loaded)
-    monkeypatch.setattr(cli, "is_released", lambda path: False)
+    monkeypatch.setattr(cli, "open_vlm", lambda *_, **__: composed)
     words = [
         "--model-path",
         "x",

@@ -57,6 +57,59 @@ def test_a_flag_that_cannot_be_served_is_refused_by_name(flags, named):
         parse(flags)
 
 
+RELEASED = ["--data_path", "x.json", "--output_dir", "out", "--report_to", "none"]
+
+
+def parse_released(flags):
+    return parse_arguments([*RELEASED, *flags.split()])
+
+
+def test_a_released_model_is_found_and_its_projector_rests_unless_asked():
+    model, _, _, training = parse_released("--model_id qwen2-vl-2b-instruct")
+    assert model.is_released and model.model_name_or_path == "Qwen/Qwen2-VL-2B-Instruct"
+    assert model.version is None, "the folder says which template it has"
+    assert model.freeze_mm_mlp_adapter and not model.freeze_backbone and not training.lora_enable
+    model, *_ = parse_released("--model_local_path /some/folder --train_vision_projector True")
+    assert model.model_name_or_path == "/some/folder" and not model.freeze_mm_mlp_adapter
+
+
+def test_lora_has_two_spellings():
+    *_, training = parse_released("--model_id llava-1.5-7b --use_lora True")
+    assert training.lora_enable and training.bits == 16
+    *_, training = parse_released("--model_id llava-1.5-7b --q_lora True")
+    assert training.lora_enable and training.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model_id llava-1.5-7b --image_tower t", "--image_tower t conflicts with --model_id"),
+        ("--model_local_path f --model_name_or_path g", "--model_name_or_path g conflicts with --model_id"),
+        ("--model_id llava-1.5-7b --tune_mm_mlp_adapter True", "is for composed models"),
+        ("--model_id llava-9", "Unknown model id 'llava-9'.*llava-1.5-7b"),
+        ("--model_id llava-1.5-7b --freeze_backbone True", "nothing would train"),
+        (
+            "--model_name_or_path g --train_vision_projector True --freeze_mm_mlp_adapter True",
+            "--train_vision_projector True and --freeze_mm_mlp_adapter True conflict",
+        ),
+    ],
+)
+def test_conflicts_about_released_models_are_named(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse_released(flags)
+
+
+def test_the_vision_encoder_alone_can_train():
+    model, *_ = parse_released("--model_id llava-1.5-7b --freeze_backbone True --train_vision_encoder True")
+    assert model.train_vision_encoder and model.freeze_backbone
+
+
+def test_flags_of_released_models_act_for_every_model():
+    """That they do is shown in test_train.py and test_assemble.py."""
+    model, *_ = parse("--trust_remote_code True --mask_question_tokens False")
+    assert model.trust_remote_code and not model.mask_question_tokens and not model.is_released
+
+
 def test_predecessors_flags_that_are_off_change_nothing():
     parse("--mm_use_im_patch_token False --video_tower None")
 

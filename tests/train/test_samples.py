@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from moellava.errors import UserError
-from moellava.model.builder import load_pretrained_model
 from moellava.serve.answer import Request, answer
 from moellava.train.arguments import parse_arguments
 from moellava.train.samples import SampleAnswers, is_common_effort, split_at_answer
 from tests.processes import train_here
+from tests.tiny import reopen
 
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 3, "eval_samples": 4, "save_strategy": "no"}
 
@@ -36,7 +36,7 @@ def test_samples_are_what_chat_answers_and_change_no_loss(run, parts, losses_of)
     assert [step for step, *_ in shown] == [3] * 4 + [6] * 4
     plain, _ = run("without")
     assert losses_of(folder) == losses_of(plain)
-    tokenizer, model, processor, _ = load_pretrained_model(folder, device="cpu", dtype=torch.float32)
+    vlm = reopen(folder)
     pictures = {"a red circle": "0.png", "a green square": "1.png", "a blue shape": "2.png"}
     seen = []
     for step, _, prompt, said, reference in shown:
@@ -45,7 +45,7 @@ def test_samples_are_what_chat_answers_and_change_no_loss(run, parts, losses_of)
         assert question in prompt
         request = Request(question, [parts / "images" / image] if image else [])
         if step == 6:
-            assert said == answer(model, tokenizer, processor, [request], max_new_tokens=64)[0]
+            assert said == answer(vlm, [request], max_new_tokens=64)[0]
             seen.append(image)
     assert None in seen and len(set(seen)) > 1
     assert any(said for *_, said, _ in shown)
@@ -85,19 +85,18 @@ def test_a_sample_is_cut_at_its_first_answer_with_the_media_shown_until_there():
     sample = {
         "input_ids": torch.tensor([1, -200, 5, 6, 7, -200, 8, 9]),
         "labels": torch.tensor([-100, -100, -100, 6, 7, -100, 8, 9]),
-        "images": ["first", "second"],
-        "videos": [],
+        "media": ["first", "second"],
         "record": "a",
     }
     prompt, reference = split_at_answer(sample)
     assert prompt["input_ids"].tolist() == [1, -200, 5] and reference == [6, 7]
-    assert prompt["images"] == ["first"] and prompt["videos"] == [] and len(sample["images"]) == 2
+    assert prompt["media"] == ["first"] and len(sample["media"]) == 2
 
 
 def test_records_are_spread_over_the_data_and_never_more_than_there_are():
     trainer = SimpleNamespace(eval_dataset=range(10))
-    assert SampleAnswers(trainer, 3, None, "").chosen == [0, 3, 6]
-    assert SampleAnswers(trainer, 99, None, "").chosen == list(range(10))
+    assert SampleAnswers(trainer, 3).chosen == [0, 3, 6]
+    assert SampleAnswers(trainer, 99).chosen == list(range(10))
 
 
 def test_split_parameters_make_a_forward_a_common_effort():

@@ -12,19 +12,15 @@ So special tokens and placeholders exist only where the template writes them; ty
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from moellava.constants import CHAT_TEMPLATE
 from moellava.conversation import Origin, Piece
 from moellava.data.records import MEDIA_TAG, Source
-from moellava.data.remembered import Remembered
 from moellava.data.render.renderer import Renderer, turns_of
 from moellava.data.render.spans import Content, chat_pieces, chat_terminator
 from moellava.errors import DataError
-
-SYSTEMS_KEPT = 64
-"""System prompts whose renderings are kept apart; a data set has few."""
 
 Part = tuple[str, str]
 """('text', the text), ('image', '') or ('video', '')."""
@@ -47,21 +43,18 @@ class ChatRenderer(Renderer):
         self.in_parts = in_parts
         self.keeps_tags = not in_parts
         self.shows_videos = in_parts
-        self._with_system = Remembered(self._template_with, SYSTEMS_KEPT)
-
-    def _template_with(self, system: str | None) -> ChatTemplate:
-        return ChatTemplate(self.source, self.template, system, self.in_parts)
+        self._rendered_by = ChatTemplate(self.source, self.template, in_parts)
 
     @property
     def terminator(self) -> str:
-        return chat_terminator(self._with_system(None))
+        return chat_terminator(self._rendered_by)
 
     @property
     def ends_with_special_token(self) -> bool:
         """Whether an answer ends with a special token, without which generation would not stop. Raises UserError where
         the template cannot be masked."""
-        ending, template = self.terminator, self._with_system(None)
-        return any(token.special and token.content in ending for token in template.added_tokens_decoder.values())
+        ending, added = self.terminator, self._rendered_by.added_tokens_decoder
+        return any(token.special and token.content in ending for token in added.values())
 
     def pieces(
         self,
@@ -76,7 +69,7 @@ class ChatRenderer(Renderer):
         turns: Sequence[tuple[str, Content]] = said
         if self.in_parts:
             turns = [(role, text if role != "user" else message_in_parts(text, has_media, name)) for role, text in said]
-        pieces = chat_pieces(self._with_system(system), turns, name, opens)
+        pieces = chat_pieces(self._rendered_by, turns, name, opens, system)
         numbered = getattr(self.source, "numbered", None)
         return [self._unnumbered(piece, numbered) for piece in pieces] if numbered else pieces
 
@@ -93,19 +86,17 @@ class ChatTemplate:
     Args:
         source: see `ChatRenderer`.
         chat_template: in Jinja.
-        system: a system prompt that opens every conversation; None leaves that to the template.
         in_parts: whether every message is a list of parts.
     """
 
-    def __init__(self, source: Any, chat_template: Any, system: str | None = None, in_parts: bool = False):
+    def __init__(self, source: Any, chat_template: Any, in_parts: bool = False):
         self.source = source
         self.chat_template = chat_template
-        self.system = system
         self.in_parts = in_parts
         self.added_tokens_decoder = getattr(source, "tokenizer", source).added_tokens_decoder
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], tokenize: bool = False, add_generation_prompt: bool = False
+        self, messages: Sequence[dict[str, Any]], tokenize: bool = False, add_generation_prompt: bool = False
     ) -> str:
         """Text of messages whose content is a text or a list of parts.
 
@@ -118,12 +109,11 @@ class ChatTemplate:
             add_generation_prompt=add_generation_prompt,
             tokenize=tokenize,
         )
-        turns = [{"role": turn["role"], "content": self._content(turn["content"])} for turn in messages]
-        if self.system is None:
-            return render(turns)
-        rendered = render([{"role": "system", "content": self._content(self.system)}, *turns])
-        if _LISTED in rendered:  # Llama 3.2's template wants a system prompt as text, and would print a list as one
-            rendered = render([{"role": "system", "content": self.system}, *turns])
+        turns = [turn | {"content": self._content(turn["content"])} for turn in messages]
+        rendered = render(turns)
+        if messages[0]["role"] == "system" and _LISTED in rendered:
+            # Llama 3.2's template wants a system prompt as text, and prints a list as one.
+            rendered = render([messages[0], *turns[1:]])
         return rendered
 
     def _content(self, content: Content) -> Content:

@@ -29,7 +29,8 @@ PartTypes = tuple[str, ...]
 """What the parts of a message are: 'text', 'image', 'video'."""
 
 Turns = Sequence[tuple[str, Content]]
-"""(role, message) in turn; roles are 'user' and 'assistant', and an answer is text or one part of text."""
+"""(role, message) in turn; roles are 'user' and 'assistant', after a 'system' if need be, and an answer is text or one
+part of text."""
 
 
 class Slot(NamedTuple):
@@ -56,7 +57,11 @@ class Slot(NamedTuple):
 
 
 def chat_pieces(
-    tokenizer: PreTrainedTokenizerBase, turns: Turns, name: str = "the conversation", opens: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Turns,
+    name: str = "the conversation",
+    opens: bool = False,
+    system: str | None = None,
 ) -> list[Piece]:
     """A conversation as its tokenizer's chat template renders it, with the trained flags.
 
@@ -65,14 +70,17 @@ def chat_pieces(
         turns: alternating, the user first.
         name: of the record, for messages.
         opens: whether what opens the next answer follows, the user having the last word.
+        system: a system prompt that opens the conversation; None leaves that to the template.
 
     Raises:
         UserError: no chat template, or one that is not prefix-stable.
         DataError: the template rewrites what this conversation says, or cannot be masked for one of its shape.
     """
     shape = tuple(None if isinstance(content, str) else part_types(content) for _, content in turns)
+    if system is not None:
+        turns = [("system", system), *turns]
     try:
-        slots, after = _structure(tokenizer, tokenizer.chat_template, shape, opens)
+        slots, after = _structure(tokenizer, tokenizer.chat_template, shape, opens, system is not None)
     except UserError as error:
         raise (DataError if is_sound(tokenizer) else UserError)(f"{name}: {error}") from error
     said = [(role, isinstance(content, str), text) for role, content in turns for text in texts_of(content)]
@@ -80,7 +88,7 @@ def chat_pieces(
     for slot, (role, is_whole, text) in zip(slots, said, strict=True):
         answer = role == "assistant"
         # Where a question comes in parts, its images are parts of their own, and no tag in its texts is one.
-        origin = Origin.QUESTION if is_whole and not answer else Origin.ANSWER
+        origin = _ORIGINS[role] if is_whole else Origin.ANSWER
         pieces += [
             Piece(slot.before),
             Piece(slot.lead, True),
@@ -93,6 +101,9 @@ def chat_pieces(
     if rendered != ours:
         raise DataError(f"{name}: the chat template rewrites what is said: {_parting(ours, rendered)}")
     return pieces
+
+
+_ORIGINS = {"system": Origin.SYSTEM, "user": Origin.QUESTION, "assistant": Origin.ANSWER}
 
 
 def chat_terminator(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -119,8 +130,8 @@ def texts_of(content: Content) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
-def _stand_in(number: int, types: PartTypes | None) -> Content:
-    """What stands for message `number` while the template is examined; parts of the same types."""
+def _stand_in(number: str, types: PartTypes | None) -> Content:
+    """What stands for a message while the template is examined; parts of the same types."""
     if types is None:
         return f"{_EDGE}Message{number}x{_EDGE}"
     return [
@@ -131,7 +142,11 @@ def _stand_in(number: int, types: PartTypes | None) -> Content:
 
 @lru_cache(maxsize=256)
 def _structure(
-    tokenizer: PreTrainedTokenizerBase, template: Any, shape: tuple[PartTypes | None, ...], opens: bool
+    tokenizer: PreTrainedTokenizerBase,
+    template: Any,
+    shape: tuple[PartTypes | None, ...],
+    opens: bool,
+    has_system: bool = False,
 ) -> tuple[tuple[Slot, ...], str]:
     """Where the texts of messages stand, and the text after the last one; found with stand-ins for them.
 
@@ -140,13 +155,16 @@ def _structure(
         template: only tells apart the states of a tokenizer whose template is changed.
         shape: for each message the types of its parts, None for plain text.
         opens: see `chat_pieces`.
+        has_system: whether a system prompt opens the conversation.
     """
     if not template:
         raise UserError(
             "--version chat_template needs a tokenizer with a chat template and this one has none: name one of our "
             "templates instead, or add a chat_template.jinja to its folder"
         )
-    turns = [("assistant" if n % 2 else "user", _stand_in(n, types)) for n, types in enumerate(shape)]
+    turns = [("assistant" if n % 2 else "user", _stand_in(str(n), types)) for n, types in enumerate(shape)]
+    if has_system:
+        turns = [("system", _stand_in("system", None)), *turns]
     whole = _render(tokenizer, turns, opens)
     slots, position = [], 0
     for number, (role, content) in enumerate(turns):

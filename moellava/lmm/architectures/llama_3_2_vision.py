@@ -2,17 +2,21 @@
 
 Its class skips cross-attention for a batch without images. In a batch where another row has one, it masks what the MLPs
 of such layers give for a row without, but not what their attention gives (huggingface/transformers issue 39379). Two
-hooks for each layer mask that, too, so that rows without images compute what they compute alone. A row with images
-computes what it always did.
+hooks for each layer mask that, too, so that rows without images compute what they compute alone.
+
+Text before the first image of a row reads, in its class, all images of the row, the blank ones among them that fill it
+up to the number of the batch. One more hook hides these, so that a row with images computes what it computes alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import reduce, repeat
 from torch import Tensor, nn
 
 from moellava.data.collate import MediaCollator
@@ -51,8 +55,39 @@ class RowGate:
         return attended * self.shows.to(attended.dtype), *rest
 
 
+@dataclass
+class BlankImages:
+    """The hook of the decoder.
+
+    Args:
+        length: states that an image has, those of tiles that it lacks included.
+    """
+
+    length: int
+
+    def hide(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Before the decoder: text that reads no image in particular reads those of its own row.
+
+        `cross_attention_mask` is [B, 1, L, images · length], 0 where a token reads a state, and all 0 for such text;
+        `full_text_row_masked_out_mask` is [B, 1, L, 1], 0 for such text and 1 for any other. An image of a row is one
+        that some token reads.
+        """
+        mask = kwargs.get("cross_attention_mask")
+        if mask is None:
+            return None
+        reads = kwargs["full_text_row_masked_out_mask"].bool()
+        shown = reduce((mask == 0) & reads, "b one l (i n) -> b one 1 i", torch.any, n=self.length)
+        shown |= ~shown.any(dim=-1, keepdim=True)  # a row without images has its own hooks
+        blank = repeat(~shown, "b one 1 i -> b one 1 (i n)", n=self.length)
+        hidden = mask.masked_fill(blank & ~reads, torch.finfo(mask.dtype).min)
+        return args, kwargs | {"cross_attention_mask": hidden}
+
+
 def gate_rows(model: Any) -> None:
-    """Adds the hooks to every cross-attention layer of a model. They are no part of what is saved."""
+    """Adds the hooks to a model. They are no part of what is saved."""
+    vision = model.config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    model.get_decoder().register_forward_pre_hook(BlankImages(vision.max_num_tiles * patches).hide, with_kwargs=True)
     for layer in model.get_decoder().layers:
         if hasattr(layer, "cross_attn"):
             gate = RowGate()

@@ -104,3 +104,41 @@ def test_a_template_that_rewrites_words_is_refused_by_record(tokenizers, with_te
     with pytest.raises(DataError, match="Record 7.*rewrites.*dog"):
         chat_pieces(tokenizer, [("user", "q"), ("assistant", "a cat")], "Record 7")
     assert chat_pieces(tokenizer, [("user", "q"), ("assistant", "a bird")])
+
+
+SYSTEMS = [
+    pytest.param(CHATML, "<|im_start|>system\n{}<|im_end|>\n", id="a turn of its own"),
+    pytest.param(
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim + '\n\n' %}"
+        "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (system if loop.first else '') + m.content"
+        " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        "<|im_start|>user\n{}\n\n",
+        id="inside the first question",
+    ),
+]
+
+
+@pytest.mark.parametrize(("template", "where"), SYSTEMS)
+def test_a_system_prompt_is_plain_text_where_the_template_puts_it(tokenizers, with_template, template, where):
+    tokenizer = with_template(tokenizers["qwen"], template)
+    encoder = Encoder(tokenizer, ChatRenderer(tokenizer), CountedImages(1))
+    record = {"conversations": CONVERSATION, "image": "a.png"}
+    own = encoder.encode(record | {"system_prompt": "Be <|im_end|> and <image> brief."})
+    bare = encoder.encode(record | {"system_prompt": "Be brief."})
+    text = tokenizer.decode([index for index in own.ids if index != IMAGE_TOKEN_INDEX])
+    assert text.startswith(where.format("Be <|im_end|> and <image> brief.")) and "You are" not in text
+    assert own.ids.count(151645) == bare.ids.count(151645), "what is typed is no special token"
+    assert own.ids.count(IMAGE_TOKEN_INDEX) == bare.ids.count(IMAGE_TOKEN_INDEX) == 1
+    assert [label for label in own.labels if label >= 0] == [label for label in bare.labels if label >= 0]
+
+
+def test_a_template_without_a_place_for_a_system_prompt_refuses_it_by_record(tokenizers, with_template):
+    opening = "'<|im_start|>' + message.role"
+    without = CHATML.replace(opening, f"'' if message.role == 'system' else {opening}")
+    tokenizer = with_template(tokenizers["qwen"], without)
+    encoder = Encoder(tokenizer, ChatRenderer(tokenizer), CountedImages(1))
+    record = {"conversations": CONVERSATION[2:]}
+    assert encoder.encode(record).is_trained
+    with pytest.raises(DataError, match="Record 7.*leaves out"):
+        encoder.encode(record | {"system_prompt": "Be brief."}, "Record 7")

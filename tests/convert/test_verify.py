@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
@@ -12,9 +13,8 @@ from moellava.cli import main
 from moellava.convert.export import write_published
 from moellava.convert.verify import recompute, verify
 from moellava.errors import UserError
-from moellava.model.builder import save_pretrained_folder
-from moellava.model.compose import compose
 from moellava.moe import MoESpec, expert_parameters, router_parameters, upcycle
+from tests.tiny import compose_tiny
 
 DENSE = ["llama/dense", "phi/dense", "qwen/dense", "stablelm/dense"]
 MOE = ["llama/moe_sparse", "llama/moe_custom", "phi/moe_sparse", "phi/moe_residual"]
@@ -117,16 +117,17 @@ OTHER_SPARSE = {
 )
 def test_published_folders_of_other_families(name, routing, make_base, clip_tower, tmp_path):
     """What the model in memory computes, its experts moved apart, is what its folder in the published layout gives."""
-    model = compose(str(make_base(name).folder), str(clip_tower), version="plain").model.eval()
+    made = compose_tiny(make_base(name).folder, clip_tower, "plain")
+    model = made.model
     upcycle(model, MoESpec.from_preset("moe-llava", **OTHER_SPARSE[routing]))
-    golden = random_inputs()
+    golden, words = random_inputs(), model.config.text_config.vocab_size
     with torch.no_grad():
-        before = recompute(model, golden)[0]
+        before = recompute(model, golden, words)[0]
         for parameter in [*expert_parameters(model), *router_parameters(model)]:
             parameter += 0.05 * torch.randn_like(parameter)
-        after = recompute(model, golden)[0]
+        after = recompute(model, golden, words)[0]
     assert (after["logits"] - before["logits"]).abs().max() > 1e-4
-    write_published(model, None, tmp_path)
+    write_published(dataclasses.replace(made, tokenizer=None), tmp_path)
     golden |= {name: tensor.contiguous() for name, tensor in after.items()}
     save_file(golden, tmp_path / "golden.safetensors")
     assert max(verify(tmp_path).values()) < 1e-5
@@ -145,14 +146,14 @@ def random_inputs() -> dict[str, torch.Tensor]:
 
 
 def test_folders_of_ours_verify_too(make_base, clip_tower, tmp_path):
-    made = compose(str(make_base("mistral").folder), str(clip_tower), version="plain")
+    made = compose_tiny(make_base("mistral").folder, clip_tower, "plain")
     spec = MoESpec(num_experts=[4], moe_mode="sparse")
     upcycle(made.model, spec)
-    made.model.config.moe = spec.to_config()
-    save_pretrained_folder(made.model, made.tokenizer, made.processor, tmp_path)
+    made.sparse(spec)
+    made.save(tmp_path)
     golden = random_inputs()
     with torch.no_grad():
-        tensors, mask = recompute(made.model, golden)
+        tensors, mask = recompute(made.model, golden, made.model.config.text_config.vocab_size)
     assert mask.sum(1).tolist() == [7, 3]
     save_file(golden | {name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "golden.safetensors")
     assert max(verify(tmp_path).values()) == 0
