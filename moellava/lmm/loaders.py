@@ -13,17 +13,18 @@ from moellava.errors import UserError
 from moellava.files import model_files
 from moellava.lmm.architecture import SUPPORTED_MODELS, Architecture, FieldView, registered, undisguised
 from moellava.lmm.processors import load_processor
-from moellava.lmm.remote import load_remote_config, load_remote_model
+from moellava.lmm.remote import load_remote_config
 from moellava.log import get_logger
 from moellava.model.build import open_config, read
 from moellava.model.description import Description
+from moellava.model.extended import base_of
 from moellava.model.manifest import Manifest, read_folder
 from moellava.model.section import note, section_of
 
 logger = get_logger(__name__)
 
 LOADERS = FieldView("load", default=read)
-"""Architecture -> what loads its model. See `moellava.model.build.read`."""
+"""Architecture -> what loads its model: (folder, config, dtype) -> model. See `moellava.model.build.read`."""
 
 
 def find_model(
@@ -68,13 +69,15 @@ def describe_released(manifest: Manifest, architecture: Architecture, trust_remo
         trust_remote_code: run the code in the folder, for an architecture that transformers lacks.
 
     Raises:
-        UserError: remote code is needed and not allowed, or does not run.
+        UserError: remote code is needed and not allowed, or does not run; transformers has no such class.
     """
     if architecture.remote_code and not trust_remote_code:
         raise UserError(
             f"{architecture.name} models need the Python code of their own repository. Read it, then add "
             "--trust_remote_code True to train.py or `moellava merge-lora`; the other commands do not run it."
         )
+    if architecture.load is None:
+        base_of(manifest.config.get("model_type", ""))  # a class that is not there is told before files are looked for
     remote = architecture.remote_code
     config = (load_remote_config if remote else open_config)(manifest.folder, manifest.config)
     said = section_of(config)
@@ -86,10 +89,9 @@ def describe_released(manifest: Manifest, architecture: Architecture, trust_remo
         return processor.tokenizer, processor
 
     def load(dtype: torch.dtype) -> Any:
-        if not remote:
-            return (architecture.load or read)(manifest.folder, config, dtype)
-        model = load_remote_model(manifest.folder, config, dtype)
-        model.config.image_token_id = inputs()[1].image_token_id
+        model = (architecture.load or read)(manifest.folder, config, dtype)
+        if remote:
+            model.config.image_token_id = inputs()[1].image_token_id
         return model
 
     own_code = f"the decoder of {architecture.name} models is code of their own, whose MLPs are not known here"

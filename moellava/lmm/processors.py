@@ -45,7 +45,7 @@ def load_processor(folder: Path, architecture: Architecture, model_type: str) ->
     if model_type not in PROCESSOR_MAPPING_NAMES:
         raise UserError(
             f"transformers {transformers.__version__} has no processor for {model_type!r} models, of which {folder} is "
-            f"one: give {architecture.name} a loader of its own (docs/ADD_A_MODEL.md)."
+            f"one: give the entry of {architecture.name} a `remote_processor` (docs/ADD_A_MODEL.md)."
         )
     for names in NEEDED:
         if not any((folder / name).is_file() for name in names):

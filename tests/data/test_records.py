@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from moellava.data.records import images_of, load_records, media_of, read_records, read_skip_list
+from moellava.data.records import load_records, media_of, paths_of, read_records, read_skip_list
 from moellava.errors import DataError
 
 
@@ -42,9 +42,9 @@ def test_the_index_is_compact_and_travels_to_workers(data_file, make_record):
 
 
 def test_images_of_a_record(make_record):
-    assert images_of(make_record(1, "q")) == images_of(make_record(1, "q", image=[])) == []
-    assert images_of(make_record(1, "q", image="a.png")) == ["a.png"]
-    assert images_of(make_record(1, "q", image=["a.png", "b.png"])) == ["a.png", "b.png"]
+    assert paths_of(make_record(1, "q"), "image") == paths_of(make_record(1, "q", image=[]), "image") == []
+    assert paths_of(make_record(1, "q", image="a.png"), "image") == ["a.png"]
+    assert paths_of(make_record(1, "q", image=["a.png", "b.png"]), "image") == ["a.png", "b.png"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from moellava.constants import IGNORE_INDEX
 from moellava.data.masking import Encoded, MaskEngine, engine_for
-from moellava.data.preprocess import pieces_of
+from moellava.data.render import TemplateRenderer
 from moellava.data.tokenizer_facts import PROBE, fit_of, mask_problem
 from moellava.data.view import tokens_of, trained_texts
 
@@ -17,7 +17,7 @@ FITTING = {"mistral": "v1", "qwen": "qwen", "phi": "phi", "stablelm": "stablelm"
 def probe(request, tokenizers):
     """(tokenizer, template, pieces of the probe conversation) for every tokenizer and the template that fits it."""
     tokenizer, version = tokenizers[request.param], FITTING[request.param]
-    return tokenizer, version, pieces_of(PROBE, tokenizer, version, has_image=True)
+    return tokenizer, version, TemplateRenderer(version).pieces(PROBE, has_media=True)
 
 
 def nothing(encoded: Encoded) -> None:

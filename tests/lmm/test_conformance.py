@@ -5,8 +5,10 @@ import torch
 
 from moellava.constants import IGNORE_INDEX
 from moellava.errors import UserError
-from moellava.lmm.architecture import ARCHITECTURES, refuse_upcycling
+from moellava.lmm.architecture import ARCHITECTURES
+from moellava.model.manifest import read_folder
 from moellava.moe import MoESpec, upcycle
+from moellava.vlm import describe
 from tests.lmm.tiny import batch_of, reopen
 
 STEPS = 6
@@ -47,8 +49,9 @@ def test_loads_masks_learns_saves_reopens_and_upcycles(conforming, samples_of, t
         torch.testing.assert_close(again.model(**batch, use_cache=False).logits, logits, rtol=0, atol=1e-6)
 
     if remote_code:
-        with pytest.raises(UserError, match="code in their own repository.* cannot be upcycled"):
-            refuse_upcycling(vlm.architecture, "--moe_enable True")
+        with pytest.raises(UserError, match="code of their own.* cannot be upcycled"):
+            folder = read_folder(tiny_lmm(conforming), "--model-path")
+            describe(folder, trust_remote_code=True).refuse_upcycling("--moe_enable True")
         return
     spec = MoESpec(num_experts=[2], moe_mode="dense")
     upcycle(again.model, spec)

@@ -10,14 +10,24 @@ from moellava.errors import UnknownNameError, UserError
 from moellava.lmm.architecture import architecture_of
 from moellava.lmm.collators import COLLATORS, MediaCollator
 from moellava.lmm.datasets import TO_LOAD_IMAGE
-from moellava.lmm.family_collators import collator_for
-from moellava.lmm.loaders import LOADERS, find_model, load_lmm, load_native
+from moellava.lmm.loaders import LOADERS, find_model
 from moellava.lmm.supported_models import MULTIMODAL_KEYWORDS, register_model
 from moellava.lmm.templates import vicuna
-from moellava.model.parts import parts_of
-from moellava.train.arguments import parse_arguments
-from moellava.train.train import train
-from tests.lmm.tiny import CLIP, CROP, IMAGE, OLD_NAMES, SELECT, TEXT, TinyArchitecture
+from moellava.model.build import read
+from moellava.model.section import section_of
+from moellava.vlm import build, describe
+from tests.lmm.tiny import (
+    CLIP,
+    CROP,
+    IMAGE,
+    OLD_NAMES,
+    SELECT,
+    TEXT,
+    TinyArchitecture,
+    batch_of,
+    manifest_of,
+    reopen,
+)
 
 ROW = TinyArchitecture(
     name="my-family",
@@ -62,42 +72,42 @@ class Numbered(MediaCollator):
         return super().__call__(samples)
 
 
+def opened_by_id(folder):
+    manifest, architecture = find_model("mine", str(folder))
+    return build(describe(manifest, architecture=architecture), torch.float32)
+
+
 def test_a_new_architecture_is_loaded_by_its_id_and_learns(registered, folder, samples_of):
     loaded = []
 
-    def load(*args, **options):
-        loaded.append(args[2].name)
-        return load_native(*args, **options)
+    def load(path, config, dtype):
+        loaded.append((path, section_of(config).architecture, dtype))
+        return read(path, config, dtype)
 
     LOADERS["my-family"] = load
     TO_LOAD_IMAGE["my-family"] = True
     COLLATORS["my-family"] = Numbered
-    path, raw, architecture = find_model("mine", str(folder))
-    released = load_lmm(path, raw, architecture, dtype=torch.float32)
-    assert type(released.model) is hf.VipLlavaForConditionalGeneration and loaded == ["my-family"]
+    vlm = opened_by_id(folder)
+    assert type(vlm.model) is hf.VipLlavaForConditionalGeneration and loaded == [(folder, "my-family", torch.float32)]
 
-    parts = parts_of(released.model, architecture.keywords)
-    inner = released.model.model
+    parts, inner = vlm.parts, vlm.model.model
     assert list(parts["vision_tower"]) == [inner.vision_tower, inner.multi_modal_projector]
     parts["vision_tower"].requires_grad_(False)
 
-    dataset = samples_of("my-family", released=released)
-    batch = collator_for("my-family", released.processor, reader=dataset.reader)([dataset[0], dataset[2]])
-    assert Numbered.batches == 1 and int((batch["input_ids"] == dataset.reader.placeholder_id).sum()) >= 4
-    released.model(**batch).loss.backward()
-    learning = {id(held) for held in released.model.parameters() if held.grad is not None and held.grad.any()}
+    dataset = samples_of("my-family", vlm=vlm)
+    batch = batch_of("my-family", dataset, 0, 2)
+    assert type(vlm.collator()) is Numbered
+    assert Numbered.batches == 1 and int((batch["input_ids"] == vlm.reader.placeholder_id).sum()) >= 4
+    vlm.model(**batch).loss.backward()
+    learning = {id(held) for held in vlm.model.parameters() if held.grad is not None and held.grad.any()}
     assert learning and not learning & {id(held) for held in parts["vision_tower"].parameters()}
 
 
-def test_a_run_by_the_id_leaves_a_folder_that_opens_by_itself(registered, folder, released_flags):
-    flags = released_flags(folder, "run", model_id="mine", max_steps=1)
-    run = train(*parse_arguments([str(word) for key, value in flags.items() for word in (f"--{key}", value)]))
-    path, raw, architecture = find_model(None, str(run))
-    assert architecture.name == raw["moellava"]["lmm_family"] == "my-family"
-    before, after = (
-        load_lmm(*found, dtype=torch.float32).model.state_dict()
-        for found in (find_model("mine", str(folder)), (path, raw, architecture))
-    )
+def test_a_run_by_the_id_leaves_a_folder_that_opens_by_itself(registered, folder, run):
+    trained = run(folder, model_id="mine", max_steps=1)
+    manifest, architecture = find_model(None, str(trained))
+    assert architecture.name == manifest.section.architecture == "my-family"
+    before, after = (vlm.model.state_dict() for vlm in (opened_by_id(folder), reopen(trained)))
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert moved and all("language_model" in name or "lm_head" in name for name in moved)
 
@@ -105,9 +115,9 @@ def test_a_run_by_the_id_leaves_a_folder_that_opens_by_itself(registered, folder
 def test_what_is_not_registered_or_no_model_for_images_and_text_is_named(architectures, folder, tmp_path):
     raw = json.loads((folder / "config.json").read_text()) | {"moellava": {"lmm_family": "my-family"}}
     with pytest.raises(UnknownNameError, match="'vipllava', which no .* is, and says that it is of 'my-family', which"):
-        architecture_of(raw)
+        architecture_of(manifest_of(raw))
     MULTIMODAL_KEYWORDS["my-family"] = ["vision_tower"]
     register_model(model_id="mine", model_family_id="my-family", model_hf_path="somebody/mine")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="'bert' model, and the installed transformers has no class .* images and text"):
-        load_lmm(*find_model("mine", str(tmp_path)), dtype=torch.float32)
+        opened_by_id(tmp_path)

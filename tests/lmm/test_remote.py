@@ -10,8 +10,10 @@ from PIL import Image
 
 from moellava.constants import IGNORE_INDEX
 from moellava.errors import DataError, UserError
-from moellava.lmm.architecture import ARCHITECTURES, refuse_upcycling
+from moellava.lmm.architecture import ARCHITECTURES
+from moellava.model.manifest import read_folder
 from moellava.model.parts import group_names
+from moellava.vlm import describe
 from tests.lmm.tiny import batch_of, reopen
 
 RECORD = {
@@ -155,6 +157,7 @@ def test_code_that_does_not_run_and_code_that_is_missing_are_named(copy_of):
         reopen(folder, trust_remote_code=True)
 
 
-def test_upcycling_says_why_not(opened):
-    with pytest.raises(UserError, match="--moe_enable True: the decoder of qwen-vl models is code in their own"):
-        refuse_upcycling(opened("qwen-vl").architecture, "--moe_enable True")
+def test_upcycling_says_why_not(tiny_lmm):
+    description = describe(read_folder(tiny_lmm("qwen-vl"), "--model-path"), trust_remote_code=True)
+    with pytest.raises(UserError, match="--moe_enable True: the decoder of qwen-vl models is code of their own"):
+        description.refuse_upcycling("--moe_enable True")

@@ -17,7 +17,9 @@ from tests.tiny import weights_of
 def test_the_sampler_is_told_the_epoch(epoch, number):
     """A resumed run counts epochs by fractions, which may be off by a rounding."""
     sampler = GroupedSampler([1] * 8, None, batch_size=2)
-    RunHooks(SimpleNamespace(train_sampler=sampler)).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
+    RunHooks(SimpleNamespace(train_sampler=sampler)).on_epoch_begin(
+        None, SimpleNamespace(epoch=epoch, global_step=0, max_steps=9), None
+    )
     assert sampler.epoch == number
 
 

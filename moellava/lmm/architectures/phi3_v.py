@@ -17,7 +17,7 @@ from moellava.data.collate import MediaCollator
 from moellava.data.media_reader import Run
 from moellava.data.tokenizers import leading_ids
 from moellava.lmm.architecture import Architecture, register_architecture
-from moellava.lmm.remote import RUNS_BADLY, RemoteProcessor, refusal, saved_template
+from moellava.lmm.remote import RUNS_BADLY, RemoteProcessor, load_remote_model, refusal, saved_template
 from moellava.model.parts import Keywords
 
 _TEMPLATE = (
@@ -90,6 +90,7 @@ PHI3_V = register_architecture(
             others=("vision_embed_tokens.glb_GN", "vision_embed_tokens.sub_GN"),
         ),
         template=_TEMPLATE,
+        load=load_remote_model,
         remote_processor=load_numbered_processor,
         collator=NumberedCollator,
         models={"phi3-v": "microsoft/Phi-3-vision-128k-instruct"},

@@ -17,7 +17,7 @@ from moellava.data.collate import MediaCollator
 from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import DataError, UserError
 from moellava.lmm.architecture import Architecture, register_architecture
-from moellava.lmm.remote import RemoteProcessor, saved_template
+from moellava.lmm.remote import RemoteProcessor, load_remote_model, saved_template
 from moellava.model.parts import Keywords
 
 _TEMPLATE = (
@@ -114,6 +114,7 @@ QWEN_VL = register_architecture(
         ),
         template=_TEMPLATE,
         loads_images=False,
+        load=load_remote_model,
         remote_processor=load_path_processor,
         collator=PathCollator,
         models={"qwen-vl-chat": "Qwen/Qwen-VL-Chat"},
