@@ -75,11 +75,11 @@ def check_command(words: list[str]) -> None:
         known = help_of(rest[0]) if rest[0] in COMMANDS else "--help"
         unknown = [flag for flag in flags_in(rest) if flag not in known]
         assert not unknown, f"{words}: {unknown}"
-    elif rest[:1] == ["-m"]:
-        assert program == "python" and importlib.util.find_spec(rest[1]), words
     elif program in ("bash", "source", "python"):
         path = next((word for word in rest if not word.startswith("-")), None)
-        if path:
+        if rest[:1] == ["-m"]:
+            assert importlib.util.find_spec(rest[1]), words
+        elif path:
             found = [ROOT / name for name in expand_braces(path)]
             assert all(name.exists() for name in found), words
     else:
