@@ -138,8 +138,9 @@ class VLM:
         """Gives it another conversation template, or another way to bring images to the tower's shape.
 
         Raises:
-            UserError: an aspect ratio for a model whose processor brings its own.
+            UserError: no tokenizer, or an aspect ratio for a model whose processor brings its own.
         """
+        self.require_tokenizer()
         section = self.section
         version = version or section.version
         if self.architecture is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +183,8 @@ class StageTrainer(Trainer):
         output_dir, began = Path(self.args.output_dir), time.perf_counter()
         self.saving_to = output_dir / STAGING
         try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            raise UserError(self.folder.failed_save(error, self.state.global_step)) from error
+            with self._saving():
+                super()._save_checkpoint(model, trial)
         finally:
             self.saving_to = None
         self.accelerator.wait_for_everyone()
@@ -194,11 +195,20 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.interval_start += time.perf_counter() - began  # the throughput that is logged is that of training
 
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Raises UserError where a disk is full: what is safe, and how to go on."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            raise UserError(self.folder.failed_save(error, self.state.global_step)) from error
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes a complete folder that the next stage, chat and (if dense) plain transformers open."""
         state = self.folder.gather(self.model, self.model_wrapped, self.accelerator)
         if self.args.should_save:
-            self.folder.write(state, Path(output_dir or self.args.output_dir))
+            with self._saving():
+                self.folder.write(state, Path(output_dir or self.args.output_dir))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

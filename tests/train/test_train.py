@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from moellava.constants import IGNORE_INDEX
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
+from moellava.errors import UserError
 from tests.processes import train_here
 from tests.tiny import reopen, weights_of
 
@@ -26,6 +28,17 @@ def test_a_run_killed_behind_its_last_checkpoint_makes_no_further_step(flags_for
     assert mine.keys() == reference.keys()
     assert all(torch.equal(mine[name], reference[name]) for name in reference)
     assert json.loads((resumed / "run.json").read_text())["finished"]
+
+
+def test_a_disk_that_is_full_at_the_very_end_is_told_as_such(flags_for, monkeypatch, tmp_path):
+    flags = flags_for(tmp_path, "pretrain") | {"max_steps": 1, "save_strategy": "no", "skip_dry_save": True}
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    with pytest.raises(UserError, match=r"Saving at step 1 failed: .*0\.00 GB are free.*run the same command to go on"):
+        train_here(flags)
+    monkeypatch.undo()
+    assert not (tmp_path / "pretrain" / "config.json").exists()
+    assert (train_here(flags) / "config.json").exists()
 
 
 @pytest.mark.parametrize("masked", [True, False])
