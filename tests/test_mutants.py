@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from tests import mutants
-from tests.mutants import ROOT, NotGreenError, Result, applied, chosen, tried
+from tests.mutants import ROOT, Copy, NotGreenError, Result, Trial, applied, chosen, tried
 from tests.mutations import MUTATIONS, Mutation
 
 NAMES = [mutation.name for mutation in MUTATIONS]
 
-SAMPLE = {"sample": 2, "seed": 5}
+SAMPLE = {"sample": 2, "seed": 8}
 """What is tried here; all of them take some ten minutes."""
 
 
@@ -42,6 +44,49 @@ def test_mutations_are_chosen_by_name_or_by_lot():
     assert drawn == chosen([], 3, 1) and drawn != chosen([], 3, 2) and len({*drawn}) == 3
     with pytest.raises(ValueError, match="--only no-such: known are"):
         chosen(["no-such"], None, 0)
+
+
+class Rehearsal(Copy):
+    """A copy without files, in which the first failure is known: of the named files, of all, and of all as they are."""
+
+    def __init__(self, named: str | None, mutated: str | None, sound: str | None = None):
+        self.root, self.is_mutated = Path("copy"), False
+        self.named, self.of_all = named, {True: mutated, False: sound}
+
+    def imported_from(self) -> Path:
+        return self.root / "moellava" / "__init__.py"
+
+    @contextmanager
+    def mutated(self, mutation):
+        self.is_mutated = True
+        yield
+        self.is_mutated = False
+
+    def first_failure(self, files=()):
+        return self.named if files else self.of_all[self.is_mutated]
+
+
+@pytest.mark.parametrize(
+    ("copy", "only_named", "killer", "named"),
+    [
+        (Rehearsal("a test", "another"), False, "a test", True),
+        (Rehearsal(None, "another"), False, "another", False),
+        (Rehearsal(None, None), False, None, True),
+        (Rehearsal(None, "another"), True, None, True),
+    ],
+)
+def test_all_tests_are_asked_where_the_named_ones_pass(copy, only_named, killer, named):
+    result = Trial(copy, only_named).result(MUTATIONS[0])
+    assert (result.killer, result.named, result.is_killed) == (killer, named, killer is not None)
+
+
+def test_failures_that_are_there_without_a_mutation_kill_nothing(monkeypatch):
+    with pytest.raises(NotGreenError, match="another fails without any mutation"):
+        Trial(Rehearsal(None, "another", sound="another"), only_named=False).result(MUTATIONS[0])
+    elsewhere = Rehearsal(None, None)
+    monkeypatch.setattr(elsewhere, "imported_from", lambda: Path("elsewhere/moellava/__init__.py"))
+    with pytest.raises(NotGreenError, match="Python imports elsewhere"):
+        Trial(elsewhere, only_named=False).require_green()
 
 
 KILLED = Result("killed", "tests/test_files.py::test", 1.0)

@@ -12,6 +12,7 @@ from collections import namedtuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoProcessor, AutoTokenizer
 
 from moellava.model import saving
 from moellava.vlm import VLM
@@ -41,6 +42,14 @@ def test_a_folder_is_complete(made, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["moellava"]["stage"] == "finetune" and config["model_type"] == "llava"
     assert config["architectures"] == ["LlavaForConditionalGeneration"]
+
+
+def test_the_template_is_the_stages_and_not_one_that_the_tokenizer_brings(made, tmp_path):
+    brought = copy.deepcopy(made.tokenizer)
+    brought.chat_template = "the base model's"
+    VLM(made.model, brought, made.processor, made.keywords).save(tmp_path)
+    for auto in (AutoTokenizer, AutoProcessor):
+        assert auto.from_pretrained(tmp_path).chat_template == made.processor.chat_template, auto
 
 
 def test_tied_weights_are_stored_once_under_the_models_own_names(made, tmp_path):

@@ -47,10 +47,10 @@ def test_bf16_is_judged_by_its_own_rounding(vlm):
     assert moe_layers(vlm.model)[0][1].router.weight.dtype == torch.float32
 
 
-def test_an_exact_recipe_that_is_off_is_an_error(vlm, monkeypatch):
-
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_an_exact_recipe_that_is_off_is_an_error(vlm, monkeypatch, factor):
     def broken(model, spec):  # the "conversion" changes the head
-        model.lm_head.weight.data *= 1.01
+        model.lm_head.weight.data *= factor
 
     monkeypatch.setattr(certificates, "upcycle", broken)
     with pytest.raises(NotExactError, match="should keep the logits"):
