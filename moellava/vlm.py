@@ -250,7 +250,7 @@ def describe(
     """
     if architecture is None and not holds_vlm(manifest):
         raise UserError(
-            f"{manifest.flag} {manifest.name} is {manifest.holds}, no vision-language model. Stage 1 composes one of a "
+            f"{manifest.called} is {manifest.holds}, no vision-language model. Stage 1 composes one of a "
             "language model and a vision tower: train.py --model_name_or_path LLM --image_tower TOWER --version plain"
         )
     if manifest.is_published:
@@ -346,5 +346,5 @@ def compose(llm: str | Path, image_tower: str, options: Composition, dtype: torc
     Raises:
         UserError: see `describe_parts`.
     """
-    manifest = read_folder(llm, "--model_name_or_path")
-    return build(describe_parts(manifest, image_tower, options, dtype), dtype, str(llm))
+    manifest, tower = read_folder(llm, "--model_name_or_path"), read_folder(image_tower, "--image_tower")
+    return build(describe_parts(manifest, tower, options), dtype, str(llm))

@@ -33,16 +33,14 @@ def upcycle_folder(source: Manifest, target: Path, spec: MoESpec, shard_bytes: i
         UserError: no dense vision-language model, or one whose decoder cannot be cut into experts.
     """
     if source.is_sparse:
-        raise UserError(
-            f"{source.flag} {source.name} is sparse already. `train.py --moe_enable True` trains it further."
-        )
+        raise UserError(f"{source.called} is sparse already. `train.py --moe_enable True` trains it further.")
     architecture = registered(source)
     if architecture is not None:  # first: of those that are refused, the code would have to run to describe the folder
-        architecture.refuse_upcycling(f"{source.flag} {source.name}")
+        architecture.refuse_upcycling(source.called)
     description = describe(source)
     if can_stream(description):
         return stream(description, target, spec, shard_bytes)
-    return in_memory(description, target, spec, f"{source.flag} {source.name}")
+    return in_memory(description, target, spec, source.called)
 
 
 def stream(description: Description, target: Path, spec: MoESpec, shard_bytes: int) -> Certificate:

@@ -175,12 +175,11 @@ def load_tokenizer(path: str | Path, version: str | None = None) -> PreTrainedTo
     """
     if version is not None:
         _check_version(version)
-    folder = resolve_folder(path, "the tokenizer", patterns=TOKENIZER_FILES)
-    config = read_json(folder / "tokenizer_config.json")
-    spec = spec_for(folder)
+    folder, config = read_settings(path)
+    spec = _row_of(folder, config)
     saved_by_us = _ROW_KEY in config and (folder / "tokenizer.json").exists()
     if spec.build is not None and spec.has_own_file(folder) and not saved_by_us:
-        tokenizer = _wrap(spec, spec.build(folder, config), folder, config)
+        tokenizer = _wrap(spec, spec.build(folder, config), config)
     else:
         tokenizer = _open_fast(folder)
     if not saved_by_us:  # else its files say all
@@ -203,8 +202,27 @@ def spec_for(source: PreTrainedTokenizerBase | str | Path, version: str | None =
         row = TOKENIZERS.get(source.init_kwargs.get(_ROW_KEY, "fast"), TOKENIZERS["fast"])
         names = {key: getattr(source, f"{key}_token") for key in ("bos", "eos", "unk", "pad")}
         return replace(row, adds_bos=bool(leading_ids(source)), **names)
-    folder = resolve_folder(source, "the tokenizer", patterns=TOKENIZER_FILES)
-    config = read_json(folder / "tokenizer_config.json")
+    return _row_of(*read_settings(source))
+
+
+def read_settings(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a tokenizer, and its tokenizer_config.json; what older folders keep in special_tokens_map.json and
+    added_tokens.json is in it too. Raises UserError: no such folder, or a file that is no JSON."""
+    folder = resolve_folder(path, "the tokenizer", patterns=TOKENIZER_FILES)
+    own, special, added = (
+        read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    config = special | own
+    if not config.get("added_tokens_decoder"):
+        # Where it is not recorded whether one is special, all are but runs of spaces.
+        config["added_tokens_decoder"] = {
+            index: {"content": text, "special": not text.isspace()} for text, index in added.items()
+        }
+    return folder, config
+
+
+def _row_of(folder: Path, config: dict[str, Any]) -> TokenizerSpec:
+    """The row of a folder, by its settings and files."""
     if _ROW_KEY in config:
         return TOKENIZERS.get(config[_ROW_KEY], TOKENIZERS["fast"])
     fitting = [spec for spec in TOKENIZERS.values() if spec.classes and spec.fits(folder, config)]
@@ -216,7 +234,7 @@ def spec_for(source: PreTrainedTokenizerBase | str | Path, version: str | None =
         or (folder / "tokenizer.model").exists()
     ):
         return TOKENIZERS["fast"]
-    raise UserError(f"{source} holds no tokenizer (looked for {', '.join(TOKENIZER_FILES)})")
+    raise UserError(f"{folder} holds no tokenizer (looked for {', '.join(TOKENIZER_FILES)})")
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -259,27 +277,20 @@ def _check_version(version: str) -> None:
         conv_templates[version]  # raises UnknownNameError
 
 
-def _recorded_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, AddedToken]]:
-    """Added tokens that the folder lists, by id: from tokenizer_config.json, else from added_tokens.json.
-
-    Where it is not recorded whether one is special, all are but runs of spaces. None is matched in normalized text:
-    SentencePiece's normalization would put a space in front of the token itself.
-    """
-    entries = config.get("added_tokens_decoder") or {
-        index: {"content": text, "special": not text.isspace()}
-        for text, index in read_json(folder / "added_tokens.json").items()
-    }
+def _recorded_tokens(config: dict[str, Any]) -> list[tuple[int, AddedToken]]:
+    """Added tokens that the folder lists, by id. None is matched in normalized text: SentencePiece's normalization
+    would put a space in front of the token itself."""
     keep = ("content", "single_word", "lstrip", "rstrip", "special")
     tokens = [
         (int(index), AddedToken(normalized=False, **{key: entry[key] for key in keep if key in entry}))
-        for index, entry in entries.items()
+        for index, entry in config["added_tokens_decoder"].items()
     ]
     return sorted(tokens, key=lambda entry: entry[0])
 
 
 def _add_recorded(tokenizer: Tokenizer, folder: Path, config: dict[str, Any]) -> None:
     """Adds the folder's own added tokens. Raises UserError where one would get another id than is recorded."""
-    for index, token in _recorded_tokens(folder, config):
+    for index, token in _recorded_tokens(config):
         tokenizer.add_tokens([token])
         actual = tokenizer.token_to_id(token.content)
         if actual != index:
@@ -301,12 +312,11 @@ def _open_fast(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _wrap(spec: TokenizerSpec, backend: Tokenizer, folder: Path, config: dict[str, Any]) -> PreTrainedTokenizerFast:
+def _wrap(spec: TokenizerSpec, backend: Tokenizer, config: dict[str, Any]) -> PreTrainedTokenizerFast:
     """A `tokenizers.Tokenizer` with the special tokens of its folder, as transformers knows it."""
-    recorded = read_json(folder / "special_tokens_map.json") | config
     names = {}
     for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = recorded.get(key)
+        value = config.get(key)
         names[key] = value["content"] if isinstance(value, dict) else value
     if spec.name == "llama":
         names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | {k: v for k, v in names.items() if v}

@@ -190,7 +190,7 @@ def architecture_of(manifest: Manifest) -> Architecture | None:
     known = ", ".join(sorted({entry.model_type for entry in ARCHITECTURES.values() if entry.model_type}))
     says = f", and says that it is of {named!r}, which is not registered here" if named else ""
     raise UnknownNameError(
-        f"{manifest.flag} {manifest.name} is a model of type {model_type!r}, which no architecture of "
+        f"{manifest.called} is a model of type {model_type!r}, which no architecture of "
         f"moellava is{says}. Known: {known}. docs/ADD_A_MODEL.md says how one joins."
     )
 

@@ -11,7 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, logging
 
 from moellava.errors import UserError
-from moellava.model.extended import PREFIX, as_extended, base_of, extended_config, model_class, reasons
+from moellava.model.extended import PREFIX, as_extended, base_of, extended_config, extension_of, model_class
 from moellava.model.families import Family
 from moellava.model.projector import parse_projector, pin_identities
 from moellava.model.section import section_of
@@ -50,7 +50,7 @@ def build(config: PretrainedConfig, state: Mapping[str, torch.Tensor], dtype: to
     Raises:
         UserError: a tensor is missing, of another shape, or has no place.
     """
-    config = as_extended(config) if reasons(config) else config
+    config = as_extended(config) if extension_of(config).reasons else config
     with quietly():
         model, info = model_class(config).from_pretrained(
             None, config=config, state_dict=dict(state), dtype=dtype, **REPORT

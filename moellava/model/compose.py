@@ -6,6 +6,7 @@ stage of ours has left, or other code that writes Hugging Face's LLaVA.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +30,16 @@ from moellava.model.extended import PREFIX
 from moellava.model.families import Family, base_family, family_of
 from moellava.model.manifest import Manifest
 from moellava.model.parts import LLAVA
-from moellava.model.projector import ProjectorSpec, initial_weights, parse_projector
-from moellava.model.section import Section, section_of
+from moellava.model.projector import ProjectorSpec, check_widths, initial_weights, parse_projector
+from moellava.model.section import Section, note, section_of
 from moellava.model.towers import (
     TOWERS,
     check_select_layer,
     composed_image_processor,
-    load_tower,
     select_strategy,
+    tower_config,
+    tower_image_processor,
+    tower_tensors,
     tower_tokens,
 )
 from moellava.model.weights import read_tensors
@@ -69,54 +72,86 @@ class Composition:
     use_im_start_end: bool = False
 
 
-def describe_parts(llm: Manifest, image_tower: str, options: Composition, dtype: torch.dtype) -> Description:
+def describe_parts(llm: Manifest, tower: Manifest, options: Composition) -> Description:
     """A vision-language model whose projector has learnt nothing yet.
 
     Args:
         llm: the language model's folder.
-        image_tower: CLIP or SigLIP, a folder or a hub id.
+        tower: CLIP or SigLIP.
         options: how they are put together.
-        dtype: of the tower, which is read here for its config.
 
     Raises:
         UserError: a folder of the wrong sort, an unknown name (the known ones are listed), or parts that do not fit.
     """
     projector = parse_projector(options.image_projector_type)
     family = base_family(llm.config)
-    tower = load_tower(image_tower, dtype)
-    vision = tower.model.config
+    vision = tower_config(tower.config, tower.called)
     check_select_layer(vision, options.mm_vision_select_layer)
     strategy = select_strategy(vision, options.mm_vision_select_feature)
-    state = language_model_tensors(llm, family)
-    tokenizer = load_tokenizer(llm.folder, options.version)
-    rows = state["model.language_model.embed_tokens.weight"].shape[0]
-    token_ids = place_image_token(tokenizer, rows, image_tokens(options.use_im_start_end))
     text = text_config(family, family.text_config(llm.config))
-    config = llava_config(vision, text, projector, strategy, options.mm_vision_select_layer, token_ids[0])
+    check_widths(projector, vision.hidden_size, text.hidden_size)
+    config = llava_config(vision, text, projector, strategy, options.mm_vision_select_layer)
     Section(
         version=options.version,
         family=family.name,
         image_aspect_ratio=options.image_aspect_ratio,
         image_projector_type=options.image_projector_type,
-        image_tower=str(image_tower),
+        image_tower=tower.name,
         use_im_start_end=options.use_im_start_end,
-        image_token_ids=token_ids,
-        head_bias="lm_head.bias" in state,
     ).put(config)
 
-    def load(dtype: torch.dtype) -> Any:
+    def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         drawn = initial_weights(projector, vision.hidden_size, text.hidden_size)
-        parts = {"vision_tower": tower.model.state_dict(), "multi_modal_projector": drawn}
-        placed = {f"model.{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
-        model = build(config, state | placed, dtype, llm.name)
+        return language_model_tensors(llm, family) | {
+            **under("model.vision_tower", tower_tensors(tower.folder, vision, dtype)),
+            **under("model.multi_modal_projector", drawn),
+        }
+
+    tokenizer = load_tokenizer(llm.folder, options.version)
+    return describe_new(llm, tower, config, tokenizer, text.vocab_size, tensors)
+
+
+def describe_new(
+    source: Manifest,
+    tower: Manifest,
+    config: LlavaConfig,
+    tokenizer: PreTrainedTokenizerFast | None,
+    rows: int,
+    tensors: Callable[[torch.dtype], dict[str, torch.Tensor]],
+) -> Description:
+    """What is not in Hugging Face's layout yet, with its image tokens placed.
+
+    Args:
+        source: the folder of the language model.
+        tower: where the image processor lies.
+        config: its section gains the ids of the image tokens now, and `head_bias` with the tensors.
+        tokenizer: gains the image tokens; None: there is none.
+        rows: of the embedding, below which no image token is placed.
+        tensors: gives all of them, under the composed model's names.
+    """
+    section = section_of(config) or Section()
+    token_ids = [rows]
+    if tokenizer is not None:
+        token_ids = place_image_token(tokenizer, rows, image_tokens(section.use_im_start_end))
+        note(config, image_token_ids=token_ids)
+    config.image_token_index = token_ids[0]
+
+    def load(dtype: torch.dtype) -> Any:
+        state = tensors(dtype)
+        note(config, head_bias="lm_head.bias" in state)
+        model = build(config, state, dtype, source.name)
         grow_embeddings(model, max(token_ids) + 1)
-        model.generation_config = generation_config(tokenizer)
+        if tokenizer is not None:
+            model.generation_config = generation_config(tokenizer)
         return model
 
     def inputs() -> tuple[Any, Any]:
-        return tokenizer, make_processor(tower.image_processor, tokenizer, config)
+        if tokenizer is None:
+            return None, None
+        image_processor = tower_image_processor(tower.folder, config.vision_config)
+        return tokenizer, make_processor(image_processor, tokenizer, config)
 
-    return Description(llm.folder, config, LLAVA, inputs, load)
+    return Description(source.folder, config, LLAVA, inputs, load, streams=False)
 
 
 def describe_composed(manifest: Manifest) -> Description:
@@ -139,7 +174,7 @@ def describe_composed(manifest: Manifest) -> Description:
             return tokenizer, LlavaProcessor.from_pretrained(manifest.folder, tokenizer=tokenizer)
         except OSError as error:
             raise UserError(
-                f"{manifest.flag} {manifest.name} holds no processor: copy processor_config.json (of older folders, "
+                f"{manifest.called} holds no processor: copy processor_config.json (of older folders, "
                 "preprocessor_config.json) from where the model comes from."
             ) from error
 
@@ -170,13 +205,15 @@ def llava_config(
     projector: ProjectorSpec,
     strategy: str,
     select_layer: int,
-    image_token: int,
 ) -> LlavaConfig:
-    """Hugging Face's config of a composed model, from its parts and from how features are taken out of the tower."""
+    """Hugging Face's config of a composed model, from its parts and from how features are taken out of the tower.
+
+    Its image token is placed later, by `describe_new`.
+    """
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=image_token,
+        image_token_index=text.vocab_size - 1,
         image_seq_length=tower_tokens(vision, strategy),
         projector_hidden_act=projector.activation,
         vision_feature_select_strategy=strategy,
@@ -192,10 +229,15 @@ def language_model_tensors(llm: Manifest, family: Family) -> dict[str, torch.Ten
             state |= {composed_name(name): value for name, value in family.to_ours(key, tensor, llm.config).items()}
     if "model.language_model.embed_tokens.weight" not in state:
         raise UserError(
-            f"{llm.flag} {llm.name} has no embeddings under the names of the family {family.name!r}: "
+            f"{llm.called} has no embeddings under the names of the family {family.name!r}: "
             f"it holds {', '.join(list(state)[:3])} …"
         )
     return state
+
+
+def under(part: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A part's tensors by their names in the composed model."""
+    return {f"{part}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def composed_name(name: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from moellava.errors import UserError
-from moellava.model.projector import DeepProjector, parse_projector
+from moellava.model.projector import DeepProjector, ProjectorSpec, parse_projector
 from moellava.model.section import Section, section_of
 from moellava.moe import MoESpec, upcycle
 
@@ -52,6 +53,46 @@ class ExtendedConfig:
         return super().from_dict(content, **kwargs)  # type: ignore[misc]
 
 
+@dataclass(frozen=True)
+class Extension:
+    """What a config asks for beyond Hugging Face's class.
+
+    Args:
+        projector: one of more than two layers.
+        head_bias: whether the language-model head has a bias.
+        moe: the options of its MoE layers.
+    """
+
+    projector: ProjectorSpec | None = None
+    head_bias: bool = False
+    moe: MoESpec | None = None
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why plain transformers cannot hold this model; empty if it can."""
+        found = []
+        if self.moe is not None:
+            found.append("its decoder has Mixture-of-Experts layers")
+        if self.head_bias:
+            found.append("its language-model head has a bias, which LlavaForConditionalGeneration lacks")
+        if self.projector is not None:
+            found.append(f"its projector is {self.projector.name}, deeper than LlavaForConditionalGeneration's")
+        return found
+
+
+def extension_of(config: PretrainedConfig) -> Extension:
+    """What a config, of any class, asks for."""
+    section = section_of(config) or Section()
+    named = section.image_projector_type
+    projector = None if named is None else parse_projector(named)
+    moe = getattr(config, "moe", None)
+    return Extension(
+        projector=projector if projector is not None and projector.is_deep else None,
+        head_bias=section.head_bias,
+        moe=MoESpec.from_config(moe) if moe else None,
+    )
+
+
 class ExtendedModel:
     """Mixed into a model class: builds Hugging Face's structure, then what the config asks for beyond it."""
 
@@ -59,36 +100,15 @@ class ExtendedModel:
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        section = section_of(config) or Section()
-        if is_deep(config):
-            projector = parse_projector(str(section.image_projector_type))
+        asked = extension_of(config)
+        if asked.projector is not None:
             self.model.multi_modal_projector = DeepProjector(
-                config.vision_config.hidden_size, config.text_config.hidden_size, projector.layers
+                config.vision_config.hidden_size, config.text_config.hidden_size, asked.projector.layers
             )
-        if section.head_bias:
+        if asked.head_bias:
             self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=True)
-        if getattr(config, "moe", None):
-            upcycle(self, MoESpec.from_config(config.moe), initialize=False)
-
-
-def is_deep(config: PretrainedConfig) -> bool:
-    """Whether the projector has more than two layers."""
-    name = (section_of(config) or Section()).image_projector_type
-    return name is not None and parse_projector(name).is_deep
-
-
-def reasons(config: PretrainedConfig) -> list[str]:
-    """Why plain transformers cannot hold this model; empty if it can."""
-    section = section_of(config) or Section()
-    found = []
-    if getattr(config, "moe", None):
-        found.append("its decoder has Mixture-of-Experts layers")
-    if section.head_bias:
-        found.append("its language-model head has a bias, which LlavaForConditionalGeneration lacks")
-    if is_deep(config):
-        name = section.image_projector_type
-        found.append(f"its projector is {name}, deeper than LlavaForConditionalGeneration's")
-    return found
+        if asked.moe is not None:
+            upcycle(self, asked.moe, initialize=False)
 
 
 @functools.cache
@@ -108,7 +128,7 @@ def extended_class(base: Any) -> Any:
 
 def model_class(config: PretrainedConfig, base: Any = LlavaForConditionalGeneration) -> Any:
     """`base`, or its extended class where the config asks for more than `base` holds."""
-    return extended_class(base) if reasons(config) else base
+    return extended_class(base) if extension_of(config).reasons else base
 
 
 def as_extended(config: PretrainedConfig) -> PretrainedConfig:

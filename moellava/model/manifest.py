@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moellava.errors import UserError
 from moellava.files import CONFIG, MODEL_FILES, read_config, resolve_folder
 from moellava.model.section import Section, section_of
 from moellava.model.towers import TOWERS
@@ -30,6 +31,7 @@ class Manifest:
         config: its config.json.
         base: the language model of a published folder that holds a projector alone, or whose tokenizer lies elsewhere;
             its config is empty where it is that tokenizer alone.
+        tower: the vision tower that a published folder names.
     """
 
     folder: Path
@@ -37,11 +39,17 @@ class Manifest:
     flag: str
     config: dict[str, Any]
     base: Manifest | None = None
+    tower: Manifest | None = None
 
     @cached_property
     def section(self) -> Section | None:
         """What it says of itself, if a stage of ours or `moellava upcycle` has left it."""
         return section_of(self.config)
+
+    @property
+    def called(self) -> str:
+        """How a message names it: by its flag and what the user gave."""
+        return f"{self.flag} {self.name}"
 
     @cached_property
     def holds(self) -> str:
@@ -70,7 +78,12 @@ def is_sparse(raw: Mapping[str, Any]) -> bool:
 
 
 def read_folder(
-    name: str | Path, flag: str, *, base: str | Path | None = None, patterns: Sequence[str] = MODEL_FILES
+    name: str | Path,
+    flag: str,
+    *,
+    base: str | Path | None = None,
+    near: Path | None = None,
+    patterns: Sequence[str] = MODEL_FILES,
 ) -> Manifest:
     """Reads a folder, or what the hub keeps under an id.
 
@@ -78,14 +91,28 @@ def read_folder(
         name: folder or hub id.
         flag: the flag that named it.
         base: the language model of a published folder, or its tokenizer alone (`--model-base`).
+        near: a folder in whose surroundings a relative `name` is looked for as well.
         patterns: files to fetch from the hub.
 
     Raises:
-        UserError: no such folder, or no config.json in it.
+        UserError: no such folder, or no config.json in it; of a published one, the same of its tower.
     """
-    folder = resolve_folder(name, flag, patterns=patterns)
+    folder = resolve_folder(name, flag, near, patterns)
     below = None if base is None else _read_base(base)
-    return Manifest(folder, str(name), flag, read_config(folder, flag), below)
+    manifest = Manifest(folder, str(name), flag, read_config(folder, flag), below)
+    if not manifest.is_published:
+        return manifest
+    return replace(manifest, tower=read_folder(tower_name(manifest.config), "the config's image tower", near=folder))
+
+
+def tower_name(raw: Mapping[str, Any]) -> str:
+    """The tower that a published config names. Raises UserError where it names a video tower as well, or none."""
+    if raw.get("mm_video_tower"):
+        raise UserError(f"This checkpoint has a video tower ({raw['mm_video_tower']}), which a composed model lacks.")
+    name = raw.get("mm_image_tower") or raw.get("mm_vision_tower")
+    if not name:
+        raise UserError("This checkpoint's config names no image tower.")
+    return name
 
 
 def _read_base(name: str | Path) -> Manifest:

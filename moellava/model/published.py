@@ -14,34 +14,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlavaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from moellava.data.encoder import image_tokens
-from moellava.data.tokenizers import TOKENIZER_FILES, load_tokenizer, place_image_token
+from moellava.data.tokenizers import TOKENIZER_FILES, load_tokenizer
 from moellava.errors import UserError
-from moellava.files import resolve_folder
 from moellava.log import get_logger
 from moellava.model import projector as projectors
-from moellava.model.build import build, text_config
+from moellava.model.build import text_config
 from moellava.model.compose import (
     OLD_BUFFERS,
     composed_name,
-    generation_config,
-    grow_embeddings,
+    describe_new,
     language_model_tensors,
     llava_config,
-    make_processor,
+    under,
 )
 from moellava.model.description import Description
 from moellava.model.families import Family, base_family, published_family
 from moellava.model.manifest import Manifest
-from moellava.model.parts import LLAVA
-from moellava.model.section import Section, note, section_of
-from moellava.model.towers import ASPECT_RATIOS, load_tower, tower_config, tower_image_processor, tower_prefix
+from moellava.model.section import Section, section_of
+from moellava.model.towers import ASPECT_RATIOS, tower_config, tower_prefix, tower_tensors
 from moellava.model.weights import has_weights, read_file, read_tensors
 
 TOWER_KEY = re.compile(r"(?:model|transformer)\.(?:image_tower\.image_tower|vision_tower\.vision_tower)\.(.+)")
@@ -69,51 +64,32 @@ def describe_published(manifest: Manifest) -> Description:
         UserError: the folder uses something that a composed model has not.
     """
     family = published_family(manifest.config)
-    tower = read_folder_near(manifest)
-    config = composed_config(manifest, family, tower)
-    rows = config.text_config.vocab_size
-    tokenizer = tokenizer_beside(manifest, config)
-    token_ids = [rows]
-    if tokenizer is not None:
-        section = section_of(config) or Section()
-        token_ids = place_image_token(tokenizer, max(rows, len(tokenizer)), image_tokens(section.use_im_start_end))
-        note(config, image_token_ids=token_ids)
-    config.image_token_index = token_ids[0]
-
-    def load(dtype: torch.dtype) -> Any:
-        state = published_tensors(manifest, family, config, tower, dtype)
-        note(config, head_bias="lm_head.bias" in state)  # that of a base, after stage 1
-        model = build(config, state, dtype, str(manifest.folder))
-        grow_embeddings(model, max(token_ids) + 1)
-        if tokenizer is not None:
-            model.generation_config = generation_config(tokenizer)
-        return model
-
-    def inputs() -> tuple[Any, Any]:
-        if tokenizer is None:
-            return None, None
-        image_processor = tower_image_processor(tower, config.vision_config)
-        return tokenizer, make_processor(image_processor, tokenizer, config)
-
-    return Description(manifest.folder, config, LLAVA, inputs, load, streams=False)
+    tower = manifest.tower
+    assert tower is not None  # read_folder has read it
+    config = composed_config(manifest, tower, family)
+    tokenizer = tokenizer_beside(manifest, family.version)
+    rows = max(config.text_config.vocab_size, 0 if tokenizer is None else len(tokenizer))
+    return describe_new(
+        manifest,
+        tower,
+        config,
+        tokenizer,
+        rows,
+        lambda dtype: published_tensors(manifest, tower, family, config, dtype),
+    )
 
 
-def read_folder_near(manifest: Manifest) -> Path:
-    """The folder of the tower that a published config names, which may be relative to where the model lies."""
-    return resolve_folder(tower_name(manifest.config), "the config's image tower", near=manifest.folder)
-
-
-def tokenizer_beside(manifest: Manifest, config: PretrainedConfig) -> PreTrainedTokenizerFast | None:
+def tokenizer_beside(manifest: Manifest, version: str) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a published folder, or of its base; None, said in the log, where there is none."""
     source = manifest.folder if manifest.base is None else manifest.base.folder
     if not any(path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
         logger.warning("%s holds no tokenizer: the model comes without one. Give the base as --model-base.", source)
         return None
-    return load_tokenizer(source, (section_of(config) or Section()).version)
+    return load_tokenizer(source, version)
 
 
 def published_tensors(
-    manifest: Manifest, family: Family, config: PretrainedConfig, tower: Path, dtype: torch.dtype
+    manifest: Manifest, tower: Manifest, family: Family, config: PretrainedConfig, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """A published folder's tensors under the composed model's names, the tower's from its own folder if need be."""
     state: dict[str, torch.Tensor] = {}
@@ -125,12 +101,10 @@ def published_tensors(
             if not key.endswith(OLD_BUFFERS):
                 state |= from_published(key, tensor, family, manifest.config, prefix)
     if not any(name.startswith("model.vision_tower.") for name in state):
-        loaded = load_tower(str(tower), dtype)
-        state |= {f"model.vision_tower.{name}": tensor for name, tensor in loaded.model.state_dict().items()}
+        state |= under("model.vision_tower", tower_tensors(tower.folder, config.vision_config, dtype))
     projector = projectors.parse_projector(str((section_of(config) or Section()).image_projector_type))
-    for name, tensor in projectors.identities(projector, config.text_config.hidden_size).items():
-        state[f"model.multi_modal_projector.{name}"] = tensor
-    return state
+    identities = projectors.identities(projector, config.text_config.hidden_size)
+    return state | under("model.multi_modal_projector", identities)
 
 
 def stage_1_tensors(manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -138,7 +112,7 @@ def stage_1_tensors(manifest: Manifest) -> dict[str, torch.Tensor]:
     path = manifest.folder / STAGE_1_FILE
     if manifest.base is None or not manifest.base.config:
         raise UserError(
-            f"{manifest.flag} {manifest.name} holds a stage-1 projector alone ({STAGE_1_FILE}). "
+            f"{manifest.called} holds a stage-1 projector alone ({STAGE_1_FILE}). "
             "Give the language model that it was trained on as --model-base."
         )
     found = dict(read_file(path))
@@ -148,7 +122,7 @@ def stage_1_tensors(manifest: Manifest) -> dict[str, torch.Tensor]:
             "--pretrain_mm_mlp_adapter and --mm_use_im_start_end True."
         )
     tensors = language_model_tensors(manifest.base, base_family(manifest.base.config))
-    return tensors | {f"model.multi_modal_projector.{key}": tensor for key, tensor in projector_tensors(found).items()}
+    return tensors | under("model.multi_modal_projector", projector_tensors(found))
 
 
 def from_published(
@@ -188,22 +162,8 @@ def projector_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     return found
 
 
-def tower_name(raw: Mapping[str, Any]) -> str:
-    """The tower that a published config names. Raises UserError where it names a video tower as well, or none."""
-    if raw.get("mm_video_tower"):
-        raise UserError(f"This checkpoint has a video tower ({raw['mm_video_tower']}), which a composed model lacks.")
-    name = raw.get("mm_image_tower") or raw.get("mm_vision_tower")
-    if not name:
-        raise UserError("This checkpoint's config names no image tower.")
-    return name
-
-
-def composed_config(manifest: Manifest, family: Family, tower: Path) -> LlavaConfig:
-    """A published config as that of a composed model; its image token is not placed yet.
-
-    Args:
-        tower: the folder of its vision tower.
-    """
+def composed_config(manifest: Manifest, tower: Manifest, family: Family) -> LlavaConfig:
+    """A published config as that of a composed model. Raises UserError where that has no such thing."""
     raw = manifest.config
     aspect_ratio = raw.get("image_aspect_ratio") or "square"
     if aspect_ratio not in ASPECT_RATIOS:
@@ -211,20 +171,20 @@ def composed_config(manifest: Manifest, family: Family, tower: Path) -> LlavaCon
             f"{manifest.folder} cuts images into tiles (image_aspect_ratio {aspect_ratio!r}): that is LLaVA-1.6. "
             "Open its Hugging Face conversion (llava-hf/…) by its model id instead."
         )
-    vision = tower_config(tower, "the config's image tower")
+    vision = tower_config(tower.config, tower.called)
     name = raw.get("image_projector_type") or raw.get("mm_projector_type") or "linear"
     # The reference drops the first token for 'patch' whatever the tower: of a SigLIP, which has no class token, a
     # patch is lost.
     strategy = "full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default"
     text = text_config(family, (family.published_text_config or family.text_config)(raw))
     projector, layer = projectors.parse_projector(name), raw.get("mm_vision_select_layer", -2)
-    config = llava_config(vision, text, projector, strategy, layer, text.vocab_size - 1)
+    config = llava_config(vision, text, projector, strategy, layer)
     Section(
         version=family.version,
         family=family.name,
         image_aspect_ratio=aspect_ratio,
         image_projector_type=name,
-        image_tower=tower_name(raw),
+        image_tower=tower.name,
         use_im_start_end=bool(raw.get("mm_use_im_start_end")),
     ).put(config)
     if manifest.is_sparse:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from moellava.files import flush, staged
-from moellava.model.extended import extend_in_place, reasons
+from moellava.model.extended import extend_in_place, extension_of
 from moellava.model.section import Section, note, section_of
 
 STAGING = ".saving-model"
@@ -74,7 +74,7 @@ def save_pretrained_folder(
 def note_meta(model: Any, meta: Mapping[str, Any]) -> None:
     """Brings the config up to what the model now is: its sparse layers, and what the stage says of itself."""
     note(model.config, **meta)
-    if reasons(model.config):
+    if extension_of(model.config).reasons:
         extend_in_place(model)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = next(model.parameters()).dtype
@@ -139,7 +139,7 @@ def remove_old_weights(folder: Path, names: Collection[str]) -> None:
 def folder_page(config: Any) -> str:
     """The folder's README: what it is, and what opens it."""
     section = section_of(config) or Section()
-    why = reasons(config)
+    why = extension_of(config).reasons
     what = section.architecture or section.family or config.model_type
     lines = [
         f"# {section.stage or 'A composed'} model ({what}, template {section.version})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from transformers import (
 )
 
 from moellava.errors import UnknownNameError, UserError
-from moellava.files import read_config, resolve_folder
 from moellava.model.weights import weight_files
 from moellava.registry import Registry
 
@@ -51,21 +51,12 @@ SELECT_FEATURES = ("patch", "cls_patch")
 ASPECT_RATIOS = ("square", "pad")
 
 
-@dataclass(frozen=True)
-class Tower:
-    """A loaded tower. `image_processor` is the tower's own, before `image_aspect_ratio` is seen to."""
-
-    model: PreTrainedModel
-    image_processor: BaseImageProcessor
-
-
-def tower_config(folder: Path, flag: str = "--image_tower") -> PretrainedConfig:
-    """The vision config of a tower's folder.
+def tower_config(raw: Mapping[str, Any], source: str) -> PretrainedConfig:
+    """The vision config of a tower's config.json; `source` says in a message where that lies.
 
     Raises:
         UnknownNameError: neither a known tower nor a known image-text model; the known ones are listed.
     """
-    raw = read_config(folder, flag)
     model_type = raw.get("model_type")
     for name, spec in TOWERS.items():
         if model_type == name:
@@ -73,7 +64,7 @@ def tower_config(folder: Path, flag: str = "--image_tower") -> PretrainedConfig:
         if model_type == spec.full_model_type:
             return AutoConfig.for_model(**{**raw.get("vision_config", {}), "model_type": name})
     known = ", ".join(f"{name} (or the {spec.full_model_type} around it)" for name, spec in TOWERS.items())
-    raise UnknownNameError(f"{flag} {folder} is a {model_type!r} model, not a known vision tower. Known: {known}")
+    raise UnknownNameError(f"{source} is a {model_type!r} model, not a known vision tower. Known: {known}")
 
 
 def tower_image_processor(folder: Path, config: PretrainedConfig) -> BaseImageProcessor:
@@ -87,26 +78,16 @@ def tower_image_processor(folder: Path, config: PretrainedConfig) -> BaseImagePr
     return spec.image_processor(size=side)
 
 
-def load_tower(name: str, dtype: torch.dtype, flag: str = "--image_tower") -> Tower:
-    """Reads a tower and its image processor.
-
-    Args:
-        name: a local folder or a hub id, of a tower alone or of the full CLIP or SigLIP model.
-
-    Raises:
-        UserError: not found, not a known tower, weights missing, or a processor of another size than the tower.
-    """
-    folder = resolve_folder(name, flag)
-    config = tower_config(folder, flag)
-    spec = TOWERS[config.model_type]
+def tower_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of a tower by their names in its class. Raises UserError where some are missing."""
     weight_files(folder)
-    model, info = spec.model.from_pretrained(
+    model, info = TOWERS[config.model_type].model.from_pretrained(
         folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if wrong:
-        raise UserError(f"{flag} {name} lacks weights of its tower: {', '.join(wrong[:5])}")
-    return Tower(model, tower_image_processor(folder, config))
+        raise UserError(f"{folder} lacks weights of its tower: {', '.join(wrong[:5])}")
+    return model.state_dict()
 
 
 def select_strategy(tower: PretrainedConfig, select_feature: str) -> str:

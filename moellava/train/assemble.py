@@ -62,7 +62,7 @@ def assemble(
         description = describe(manifest, model_args.trust_remote_code, architecture)
         if moe_args.moe_enable and description.architecture is not None:
             description.architecture.refuse_upcycling("--moe_enable True")
-        vlm = build(description, dtype, f"{manifest.flag} {manifest.name}")
+        vlm = build(description, dtype, manifest.called)
         settle(vlm, stage, model_args, data_args)
     else:
         vlm = composed(manifest, stage, model_args, data_args, dtype)
@@ -109,7 +109,8 @@ def composed(
         image_aspect_ratio=data_args.image_aspect_ratio or "square",
         use_im_start_end=bool(model_args.mm_use_im_start_end),
     )
-    return build(describe_parts(llm, model_args.image_tower, options, dtype), dtype, f"{llm.flag} {llm.name}")
+    tower = read_folder(model_args.image_tower, "--image_tower")
+    return build(describe_parts(llm, tower, options), dtype, llm.called)
 
 
 def settle(vlm: VLM, stage: Stage, model_args: ModelArguments, data_args: DataArguments) -> None:
@@ -154,7 +155,7 @@ def refuse_wrong_start(
     manifest: Manifest, is_vlm: bool, stage: Stage, model_args: ModelArguments, moe_args: MoEArguments
 ) -> None:
     """Raises UserError if a stage cannot start from what a folder holds."""
-    source, is_llm = f"{manifest.flag} {manifest.name}", not is_vlm
+    source, is_llm = manifest.called, not is_vlm
     if manifest.holds == TOWER:
         raise UserError(f"{source} is a vision tower. Give it as --image_tower, beside an LLM.")
     if is_llm and model_args.trust_remote_code:

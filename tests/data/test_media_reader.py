@@ -11,7 +11,7 @@ from moellava.data.media_reader import MediaReader, blank
 from moellava.data.records import Medium
 from moellava.errors import DataError, UserError
 from moellava.mm_utils import pixel_values
-from moellava.model.towers import load_tower
+from moellava.model.towers import tower_image_processor
 from moellava.vlm import VLM
 from tests.tiny import compose_tiny
 
@@ -32,7 +32,7 @@ def made(request, make_base) -> tuple[VLM, torch.nn.Module, str]:
     name, ratio = request.param.split("-")
     tower = request.getfixturevalue(f"{name}_tower")
     vlm = compose_tiny(make_base("llama").folder, tower, "v1", image_aspect_ratio=ratio)
-    return vlm, load_tower(str(tower), torch.float32).image_processor, ratio
+    return vlm, tower_image_processor(tower, vlm.model.config.vision_config), ratio
 
 
 def test_every_image_is_one_run(made):

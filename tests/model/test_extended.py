@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from moellava.errors import UserError
-from moellava.model.extended import PREFIX, as_extended, base_of, extend_in_place, reasons
+from moellava.model.extended import PREFIX, as_extended, base_of, extend_in_place, extension_of
 from moellava.model.manifest import VLM, read_folder
 from moellava.moe import MoESpec, moe_layers, upcycle
 from moellava.vlm import open_vlm
@@ -53,7 +53,7 @@ def test_round_trip_and_refusal(beyond, extended, inputs, tmp_path):
     manifest = read_folder(tmp_path, "test")
     assert manifest.holds == VLM and manifest.is_sparse == (beyond in ("moe", "residual", "all"))
     page = (tmp_path / "README.md").read_text()
-    assert "This folder needs moellava" in page and all(reason in page for reason in reasons(model.config))
+    assert "This folder needs moellava" in page and all(reason in page for reason in extension_of(model.config).reasons)
 
     for opener in (LlavaForConditionalGeneration, AutoModelForImageTextToText, AutoConfig):
         with pytest.raises((ValueError, KeyError), match=PREFIX):

@@ -12,13 +12,29 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 from moellava.errors import UnknownNameError, UserError
+from moellava.model.manifest import read_folder
 from moellava.model.towers import (
+    TOWERS,
     check_select_layer,
     composed_image_processor,
-    load_tower,
     select_strategy,
+    tower_config,
+    tower_image_processor,
+    tower_tensors,
     tower_tokens,
 )
+
+
+def config_of(folder):
+    return tower_config(read_folder(folder, "--image_tower").config, f"--image_tower {folder}")
+
+
+def tower_of(folder):
+    """The tower of a folder with its weights."""
+    config = config_of(folder)
+    model = TOWERS[config.model_type].model(config).eval()
+    model.load_state_dict(tower_tensors(folder, config, torch.float32))
+    return model
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -29,7 +45,7 @@ def picture(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("tower_type", ["clip", "siglip"])
 def test_hidden_states_end_before_the_final_norm(tower_type, request):
     """Layer -1 of the reference is the last layer's output; today's transformers must not have normed it."""
-    tower = load_tower(str(request.getfixturevalue(f"{tower_type}_tower")), torch.float32).model.eval()
+    tower = tower_of(request.getfixturevalue(f"{tower_type}_tower"))
     found = {}
     layers = dict(tower.named_modules())
     name = max(key for key in layers if key.endswith("layers.2"))
@@ -45,13 +61,13 @@ def test_hidden_states_end_before_the_final_norm(tower_type, request):
     [("clip", "patch", "default", 4), ("clip", "cls_patch", "full", 5), ("siglip", "patch", "full", 4)],
 )
 def test_tokens_per_image(tower_type, feature, strategy, tokens, request):
-    config = load_tower(str(request.getfixturevalue(f"{tower_type}_tower")), torch.float32).model.config
+    config = config_of(request.getfixturevalue(f"{tower_type}_tower"))
     assert select_strategy(config, feature) == strategy
     assert tower_tokens(config, strategy) == tokens
 
 
 def test_a_tower_without_class_token_has_no_cls_patch(siglip_tower):
-    config = load_tower(str(siglip_tower), torch.float32).model.config
+    config = config_of(siglip_tower)
     with pytest.raises(UserError, match="no class token"):
         select_strategy(config, "cls_patch")
     with pytest.raises(UserError, match="'cls' is unknown. Known: patch, cls_patch"):
@@ -65,15 +81,16 @@ def test_the_vision_half_of_a_full_clip_is_a_tower(tmp_path):
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
     full = CLIPModel(CLIPConfig(vision_config=vision, text_config=text)).eval()
     full.save_pretrained(tmp_path)
-    tower = load_tower(str(tmp_path), torch.float32).model.eval()
+    tower = tower_of(tmp_path)
     image = torch.randn(1, 3, 28, 28)
     torch.testing.assert_close(tower(image).pooler_output, full.vision_model(image).pooler_output)
 
 
 @pytest.mark.parametrize("tower_type", ["clip", "siglip"])
 def test_pad_keeps_the_whole_image_and_square_is_the_towers_own(tower_type, request):
-    tower = load_tower(str(request.getfixturevalue(f"{tower_type}_tower")), torch.float32)
-    own, config = tower.image_processor, tower.model.config
+    folder = request.getfixturevalue(f"{tower_type}_tower")
+    config = config_of(folder)
+    own = tower_image_processor(folder, config)
     wide = picture(60, 20)
     square = composed_image_processor(own, "square", config)
     assert square is own
@@ -92,12 +109,12 @@ def test_pad_keeps_the_whole_image_and_square_is_the_towers_own(tower_type, requ
 
 def test_what_is_no_tower_is_refused(tmp_path, make_base, clip_tower):
     with pytest.raises(UnknownNameError, match="'llama' model, not a known vision tower. Known: clip_vision_model"):
-        load_tower(str(make_base("llama").folder), torch.float32)
+        config_of(make_base("llama").folder)
     with pytest.raises(UserError, match="no such folder"):
-        load_tower(str(tmp_path / "nowhere"), torch.float32)
+        config_of(tmp_path / "nowhere")
     shutil.copy(clip_tower / "config.json", tmp_path)
     with pytest.raises(UserError, match="holds no weights"):
-        load_tower(str(tmp_path), torch.float32)
+        tower_of(tmp_path)
 
 
 def test_a_tower_that_lacks_weights_is_refused(tmp_path, clip_tower):
@@ -105,4 +122,4 @@ def test_a_tower_that_lacks_weights_is_refused(tmp_path, clip_tower):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     with pytest.raises(UserError, match="lacks weights of its tower.*layers.3"):
-        load_tower(str(tmp_path), torch.float32)
+        tower_of(tmp_path)
