@@ -70,7 +70,7 @@ class CaptionEncoder(torch.nn.Module):
         return F.normalize(self.head(self.words(torch.cat(ids), offsets)), dim=-1)
 
 
-CAPTION_KINDS = (
+CAPTION_GROUPS = (
     tuple(Facts(color, shape) for color in COLORS for shape in SHAPES),
     tuple(Facts(color=color) for color in COLORS),
     tuple(Facts(shape=shape) for shape in SHAPES),
@@ -78,23 +78,23 @@ CAPTION_KINDS = (
 """Captions that exclude each other: 'a red circle' …, 'a red shape' …, 'a circle' …"""
 
 
-def targets(facts: list[Facts], kind: tuple[Facts, ...]) -> torch.Tensor:
-    """For each image the index of its true caption within one kind, or -100 where the answers do not tell."""
-    needs_color, needs_shape = kind[0].color is not None, kind[0].shape is not None
+def targets(facts: list[Facts], group: tuple[Facts, ...]) -> torch.Tensor:
+    """For each image the index of its true caption within one group, or -100 where the answers do not tell."""
+    needs_color, needs_shape = group[0].color is not None, group[0].shape is not None
     wanted = [Facts(f.color if needs_color else None, f.shape if needs_shape else None) for f in facts]
-    return torch.tensor([kind.index(w) if w in kind else -100 for w in wanted])
+    return torch.tensor([group.index(w) if w in group else -100 for w in wanted])
 
 
 def contrastive_loss(image_ND: torch.Tensor, facts: list[Facts], encoder: CaptionEncoder) -> torch.Tensor:
-    """InfoNCE (CLIP, Radford et al. 2021), image to caption, once per kind of caption.
+    """InfoNCE (CLIP, Radford et al. 2021), image to caption, once per group of caption.
 
     There are only 24 full captions, so that CLIP's form, where the captions of the batch's other images count as wrong,
-    would call many true ones wrong. Each image is held against the other captions of a kind instead.
+    would call many true ones wrong. Each image is held against the other captions of a group instead.
     """
     losses = []
-    for kind in CAPTION_KINDS:
-        logits_NC = image_ND @ encoder([f.caption for f in kind]).T / TEMPERATURE
-        losses.append(F.cross_entropy(logits_NC, targets(facts, kind)))
+    for group in CAPTION_GROUPS:
+        logits_NC = image_ND @ encoder([f.caption for f in group]).T / TEMPERATURE
+        losses.append(F.cross_entropy(logits_NC, targets(facts, group)))
     return torch.stack(losses).mean()
 
 
@@ -172,13 +172,13 @@ def report_accuracy(
     pixels_NCHW: torch.Tensor,
     facts: list[Facts],
 ) -> None:
-    """Zero-shot accuracy of the three kinds of captions on pictures that were kept back."""
+    """Zero-shot accuracy of the three groups of captions on pictures that were kept back."""
     image_ND = torch.cat([embed(tower, projection, part) for part in pixels_NCHW.split(256)])
-    for kind in CAPTION_KINDS:
-        best = (image_ND @ encoder([f.caption for f in kind]).T).argmax(1)
-        wanted = targets(facts, kind)
+    for group in CAPTION_GROUPS:
+        best = (image_ND @ encoder([f.caption for f in group]).T).argmax(1)
+        wanted = targets(facts, group)
         share = (best == wanted)[wanted >= 0].float().mean().item()
-        log.info("  %2d captions like %-16r %.2f%% right", len(kind), kind[0].caption, 100 * share)
+        log.info("  %2d captions like %-16r %.2f%% right", len(group), group[0].caption, 100 * share)
 
 
 def save_tower(tower: CLIPVisionModel, path: Path) -> None:

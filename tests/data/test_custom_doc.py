@@ -41,7 +41,7 @@ def test_rows_that_the_page_shows_are_the_rows(page):
     assert '"qwen": conv_qwen,' in source
 
 
-def test_every_kind_and_its_usual_template_is_on_the_page(page):
+def test_every_row_and_its_usual_template_is_on_the_page(page):
     for spec in TOKENIZERS.values():
         if spec.versions:
             assert spec.classes[0] in page or spec.name in page.lower()

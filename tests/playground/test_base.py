@@ -16,7 +16,7 @@ from base_lm import (
     pad_batch,
     weighted_loss,
 )
-from base_tower import CAPTION_KINDS, augment, load_pixels, targets
+from base_tower import CAPTION_GROUPS, augment, load_pixels, targets
 from easy_vqa_data import Facts, train_images
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
@@ -100,7 +100,7 @@ def test_answers_weigh_more_and_padding_nothing(images):
 
 
 def test_unknown_facts_are_left_out_of_the_contrast():
-    full, colors, shapes = CAPTION_KINDS
+    full, colors, shapes = CAPTION_GROUPS
     facts = [Facts("blue", "circle"), Facts(color="blue"), Facts(shape="triangle"), Facts()]
     assert targets(facts, full).tolist() == [full.index(facts[0]), -100, -100, -100]
     assert targets(facts, colors).tolist() == [1, 1, -100, -100]
