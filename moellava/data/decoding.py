@@ -71,7 +71,8 @@ def decoding(name: str | Path, modality: str, *own: type[Exception]) -> Iterator
 
 def _reason(error: Exception) -> str:
     """What an exception says, in one line."""
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())[:SHOWN]
+    said = getattr(error, "strerror", None) or (error if error.args else "")
+    text = " ".join(str(said).split())[:SHOWN]
     if text and isinstance(error, FOR_PEOPLE):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -105,15 +105,11 @@ def open_image(path: str | Path, limits: Limits = USUAL_LIMITS) -> Image.Image:
         BadFileError: the file is missing, damaged, not an image, or beyond the limits.
     """
     with _opened(path, limits) as image:
-        orientation, size = _orientation(image), image.size
+        orientation = _orientation(image)  # before pixels are decoded, as `image_size` sees it
         if image.format == "PNG":
             with Image.open(path, formats=["PNG"]) as file:
                 file.verify()  # for `load` looks at no checksum of pixels, and shows a hole in black
         image.load()
-        if image.size != size:  # an icon, whose pictures have heads of their own
-            raise BadFileError(
-                f"{path}: {image.width} × {image.height} pixels, but its head says {size[0]} × {size[1]}"
-            )
         shown = _shown(image, orientation)
         return shown.copy() if shown is image else shown  # the copy knows no file
 
@@ -195,9 +191,10 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         # Not PngImageFile's, which decodes the pixels to see whether EXIF stands behind them.
-        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     except DECODER_ERRORS:
         return 1  # viewers show a picture whose EXIF is damaged
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _shown(image: Image.Image, orientation: int) -> Image.Image:
@@ -209,10 +206,9 @@ def _shown(image: Image.Image, orientation: int) -> Image.Image:
     else:
         flat = image
     flat = flat if flat.mode == "RGB" else flat.convert("RGB")
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    if turn is None:
+    if orientation not in _TURNS:
         return flat
-    upright = flat.transpose(turn)
+    upright = flat.transpose(_TURNS[orientation])
     upright.info = {}  # nobody turns it again
     return upright
 
@@ -227,10 +223,12 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
         return Image.new("L", image.size, "white")
     low, high = values.min(where=known, initial=np.inf), values.max(where=known, initial=-np.inf)
     low, high = next((pair for pair in _RANGES[image.mode] if pair[0] <= low and high <= pair[1]), (low, high))
-    values[~known] = high
+    values[~known] = low  # a number, so that nothing is warned of
     values -= low
     values *= 256 / ((high - low) or 1)
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    tones = values.clip(0, 255).astype(np.uint8)
+    tones[~known] = 255
+    return Image.fromarray(tones)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
