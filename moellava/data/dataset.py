@@ -249,8 +249,9 @@ def sample_of(example: Example, media: Sequence[Any], name: str) -> dict[str, An
 def blank_sample(encoder: Encoder, name: str, unreadable: dict[int, str]) -> dict[str, Any]:
     """What stands for a record that cannot be shown: one token, which nothing is trained on, and no image.
 
-    A batch keeps its size by it, and a process its number of batches. `unreadable` travels to the trainer in it, and in
-    the batch: the number of the record -> why. See `SupervisedDataset.leave_out`.
+    A batch keeps its size by it, and a process its number of batches. The losses of routers see the token, as they see
+    those of a question. `unreadable` travels to the trainer in the sample and its batch: the number of the record ->
+    why. See `SupervisedDataset.leave_out`.
     """
     example = Example([encoder.tokenizer.eos_token_id], [IGNORE_INDEX])
     return sample_of(example, [], name) | {UNREADABLE: unreadable}
