@@ -20,8 +20,17 @@ class DataError(UserError):
         super().__init__("\n".join(lines))
 
 
+class BadFileError(DataError):
+    """An image or a video that cannot be shown: what `--bad_files skip` leaves out."""
+
+
 class UnknownNameError(UserError, KeyError):
     """A name that no registry entry has."""
 
     def __str__(self) -> str:  # KeyError would print the repr
         return str(self.args[0])
+
+
+def message_of(error: UserError) -> str:
+    """What an error says, without the traceback that PyTorch writes before it in a worker of a `DataLoader`."""
+    return str(error).rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")[2].strip()

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from moellava.data.images import normalised
 
 ASPECT_RATIOS = ("square", "pad")
 
@@ -78,10 +79,11 @@ def pixel_values(images: Sequence[Image.Image], image_processor: Any, aspect_rat
 
     Raises:
         ValueError: another aspect ratio.
+        BadFileError: see `normalised`.
     """
     if aspect_ratio not in ASPECT_RATIOS:
         raise ValueError(f"image_aspect_ratio is {aspect_ratio!r} but must be one of {', '.join(ASPECT_RATIOS)}")
-    coloured = [image.convert("RGB") for image in images]
+    coloured = [normalised(image) for image in images]
     if aspect_ratio == "pad":
         coloured = [expand2square(image, background_of(image_processor)) for image in coloured]
     return image_processor(coloured, return_tensors="pt")["pixel_values"]

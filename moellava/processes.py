@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 def rank() -> int:
@@ -23,3 +27,12 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def joined_over_processes(known: dict[Key, Value]) -> dict[Key, Value]:
+    """What any process knows, on all of them; they come here together."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return known
+    parts: list[dict[Key, Value]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, known)
+    return {key: value for part in parts for key, value in part.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,9 +34,11 @@ class GradientWatch(TrainerCallback):
         model: with adapters, the engine chosen.
         encoder: its vision encoder. What trains there in full is not watched: layers behind the one that is read
             rightly get no gradient.
+        is_idle: whether a step has had nothing to train on, so that every gradient is 0 rightly.
     """
 
-    def __init__(self, model: nn.Module, encoder: nn.Module | None = None):
+    def __init__(self, model: nn.Module, encoder: nn.Module | None = None, is_idle: Callable[[], bool] = lambda: False):
+        self.is_idle = is_idle
         self.sorts: dict[str, str] = {}
         self.counts: dict[str, torch.Tensor] = {}
         self.handles: dict[str, list[Any]] = {}
@@ -72,7 +75,7 @@ class GradientWatch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Judges the gradients so far, of all processes together, and stops watching the parts that are judged."""
-        if not self.handles:
+        if not self.handles or self.is_idle():
             return
         sums = sum_over_processes(torch.stack(list(self.counts.values())).double()).tolist()
         reached = {part for part, (calls, _) in zip(self.counts, sums, strict=True) if calls}

@@ -6,10 +6,18 @@ import argparse
 import json
 
 from moellava.data.check import CheckReport, check, write_skip_list
+from moellava.data.images import USUAL_LIMITS, Limits
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.records import read_skip_list
 from moellava.errors import UserError
 from moellava.vlm import open_encoder
+
+LIMITS: tuple[tuple[str, int | float, str], ...] = (
+    ("--max-image-pixels", USUAL_LIMITS.pixels, "width × height of the largest image, or frame of a video"),
+    ("--max-image-side", USUAL_LIMITS.side, "longest side of an image or frame, in pixels"),
+    ("--max-aspect-ratio", USUAL_LIMITS.aspect_ratio, "longer side of an image or frame by its shorter one"),
+)
+"""Flags of `Limits`: name, default, help."""
 
 
 def _report(found: CheckReport, skip_list: str | None) -> str:
@@ -33,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-folder", help="what the image paths in the records are relative to")
     parser.add_argument("--video-folder", help="what the video paths are relative to (default: --image-folder)")
     parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"frames of a video (default: {NUM_FRAMES})")
+    for name, default, text in LIMITS:
+        parser.add_argument(name, type=type(default), default=default, help=f"{text} (default: {default})")
     parser.add_argument(
         "--tokenizer", "--model-path", help="folder or hub id of a tokenizer or model; also checks lengths and masks"
     )
@@ -51,6 +61,7 @@ def main(argv: list[str]) -> int:
     """Prints all problems and counts. Exit status 1 if there is a problem."""
     args = _parser().parse_args(argv)
     require_frames(args.num_frames, "--num-frames")
+    limits = Limits(args.max_image_pixels, args.max_image_side, args.max_aspect_ratio)
     encoder = None
     if args.tokenizer:
         encoder = open_encoder(
@@ -60,7 +71,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--version {args.version} is read with --tokenizer alone: which tokenizer is it for?")
     found = check(
         args.data,
-        MediaFiles(args.image_folder, args.video_folder, args.num_frames),
+        MediaFiles(args.image_folder, args.video_folder, args.num_frames, limits),
         encoder,
         args.max_length,
         read_skip_list(args.known) if args.known else frozenset(),

@@ -19,6 +19,9 @@ import torch
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from moellava.data.media_reader import MediaReader, Run, Shown, blank, modality_of
 
+UNREADABLE = "unreadable"
+"""Key of a sample that stands for a record which cannot be shown, and of a batch with such samples."""
+
 
 class MediaCollator:
     """Pads samples of `SupervisedDataset` and puts the tokens of images and videos in place of placeholders.
@@ -49,9 +52,12 @@ class MediaCollator:
         other.for_prompts = True
         return other
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The batch: `input_ids`, `attention_mask`, `labels` [B, L], and what the processor makes of images and videos
         (`pixel_values` …).
+
+        Where records could not be shown, `UNREADABLE` says which, and why: that is no input of the model, and nothing
+        of them is trained on.
 
         Rows are padded on the right, and blank images and videos stand in that padding: nothing attends to their tokens
         and no label is there. Prompts have no `labels`.
@@ -72,7 +78,8 @@ class MediaCollator:
         batch = self._padded(rows, next(runs, []))
         if self.for_prompts:
             del batch["labels"]
-        return batch | (media.tensors if media else {})
+        unreadable = {number: why for sample in samples for number, why in sample.get(UNREADABLE, {}).items()}
+        return batch | (media.tensors if media else {}) | ({UNREADABLE: unreadable} if unreadable else {})
 
     def _blanks(self, shown: Sequence[Sequence[Shown]]) -> list[Shown]:
         """What a batch has to show beside what its samples show."""
@@ -83,7 +90,7 @@ class MediaCollator:
     def _row(self, sample: dict[str, Any], runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[int]]:
         """A sample's tokens, labels, and further numbers, with every placeholder replaced by its run."""
         row: dict[str, list[int]] = {name: [] for name in ("input_ids", "labels", *names)}
-        remaining = iter(runs)
+        remaining, trains_all = iter(runs), self.train_questions and UNREADABLE not in sample
         for token, label in zip(sample["input_ids"].tolist(), sample["labels"].tolist(), strict=True):
             if token in PLACEHOLDERS:
                 run = next(remaining)
@@ -93,7 +100,7 @@ class MediaCollator:
                     row[name] += run.extras[name]
                 continue
             row["input_ids"].append(token)
-            row["labels"].append(token if self.train_questions else label)
+            row["labels"].append(token if trains_all else label)
             for name in names:
                 row[name].append(0)
         return row

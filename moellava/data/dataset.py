@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
+from moellava.constants import IGNORE_INDEX
+from moellava.data.collate import UNREADABLE
 from moellava.data.encoder import Encoder, Example
 from moellava.data.media import MediaFiles
 from moellava.data.preprocess import as_tensor
 from moellava.data.records import MODALITIES, Medium, Records, media_of
 from moellava.data.scan import mapped, shared
 from moellava.data.video import Video
-from moellava.errors import DataError
+from moellava.errors import BadFileError, DataError
 from moellava.log import get_logger
 
 OVERLONG = ("error", "drop", "truncate")
@@ -53,8 +55,9 @@ class SupervisedDataset(Dataset):
         max_length: the longest sample, in positions: text tokens and media. None: no limit.
         overlong: what happens to a longer one: 'error', 'drop' (counted), or 'truncate': its end is cut, before an
             image or video that does not fit whole (counted; dropped if nothing to train on is left).
-        bad_files: 'error', or 'skip': leave out (and count) records with a file that is missing, cut short or no image
-            or video, or a video with too few frames.
+        bad_files: 'error', or 'skip': leave out (and count) records with a file that is missing, damaged, beyond the
+            limits or no image or video, or a video with too few frames. A file that proves damaged only when it is
+            decoded leaves an empty sample in its record's place (`blank_sample`), so that all processes stay in step.
         takes_media: False refuses records with media.
         workers: processes that look at the records, beside each other; 0: this one does. Processes that train together
             share the records (`shared`).
@@ -63,6 +66,7 @@ class SupervisedDataset(Dataset):
         lengths: positions that each sample takes in the model.
         shows_media: whether each sample has an image or a video.
         modalities: what the samples show, all together.
+        unreadable: number of a record -> its file's problem, of files that proved damaged only when they were decoded.
 
     Raises:
         DataError: with one line for every problem of every record.
@@ -90,12 +94,14 @@ class SupervisedDataset(Dataset):
         self.files = files or MediaFiles()
         self.max_length = max_length
         self.overlong = overlong
+        self.bad_files = bad_files
+        self.unreadable: dict[int, str] = {}
         self._counts = dict.fromkeys(COUNTS, 0) | {"records": len(records), "skip_listed": records.skipped}
         self._kept = array("q")
         self._lengths = array("q")
         self._shows_media = array("b")
         self._seen: set[str] = set()
-        self._scan(takes_media, bad_files, workers)
+        self._scan(takes_media, workers)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -104,16 +110,21 @@ class SupervisedDataset(Dataset):
         """A sample: `input_ids` and `labels` LongTensors [L], -200 once per image or frame and -201 once per video,
         `media`, what they show in their order (images, videos, or the paths of images), and `record`, its name.
 
+        One whose file cannot be read is a `blank_sample`, if bad files are skipped.
+
         Raises:
-            DataError: a file has become unreadable.
+            BadFileError: a file has become unreadable.
         """
         number = self._kept[index]
         record, name = self.records[number], self.records.name(number)
-        example = self._encode(record, name)
         try:
+            example = self._encode(record, name)
             media = opened(example.media, self.encoder, self.files)
-        except DataError as error:
-            raise DataError(f"{name}: {error} (`moellava check-data` lists all such files)") from error
+        except BadFileError as error:
+            why = f"{name}: {error}"
+            if self.bad_files == "skip":
+                return blank_sample(self.encoder, name, {number: why})
+            raise BadFileError(f"{why} (`moellava check-data` lists all such files)") from error
         return sample_of(example, media, name)
 
     @property
@@ -131,18 +142,25 @@ class SupervisedDataset(Dataset):
     def report(self) -> dict[str, int]:
         """Counts of `COUNTS`: records read, left out by the skip list, left out for a bad file, dropped because too
         long or with nothing left to train on, cut; and the samples that remain."""
-        return dict(self._counts)
+        lost = len(self.unreadable)
+        changed = {"bad_files": self._counts["bad_files"] + lost, "samples": self._counts["samples"] - lost}
+        return self._counts | changed
 
-    def _scan(self, takes_media: bool, bad_files: str, workers: int) -> None:
+    def leave_out(self, unreadable: Mapping[int, str]) -> None:
+        """Counts records, and says why, whose blank samples have come up: here, or in another process."""
+        for number, why in unreadable.items():
+            if number not in self.unreadable:
+                get_logger().warning("skipped: %s", why)
+                self.unreadable[number] = why
+
+    def _scan(self, takes_media: bool, workers: int) -> None:
         """Validates every record and keeps the indices and lengths of those that are trained on."""
         broken = self._broken_files(takes_media)
 
         def look(number: int) -> Verdict:
             record, name = self.records[number], self.records.name(number)
             bad = [f"{name}: {broken[medium]}" for medium in media_of(record) if medium in broken]
-            if not bad:
-                return self._judge(record, name)
-            return Verdict(left_out="bad_files", why=bad[0]) if bad_files == "skip" else Verdict(bad)
+            return self._bad(bad) if bad else self._judge(record, name)
 
         verdicts = shared(range(len(self.records)), lambda numbers: mapped(look, numbers, workers))
         for number, verdict in enumerate(verdicts):
@@ -176,6 +194,10 @@ class SupervisedDataset(Dataset):
         problems = shared(media, lambda share: list(map(self.files.problems(share).get, share)))
         return {medium: problem for medium, problem in zip(media, problems, strict=True) if problem}
 
+    def _bad(self, problems: Sequence[str]) -> Verdict:
+        """What becomes of a record whose files are not sound."""
+        return Verdict(left_out="bad_files", why=problems[0]) if self.bad_files == "skip" else Verdict(problems)
+
     def _judge(self, record: dict[str, Any], name: str) -> Verdict:
         """What becomes of a record whose files are sound."""
         problem = self.encoder.renderer.problem(record)
@@ -184,7 +206,8 @@ class SupervisedDataset(Dataset):
         try:
             example = self._encode(record, name)
         except DataError as error:
-            return Verdict([text if name in text else f"{name}: {text}" for text in error.problems])
+            problems = [text if name in text else f"{name}: {text}" for text in error.problems]
+            return self._bad(problems) if isinstance(error, BadFileError) else Verdict(problems)
         too_long = self.max_length is not None and example.length > self.max_length
         if too_long and self.overlong == "error":
             limit = f"--model_max_length is {self.max_length} (see --overlong)"
@@ -202,12 +225,13 @@ class SupervisedDataset(Dataset):
 
 
 def opened(media: Sequence[Medium], encoder: Encoder, files: MediaFiles) -> list[Any]:
-    """What a model is shown: images, the frames of videos or videos, or the paths of images. Raises DataError."""
+    """What a model is shown: images, the frames of videos or videos, or the paths of images, once they have been read.
+    Raises BadFileError."""
+    read = [files.read(medium) for medium in media]
     if not encoder.reader.loads_images:
         return [files.file_of(medium) for medium in media]
     shown: list[Any] = []
-    for medium in media:
-        content = files.read(medium)
+    for content in read:
         shown += content.frames if encoder.in_frames and isinstance(content, Video) else [content]
     return shown
 
@@ -220,3 +244,14 @@ def sample_of(example: Example, media: Sequence[Any], name: str) -> dict[str, An
         "media": list(media),
         "record": name,
     }
+
+
+def blank_sample(encoder: Encoder, name: str, unreadable: dict[int, str]) -> dict[str, Any]:
+    """What stands for a record that cannot be shown: one token, which nothing is trained on, and no image.
+
+    A batch keeps its size by it, and a process its number of batches. The losses of routers see the token, as they see
+    those of a question. `unreadable` travels to the trainer in the sample and its batch: the number of the record ->
+    why. See `SupervisedDataset.leave_out`.
+    """
+    example = Example([encoder.tokenizer.eos_token_id], [IGNORE_INDEX])
+    return sample_of(example, [], name) | {UNREADABLE: unreadable}

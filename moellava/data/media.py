@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
-from moellava.data.images import image_problem, image_size, open_image
+from moellava.data.images import USUAL_LIMITS, Limits, image_problem, image_size, normalised, open_image
 from moellava.data.records import ROLES, Medium, Source
 from moellava.data.remembered import Remembered
 from moellava.data.video import Clip, Video, probe_video, read_frames, video_problem
@@ -38,6 +38,7 @@ class MediaFiles:
         image_folder: what image paths are relative to.
         video_folder: what video paths are relative to; None: the same folder.
         num_frames: frames that stand for a video.
+        limits: how large an image, or a frame of a video, may be.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class MediaFiles:
         image_folder: str | Path | None = None,
         video_folder: str | Path | None = None,
         num_frames: int = NUM_FRAMES,
+        limits: Limits = USUAL_LIMITS,
     ):
         self.image_folder = Path(image_folder or "")
         self.video_folder = Path(video_folder) if video_folder else self.image_folder
         self.num_frames = num_frames
+        self.limits = limits
         self._probed = Remembered(self._probe, CLIPS_KEPT)
 
     def file_of(self, medium: Medium) -> Path:
@@ -58,8 +61,8 @@ class MediaFiles:
     def problem(self, medium: Medium, in_full: bool = False) -> str | None:
         """What is wrong with its file, or None; for `in_full` see `image_problem` and `video_problem`."""
         if medium.modality == "image":
-            return image_problem(self.file_of(medium), in_full)
-        return video_problem(self.file_of(medium), self.num_frames, in_full)
+            return image_problem(self.file_of(medium), in_full, self.limits)
+        return video_problem(self.file_of(medium), self.num_frames, in_full, self.limits)
 
     def problems(self, media: Iterable[Medium], in_full: bool = False) -> dict[Medium, str]:
         """What is wrong with files, for those that something is wrong with; each is looked at once."""
@@ -69,13 +72,13 @@ class MediaFiles:
             return {medium: problem for medium, problem in zip(distinct, found, strict=True) if problem}
 
     def clip(self, medium: Medium) -> Clip:
-        """Which frames of a video are shown. Raises DataError: see `probe_video`."""
+        """Which frames of a video are shown. Raises BadFileError: see `probe_video`."""
         if isinstance(medium.path, Video):
             return medium.path.clip
         return self._probed(medium)
 
     def _probe(self, medium: Medium) -> Clip:
-        return probe_video(self.file_of(medium), self.num_frames)
+        return probe_video(self.file_of(medium), self.num_frames, self.limits)
 
     def frames_of(self, medium: Medium) -> int:
         """Images that an image or a video is, where a video is its frames."""
@@ -84,20 +87,23 @@ class MediaFiles:
         return len(medium.path.frames) if isinstance(medium.path, Video) else self.num_frames
 
     def size(self, medium: Medium) -> tuple[int, int]:
-        """Width and height in pixels. Raises DataError where the file cannot be read."""
+        """Width and height in pixels, upright. Raises BadFileError where the file cannot be read."""
         if medium.modality == "video":
             return self.clip(medium).size
         if isinstance(medium.path, Image.Image):
-            return medium.path.size
-        return image_size(self.file_of(medium))
+            return normalised(medium.path, self.limits).size
+        return image_size(self.file_of(medium), self.limits)
 
     def read(self, medium: Medium) -> Image.Image | Video:
-        """An image, or the shown frames of a video. Raises DataError: see `open_image` and `read_frames`."""
-        if isinstance(medium.path, Image.Image | Video):
+        """An image as `normalised` shows it, or the shown frames of a video. Raises BadFileError: see `open_image` and
+        `read_frames`."""
+        if isinstance(medium.path, Video):
             return medium.path
+        if isinstance(medium.path, Image.Image):
+            return normalised(medium.path, self.limits)
         if medium.modality == "image":
-            return open_image(self.file_of(medium))
-        return read_frames(self.file_of(medium), self.clip(medium))
+            return open_image(self.file_of(medium), self.limits)
+        return read_frames(self.file_of(medium), self.clip(medium), self.limits)
 
 
 def require_frames(num_frames: int, flag: str) -> None:

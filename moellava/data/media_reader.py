@@ -27,7 +27,7 @@ from PIL import Image
 from moellava.data.records import MODALITIES
 from moellava.data.remembered import Remembered
 from moellava.data.video import USUAL_FPS, Clip, Video
-from moellava.errors import DataError, UserError
+from moellava.errors import BadFileError, UserError
 
 BLANK = (56, 56)
 """Width and height in pixels of what stands in where a batch shows nothing."""
@@ -123,7 +123,7 @@ class MediaReader:
         """Runs and tensors of the images and videos of several samples, none of them without any.
 
         Raises:
-            DataError: the processor cannot take an image or a video.
+            BadFileError: the processor cannot take an image or a video.
         """
         runs: dict[str, Iterator[Run]] = {}
         tensors: list[dict[str, torch.Tensor]] = []
@@ -135,8 +135,8 @@ class MediaReader:
                     runs[modality] = iter([run for row in found for run in row])
                     tensors.append(inputs)
             joined = self._joined(samples, tensors)
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from error
+        except BadFileError as error:
+            raise BadFileError(f"{name}: {error}") from error
         return Media(
             [[self._trimmed(next(runs[modality_of(shown)])) for shown in sample] for sample in samples], joined
         )
@@ -183,7 +183,7 @@ class MediaReader:
     def _asked(
         self, modality: str, samples: Sequence[Sequence[Any]]
     ) -> tuple[list[list[Run]], dict[str, torch.Tensor]]:
-        """What the processor makes of images, or of videos. Raises DataError: see `read`; without a name."""
+        """What the processor makes of images, or of videos. Raises BadFileError: see `read`; without a name."""
         if modality == "image" and self.fixed_run is not None:
             return self._pixels(samples, self.fixed_run)
         texts = [self.separator + (self.placeholders[modality] + self.separator) * len(row) for row in samples]
@@ -191,7 +191,9 @@ class MediaReader:
         try:
             output = self.processor(text=texts, padding=True, return_tensors="pt", **given)
         except (ValueError, ZeroDivisionError, IndexError) as error:
-            raise DataError(f"the processor cannot take {modality}s of {sizes_of(samples)} pixels: {error}") from error
+            raise BadFileError(
+                f"the processor cannot take {modality}s of {sizes_of(samples)} pixels: {error}"
+            ) from error
         output.pop("labels", None)
         ids, attended = output.pop("input_ids"), output.pop("attention_mask").bool()
         per_token = {key: output.pop(key) for key in list(output) if key.endswith(PER_TOKEN)}
@@ -223,7 +225,7 @@ class MediaReader:
         try:
             pixels = self.processor.image_processor([image for row in samples for image in row], return_tensors="pt")
         except (ValueError, ZeroDivisionError, IndexError) as error:
-            raise DataError(f"the processor cannot take images of {sizes_of(samples)} pixels: {error}") from error
+            raise BadFileError(f"the processor cannot take images of {sizes_of(samples)} pixels: {error}") from error
         return [[run] * len(row) for row in samples], {"pixel_values": pixels["pixel_values"]}
 
     def _joined(

@@ -10,15 +10,18 @@ import math
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import wraps
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image
 
-from moellava.errors import DataError, UserError
+from moellava.data.decoding import decoding, require_file
+from moellava.data.images import USUAL_LIMITS, Limits
+from moellava.errors import BadFileError, DataError, UserError
 
 if TYPE_CHECKING:
     import av
@@ -80,42 +83,46 @@ def frame_indices(total: int, count: int) -> tuple[int, ...]:
     return tuple(number * (total - 1) // (count - 1) for number in range(count))
 
 
-def _naming_the_file(read: Callable[..., T]) -> Callable[..., T]:
-    """Turns PyAV's errors, and its absence, into ours. The file is the first argument."""
+@contextmanager
+def _opened(path: str | Path, limits: Limits) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """A video file and its first video stream.
 
-    @wraps(read)
-    def guarded(path: str | Path, *args: Any) -> T:
-        try:
-            import av
-        except ImportError as error:
-            raise UserError(f"{path} is a video, which needs the package av: pip install 'moellava[video]'") from error
-        if not Path(path).is_file():
-            raise DataError(f"{path}: no such video file")
-        try:
-            return read(path, *args)
-        except av.error.FFmpegError as error:
-            raise DataError(f"{path}: the video cannot be read: {error.strerror}") from error
+    Raises:
+        BadFileError: the file is missing or damaged, has no video in it, or one whose frames are beyond the limits;
+            also for what fails inside.
+        UserError: the package av is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(f"{path} is a video, which needs the package av: pip install 'moellava[video]'") from error
+    with decoding(path, "video", av.error.FFmpegError):
+        require_file(path, "video")
+        with av.open(str(path), metadata_errors="replace") as container:  # its title may be of any encoding
+            if not container.streams.video:
+                raise BadFileError(f"{path}: the file has no video in it")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BadFileError(f"{path}: FFmpeg has no decoder for its video")
+            if stream.width and stream.height:  # else its first frame tells
+                limits.check((stream.width, stream.height), path)
+            yield container, stream
 
-    return guarded
 
-
-@_naming_the_file
-def probe_video(path: str | Path, count: int) -> Clip:
+def probe_video(path: str | Path, count: int, limits: Limits = USUAL_LIMITS) -> Clip:
     """Which frames of a file stand for it. Its packets are read, and its first frame is decoded.
 
     Args:
         path: any file that FFmpeg reads.
         count: frames wanted, at least 1.
+        limits: how large its frames may be.
 
     Raises:
-        DataError: the file is missing, no video, cut short, or has fewer frames than wanted.
+        BadFileError: the file is missing, no video, damaged, beyond the limits, or has fewer frames than wanted.
         UserError: the package av is not installed.
     """
-    import av
-
-    size = _size_of(path)
-    with av.open(str(path)) as container:
-        stream = _stream_of(container, path)
+    size = _size_of(path, limits)
+    with _opened(path, limits) as (container, stream):
         times, keys, unstamped, hidden = array("q"), array("q"), 0, 0
         for packet in container.demux(stream):
             if not packet.size:
@@ -130,9 +137,11 @@ def probe_video(path: str | Path, count: int) -> Clip:
                     keys.append(packet.pts)
         total = len(times) + unstamped
         if total + hidden < stream.frames:
-            raise DataError(f"{path}: the video is cut short: {total + hidden} of its {stream.frames} frames are there")
+            raise BadFileError(
+                f"{path}: the video is cut short: {total + hidden} of its {stream.frames} frames are there"
+            )
         if count > total:
-            raise DataError(
+            raise BadFileError(
                 f"{path}: the video has {total} frames but --num_frames asks for {count}: ask for at most {total} (in "
                 "training, --bad_files skip leaves its records out)"
             )
@@ -144,91 +153,81 @@ def probe_video(path: str | Path, count: int) -> Clip:
         return Clip(size, total, _fps(stream, ordered), indices, stamps)
 
 
-@_naming_the_file
-def read_frames(path: str | Path, clip: Clip) -> Video:
-    """The chosen frames of a file, upright, decoded from the key frames before them. At most they and one more are in
-    memory.
+def read_frames(path: str | Path, clip: Clip, limits: Limits = USUAL_LIMITS) -> Video:
+    """The chosen frames of a file, upright and of one size, decoded from the key frames before them. At most they and
+    one more are in memory.
 
     Args:
         path: the file.
         clip: of `probe_video`.
+        limits: how large its frames may be.
 
     Raises:
-        DataError: the file cannot be decoded, or ends before the last of them.
+        BadFileError: the file cannot be decoded, or ends before the last of them.
         UserError: the package av is not installed.
     """
-    return Video(clip, tuple(_each(path, clip, _upright)))
+    return Video(clip, tuple(_each(path, clip, limits, partial(_upright, size=clip.size))))
 
 
-def read_video(path: str | Path, count: int) -> Video:
+def read_video(path: str | Path, count: int, limits: Limits = USUAL_LIMITS) -> Video:
     """`count` frames of a file, evenly spread over it. Raises as `probe_video` and `read_frames` do."""
-    return read_frames(path, probe_video(path, count))
+    return read_frames(path, probe_video(path, count, limits), limits)
 
 
-def video_problem(path: str | Path, count: int, in_full: bool = False) -> str | None:
+def video_problem(path: str | Path, count: int, in_full: bool = False, limits: Limits = USUAL_LIMITS) -> str | None:
     """What is wrong with a video file, or None.
 
     Args:
         path: the file.
         count: frames wanted of it.
         in_full: decode every frame. Otherwise only the first of those wanted is, and the others are only counted.
+        limits: how large its frames may be.
 
     Raises:
         UserError: the package av is not installed.
     """
     try:
-        clip = probe_video(path, count)
+        clip = probe_video(path, count, limits)
         if in_full:
             clip = replace(clip, indices=tuple(range(clip.total)), stamps=())
         else:
             clip = replace(clip, indices=clip.indices[:1], stamps=clip.stamps[:1])
-        _decode(path, clip)
+        _each(path, clip, limits, lambda frame: None)
     except DataError as error:
         return str(error)
     return None
 
 
-@_naming_the_file
-def _decode(path: str | Path, clip: Clip) -> None:
-    """Decodes frames and keeps none. Raises DataError: see `read_frames`."""
-    _each(path, clip, lambda frame: None)
-
-
-def _each(path: str | Path, clip: Clip, take: Callable[[av.VideoFrame], T]) -> list[T]:
+def _each(path: str | Path, clip: Clip, limits: Limits, take: Callable[[av.VideoFrame], T]) -> list[T]:
     """`take` of each chosen frame: by their times, or else, where the times prove wrong, by their numbers."""
-    import av
-
     for walk in (_stamped, _counted) if clip.stamps else (_counted,):
-        with av.open(str(path)) as container:
-            stream = _stream_of(container, path)
+        with _opened(path, limits) as (container, stream):
             stream.codec_context.thread_count = 1  # samples are read side by side already
-            taken = [take(frame) for frame in walk(container, stream, clip)]
+            taken = []
+            for frame in walk(container, stream, clip):
+                limits.check((frame.width, frame.height), path)
+                taken.append(take(frame))
         if len(taken) == len(clip.indices):
             return taken
     lost = clip.indices[len(taken)]
-    raise DataError(f"{path}: the video ends before frame {lost}, though it announces {clip.total} frames")
+    raise BadFileError(f"{path}: the video ends before frame {lost}, though it announces {clip.total} frames")
 
 
-def _upright(frame: av.VideoFrame) -> Image.Image:
-    """A frame as an image, turned as the file says that its camera was held."""
-    return frame.to_image().rotate(frame.rotation, expand=True)
+def _upright(frame: av.VideoFrame, size: tuple[int, int]) -> Image.Image:
+    """A frame as an image, turned as the file says that its camera was held; of the size of the first one, which a
+    recording may leave as it goes on."""
+    image = frame.to_image().rotate(frame.rotation, expand=True)
+    return image if image.size == size else image.resize(size)
 
 
-def _size_of(path: str | Path) -> tuple[int, int]:
+def _size_of(path: str | Path, limits: Limits) -> tuple[int, int]:
     """Width and height of the upright frames; only a frame tells how it is to be turned."""
-    import av
-
-    with av.open(str(path)) as container:
-        frame = next(container.decode(_stream_of(container, path)), None)
-    if frame is None:
-        raise DataError(f"{path}: the video has no frame")
-    return (frame.width, frame.height) if frame.rotation % 180 == 0 else (frame.height, frame.width)
-
-
-def _stream_of(container: av.container.InputContainer, path: str | Path) -> av.VideoStream:
-    if not container.streams.video:
-        raise DataError(f"{path}: the file has no video in it")
-    return container.streams.video[0]
+    with _opened(path, limits) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise BadFileError(f"{path}: the video has no frame")
+        limits.check((frame.width, frame.height), path)
+        return (frame.width, frame.height) if frame.rotation % 180 == 0 else (frame.height, frame.width)
 
 
 def _fps(stream: av.VideoStream, times: array[int]) -> float:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
+from moellava.data.images import USUAL_LIMITS, Limits
 from moellava.data.media import NUM_FRAMES
 from moellava.errors import UserError
 from moellava.lmm.supported_models import SUPPORTED_MODELS
@@ -97,8 +98,18 @@ class DataArguments:
     overlong: str = _flag(
         "Record longer than --model_max_length tokens: error, drop (counted) or truncate.", "truncate"
     )
-    bad_files: str = _flag("Missing or unreadable image or video: error, or skip (counted).", "error")
+    bad_files: str = _flag("Missing, damaged or oversized image or video: error, or skip (counted).", "error")
+    max_image_pixels: int = _flag("Width × height of the largest image, or frame of a video.", USUAL_LIMITS.pixels)
+    max_image_side: int = _flag("Longest side of an image or frame, in pixels.", USUAL_LIMITS.side)
+    max_aspect_ratio: float = _flag("Longer side of an image or frame by its shorter one.", USUAL_LIMITS.aspect_ratio)
     skip_list: str | None = _flag("Records to leave out (counted): a file of `moellava check-data --skip-list`.")
+
+    def __post_init__(self):
+        self.limits()
+
+    def limits(self) -> Limits:
+        """How large an image may be. Raises UserError for values out of range."""
+        return Limits(self.max_image_pixels, self.max_image_side, self.max_aspect_ratio)
 
 
 @dataclass

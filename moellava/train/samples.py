@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from moellava.constants import IGNORE_INDEX
-from moellava.data.collate import PLACEHOLDERS
+from moellava.data.collate import PLACEHOLDERS, UNREADABLE
 from moellava.log import get_logger, is_rank_zero
 from moellava.moe import moe_layers
 from moellava.serve.ending import Ending
@@ -67,7 +67,8 @@ class SampleAnswers(TrainerCallback):
         together = is_common_effort(model)
         if not (together or is_rank_zero()):
             return
-        answered = [self._answer(model, self.trainer.eval_dataset[index], together) for index in self.chosen]
+        samples = map(self.trainer.eval_dataset.__getitem__, self.chosen)
+        answered = [self._answer(model, sample, together) for sample in samples if UNREADABLE not in sample]
         if is_rank_zero():
             self._show(answered, state.global_step)
 

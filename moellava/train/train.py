@@ -21,7 +21,7 @@ from moellava.adapters.lora import trainable_parameters
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
-from moellava.errors import UserError
+from moellava.errors import UserError, message_of
 from moellava.log import get_logger, is_rank_zero
 from moellava.moe import enable_gradient_checkpointing
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments, parse_arguments
@@ -120,7 +120,7 @@ def make_trainer(
         **datasets,
     )
     if assembled.adapter:
-        trainer.add_callback(GradientWatch(vlm.model, vlm.parts["vision_tower"]))
+        trainer.add_callback(GradientWatch(vlm.model, vlm.parts["vision_tower"], lambda: not trainer.step_labels))
     if args.eval_samples:
         trainer.add_callback(SampleAnswers(trainer, args.eval_samples))
     return trainer
@@ -167,7 +167,7 @@ def make_dataset(
     dataset = SupervisedDataset(
         load_records(paths, data_args.skip_list, (model_args.user_key, model_args.assistant_key)),
         vlm.encoder,
-        MediaFiles(data_args.image_folder, data_args.video_folder, data_args.num_frames),
+        MediaFiles(data_args.image_folder, data_args.video_folder, data_args.num_frames, data_args.limits()),
         max_length=args.model_max_length,
         overlong=data_args.overlong,
         bad_files=data_args.bad_files,
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if not is_rank_zero():
             time.sleep(SECONDS_FOR_RANK_ZERO)
-        logger.error("%s", error)
+        logger.error("%s", message_of(error))
         # Other processes may stand in a collective that this one will never join: no orderly exit from here.
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             os._exit(2)

@@ -14,11 +14,13 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from moellava.data.collate import UNREADABLE
+from moellava.data.dataset import SupervisedDataset
 from moellava.data.sampler import GroupedSampler
 from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.moe import moe_layers, router_losses, router_metrics, set_routing_context, update_router_bias
-from moellava.processes import sum_over_processes
+from moellava.processes import joined_over_processes, sum_over_processes
 from moellava.train.checkpoint import STAGING, put_in_place
 from moellava.train.deepspeed.extensions import unlink_shared_buffer
 from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, stored_ep_size
@@ -49,6 +51,7 @@ class StageTrainer(Trainer):
         self.head = SupervisedHead(self.model.get_output_embeddings())
         self.is_moe = bool(moe_layers(self.model))
         self.step_tokens = 0.0
+        self.step_labels = 0
         self.saving_to: Path | None = None
         self.train_sampler: GroupedSampler | None = None
         self.remove_callback(ProgressCallback)
@@ -65,6 +68,7 @@ class StageTrainer(Trainer):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         counted = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum() if batches else 0
         self.step_tokens = float(sum_over_processes(torch.as_tensor(counted, dtype=torch.float64).to(device)))
+        self.step_labels = int(num_items_in_batch or 0)
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -73,8 +77,11 @@ class StageTrainer(Trainer):
         Args:
             inputs: input_ids, attention_mask, labels [B, L], pixel_values [N, 3, H, W].
             num_items_in_batch: supervised tokens of this optimizer step over all processes and accumulation
-                steps; not read in evaluation, where the loss is the batch's own cross-entropy.
+                steps, 0 where none of its records could be shown; not read in evaluation, where the loss is the
+                batch's own cross-entropy.
         """
+        dataset = self.train_dataset if model.training else self.eval_dataset
+        dataset.leave_out(inputs.pop(UNREADABLE, {}))
         rows, targets = supervised_positions(inputs["labels"])
         token_mask = inputs["attention_mask"].bool()
         image_mask = torch.isin(inputs["input_ids"], inputs["input_ids"].new_tensor(self.image_token_ids))
@@ -87,7 +94,7 @@ class StageTrainer(Trainer):
         # Gradients are averaged over processes, so each contributes its share of the step times their number.
         processes = self.accelerator.num_processes
         ce = cross_entropy_sum(outputs.logits, targets, self.args.label_smoothing_factor)
-        loss = ce * processes / num_items_in_batch
+        loss = ce * processes / max(num_items_in_batch, 1)
         measured = {"ce": loss.detach(), "tokens": token_mask.sum()}
         if self.is_moe:
             shares = router_losses(self.model, total_tokens=self.step_tokens, reduce=sum_over_processes)
@@ -126,17 +133,22 @@ class StageTrainer(Trainer):
         self.last_logged_step = self.state.global_step
 
     def evaluate(self, *args, **kwargs):
-        """As HF's; evaluation counts neither in the load of experts nor in the throughput that are logged."""
+        """As HF's; evaluation counts neither in the load of experts nor in the throughput that are logged. Says which
+        records could not be shown."""
         began, layers = time.perf_counter(), [layer for _, layer in moe_layers(self.model)]
         kept = [layer.stats for layer in layers]
         for layer in layers:
             layer.stats = copy.copy(layer.stats)
         try:
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
         finally:
             for layer, stats in zip(layers, kept, strict=True):
                 layer.stats = stats
             self.interval_start += time.perf_counter() - began
+        counts = counts_of(self.eval_dataset)
+        if self.eval_dataset.unreadable:
+            logger.info("Evaluation data: %s", counts)
+        return metrics
 
     # -- data and optimizer ----------------------------------------------------------------------------------------
 
@@ -269,8 +281,13 @@ class RunHooks(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """Says how many records were left out or cut, so that no loss of data stays silent."""
-        counts = self.trainer.train_dataset.report()
-        logger.info("Epoch data: %s", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+        logger.info("Epoch data: %s", counts_of(self.trainer.train_dataset))
+
+
+def counts_of(dataset: SupervisedDataset) -> str:
+    """What became of the records of a data set, on all processes together, which come here together."""
+    dataset.leave_out(joined_over_processes(dataset.unreadable))
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in dataset.report().items())
 
 
 def flat_metrics(metrics: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from moellava.data.collate import MediaCollator
+from moellava.data.media_reader import Shown
 from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import DataError, UserError
 from moellava.lmm.architecture import Architecture, register_architecture
@@ -92,11 +93,8 @@ def load_path_processor(folder: Path, raw: dict[str, Any]) -> PathProcessor:
 class PathCollator(MediaCollator):
     """Images are paths among the ids. Without any, its model runs its tower on a blank image by itself."""
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """See `MediaCollator`; with no blank image."""
-        if any(sample["media"] for sample in samples):
-            return super().__call__(samples)
-        return self._padded([self._row(sample, [], []) for sample in samples], [])
+    def _blanks(self, shown: Sequence[Sequence[Shown]]) -> list[Shown]:
+        return []
 
 
 QWEN_VL = register_architecture(

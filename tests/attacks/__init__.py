@@ -1,0 +1,1 @@
+"""Bad inputs by the thousand: a quick share of them among the tests, all of them by `python -m tests.attacks.…`."""
