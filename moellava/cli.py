@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 
 from moellava.errors import UserError
@@ -11,6 +13,7 @@ COMMANDS = {
     "chat": ("moellava.commands.chat", "talk to a model about images"),
     "inspect": ("moellava.commands.inspect", "records as the model sees them: text, tokens, mask, counts"),
     "check-data": ("moellava.commands.check_data", "every record and file of a data set"),
+    "convert-data": ("moellava.commands.convert_data", "data files of any format -> LLaVA JSON Lines"),
     "verify": ("moellava.commands.verify", "recompute the golden.safetensors of a folder"),
     "upcycle": ("moellava.commands.upcycle", "dense folder -> MoE folder, with its certificate"),
     "export": ("moellava.commands.export", "write a model in the layout of LLaVA and MoE-LLaVA"),
@@ -21,6 +24,10 @@ COMMANDS = {
 """name -> (module with `main(argv: list[str]) -> int`, one-line help)."""
 
 
+CLOSED_PIPE = 141
+"""Exit status when whoever reads the output has gone: 128 + SIGPIPE, as shells report it."""
+
+
 def usage() -> str:
     """The list of subcommands, one a line."""
     lines = [f"  {name:12} {help_line}" for name, (_, help_line) in COMMANDS.items()]
@@ -28,8 +35,10 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one subcommand; a user's mistake is one message and exit status 2, without a traceback."""
+    """Runs one subcommand. A user's mistake, or a file or disk that fails, is one message and exit status 2, without a
+    traceback; a pipe that closes ends it quietly."""
     argv = sys.argv[1:] if argv is None else argv
+    _print_anything()
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
@@ -37,10 +46,36 @@ def main(argv: list[str] | None = None) -> int:
         print(f"moellava: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+        status = importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+        sys.stdout.flush()  # here, not at the interpreter's end, where nobody could catch what goes wrong
     except UserError as error:
-        print(f"moellava {argv[0]}: {error}", file=sys.stderr)
-        return 2
+        return _refuse(argv[0], error)
+    except BrokenPipeError:
+        _let_go_of_stdout()
+        return CLOSED_PIPE
+    except OSError as error:
+        return _refuse(argv[0], error)
+    return status
+
+
+def _refuse(command: str, error: Exception) -> int:
+    print(f"moellava {command}: {error}", file=sys.stderr)
+    if isinstance(error, OSError):
+        _let_go_of_stdout()
+    return 2
+
+
+def _print_anything() -> None:
+    """What a terminal cannot show (ASCII alone, or half of a surrogate pair) is printed as an escape, like \\u2026."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _let_go_of_stdout() -> None:
+    """Sends nowhere what is left in the buffer of a pipe that has closed, or a disk that is full."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from moellava.constants import (
 from moellava.conversation import Origin, Piece
 from moellava.data.masking import engine_for
 from moellava.data.media import MediaFiles, with_frames
-from moellava.data.records import Medium, media_of
+from moellava.data.records import Medium, media_of, trained_answers
 from moellava.data.render import Renderer
 from moellava.data.video import Clip
 from moellava.errors import DataError
@@ -177,6 +177,7 @@ class Encoder:
         media = media_of(record)
         pieces, modalities = self._rendered(record, media, name, files, opens)
         encoded = engine_for(self.tokenizer).encode(pieces, self.places_media(record), self.image_ids)
+        encoded.silence(trained_answers(record["conversations"]))
         ids = marked(encoded.ids, self.reader.placeholder_id, modalities) if modalities else encoded.ids
         spans = self._spans(media, files)
         for modality, placeholder in PLACEHOLDERS.items():
@@ -228,7 +229,11 @@ class Encoder:
         if any(medium.modality == "video" for medium in media):
             raise DataError(f"{name} has a video, but this model reads images by their paths, and a frame has none")
         for medium in media:
-            self.reader.processor.check_path(files.file_of(medium), name)
+            try:
+                path = files.file_of(medium)
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from error
+            self.reader.processor.check_path(path, name)
 
     def _spans(self, media: Sequence[Medium], files: MediaFiles) -> dict[int, list[MediaSpan]]:
         """Placeholder -> what it stands for, in order."""

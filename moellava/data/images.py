@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
@@ -15,7 +16,7 @@ _TAIL = 64
 """Bytes at a file's end that are searched for its ending; writers may pad a little."""
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path | IO[bytes]) -> Image.Image:
     """The image of a file, decoded to its end, in RGB.
 
     Raises:
@@ -32,7 +33,7 @@ def open_image(path: str | Path) -> Image.Image:
         raise DataError(f"{path}: the image cannot be read: {error}") from error
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(path: str | Path | IO[bytes]) -> tuple[int, int]:
     """Width and height in pixels, from the file's head. Raises DataError: see `open_image`."""
     try:
         with Image.open(path) as image:
@@ -41,16 +42,16 @@ def image_size(path: str | Path) -> tuple[int, int]:
         raise DataError(f"{path}: the image cannot be read: {error}") from error
 
 
-def image_problem(path: str | Path, in_full: bool = False) -> str | None:
+def image_problem(path: str | Path | IO[bytes], in_full: bool = False) -> str | None:
     """What is wrong with an image file, or None.
 
     Args:
-        path: the file.
+        path: the file; an open one is decoded in full.
         in_full: decode every pixel. Otherwise only head and ending are read, which finds files that are missing, of
             another format or cut short; a file whose ending is unusual is decoded in full even so.
     """
     try:
-        if in_full or not _looks_complete(Path(path)):
+        if in_full or not isinstance(path, str | Path) or not _looks_complete(Path(path)):
             open_image(path)
     except DataError as error:
         return str(error)

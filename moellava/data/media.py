@@ -13,10 +13,14 @@ from pathlib import Path
 from PIL import Image
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
+from moellava.data.embedded import Embedded, is_embedded
+from moellava.data.embedded import opened as opened_uri
 from moellava.data.images import image_problem, image_size, open_image
+from moellava.data.record_keys import brief_text
 from moellava.data.records import ROLES, Medium, Source
 from moellava.data.video import Clip, Video, probe_video, read_frames, video_problem
-from moellava.errors import UserError
+from moellava.errors import DataError, UserError
+from moellava.files import file_problem
 
 CHECKING_THREADS = 8
 """Files that are looked at side by side; the wait is for the disk."""
@@ -51,14 +55,34 @@ class MediaFiles:
         self._clips: dict[str, Clip] = {}  # no `lru_cache`, which spawned workers could not be sent
 
     def file_of(self, medium: Medium) -> Path:
-        """Where an image or a video lies."""
+        """Where an image or a video lies. Raises DataError where the record holds it itself."""
+        if is_embedded(medium.path):
+            raise DataError(
+                f"an embedded {medium.modality} lies in no file, and here it has to: `moellava convert-data "
+                "--image-folder` writes one for each"
+            )
         return (self.image_folder if medium.modality == "image" else self.video_folder) / medium.path
 
     def problem(self, medium: Medium, in_full: bool = False) -> str | None:
         """What is wrong with its file, or None; for `in_full` see `image_problem` and `video_problem`."""
+        try:
+            content = self._content(medium)
+        except DataError as error:
+            return str(error)
+        if isinstance(content, Embedded):
+            return image_problem(content, in_full=True)
+        wrong = file_problem(content)
+        if wrong and wrong != "no such file":  # a pipe would be waited for
+            return f"{brief_text(str(content))}: {wrong}"
         if medium.modality == "image":
-            return image_problem(self.file_of(medium), in_full)
-        return video_problem(self.file_of(medium), self.num_frames, in_full)
+            return image_problem(content, in_full)
+        return video_problem(content, self.num_frames, in_full)
+
+    def _content(self, medium: Medium) -> Path | Embedded:
+        """Where a medium lies, or the content of an image that its record holds. Raises DataError: see `file_of`."""
+        if medium.modality == "image" and is_embedded(medium.path):
+            return opened_uri(medium.path)
+        return self.file_of(medium)
 
     def problems(self, media: Iterable[Medium], in_full: bool = False) -> dict[Medium, str]:
         """What is wrong with files, for those that something is wrong with; each is looked at once."""
@@ -89,14 +113,14 @@ class MediaFiles:
             return self.clip(medium).size
         if isinstance(medium.path, Image.Image):
             return medium.path.size
-        return image_size(self.file_of(medium))
+        return image_size(self._content(medium))
 
     def read(self, medium: Medium) -> Image.Image | Video:
         """An image, or the shown frames of a video. Raises DataError: see `open_image` and `read_frames`."""
         if isinstance(medium.path, Image.Image | Video):
             return medium.path
         if medium.modality == "image":
-            return open_image(self.file_of(medium))
+            return open_image(self._content(medium))
         return read_frames(self.file_of(medium), self.clip(medium))
 
 

@@ -67,6 +67,8 @@ class TemplateRenderer(Renderer):
         return conversation
 
     def problem(self, record: dict[str, Any]) -> str | None:
+        if record.get("system_prompt") and not self.template.system:
+            return f"has a system prompt, but --version {self.version} has no place for one"
         turns = len(record["conversations"])
         if not self.is_plain or (turns == 2 and media_of(record)):
             return None
