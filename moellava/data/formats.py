@@ -132,7 +132,7 @@ def _json_rows(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} is empty")
     first = text.split("\n", 1)[0]
     if text.startswith("{") and _is_whole(first):
-        return iter([_one(path, first)]) if first == text and not _says_lines(path) else _lines(text)
+        return iter([_one(path, parsed(first))]) if first == text and not _says_lines(path) else _lines(text)
     try:
         values = list(_values(text))
     except ValueError as error:

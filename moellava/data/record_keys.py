@@ -115,6 +115,10 @@ _LONGEST_PATH = 1024
 _BARE_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 """How PNG, JPEG, GIF and WebP begin in base64."""
 
+_FILE_SOURCES = {"bytes", "base64", "url", "path"}
+_FILE_NOTES = {"detail", "format", "mime_type", "width", "height", "id"}
+"""Keys of an object that stands for a file: where it is, and what means nothing."""
+
 _SHORTEST_BARE = 300
 """Characters of base64 that are an image and no path."""
 
@@ -161,10 +165,10 @@ def media_paths(key: str, value: Any) -> str | list[str]:
 
 def _path_of(key: str, item: Any) -> str:
     if isinstance(item, dict):
-        given = {name: item[name] for name in ("bytes", "base64", "url", "path") if not is_empty(item.get(name))}
+        given = {name: value for name, value in item.items() if name not in _FILE_NOTES and not is_empty(value)}
         if set(given) == {"bytes", "path"}:
             del given["path"]  # how `datasets` keeps an image: the path says where the bytes were read
-        if len(given) != 1:
+        if len(given) != 1 or not set(given) <= _FILE_SOURCES:
             raise DataError(f'has an entry of "{key}" that is no path: {brief(item)}')
         ((name, inner),) = given.items()
         if name in ("bytes", "base64") and isinstance(inner, str) and not is_embedded(inner):

@@ -50,6 +50,8 @@ MEDIA_PARTS = {f"{prefix}{modality}{ending}": modality for modality in MODALITIE
 SOURCES = ("image", "video", "image_url", "video_url", "url", "path", "base64", "bytes")
 PART_NOTES = ("type", "detail", "id", "index", "format")
 
+CALL_NOTES = ("id", "type", "index")
+
 Shown = list[tuple[str, str | None]]
 """What a message shows: (modality, where it lies), None where the record's own list says it."""
 
@@ -155,9 +157,12 @@ def _is_pair(row: Any) -> bool:
 
 def _turns(row: Any, number: int, speakers: Speakers, ignored: set[str]) -> Iterator[Turn]:
     if _is_pair(row):
-        _check_keys({key: value for key, value in row.items() if key not in ("user", "assistant")}, number, ignored)
+        rest = {key: value for key, value in row.items() if key not in ("user", "assistant")}
+        meant = _check_keys(rest, number, ignored)
+        if meant.keys() & {TurnMeaning.WHO, TurnMeaning.TEXT, TurnMeaning.CALLS}:
+            raise DataError(f"has a turn {number} that is both a question with its answer and a message: {brief(row)}")
         yield Turn(number, HUMAN, row["user"], [], True)
-        yield Turn(number, MODEL, row["assistant"], [], True)
+        yield Turn(number, MODEL, row["assistant"], [], _is_trained(meant, MODEL, number))
         return
     meant = _check_keys(row, number, ignored) if isinstance(row, dict) else {}
     names, texts = meant.get(TurnMeaning.WHO, {}), meant.get(TurnMeaning.TEXT, {})
@@ -273,6 +278,11 @@ def _call(call: Any, number: int) -> str:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"has a turn {number} with a call of a tool that has no name: {brief(call)}")
+    meant = [("function", *CALL_NOTES), ("name", "arguments", *CALL_NOTES)]
+    for node, known in zip([{} if function is call else call, function], meant, strict=True):
+        extra = next((key for key in node if key not in known and not is_empty(node[key])), None)
+        if extra is not None:
+            raise DataError(f"has a turn {number} with {brief_text(extra)!r} in a call, which would not act here")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         with suppress(ValueError, RecursionError):  # what is no JSON stays the text that it is
