@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import sys
+from contextlib import suppress
 
 from moellava.errors import UserError
 
@@ -39,30 +40,48 @@ def main(argv: list[str] | None = None) -> int:
     traceback; a pipe that closes ends it quietly."""
     argv = sys.argv[1:] if argv is None else argv
     _print_anything()
+    try:
+        status = _run(argv)
+    except SystemExit as leaving:  # of argparse, which has printed a help
+        lost = _flushed(argv)
+        if lost is None:
+            raise
+        raise SystemExit(lost) from leaving
+    except UserError as error:
+        status = _refused(argv, error)
+    except BrokenPipeError:
+        status = CLOSED_PIPE
+    except OSError as error:
+        status = _refused(argv, error)
+    return _flushed(argv) or status
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         print(f"moellava: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    try:
-        status = importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
-        sys.stdout.flush()  # here, not at the interpreter's end, where nobody could catch what goes wrong
-    except UserError as error:
-        return _refuse(argv[0], error)
-    except BrokenPipeError:
-        _let_go_of_stdout()
-        return CLOSED_PIPE
-    except OSError as error:
-        return _refuse(argv[0], error)
-    return status
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
 
 
-def _refuse(command: str, error: Exception) -> int:
-    print(f"moellava {command}: {error}", file=sys.stderr)
-    if isinstance(error, OSError):
-        _let_go_of_stdout()
+def _refused(argv: list[str], error: Exception) -> int:
+    with suppress(OSError):  # nobody may be there to read it
+        print(f"moellava {' '.join(argv[:1])}: {error}", file=sys.stderr)
     return 2
+
+
+def _flushed(argv: list[str]) -> int | None:
+    """Writes what is left of the output, here and not at the interpreter's end, where nobody could catch what goes
+    wrong. Returns the exit status if it cannot be written: what is left is dropped then."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if sys.stdout is sys.__stdout__:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE if isinstance(error, BrokenPipeError) else _refused(argv, error)
+    return None
 
 
 def _print_anything() -> None:
@@ -70,12 +89,6 @@ def _print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _let_go_of_stdout() -> None:
-    """Sends nowhere what is left in the buffer of a pipe that has closed, or a disk that is full."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
