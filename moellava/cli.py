@@ -78,7 +78,7 @@ def _flushed(argv: list[str]) -> int | None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        if sys.stdout is sys.__stdout__:
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE if isinstance(error, BrokenPipeError) else _refused(argv, error)
     return None

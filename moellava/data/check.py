@@ -22,8 +22,8 @@ class CheckReport:
         counts: files, records, records with images, with videos and with neither, images and videos named, their
             files, turns.
         problems: in the order of the files.
-        notices: what was read and means nothing.
         lengths: positions of each sound record in the model, if there was an encoder.
+        notices: what was read and means nothing.
     """
 
     counts: dict[str, int] = field(default_factory=dict)

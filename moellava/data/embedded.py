@@ -29,6 +29,9 @@ _SIGNATURES = (
 )
 """(bytes, where they stand in the file, MIME type, ending of a file's name); the first that fits."""
 
+TO_FILES = "`moellava convert-data --image-folder` writes a file for each"
+"""The way out, where a file is needed."""
+
 _UNKNOWN = ("application/octet-stream", ".bin")
 
 

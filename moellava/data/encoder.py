@@ -24,6 +24,7 @@ from moellava.constants import (
     VIDEO_TOKEN_INDEX,
 )
 from moellava.conversation import Origin, Piece
+from moellava.data.embedded import TO_FILES, is_embedded
 from moellava.data.masking import engine_for
 from moellava.data.media import MediaFiles, with_frames
 from moellava.data.records import Medium, media_of, trained_answers
@@ -226,14 +227,12 @@ class Encoder:
             raise DataError(f'{name} has a "system_prompt" that is no text: {str(system)[:80]}')
         if self.reader.loads_images:
             return
+        if any(is_embedded(medium.path) for medium in media):
+            raise DataError(f"{name} has an embedded image, but this model reads images by their paths: {TO_FILES}")
         if any(medium.modality == "video" for medium in media):
             raise DataError(f"{name} has a video, but this model reads images by their paths, and a frame has none")
         for medium in media:
-            try:
-                path = files.file_of(medium)
-            except DataError as error:
-                raise DataError(f"{name}: {error}") from error
-            self.reader.processor.check_path(path, name)
+            self.reader.processor.check_path(files.file_of(medium), name)
 
     def _spans(self, media: Sequence[Medium], files: MediaFiles) -> dict[int, list[MediaSpan]]:
         """Placeholder -> what it stands for, in order."""

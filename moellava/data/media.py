@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
-from moellava.data.embedded import Embedded, is_embedded
+from moellava.data.embedded import TO_FILES, Embedded, is_embedded
 from moellava.data.embedded import opened as opened_uri
 from moellava.data.images import image_problem, image_size, open_image
 from moellava.data.record_keys import brief_text
@@ -57,10 +57,7 @@ class MediaFiles:
     def file_of(self, medium: Medium) -> Path:
         """Where an image or a video lies. Raises DataError where the record holds it itself."""
         if is_embedded(medium.path):
-            raise DataError(
-                f"an embedded {medium.modality} lies in no file, and here it has to: `moellava convert-data "
-                "--image-folder` writes one for each"
-            )
+            raise DataError(f"an embedded {medium.modality} lies in no file, and here it has to: {TO_FILES}")
         return (self.image_folder if medium.modality == "image" else self.video_folder) / medium.path
 
     def problem(self, medium: Medium, in_full: bool = False) -> str | None:

@@ -266,7 +266,7 @@ def test_a_system_prompt_acts_in_a_composed_model_or_is_refused(tokenizers, data
     )[0]
     encoder = Encoder(tokenizers["phi"], TemplateRenderer("v1"), CountedImages(4))
     assert "".join(piece.text for piece in encoder.pieces(row)).startswith("In French. USER: q")
-    assert "no place for one" in str(TemplateRenderer("plain").problem(row))
+    assert "for which --version plain has no place" in str(TemplateRenderer("plain").problem(row))
 
 
 def test_a_record_of_json_in_a_text(data_file):

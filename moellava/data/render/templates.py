@@ -67,8 +67,8 @@ class TemplateRenderer(Renderer):
         return conversation
 
     def problem(self, record: dict[str, Any]) -> str | None:
-        if record.get("system_prompt") and not self.template.system:
-            return f"has a system prompt, but --version {self.version} has no place for one"
+        if record.get("system_prompt") is not None and not self.template.system:
+            return f"has a system prompt, for which --version {self.version} has no place"
         turns = len(record["conversations"])
         if not self.is_plain or (turns == 2 and media_of(record)):
             return None
