@@ -30,6 +30,7 @@ setup(
     extras_require={
         "train": ["deepspeed>=0.19", "ninja", "tensorboard"],
         "video": ["av>=15"],
+        "data": ["datasets>=4", "pyarrow", "pyyaml"],
         "quant": ["bitsandbytes>=0.48"],
         "smolvlm": ["num2words", "transformers>=5.23"],
         "demo": ["easy-vqa"],
@@ -40,6 +41,9 @@ setup(
             "hypothesis",
             "num2words",
             "av>=15",
+            "datasets>=4",
+            "pyarrow",
+            "pyyaml",
             "bitsandbytes>=0.48",
             "ruff",
             "mypy",

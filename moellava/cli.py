@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
+from contextlib import suppress
 
 from moellava.errors import UserError
 
@@ -11,6 +14,7 @@ COMMANDS = {
     "chat": ("moellava.commands.chat", "talk to a model about images"),
     "inspect": ("moellava.commands.inspect", "records as the model sees them: text, tokens, mask, counts"),
     "check-data": ("moellava.commands.check_data", "every record and file of a data set"),
+    "convert-data": ("moellava.commands.convert_data", "data files of any format -> LLaVA JSON Lines"),
     "verify": ("moellava.commands.verify", "recompute the golden.safetensors of a folder"),
     "upcycle": ("moellava.commands.upcycle", "dense folder -> MoE folder, with its certificate"),
     "export": ("moellava.commands.export", "write a model in the layout of LLaVA and MoE-LLaVA"),
@@ -21,6 +25,10 @@ COMMANDS = {
 """name -> (module with `main(argv: list[str]) -> int`, one-line help)."""
 
 
+CLOSED_PIPE = 141
+"""Exit status when whoever reads the output has gone: 128 + SIGPIPE, as shells report it."""
+
+
 def usage() -> str:
     """The list of subcommands, one a line."""
     lines = [f"  {name:12} {help_line}" for name, (_, help_line) in COMMANDS.items()]
@@ -28,19 +36,59 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one subcommand; a user's mistake is one message and exit status 2, without a traceback."""
+    """Runs one subcommand. A user's mistake, or a file or disk that fails, is one message and exit status 2, without a
+    traceback; a pipe that closes ends it quietly."""
     argv = sys.argv[1:] if argv is None else argv
+    _print_anything()
+    try:
+        status = _run(argv)
+    except SystemExit as leaving:  # of argparse, which has printed a help
+        lost = _flushed(argv)
+        if lost is None:
+            raise
+        raise SystemExit(lost) from leaving
+    except UserError as error:
+        status = _refused(argv, error)
+    except BrokenPipeError:
+        status = CLOSED_PIPE
+    except OSError as error:
+        status = _refused(argv, error)
+    return _flushed(argv) or status
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         print(f"moellava: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+
+
+def _refused(argv: list[str], error: Exception) -> int:
+    with suppress(OSError):  # nobody may be there to read it
+        print(f"moellava {' '.join(argv[:1])}: {error}", file=sys.stderr)
+    return 2
+
+
+def _flushed(argv: list[str]) -> int | None:
+    """Writes what is left of the output, here and not at the interpreter's end, where nobody could catch what goes
+    wrong. Returns the exit status if it cannot be written: what is left is dropped then."""
     try:
-        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
-    except UserError as error:
-        print(f"moellava {argv[0]}: {error}", file=sys.stderr)
-        return 2
+        sys.stdout.flush()
+    except OSError as error:
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE if isinstance(error, BrokenPipeError) else _refused(argv, error)
+    return None
+
+
+def _print_anything() -> None:
+    """What a terminal cannot show (ASCII alone, or half of a surrogate pair) is printed as an escape, like \\u2026."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -16,3 +16,9 @@ DEFAULT_IM_END_TOKEN = "<im_end>"
 
 CHAT_TEMPLATE = "chat_template"
 """What `--version` calls the chat template of the model's own folder."""
+
+ROLES = ("human", "gpt")
+"""What a record calls who asks and who answers."""
+
+MODALITIES = ("image", "video")
+"""What a record may show: a key of the record, and the name of the tag that stands for one in its questions."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,44 @@ def read_config(folder: Path, flag: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} holds a {type(config).__name__}, not a config.")
     return config
+
+
+NO_FILE = "no such file"
+
+
+def file_problem(path: str | Path) -> str | None:
+    """Why a path cannot be read as a file, or None. A pipe is refused: who opens it may wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return NO_FILE
+    except OSError as error:
+        return str(error.strerror)
+    except ValueError as error:  # a null character
+        return str(error)
+    if stat.S_ISDIR(mode):
+        return "is a folder, not a file"
+    if not stat.S_ISREG(mode):
+        return "is a pipe or a device, not a file"
+    return None if os.access(path, os.R_OK) else "permission denied"
+
+
+def require_output(path: str | Path, flag: str) -> Path:
+    """A path that a file can be written to, which is found out before the work. Raises UserError, naming the flag."""
+    path = Path(path)
+    problem = file_problem(path)
+    if problem == NO_FILE:
+        folder = path.parent
+        problem = file_problem(folder)
+        if problem == "is a folder, not a file":
+            problem = None if os.access(folder, os.W_OK) else "permission denied"
+        else:
+            problem = f"there is no folder {folder}"
+    elif problem is None and not os.access(path, os.W_OK):
+        problem = "permission denied"
+    if problem:
+        raise UserError(f"{flag} {path} cannot be written: {problem}")
+    return path
 
 
 @contextmanager

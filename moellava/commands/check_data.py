@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 
-from moellava.data.check import CheckReport, check, write_skip_list
+from moellava.commands.records import DATA_HELP, add_role_flags, roles_of
+from moellava.data.check import CheckReport, check
 from moellava.data.images import USUAL_LIMITS, Limits
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
-from moellava.data.records import read_skip_list
+from moellava.data.skip_lists import read_skip_list, write_skip_list
 from moellava.errors import UserError
+from moellava.files import require_output
 from moellava.vlm import open_encoder
 
 LIMITS: tuple[tuple[str, int | float, str], ...] = (
@@ -21,8 +23,8 @@ LIMITS: tuple[tuple[str, int | float, str], ...] = (
 
 
 def _report(found: CheckReport, skip_list: str | None) -> str:
-    """The report as text: a line per problem, then the counts."""
-    lines = [problem.text for problem in found.problems]
+    """The report as text: a line per problem and notice, then the counts."""
+    lines = [problem.text for problem in found.problems] + found.notices
     lines.append(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in found.counts.items()))
     if found.lengths:
         ordered = sorted(found.lengths)
@@ -37,7 +39,7 @@ def _report(found: CheckReport, skip_list: str | None) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moellava check-data", description=__doc__)
-    parser.add_argument("data", nargs="+", help="JSON or JSON Lines files")
+    parser.add_argument("data", nargs="+", help=DATA_HELP)
     parser.add_argument("--image-folder", help="what the image paths in the records are relative to")
     parser.add_argument("--video-folder", help="what the video paths are relative to (default: --image-folder)")
     parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"frames of a video (default: {NUM_FRAMES})")
@@ -53,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--skip-list", help="write the keys of all records that have a problem to this file")
     parser.add_argument("--known", help="a skip list whose records are left out of the check")
+    add_role_flags(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
@@ -62,6 +65,9 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     require_frames(args.num_frames, "--num-frames")
     limits = Limits(args.max_image_pixels, args.max_image_side, args.max_aspect_ratio)
+    if args.skip_list:
+        require_output(args.skip_list, "--skip-list")
+    known = read_skip_list(args.known) if args.known else None
     encoder = None
     if args.tokenizer:
         encoder = open_encoder(
@@ -74,11 +80,15 @@ def main(argv: list[str]) -> int:
         MediaFiles(args.image_folder, args.video_folder, args.num_frames, limits),
         encoder,
         args.max_length,
-        read_skip_list(args.known) if args.known else frozenset(),
+        known,
+        roles_of(args),
     )
+    if known is not None:
+        known.require_used()
     report = _report(found, args.skip_list)
     if args.json:
         problems = [problem._asdict() for problem in found.problems]
-        report = json.dumps({"counts": found.counts, "problems": problems}, ensure_ascii=False, indent=1)
+        content = {"counts": found.counts, "problems": problems, "notices": found.notices}
+        report = json.dumps(content, ensure_ascii=False, indent=1)
     print(report)
     return 1 if found.problems else 0

@@ -13,11 +13,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from moellava.constants import IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
+from moellava.commands.records import DATA_HELP, add_role_flags, roles_of
+from moellava.constants import IMAGE_TOKEN_INDEX, MODALITIES, ROLES, VIDEO_TOKEN_INDEX
 from moellava.data.encoder import Encoder
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.media_reader import blank
-from moellava.data.records import MODALITIES, ROLES, load_records, problem_of_turns, tags_of
+from moellava.data.records import load_records, problem_of_turns, tags_of
 from moellava.data.tokenizer_facts import Facts, facts_of
 from moellava.data.tokenizers import load_tokenizer
 from moellava.data.view import View, colored, view_of
@@ -98,7 +99,7 @@ def _chosen(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
         blanks = {modality: [blank(modality)] * tags.count(modality) for modality in MODALITIES}
         yield {"conversations": turns, **blanks}, "the conversation"
         return
-    records = load_records(args.data)
+    records = load_records(args.data, roles=roles_of(args))
     numbers = args.records if args.records is not None else range(min(args.limit, len(records)))
     for number in numbers:
         if not 0 <= number < len(records):
@@ -108,7 +109,7 @@ def _chosen(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moellava inspect", description=__doc__)
-    parser.add_argument("data", nargs="*", help="JSON or JSON Lines files")
+    parser.add_argument("data", nargs="*", help=DATA_HELP)
     parser.add_argument("--tokenizer", "--model-path", required=True, help="folder or hub id of a tokenizer or model")
     parser.add_argument("--image-folder", help="what the image paths in the records are relative to")
     parser.add_argument("--video-folder", help="what the video paths are relative to (default: --image-folder)")
@@ -121,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"images of a video (default: {NUM_FRAMES})")
     parser.add_argument("--max-length", type=int, help="positions; show what is cut beyond them")
+    add_role_flags(parser)
     parser.add_argument("--ids", action="store_true", help="show the ids, too")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON, a line per record")

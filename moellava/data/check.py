@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 
+from moellava.constants import MODALITIES, ROLES
 from moellava.data.encoder import Encoder
 from moellava.data.media import MediaFiles
-from moellava.data.records import MODALITIES, Problem, Records, media_of, read_records
+from moellava.data.records import Problem, Records, media_of, read_records
+from moellava.data.skip_lists import SkipList
 from moellava.errors import DataError
 
 
@@ -21,12 +22,15 @@ class CheckReport:
         counts: files, records, records with images, with videos and with neither, images and videos named, their
             files, turns.
         problems: in the order of the files.
-        lengths: positions of each record in the model, if there was an encoder; none where a broken file decides them.
+        lengths: positions of each sound record in the model, if there was an encoder; none where a broken file decides
+            them.
+        notices: what was read and means nothing.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
 
 def check(
@@ -34,7 +38,8 @@ def check(
     files: MediaFiles,
     encoder: Encoder | None = None,
     max_length: int | None = None,
-    skip: frozenset[str] = frozenset(),
+    skip: SkipList | None = None,
+    roles: tuple[str, str] = ROLES,
 ) -> CheckReport:
     """Reads every record, decodes every image and video in full and, with an encoder, masks every conversation.
 
@@ -43,10 +48,11 @@ def check(
         files: where images and videos lie, and how many frames of a video are wanted.
         encoder: also find conversations that are too long or have nothing to train on.
         max_length: positions that a record may take.
-        skip: keys of records to leave out.
+        skip: records to leave out.
+        roles: what the files call the human and the model, beside the usual names.
     """
-    records, problems = read_records(paths, skip)
-    report = CheckReport(_counts(paths, records, problems), problems)
+    records, problems = read_records(paths, skip, roles)
+    report = CheckReport(_counts(paths, records, problems), problems, notices=records.notices)
     broken = files.problems(chain.from_iterable(map(media_of, records)), in_full=True)
     for index in range(len(records)):
         record, name, key = records[index], records.name(index), records.key(index)
@@ -86,17 +92,9 @@ def _measure(
     try:
         example = encoder.encode(record, name, files)
     except DataError as error:
-        return 0, str(error)
+        return 0, "; ".join(text if name in text else f"{name}: {text}" for text in error.problems)
     if not example.is_trained:
         return example.length, f"{name} has no answer to train on"
     if max_length is not None and example.length > max_length:
         return example.length, f"{name} takes {example.length} positions, more than {max_length}"
     return example.length, None
-
-
-def write_skip_list(path: str | Path, problems: Sequence[Problem]) -> int:
-    """Writes one line `key TAB message` per record that has a problem. Returns how many records these are."""
-    first = {problem.key: problem.text for problem in reversed(problems) if problem.key is not None}
-    lines = [f"{key}\t{' '.join(text.split())}\n" for key, text in reversed(first.items())]
-    Path(path).write_text("".join(lines), encoding="utf-8")
-    return len(lines)

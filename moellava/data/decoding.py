@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moellava.data.record_keys import brief_text
 from moellava.errors import BadFileError, UserError
+from moellava.files import NO_FILE, file_problem
 
 DECODER_ERRORS: tuple[type[Exception], ...] = (
     ArithmeticError,  # rates of 0, numbers beyond what fits
@@ -44,17 +46,18 @@ SHOWN = 200
 
 def require_file(path: str | Path, modality: str) -> None:
     """Raises BadFileError where there is no file to read; a pipe or a device would be waited for forever."""
-    if not Path(path).is_file():
-        what = "not a file" if Path(path).exists() else f"no such {modality} file"
-        raise BadFileError(f"{path}: {what}")
+    wrong = file_problem(path)
+    if wrong:
+        what = f"no such {modality} file" if wrong == NO_FILE else wrong
+        raise BadFileError(f"{brief_text(str(path))}: {what}")
 
 
 @contextmanager
-def decoding(name: str | Path, modality: str, *own: type[Exception]) -> Iterator[None]:
+def decoding(name: object, modality: str, *own: type[Exception]) -> Iterator[None]:
     """Inside, whatever a decoder raises is a problem of its file.
 
     Args:
-        name: the file, or what messages call an image that is open already.
+        name: the file, or what messages call an image that is open already; as text it names itself.
         modality: 'image' or 'video'.
         own: exceptions of the decoder's library.
 

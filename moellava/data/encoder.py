@@ -24,9 +24,10 @@ from moellava.constants import (
     VIDEO_TOKEN_INDEX,
 )
 from moellava.conversation import Origin, Piece
+from moellava.data.embedded import TO_FILES, is_embedded
 from moellava.data.masking import engine_for
 from moellava.data.media import MediaFiles, with_frames
-from moellava.data.records import Medium, media_of
+from moellava.data.records import Medium, media_of, trained_answers
 from moellava.data.render import Renderer
 from moellava.data.video import Clip
 from moellava.errors import DataError
@@ -177,6 +178,7 @@ class Encoder:
         media = media_of(record)
         pieces, modalities = self._rendered(record, media, name, files, opens)
         encoded = engine_for(self.tokenizer).encode(pieces, self.places_media(record), self.image_ids)
+        encoded.silence(trained_answers(record["conversations"]))
         ids = marked(encoded.ids, self.reader.placeholder_id, modalities) if modalities else encoded.ids
         spans = self._spans(media, files)
         for modality, placeholder in PLACEHOLDERS.items():
@@ -225,6 +227,8 @@ class Encoder:
             raise DataError(f'{name} has a "system_prompt" that is no text: {str(system)[:80]}')
         if self.reader.loads_images:
             return
+        if any(is_embedded(medium.path) for medium in media):
+            raise DataError(f"{name} has an embedded image, but this model reads images by their paths: {TO_FILES}")
         if any(medium.modality == "video" for medium in media):
             raise DataError(f"{name} has a video, but this model reads images by their paths, and a frame has none")
         check_path = getattr(self.reader.processor, "check_path", None)  # some have a limit to what they read

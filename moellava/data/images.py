@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,11 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from moellava.data.decoding import DECODER_ERRORS, decoding, require_file
+from moellava.data.embedded import Embedded
 from moellava.errors import BadFileError, DataError, UserError
+
+ImageFile = str | Path | Embedded
+"""Where an image lies, or its content."""
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `Limits` says more, and can be set
 
@@ -97,7 +102,7 @@ class Limits:
 USUAL_LIMITS = Limits()
 
 
-def open_image(path: str | Path, limits: Limits = USUAL_LIMITS) -> Image.Image:
+def open_image(path: ImageFile, limits: Limits = USUAL_LIMITS) -> Image.Image:
     """The image of a file, decoded to its end: RGB, upright, on white, its tones in 8 bits. See `normalised`. Of an
     animation it is the first frame.
 
@@ -107,31 +112,31 @@ def open_image(path: str | Path, limits: Limits = USUAL_LIMITS) -> Image.Image:
     with _opened(path, limits) as image:
         orientation = _orientation(image)  # before pixels are decoded, as `image_size` sees it
         if image.format == "PNG":
-            with Image.open(path, formats=["PNG"]) as file:
+            with Image.open(_source(path), formats=["PNG"]) as file:
                 file.verify()  # for `load` looks at no checksum of pixels, and shows a hole in black
         image.load()
         shown = _shown(image, orientation)
         return shown.copy() if shown is image else shown  # the copy knows no file
 
 
-def image_size(path: str | Path, limits: Limits = USUAL_LIMITS) -> tuple[int, int]:
+def image_size(path: ImageFile, limits: Limits = USUAL_LIMITS) -> tuple[int, int]:
     """Width and height in pixels of the upright image, from the file's head. Raises BadFileError: see `open_image`."""
     with _opened(path, limits) as image:
         width, height = image.size
         return (height, width) if _orientation(image) in _ON_THEIR_SIDE else (width, height)
 
 
-def image_problem(path: str | Path, in_full: bool = False, limits: Limits = USUAL_LIMITS) -> str | None:
+def image_problem(path: ImageFile, in_full: bool = False, limits: Limits = USUAL_LIMITS) -> str | None:
     """What is wrong with an image file, or None.
 
     Args:
-        path: the file.
+        path: the file; an embedded one is decoded in full.
         in_full: decode every pixel. Otherwise only head and ending are read, which finds files that are missing, of
             another format, cut short or beyond the limits; a file whose ending is unusual is decoded in full even so.
         limits: how large it may be.
     """
     try:
-        if in_full or not _looks_complete(Path(path), limits):
+        if in_full or isinstance(path, Embedded) or not _looks_complete(Path(path), limits):
             open_image(path, limits)
     except DataError as error:
         return str(error)
@@ -157,20 +162,26 @@ def normalised(image: Image.Image, limits: Limits = USUAL_LIMITS) -> Image.Image
 
 
 @contextmanager
-def _opened(path: str | Path, limits: Limits) -> Iterator[Image.Image]:
+def _opened(path: ImageFile, limits: Limits) -> Iterator[Image.Image]:
     """An image file whose head is read. Raises BadFileError: see `open_image`; also for what fails inside."""
     if Image.MAX_IMAGE_PIXELS is not None and limits.pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = -(-limits.pixels // 2)  # Pillow refuses twice as many, before we are told the size
     with decoding(path, "image"):
-        require_file(path, "image")
+        if not isinstance(path, Embedded):
+            require_file(path, "image")
         try:
-            with Image.open(path) as image:
-                limits.check(image.size, path)
+            with Image.open(_source(path)) as image:
+                limits.check(image.size, str(path))
                 yield image
         except UnidentifiedImageError as error:
             raise BadFileError(f"{path}: not an image that Pillow can read") from error
         except Image.DecompressionBombError as error:
             raise BadFileError(f"{path}: more pixels than --max_image_pixels {limits.pixels}: {error}") from error
+
+
+def _source(path: ImageFile) -> str | Path | io.BytesIO:
+    """What Pillow opens; it is at its beginning however often that was."""
+    return io.BytesIO(path.getvalue()) if isinstance(path, Embedded) else path
 
 
 def _looks_complete(path: Path, limits: Limits) -> bool:

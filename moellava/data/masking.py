@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -31,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from moellava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.conversation import Origin, Piece
 from moellava.data.tokenizers import leading_ids
-from moellava.errors import UserError
+from moellava.errors import DataError, UserError
 
 CACHED_TEXTS = 256
 """Stretches of text without an answer that are kept tokenized: above all, the system text that opens every prompt."""
@@ -53,6 +54,29 @@ class Encoded:
     def is_trained(self) -> bool:
         """Whether any position carries a label."""
         return self.labels.count(IGNORE_INDEX) < len(self.labels)
+
+    def silence(self, trained: Sequence[bool]) -> None:
+        """Takes the labels from some of the answers, which are the unbroken runs of labels. The ids stay what they are,
+        as they will be when the model answers.
+
+        Args:
+            trained: for each answer, whether it keeps its labels.
+
+        Raises:
+            DataError: the template writes answers of which one cannot be told from the next.
+        """
+        if all(trained):
+            return
+        runs = [(is_answer, list(run)) for is_answer, run in groupby(self.labels, lambda label: label != IGNORE_INDEX)]
+        if sum(is_answer for is_answer, _ in runs) != len(trained):
+            raise DataError('some answers have "train": false, but this template does not set answers apart')
+        kept = iter(trained)
+        self.labels = [
+            label if not is_answer or keeps else IGNORE_INDEX
+            for is_answer, run in runs
+            for keeps in [is_answer and next(kept)]
+            for label in run
+        ]
 
     def add(self, ids: Sequence[int], labels: Sequence[int]) -> None:
         """Appends ids and as many labels."""

@@ -13,11 +13,13 @@ from pathlib import Path
 from PIL import Image
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
+from moellava.data.embedded import TO_FILES, Embedded, is_embedded
+from moellava.data.embedded import opened as opened_uri
 from moellava.data.images import USUAL_LIMITS, Limits, image_problem, image_size, normalised, open_image
 from moellava.data.records import ROLES, Medium, Source
 from moellava.data.remembered import Remembered
 from moellava.data.video import Clip, Video, probe_video, read_frames, video_problem
-from moellava.errors import UserError
+from moellava.errors import DataError, UserError
 
 CHECKING_THREADS = 8
 """Files that are looked at side by side; the wait is for the disk."""
@@ -55,14 +57,26 @@ class MediaFiles:
         self._probed = Remembered(self._probe, CLIPS_KEPT)
 
     def file_of(self, medium: Medium) -> Path:
-        """Where an image or a video lies."""
+        """Where an image or a video lies. Raises DataError where the record holds it itself."""
+        if is_embedded(medium.path):
+            raise DataError(f"an embedded {medium.modality} lies in no file, and here it has to: {TO_FILES}")
         return (self.image_folder if medium.modality == "image" else self.video_folder) / medium.path
 
     def problem(self, medium: Medium, in_full: bool = False) -> str | None:
         """What is wrong with its file, or None; for `in_full` see `image_problem` and `video_problem`."""
-        if medium.modality == "image":
-            return image_problem(self.file_of(medium), in_full, self.limits)
-        return video_problem(self.file_of(medium), self.num_frames, in_full, self.limits)
+        try:
+            content = self._content(medium)
+        except DataError as error:
+            return str(error)
+        if isinstance(content, Embedded) or medium.modality == "image":
+            return image_problem(content, in_full, self.limits)
+        return video_problem(content, self.num_frames, in_full, self.limits)
+
+    def _content(self, medium: Medium) -> Path | Embedded:
+        """Where a medium lies, or the content of an image that its record holds. Raises DataError: see `file_of`."""
+        if medium.modality == "image" and is_embedded(medium.path):
+            return opened_uri(medium.path)
+        return self.file_of(medium)
 
     def problems(self, media: Iterable[Medium], in_full: bool = False) -> dict[Medium, str]:
         """What is wrong with files, for those that something is wrong with; each is looked at once."""
@@ -92,7 +106,7 @@ class MediaFiles:
             return self.clip(medium).size
         if isinstance(medium.path, Image.Image):
             return normalised(medium.path, self.limits).size
-        return image_size(self.file_of(medium), self.limits)
+        return image_size(self._content(medium), self.limits)
 
     def read(self, medium: Medium) -> Image.Image | Video:
         """An image as `normalised` shows it, or the shown frames of a video. Raises BadFileError: see `open_image` and
@@ -102,7 +116,7 @@ class MediaFiles:
         if isinstance(medium.path, Image.Image):
             return normalised(medium.path, self.limits)
         if medium.modality == "image":
-            return open_image(self.file_of(medium), self.limits)
+            return open_image(self._content(medium), self.limits)
         return read_frames(self.file_of(medium), self.clip(medium), self.limits)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import IMAGE_TOKEN_INDEX
 from moellava.data.masking import Encoded, engine_for
-from moellava.data.records import Source
+from moellava.data.records import Source, trained_answers
 from moellava.data.render import renderer_for
 from moellava.errors import DataError
 
@@ -76,7 +76,9 @@ def encode_conversation(
     """Ids and labels of one conversation, at full length. Arguments and errors: see `preprocess`."""
     renderer = renderer_for(version, tokenizer)
     pieces = renderer.pieces(source, has_media=has_image, name=name)
-    return engine_for(tokenizer).encode(pieces, renderer.places_media(has_image), image_ids)
+    encoded = engine_for(tokenizer).encode(pieces, renderer.places_media(has_image), image_ids)
+    encoded.silence(trained_answers(source))
+    return encoded
 
 
 def as_tensor(numbers: Sequence[int]) -> torch.Tensor:

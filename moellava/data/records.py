@@ -1,7 +1,8 @@
-"""Data files -> records, in a compact index. All that is wrong with the files is found in one pass.
+"""Records of data files, in a compact index. All that is wrong with the files is found in one pass.
 
 A record is `{"id", "image": path | [path, …], "conversations": [{"from": "human" | "gpt", "value": text}, …]}`, where
-"video" may stand beside "image" or in its place; files are JSON lists of records, or JSON Lines.
+"video" may stand beside "image" or in its place, "system_prompt" beside them, and `"train": false` in an answer that is
+not trained on. Whatever files call it (`record_keys.py`), and whatever format they have (`formats.py`), here it is so.
 """
 
 from __future__ import annotations
@@ -9,21 +10,26 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moellava.constants import MODALITIES, ROLES
+from moellava.data.formats import Broken
+from moellava.data.mixtures import Entry, entries
+from moellava.data.record_keys import brief, brief_text
+from moellava.data.record_reader import RecordReader
+from moellava.data.skip_lists import SkipList, digest_of, key_of, read_skip_list
 from moellava.errors import DataError
+from moellava.log import get_logger
 
-Source = Sequence[dict[str, str]]
+Source = Sequence[dict[str, Any]]
 """A conversation as LLaVA stores it: `[{"from": "human" | "gpt", "value": text}, …]`."""
 
-ROLES = ("human", "gpt")
-
-MODALITIES = ("image", "video")
-"""What a record may show: a key of the record, and the name of the tag that stands for one in its questions."""
-
 MEDIA_TAG = re.compile(f"<({'|'.join(MODALITIES)})>")
+
+MAX_DEPTH = 64
+"""Lists and objects inside each other that a record may have. Python's own limit moves with whoever reads it."""
 
 
 class Medium(NamedTuple):
@@ -31,7 +37,7 @@ class Medium(NamedTuple):
 
     Attributes:
         modality: of `MODALITIES`.
-        path: of its file, as the record writes it; in a chat also the image or the video itself.
+        path: of its file, as the record writes it, or a data URI; in a chat also the image or the video itself.
     """
 
     modality: str
@@ -42,7 +48,7 @@ class Problem(NamedTuple):
     """Something wrong with a data file.
 
     Attributes:
-        key: of the record (see `key_of`); None where the whole file is meant.
+        key: of the record, as a skip list has it; None where the whole file is meant.
         text: the message, which names file and record.
     """
 
@@ -59,6 +65,7 @@ class Records(Sequence[dict[str, Any]]):
     Attributes:
         files: the data files.
         skipped: records left out because a skip list names them.
+        notices: what was read and means nothing, a line each, for whoever reads the files to say.
     """
 
     def __init__(self) -> None:
@@ -66,8 +73,10 @@ class Records(Sequence[dict[str, Any]]):
         self._ends = array("q", [0])
         self._file_of = array("i")
         self._number = array("q")
+        self._digest = array("Q")
         self.files: list[str] = []
         self.skipped = 0
+        self.notices: list[str] = []
 
     def __len__(self) -> int:
         return len(self._file_of)
@@ -84,9 +93,9 @@ class Records(Sequence[dict[str, Any]]):
 
     def key(self, index: int) -> str:
         """How a skip list calls a record."""
-        return key_of(self.files[self._file_of[index]], self._number[index])
+        return str(key_of(self.files[self._file_of[index]], self._number[index], self._digest[index]))
 
-    def append(self, record: dict[str, Any], file: str, number: int) -> None:
+    def append(self, record: dict[str, Any], file: str, number: int, digest: int) -> None:
         """Adds a record. Raises UnicodeEncodeError on text that holds half of a surrogate pair."""
         encoded = json.dumps(record, ensure_ascii=False).encode("utf-8")
         if not self.files or self.files[-1] != file:
@@ -95,81 +104,116 @@ class Records(Sequence[dict[str, Any]]):
         self._ends.append(len(self._buffer))
         self._file_of.append(len(self.files) - 1)
         self._number.append(number)
-
-
-def key_of(file: str | Path, number: int) -> str:
-    """How a skip list calls a record: the file's name without its folder, and the record's number in it from 0."""
-    return f"{Path(file).name}:{number}"
+        self._digest.append(digest)
 
 
 def load_records(
     paths: str | Path | Sequence[str | Path],
-    skip_list: str | Path | None = None,
+    skip_list: str | Path | SkipList | None = None,
     roles: tuple[str, str] = ROLES,
 ) -> Records:
-    """All records of one or several files.
+    """All records of one or several files. What in them means nothing is logged.
 
     Args:
-        paths: JSON or JSON Lines files.
-        skip_list: a file that `moellava check-data --skip-list` wrote; the records it names are left out.
-        roles: what the files call the human and the model.
+        paths: data files of any format (see `formats.py`), or mixtures of such.
+        skip_list: a file that `moellava check-data --skip-list` wrote, or its content; the records it names are left
+            out.
+        roles: what the files call the human and the model, beside the usual names.
 
     Raises:
         DataError: with one line for every problem of every file.
+        UserError: a package that a file's format needs is not installed.
     """
-    records, problems = read_records(paths, frozenset() if skip_list is None else read_skip_list(skip_list), roles)
+    skip = read_skip_list(skip_list) if isinstance(skip_list, str | Path) else skip_list
+    records, problems = read_records(paths, skip, roles)
     if problems:
         raise DataError([problem.text for problem in problems])
+    for notice in records.notices:
+        get_logger().warning("%s", notice)
     return records
 
 
 def read_records(
-    paths: str | Path | Sequence[str | Path], skip: Collection[str] = (), roles: tuple[str, str] = ROLES
+    paths: str | Path | Sequence[str | Path], skip: SkipList | None = None, roles: tuple[str, str] = ROLES
 ) -> tuple[Records, list[Problem]]:
-    """The sound records of the files, and what is wrong with the others; keys in `skip` are left out of both."""
-    records, problems = Records(), []
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+    """The sound records of the files, and what is wrong with the others; those in `skip` are in neither."""
+    records, problems, reader = Records(), [], RecordReader(roles)
+    skip = SkipList() if skip is None else skip
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        filled, without_media = False, 0
         try:
-            entries = list(_entries(Path(path)))
+            for entry in entries(path):
+                filled = True
+                problem, is_typed = _take(records, entry, reader, skip)
+                problems += [problem] if problem else []
+                without_media += is_typed
         except DataError as error:
-            problems.append(Problem(None, str(error)))
-            continue
-        if not entries:
-            problems.append(Problem(None, f"{path} holds no records"))
-        for number, entry in enumerate(entries):
-            key = key_of(path, number)
-            if key in skip:
-                records.skipped += 1
-                continue
-            if roles != ROLES:
-                entry = with_our_roles(entry, roles)
-            problem = entry.problems[0] if isinstance(entry, DataError) else problem_of(entry)
-            problem = problem or _append(records, entry, str(path), number)
-            if problem:
-                problems.append(Problem(key, f"{_name(entry, number, str(path))} {problem}"))
+            problems += [Problem(None, text) for text in error.problems]
+        else:
+            if not filled:
+                problems.append(Problem(None, f"{path} holds no records"))
+        records.notices += _notices(path, reader, without_media)
+    for name in reader.speakers.unmet if len(records) or problems else ():
+        seen = ", ".join(sorted(map(brief_text, reader.speakers.seen))) or "nobody"
+        text = f"no turn is from {name!r}, as --user_key or --assistant_key says; there are {seen}"
+        problems.append(Problem(None, text))
     return records, problems
 
 
-def with_our_roles(entry: Any, roles: tuple[str, str]) -> Any:
-    """A record whose turns are from `roles`, with `ROLES` in their place; anything else as it is."""
-    turns = entry.get("conversations") if isinstance(entry, dict) else None
-    if not isinstance(turns, list):
-        return entry
-    ours = dict(zip(roles, ROLES, strict=True))
-    renamed = [
-        turn | {"from": ours.get(str(turn.get("from")), turn.get("from"))} if isinstance(turn, dict) else turn
-        for turn in turns
-    ]
-    return entry | {"conversations": renamed}
+def _take(records: Records, entry: Entry, reader: RecordReader, skip: SkipList) -> tuple[Problem | None, bool]:
+    """Adds a record of a file, or leaves it out; what is wrong with it, and whether tags in it are text."""
+    file, number, value = entry
+    is_broken = isinstance(value, Broken)
+    encoded, is_deep = _encoded(value.text if is_broken else value)
+    digest = digest_of(encoded)
+    key = key_of(file, number, digest)
+    if skip.holds(key):
+        records.skipped += 1
+        return None, False
+    problem = value.problem if is_broken else "is nested too deeply" if is_deep else None
+    record: dict[str, Any] = {}
+    if problem is None:
+        try:
+            record = reader.read(value)
+            problem = problem_of(record)
+            if problem is None:
+                records.append(record, file, number, digest)
+        except UnicodeEncodeError as error:
+            problem = f"has text with half of a surrogate pair, {error.object[error.start : error.end]!r}"
+        except DataError as error:
+            problem = str(error)
+    if problem:
+        return Problem(str(key), f"{_name(value, number, file)} {problem}"), False
+    return None, not shows_media(record) and bool(tags_of(record["conversations"]))
 
 
-def read_skip_list(path: str | Path) -> frozenset[str]:
-    """The record keys of a skip list, one a line, up to the first tab. Raises DataError if it cannot be read."""
+def _encoded(value: Any) -> tuple[bytes, bool]:
+    """A value as JSON, and whether it is nested too deeply."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the skip list cannot be read: {error}") from error
-    return frozenset(line.split("\t")[0] for line in lines if line.strip())
+        encoded = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    except RecursionError:
+        return b"", True
+    opened = encoded.count(b"[") + encoded.count(b"{")  # those in texts too, but it is a quick look
+    return encoded, opened > MAX_DEPTH and _depth(value) > MAX_DEPTH
+
+
+def _depth(value: Any) -> int:
+    """Lists and objects inside each other."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, list | dict)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+def _notices(path: str | Path, reader: RecordReader, without_media: int) -> list[str]:
+    """What of a file means nothing; the reader forgets it."""
+    ignored = [f"{brief_text(key)!r} in {count}" for key, count in sorted(reader.ignored.items())]
+    reader.ignored.clear()
+    found = [f"{path}: keys that mean nothing here are ignored: {', '.join(ignored)} records"] if ignored else []
+    if without_media:
+        found.append(f"{path}: tags of images or videos are text in {without_media} records, which have none")
+    return found
 
 
 def paths_of(record: dict[str, Any], modality: str) -> list[Any]:
@@ -180,8 +224,15 @@ def paths_of(record: dict[str, Any], modality: str) -> list[Any]:
     return list(paths) if isinstance(paths, list | tuple) else [paths]
 
 
+def shows_media(record: dict[str, Any]) -> bool:
+    """Whether a record has images or videos."""
+    return any(record.get(modality) for modality in MODALITIES)
+
+
 def media_of(record: dict[str, Any]) -> list[Medium]:
-    """The images and videos of a sound record, in the order of their tags."""
+    """The images and videos of a sound record, in the order of their tags. Without any, tags are text."""
+    if not shows_media(record):
+        return []
     left = {modality: iter(paths_of(record, modality)) for modality in MODALITIES}
     return [Medium(modality, next(left[modality])) for modality in tags_of(record["conversations"])]
 
@@ -191,30 +242,28 @@ def tags_of(source: Source) -> list[str]:
     return [modality for turn in source if turn["from"] == ROLES[0] for modality in MEDIA_TAG.findall(turn["value"])]
 
 
-def problem_of(record: Any) -> str | None:
+def trained_answers(source: Source) -> list[bool]:
+    """For each answer of a conversation, whether it is trained on; one that leads it is left out, as everywhere."""
+    turns = source[1:] if source[0]["from"] == ROLES[1] else source
+    return [turn.get("train") is not False for turn in turns if turn["from"] == ROLES[1]]
+
+
+def problem_of(record: dict[str, Any]) -> str | None:
     """What is wrong with a record whatever the template, as the end of a sentence; None if nothing is."""
-    if not isinstance(record, dict):
-        return f"is no JSON object: {str(record)[:80]}"
     if "conversations" not in record:
-        return f'has no "conversations" (its keys: {", ".join(map(str, record)) or "none"})'
-    for modality in MODALITIES:
-        paths = record.get(modality)
-        if paths is not None and not isinstance(paths, (str, list)):
-            return f'has "{modality}", which is neither a path nor a list of paths: {str(paths)[:80]}'
-        if not all(isinstance(path, str) and path for path in paths_of(record, modality)):
-            return f'has an entry of "{modality}" that is no path: {str(paths)[:80]}'
+        return f'has no "conversations" (its keys: {brief_text(", ".join(map(str, record)) or "none")})'
     return problem_of_turns(record["conversations"]) or _problem_of_counts(record)
 
 
 def problem_of_turns(source: Any) -> str | None:
     """What is wrong with the turns of a conversation, as the end of a sentence; None if nothing is."""
     if not isinstance(source, Sequence) or isinstance(source, str):
-        return f"has no list of turns: {str(source)[:80]}"
+        return f"has no list of turns: {brief(source)}"
     for number, turn in enumerate(source):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
-            return f'has a turn {number} that is not {{"from": …, "value": text}}: {str(turn)[:80]}'
+            return f'has a turn {number} that is not {{"from": …, "value": text}}: {brief(turn)}'
         if turn["from"] not in ROLES:
-            return f"has a turn {number} from {turn['from']!r}; known are {' and '.join(map(repr, ROLES))}"
+            return f"has a turn {number} from {brief(turn['from'])}; known are {' and '.join(map(repr, ROLES))}"
     if not source:
         return "has no turns"
     skipped = 1 if source[0]["from"] == ROLES[1] else 0
@@ -228,60 +277,17 @@ def problem_of_turns(source: Any) -> str | None:
 
 def _problem_of_counts(record: dict[str, Any]) -> str | None:
     turns = record["conversations"]
+    if not shows_media(record):
+        return None
     tags = tags_of(turns)
     for modality in MODALITIES:
         given = len(paths_of(record, modality))
         if tags.count(modality) != given:
-            shown = turns[0]["value"][:80]
-            return f'has {given} {modality}s but {tags.count(modality)} <{modality}> tags in its questions: "{shown}"'
-    return None
-
-
-def _append(records: Records, record: dict[str, Any], file: str, number: int) -> str | None:
-    try:
-        records.append(record, file, number)
-    except UnicodeEncodeError as error:
-        return f"has text with half of a surrogate pair, {error.object[error.start : error.end]!r}"
+            shown = brief(turns[0]["value"])
+            return f"has {given} {modality}s but {tags.count(modality)} <{modality}> tags in its questions: {shown}"
     return None
 
 
 def _name(record: Any, number: int, file: str) -> str:
     identity = record.get("id") if isinstance(record, dict) else None
-    return f"Record {number if identity is None else identity} of {file}"
-
-
-def _entries(path: Path) -> Iterable[Any]:
-    """What a file lists, parsed. A line of a JSON Lines file that cannot be parsed is a DataError in its place.
-
-    Raises:
-        DataError: the file is missing, empty, not UTF-8, or neither a JSON list nor JSON Lines.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such data file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if not text.strip():
-        raise DataError(f"{path} is empty")
-    if path.suffix == ".jsonl":
-        return _lines(text)
-    try:
-        entries = json.loads(text)
-    except ValueError as error:
-        if text.lstrip().startswith("{") and "\n" in text.strip():
-            return _lines(text)
-        raise DataError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(entries, list):
-        raise DataError(f"{path} holds a JSON {type(entries).__name__}, not a list of records")
-    return entries
-
-
-def _lines(text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            yield DataError(f"is not valid JSON (line {number}): {error}")
+    return f"Record {number if identity is None else brief_text(identity)} of {brief_text(file)}"

@@ -21,6 +21,7 @@ from moellava.adapters.lora import trainable_parameters
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
+from moellava.data.skip_lists import SkipList, read_skip_list
 from moellava.errors import UserError, message_of
 from moellava.log import get_logger, is_rank_zero
 from moellava.moe import enable_gradient_checkpointing
@@ -75,10 +76,12 @@ def train(
     vlm, adapter = assembled.vlm, assembled.adapter
     trained = trainable_parameters(vlm, adapter) if adapter else stage.selects(vlm, model_args, moe_args)
     freeze_all_but(vlm.model, trained)
+    skip = read_skip_list(data_args.skip_list) if data_args.skip_list else SkipList()
     datasets = {
-        "train_dataset": make_dataset(data_args.data_path, vlm, model_args, data_args, args),
-        "eval_dataset": make_dataset(data_args.eval_data_path, vlm, model_args, data_args, args),
+        "train_dataset": make_dataset(data_args.data_path, skip, vlm, model_args, data_args, args),
+        "eval_dataset": make_dataset(data_args.eval_data_path, skip, vlm, model_args, data_args, args),
     }
+    skip.require_used()
     if is_rank_zero():
         claim_folder(output_dir, identity)
         report(assembled, stage, args)
@@ -159,13 +162,18 @@ def run_identity(
 
 
 def make_dataset(
-    paths: list[str], vlm: VLM, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+    paths: list[str],
+    skip: SkipList,
+    vlm: VLM,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
 ) -> SupervisedDataset | None:
     """Reads and checks every record. Raises DataError with all problems of the files; None without files."""
     if not paths:
         return None
     dataset = SupervisedDataset(
-        load_records(paths, data_args.skip_list, (model_args.user_key, model_args.assistant_key)),
+        load_records(paths, skip, (model_args.user_key, model_args.assistant_key)),
         vlm.encoder,
         MediaFiles(data_args.image_folder, data_args.video_folder, data_args.num_frames, data_args.limits()),
         max_length=args.model_max_length,

@@ -20,7 +20,6 @@ from moellava.conversation import Origin, Piece
 from moellava.data.records import MEDIA_TAG, Source
 from moellava.data.render.renderer import Renderer, turns_of
 from moellava.data.render.spans import Content, chat_pieces, chat_terminator
-from moellava.errors import DataError
 
 Part = tuple[str, str]
 """('text', the text), ('image', '') or ('video', '')."""
@@ -68,7 +67,7 @@ class ChatRenderer(Renderer):
         said = turns_of(source, name)
         turns: Sequence[tuple[str, Content]] = said
         if self.in_parts:
-            turns = [(role, text if role != "user" else message_in_parts(text, has_media, name)) for role, text in said]
+            turns = [(role, text if role != "user" else message_in_parts(text, has_media)) for role, text in said]
         pieces = chat_pieces(self._rendered_by, turns, name, opens, system)
         numbered = getattr(self.source, "numbered", None)
         return [self._unnumbered(piece, numbered) for piece in pieces] if numbered else pieces
@@ -128,31 +127,35 @@ def _part(name: str, text: str) -> dict[str, str]:
     return {"type": name, "text": text} if name == "text" else {"type": name}
 
 
-def message_in_parts(text: str, has_media: bool, name: str) -> list[dict[str, str]]:
-    """A human message as a chat template takes it. Raises DataError where nothing is said or shown."""
-    parts = parts_of_text(text, has_media)
-    if not parts:
-        raise DataError(f"{name} has a question that says nothing and shows nothing")
-    return [_part(*part) for part in parts]
+def message_in_parts(text: str, has_media: bool) -> list[dict[str, str]]:
+    """A human message as a chat template takes it."""
+    return [_part(*part) for part in parts_of_text(text, has_media)]
 
 
 def parts_of_text(text: str, has_media: bool) -> list[Part]:
-    """A human message in parts: the media tags apart, with the line breaks that only set them off removed.
+    """A human message in parts: the media tags apart, and between them what was typed, to the last space.
+
+    Only the line break of LLaVA's own layout goes, with which it sets off images, as a template does in its own way:
+    one behind each tag of those that open a message (`<image>\\n`), and one in front of those that end it.
 
     Args:
         text: of the record.
         has_media: whether the record has media; otherwise tags are text.
     """
     if not has_media:
-        return [("text", text)] if text else []
-    parts: list[Part] = []
+        return [("text", text)]
     pieces = MEDIA_TAG.split(text)
-    for number, piece in enumerate(pieces):
-        if number % 2:
-            parts.append((piece, ""))
-            continue
-        piece = piece.lstrip("\n") if number else piece
-        piece = piece.rstrip("\n") if number < len(pieces) - 1 else piece
-        if piece.strip():
-            parts.append(("text", piece))
-    return parts
+    texts, tags = pieces[::2], pieces[1::2]
+    opening = 0
+    while opening < len(tags) and not texts[opening]:
+        opening += 1
+        texts[opening] = texts[opening].removeprefix("\n")
+    last = len(tags)
+    while last > 0 and not texts[last]:
+        last -= 1
+    if last < len(tags) and texts[last] != "\n":
+        texts[last] = texts[last].removesuffix("\n")
+    parts: list[Part] = [("text", texts[0])]
+    for tag, typed in zip(tags, texts[1:], strict=True):
+        parts += [(tag, ""), ("text", typed)]
+    return [part for part in parts if part != ("text", "")] or [("text", "")]

@@ -1,0 +1,200 @@
+"""Data files of any format -> their records, one by one, as JSON values.
+
+A format is an entry of `FORMATS`: what it is recognised by (the file's first bytes, its kind of folder or its name) and
+how it is read. Text may be packed (gzip, bzip2, xz) and may carry a byte order mark.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moellava.data.record_keys import brief_text
+from moellava.data.tables import arrow_rows, dataset_rows, parquet_rows
+from moellava.errors import DataError
+from moellava.files import NO_FILE, file_problem
+
+HEAD = 16
+"""Bytes at a file's beginning that tell its format."""
+
+UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ\x00": lzma.decompress,
+}
+"""First bytes of a packed file -> what unpacks it."""
+
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte order mark -> encoding. The longer marks go first: UTF-16's begins UTF-32's."""
+
+
+class Broken(NamedTuple):
+    """A line that cannot be read, in its record's place.
+
+    Attributes:
+        problem: why, as the end of a sentence.
+        text: what stands there.
+    """
+
+    problem: str
+    text: str
+
+
+class FileFormat(NamedTuple):
+    """A format of data files.
+
+    Attributes:
+        name: for messages and the documentation.
+        fits: (path, first bytes) -> whether a file or folder is one.
+        read: path -> its records; a `Broken` for one that cannot be read. Raises DataError for the whole file.
+    """
+
+    name: str
+    fits: Callable[[Path, bytes], bool]
+    read: Callable[[Path], Iterator[Any]]
+
+
+def rows_of(path: str | Path) -> Iterator[Any]:
+    """The records of a data file or folder, in its order: JSON values, or `Broken`.
+
+    Raises:
+        DataError: the file is missing, cannot be read, or is of no format that is known; also on the way.
+    """
+    path = Path(path)
+    problem = file_problem(path)
+    if problem and not _is_folder(path):
+        problem = "no such data file" if problem == NO_FILE else problem
+        raise DataError(f"{brief_text(str(path))}: {problem}")
+    try:
+        head = b"" if _is_folder(path) else _head(path)
+        chosen = next(format_ for format_ in FORMATS if format_.fits(path, head))
+        yield from chosen.read(path)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def parsed(text: str) -> Any:
+    """A JSON value. Raises ValueError where it is none, is nested too deeply, or names a key of an object twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return found
+
+
+def _is_folder(path: Path) -> bool:
+    return file_problem(path) == "is a folder, not a file"
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD)
+
+
+def _text(path: Path) -> str:
+    """The text of a file, unpacked. Raises DataError if it is not UTF-8, or what its byte order mark says."""
+    content = path.read_bytes()
+    for magic, unpack in UNPACK.items():
+        if content.startswith(magic):
+            content = unpack(content)
+            break
+    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    """JSON in any wrapping: a list, one object, objects one a line, or objects one after another."""
+    text = _text(path).strip()
+    if not text:
+        raise DataError(f"{path} is empty")
+    first = text.split("\n", 1)[0]
+    if text.startswith("{") and _is_whole(first):
+        return iter([_one(path, parsed(first))]) if first == text and not _says_lines(path) else _lines(text)
+    try:
+        values = list(_values(text))
+    except ValueError as error:
+        if _says_lines(path) or (text.startswith("{") and any(map(_is_whole, text.split("\n")))):
+            return _lines(text)
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+    if len(values) == 1 and isinstance(values[0], list):
+        return iter(values[0])
+    return iter([_one(path, values[0])] if len(values) == 1 else values)
+
+
+def _says_lines(path: Path) -> bool:
+    return bool({".jsonl", ".ndjson"} & set(path.suffixes))
+
+
+def _is_whole(line: str) -> bool:
+    """Whether a line is an object, which begins in its first column."""
+    try:
+        return line.startswith("{") and isinstance(parsed(line), dict)
+    except ValueError:
+        return False
+
+
+def _one(path: Path, value: Any) -> Any:
+    """The only value of a file, if it is a record. Raises DataError for another."""
+    if not (isinstance(value, dict) and any(isinstance(column, list) for column in value.values())):
+        shown = f" (its keys: {brief_text(', '.join(value) or 'none')})" if isinstance(value, dict) else ""
+        raise DataError(f"{path} holds a JSON {type(value).__name__}, not a list of records{shown}")
+    return value
+
+
+def _values(text: str) -> Iterator[Any]:
+    """JSON values one after another. Raises ValueError where one is broken."""
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    place = 0
+    while place < len(text):
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+        yield value
+        while place < len(text) and text[place].isspace():
+            place += 1
+
+
+def _lines(text: str) -> Iterator[Any]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield parsed(line)
+            except ValueError as error:
+                yield Broken(f"is not valid JSON (line {number}): {error}", line)
+
+
+def _is_arrow(path: Path, head: bytes) -> bool:
+    return head.startswith(b"ARROW1") or (path.suffix == ".arrow" and head.startswith(b"\xff\xff\xff\xff"))
+
+
+FORMATS = (
+    FileFormat("a data set of `datasets.save_to_disk`", lambda path, head: _is_folder(path), dataset_rows),
+    FileFormat("Parquet", lambda path, head: head.startswith(b"PAR1"), parquet_rows),
+    FileFormat("Arrow", _is_arrow, arrow_rows),
+    FileFormat("JSON or JSON Lines", lambda path, head: True, _json_rows),
+)
+"""The first that fits reads a file. A mixture (`mixtures.py`) is a list of such files."""
