@@ -127,9 +127,9 @@ def test_flags_named_in_prose_exist(page):
 def test_every_flag_of_ours_is_explained():
     ours = {field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls)}
     ours -= {field.name for field in dataclasses.fields(HFTrainingArguments)}
-    pages = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("TRAIN.md", "MOE.md"))
+    pages = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("TRAIN.md", "DATA.md", "MOE.md"))
     missing = [name for name in sorted(ours) if f"--{name}" not in pages]
-    assert not missing, f"docs/TRAIN.md or docs/MOE.md: {missing}"
+    assert not missing, f"docs/TRAIN.md, DATA.md or MOE.md: {missing}"
 
 
 def test_the_readmes_tree_is_the_repositorys():
