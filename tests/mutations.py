@@ -152,7 +152,7 @@ COLLATING = (
     Mutation(
         "questions-never-trained",
         "data/collate.py",
-        'row["labels"].append(token if self.train_questions else label)',
+        'row["labels"].append(token if trains_all else label)',
         'row["labels"].append(label)',
         "--mask_question_tokens False is taken and does nothing.",
         ("data/test_collate.py",),
@@ -431,7 +431,7 @@ RESUMING = (
     Mutation(
         "accumulated-steps-too-long",
         "train/trainer.py",
-        "loss = ce * processes / num_items_in_batch",
+        "loss = ce * processes / max(num_items_in_batch, 1)",
         "loss = ce * processes / max(len(targets), 1)",
         "With --gradient_accumulation_steps 8 the gradient is eight times what one big batch gives.",
         ("train/test_trainer.py",),

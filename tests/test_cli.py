@@ -66,6 +66,7 @@ def odd_data(data_file, make_record) -> Path:
     return data_file([{"id": f"é\ud83d🐱{n}", "conversations": []} for n in range(5000)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--help"], ["check-data", "--help"], ["check-data", "DATA"]])
 def test_a_pipe_that_closes_ends_a_command_quietly(words, odd_data):
     read, write = os.pipe()
@@ -75,6 +76,7 @@ def test_a_pipe_that_closes_ends_a_command_quietly(words, odd_data):
     assert done.returncode == CLOSED_PIPE and done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--help"], ["check-data", "--help"], ["check-data", "DATA"]])
 def test_a_full_disk_is_told(words, odd_data):
     with Path("/dev/full").open("w") as full:
@@ -82,6 +84,7 @@ def test_a_full_disk_is_told(words, odd_data):
     assert done.returncode == 2 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_terminal_that_cannot_show_a_character_gets_its_escape(encoding, data_file):
     path = data_file([{"id": "é\ud83d🐱", "conversations": []}])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from moellava.data.check import check, write_skip_list
+from moellava.data.check import check
 from moellava.data.encoder import CountedImages, Encoder
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
 from moellava.data.render import TemplateRenderer
+from moellava.data.skip_lists import read_skip_list, write_skip_list
+from tests.records import place_of
 
 
 @pytest.fixture
@@ -35,11 +37,16 @@ def test_with_a_tokenizer_lengths_and_masks_are_checked(path, image_tree, tokeni
 
 def test_without_one_records_and_files_are(path, image_tree):
     findings = check([path], MediaFiles(image_tree))
-    assert {problem.key for problem in findings.problems} == {"data.json:1", "data.json:3"}
+    assert {place_of(problem.key) for problem in findings.problems} == {("data.json", 1), ("data.json", 3)}
     assert findings.counts["records"] == 6 and findings.lengths == []
 
 
 def test_the_skip_list_leaves_out_what_was_found(path, image_tree, tmp_path):
     findings = check([path], MediaFiles(image_tree))
     assert write_skip_list(tmp_path / "skip.txt", findings.problems) == 2
-    assert [record["id"] for record in load_records(path, tmp_path / "skip.txt")] == ["good", "text", "long", "open"]
+    assert [record["id"] for record in load_records(path, read_skip_list(tmp_path / "skip.txt"))] == [
+        "good",
+        "text",
+        "long",
+        "open",
+    ]

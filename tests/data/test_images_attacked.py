@@ -287,8 +287,8 @@ def test_whatever_a_decoder_raises_is_a_problem_of_its_file(error, tmp_path, mon
 def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for problem in (image_problem, lambda path: video_problem(path, 2)):
-        assert problem(tmp_path / "pipe.png") == f"{tmp_path}/pipe.png: not a file"
-        assert problem(tmp_path) == f"{tmp_path}: not a file"
+        assert problem(tmp_path / "pipe.png") == f"{tmp_path}/pipe.png: is a pipe or a device, not a file"
+        assert problem(tmp_path) == f"{tmp_path}: is a folder, not a file"
         assert f"{tmp_path}/gone: no such" in problem(tmp_path / "gone")
 
 

@@ -7,8 +7,10 @@ import pickle
 
 import pytest
 
-from moellava.data.records import load_records, media_of, paths_of, read_records, read_skip_list
+from moellava.data.records import load_records, media_of, paths_of, read_records
+from moellava.data.skip_lists import read_skip_list
 from moellava.errors import DataError
+from tests.records import place_of
 
 
 def problems(path) -> list[str]:
@@ -27,7 +29,7 @@ def test_json_and_json_lines_of_several_files(data_file, make_record):
     assert list(records) == [one, two, two, one, one, one, two]
     assert records[-1] == two and len(records) == 7
     assert records.name(0) == f"Record a of {files[0]}" and records.name(2) == f"Record 7 of {files[1]}"
-    assert records.key(3) == "two.jsonl:1"
+    assert place_of(records.key(3)) == ("two.jsonl", 1)
     assert load_records(str(files[0]))[0] == one
     with pytest.raises(IndexError):
         records[7]
@@ -84,7 +86,7 @@ def test_missing_and_undecodable_files(tmp_path):
         ({"conversations": [{"from": "human"}]}, "turn 0 that is not"),
         ({"conversations": [{"value": "q"}]}, "turn 0 that is not"),
         ({"conversations": [{"from": "human", "value": 3}]}, "turn 0 that is not"),
-        ({"conversations": [{"from": "user", "value": "q"}]}, "turn 0 from 'user'; known are 'human' and 'gpt'"),
+        ({"conversations": [{"from": "lama", "value": "q"}]}, "turn 0 from 'lama'; known are 'human' and 'gpt'"),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "no question"),
         ({"conversations": [{"from": "human", "value": "q"}] * 2}, "turns 0 and 1 are both from 'human'"),
         ({"conversations": [{"from": "gpt", "value": "a"}] * 2}, "turns 0 and 1 are both from 'gpt'"),
@@ -92,7 +94,7 @@ def test_missing_and_undecodable_files(tmp_path):
         ({"image": ["a.png", 3]}, "no path"),
         ({"image": [""]}, "no path"),
         ({"image": ["a.png", "b.png"]}, "2 images but 1 <image> tags"),
-        ({"image": None}, "0 images but 1 <image> tags"),
+        ({"image": None, "video": "a.mp4"}, "0 images but 1 <image> tags"),
         ({"video": 3}, '"video", which is neither a path nor a list'),
         ({"video": ["a.mp4", ""]}, "no path"),
         ({"video": "a.mp4"}, "1 videos but 0 <video> tags"),
@@ -143,14 +145,15 @@ def test_all_problems_are_found_at_once(data_file, make_record, tmp_path):
     assert len(error.value.problems) == 5
     records, found = read_records([one, two])
     assert len(records) == 1
-    assert [problem.key for problem in found] == ["one.json:1", "one.json:2", "two.jsonl:0", "two.jsonl:1"]
+    places = [("one.json", 1), ("one.json", 2), ("two.jsonl", 0), ("two.jsonl", 1)]
+    assert [place_of(problem.key) for problem in found] == places
 
 
 def test_a_skip_list_leaves_records_out(data_file, make_record, tmp_path):
     path = data_file([make_record(1, "q", "a"), {"id": 2}, make_record(3, "q", "b")])
     (tmp_path / "skip.txt").write_text("data.json:1\tRecord 2 has no conversations\n\n", encoding="utf-8")
-    records = load_records(path, tmp_path / "skip.txt")
+    records = load_records(path, read_skip_list(tmp_path / "skip.txt"))
     assert [row["id"] for row in records] == [1, 3] and records.skipped == 1
-    assert records.key(1) == "data.json:2"
+    assert place_of(records.key(1)) == ("data.json", 2)
     with pytest.raises(DataError, match="skip list cannot be read"):
         read_skip_list(tmp_path / "no.txt")

@@ -82,6 +82,7 @@ def test_an_encoder_in_full_beside_an_adapted_decoder(run, tiny_lmm):
     assert {name.split(".")[-2][-5:] for name in moved["language_model"]} == {"_proj"}
 
 
+@pytest.mark.slow
 def test_vision_parts_train_beside_experts_when_they_are_asked_for(run, tiny_lmm, tmp_path):
     words = ["--model-path", tiny_lmm("qwen2.5-vl"), "--output-dir", tmp_path / "sparse", "--moe_mode", "dense"]
     assert main(["upcycle", *map(str, words), "--num_experts", "2"]) == 0
@@ -95,6 +96,7 @@ def test_vision_parts_train_beside_experts_when_they_are_asked_for(run, tiny_lmm
     assert set(moved_groups("qwen2.5-vl", tmp_path / "sparse", folder)) == {"vision_encoder", "language_model"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family_id", "flags"),
     [

@@ -156,8 +156,7 @@ def test_what_cannot_be_masked_or_shown_is_named(samples_of, opened):
     with pytest.raises(DataError, match='Record x of .* has a "system_prompt" that is no text: 3'):
         samples_of("llava-1.5", wrong)
     silent = [{"id": "y", "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "a"}]}]
-    with pytest.raises(DataError, match="Record y of .* says nothing and shows nothing"):
-        samples_of("llava-1.5", silent)
+    assert len(samples_of("llava-1.5", silent)) == 1, "an empty question is a record like any other"
 
 
 def test_architectures_that_read_paths_get_paths(samples_of, pictures):

@@ -81,6 +81,7 @@ def test_a_decoder_without_plain_mlps_stops_before_anything_is_computed(tiny_lmm
     assert not (tmp_path / "moe").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family_id", "sparse"), [("llava-1.5", False), ("qwen2.5-vl", True), ("gemma3", False)])
 def test_merge_lora_gives_the_runs_own_folder(family_id, sparse, tiny_lmm, run, tmp_path, capsys):
     flags = {"moe_enable": True, "moe_mode": "dense", "num_experts": 2} if sparse else {}
@@ -128,6 +129,7 @@ def tied(tiny_lmm, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_head_that_is_the_embedding_is_stored_once_and_learns_as_one(tied, run, tmp_path):
     assert upcycle(tied, tmp_path / "moe") == 0
     stored = load_file(tmp_path / "moe" / "model.safetensors")

@@ -27,6 +27,7 @@ def losses(folder):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2-vl"])
 def test_a_run_leaves_a_folder_of_the_models_own_class(family_id, run, tiny_lmm):
     from transformers import AutoModelForImageTextToText
@@ -43,6 +44,7 @@ def test_a_run_leaves_a_folder_of_the_models_own_class(family_id, run, tiny_lmm)
     assert saved["processor_class"] == type(vlm.processor).__name__
 
 
+@pytest.mark.slow
 def test_what_trains_is_what_is_asked_for(run, tiny_lmm):
     parts = {"train_vision_encoder": True, "train_vision_projector": True, "freeze_backbone": True}
     moved = changed(tiny_lmm("qwen2-vl"), run("qwen2-vl", **parts))
@@ -60,6 +62,7 @@ def test_lora_is_merged_into_the_folder_and_the_loss_falls(run, tiny_lmm):
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2-vl"])
 def test_a_released_model_is_upcycled_and_trained_further(family_id, run):
     sparse = {"moe_enable": True, "moe_mode": "dense", "num_experts": 2}
@@ -121,6 +124,7 @@ def test_no_code_of_its_own_runs_in_a_language_model(released_flags, parts):
         train_here(flags | {"trust_remote_code": True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2.5-vl"])
 def test_sample_answers_are_what_chat_says(family_id, run, tmp_path, pictures, caplog):
     flags = {"eval_data_path": tmp_path / "data.json", "eval_strategy": "steps", "eval_steps": 3, "eval_samples": 2}

@@ -41,6 +41,7 @@ def test_the_demo_runs_once_and_is_not_repeated(tmp_path):
     assert "deepspeed" not in again.stdout
 
 
+@pytest.mark.slow
 def test_a_failing_stage_is_loud(tmp_path):
     """Base models that are not there: the demo stops at stage 1 and shows why."""
     code = (

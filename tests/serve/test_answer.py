@@ -145,7 +145,7 @@ def test_a_model_without_a_template_asks_for_one(composed):
 def test_images_are_read_once_and_the_oldest_go_first(composed, pictures, monkeypatch):
     opened = []
 
-    def open_image(path):
+    def open_image(path, *_):
         opened.append(path)
         return Image.open(path).convert("RGB").resize((40, 40))
 
@@ -168,7 +168,7 @@ def test_images_are_read_once_and_the_oldest_go_first(composed, pictures, monkey
 
 def test_a_batch_asks_for_each_file_once(composed, pictures, monkeypatch):
     opened, open_image = [], media.open_image
-    monkeypatch.setattr(media, "open_image", lambda path: opened.append(path) or open_image(path))
+    monkeypatch.setattr(media, "open_image", lambda path, *limits: opened.append(path) or open_image(path, *limits))
     requests = [Request(question, [pictures[0]]) for question in ("what?", "which colour?", "why?")]
     answer(composed, requests, max_new_tokens=1, batch_size=2)
     assert opened == [pictures[0]]

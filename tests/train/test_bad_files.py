@@ -103,6 +103,7 @@ def test_without_skip_the_run_stops_with_one_line(workers, flags, caplog):
     assert said.endswith("(`moellava check-data` lists all such files)")
 
 
+@pytest.mark.slow
 def test_questions_are_trained_on_but_not_those_of_a_bad_file(flags):
     """`--mask_question_tokens False`."""
     given = {"mask_question_tokens": False, "per_device_train_batch_size": 1}
