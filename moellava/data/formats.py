@@ -1,7 +1,7 @@
 """Data files of any format -> their records, one by one, as JSON values.
 
-A format is an entry of `FORMATS`: what it is recognised by (the file's first bytes, or that it is a folder, or its name)
-and how it is read. Text may be packed (gzip, bzip2, xz) and may carry a byte order mark.
+A format is an entry of `FORMATS`: how it is recognised (by the first bytes of a file, by its name, or as a folder) and
+how it is read. Text may be packed (gzip, bzip2, xz) and may carry a byte order mark.
 """
 
 from __future__ import annotations
