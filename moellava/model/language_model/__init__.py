@@ -1,11 +1,7 @@
 """One short file per language model family; importing this package registers all of them."""
 
-from moellava.model.language_model import (  # noqa: F401
-    llava_llama_moe,
-    llava_minicpm_moe,
-    llava_mistral_moe,
-    llava_phi_moe,
-    llava_qwen2_moe,
-    llava_qwen_moe,
-    llava_stablelm_moe,
-)
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):  # by the folder's content: a family is one file
+    importlib.import_module(f"{__name__}.{_module.name}")
