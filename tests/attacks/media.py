@@ -19,10 +19,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import ExifTags, Image
@@ -30,6 +28,7 @@ from PIL import ExifTags, Image
 from moellava.data.images import image_problem, image_size, open_image
 from moellava.data.video import read_video, video_problem
 from moellava.errors import DataError
+from tests.attacks.outcome import Outcome
 
 QUICK, ALL = (200, 20), (3000, 300)
 """Images and videos."""
@@ -41,21 +40,6 @@ FRAMES = 2
 
 EXTREMES = [bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00\x00\xff\xff", b"\x80\x00\x00\x00"]
 """Numbers that decoders multiply, allocate and seek by."""
-
-
-@dataclass
-class Outcome:
-    """What became of damaged files.
-
-    Attributes:
-        counts: how many were 'read' all the same, and how many 'named'.
-        failures: file and traceback, of those that were neither.
-        slowest: seconds, and file, of the one that took longest.
-    """
-
-    counts: Counter[str] = field(default_factory=Counter)
-    failures: list[str] = field(default_factory=list)
-    slowest: tuple[float, str] = (0.0, "")
 
 
 class Hang(BaseException):
