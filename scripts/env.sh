@@ -14,7 +14,7 @@ moellava_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 moellava_say() { printf 'env: %s\n' "$*" >&2; }
 
-# Python 3.10 or newer, with venv and the headers that deepspeed's C++ operator is compiled against.
+# Python 3.10 or newer.
 moellava_find_python() {
   local candidate
   for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.10; do
@@ -32,16 +32,6 @@ moellava_check_machine() {
   local python=$1
   if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     moellava_say "$python cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv"
-    return 1
-  fi
-  if ! "$python" -c 'import os, sysconfig as s; os.stat(os.path.join(s.get_paths()["include"], "Python.h"))' 2>/dev/null; then
-    moellava_say "The C headers of $python are missing; deepspeed compiles one small operator with them." \
-      "On Debian and Ubuntu: apt-get install python3-dev"
-    return 1
-  fi
-  if ! command -v "${CXX:-c++}" >/dev/null; then
-    moellava_say "There is no C++ compiler (${CXX:-c++}); deepspeed compiles one small operator with it." \
-      "On Debian and Ubuntu: apt-get install g++. Elsewhere, name yours: CXX=clang++ source scripts/env.sh"
     return 1
   fi
 }
@@ -73,23 +63,6 @@ moellava_install() {
   moellava_say "installed in $((SECONDS - start)) s"
 }
 
-# deepspeed compiles its shared-memory operator for CPU ranks at first use. Doing so here, once, keeps several ranks
-# from waiting for each other in the middle of a first run.
-moellava_build_operator() {
-  local start=$SECONDS
-  python - >"$VENV/operator.log" 2>&1 <<'PY' || { tail -n 20 "$VENV/operator.log" >&2; return 1; }
-from deepspeed.accelerator import get_accelerator
-
-from moellava.train.deepspeed.extensions import extension_root, remove_abandoned_locks
-
-remove_abandoned_locks(extension_root())  # a build that was killed leaves its lock, and the next would wait for ever
-builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-if builder is not None and builder.is_compatible():
-    builder.load()
-PY
-  moellava_say "deepspeed's operator for CPU ranks was built in $((SECONDS - start)) s"
-}
-
 moellava_prepare() {
   local python stamp
   python=$(moellava_find_python) || return 1
@@ -106,9 +79,6 @@ moellava_prepare() {
   export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$VENV/torch_extensions}
   moellava_has_gpu || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
   if [ $current = no ]; then
-    case ",${EXTRAS:-train,demo,test}," in
-      *,train,*) moellava_build_operator || { moellava_say "deepspeed's operator did not compile"; return 1; } ;;
-    esac
     printf '%s\n' "$stamp" >"$VENV/moellava.stamp"
   fi
 }

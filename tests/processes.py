@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -54,21 +55,27 @@ def launched(processes: int, launcher: str = "deepspeed") -> list[str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, out of those that the system never gives to a connection: it may not be taken
+    between now and the launch."""
+    while True:
+        port = secrets.choice(range(20000, 32000))
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def environment() -> dict[str, str]:
     """This package, no hub, and one thread a process: runs are repeatable to the bit and do not fight for cores."""
     calm = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    calm |= {"PYTHONFAULTHANDLER": "1"}
     path = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"
     return os.environ | calm | {"PATH": path, "PYTHONPATH": str(ROOT)}
 
 
 def run(words: Sequence[str], timeout: float = 280, **options) -> Finished:
     """Runs a command to its end, at most `timeout` seconds; whatever it has started ends with it.
+
+    One that takes longer fails with the stacks of all its processes.
 
     Options are those of `Popen`, but `env` is added to `environment()`, and `input` is what the command reads.
     """
@@ -77,6 +84,10 @@ def run(words: Sequence[str], timeout: float = 280, **options) -> Finished:
     with subprocess.Popen(words, env=env, start_new_session=True, text=True, **pipes, **options) as process:
         try:
             stdout, stderr = process.communicate(said, timeout)
+        except subprocess.TimeoutExpired:
+            signal_session(process.pid, signal.SIGABRT)  # Python's fault handler says where each thread stands
+            stdout, stderr = process.communicate(timeout=20)
+            raise AssertionError(f"{shlex.join(words)} takes over {timeout} s:\n{stderr[-20000:]}") from None
         finally:
             kill_session(process.pid)  # a launcher that is stopped leaves its ranks behind
     assert process.returncode or not shared_memory_of(words)
@@ -118,19 +129,24 @@ def shared_memory_of(words: Sequence[str]) -> list[Path]:
 
 
 def kill_session(leader: int) -> None:
-    """SIGKILLs every process of a session: the launcher starts its ranks in groups of their own."""
+    """SIGKILLs every process of a session."""
+    signal_session(leader, signal.SIGKILL)
+
+
+def signal_session(leader: int, number: signal.Signals) -> None:
+    """Sends a signal to every process of a session: the launcher starts its ranks in groups of their own."""
     for process in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
         with suppress(ProcessLookupError):  # it may end by itself meanwhile
             if os.getsid(process) == leader:
-                os.kill(process, signal.SIGKILL)
+                os.kill(process, number)
 
 
 WORKER = """
 import atexit, json, os, sys, torch, deepspeed
 torch.set_num_threads(1)
-from moellava.train.deepspeed.extensions import unlink_shared_buffer
+from moellava.train.deepspeed.extensions import leave_out_shared_memory
+leave_out_shared_memory()
 deepspeed.init_distributed()
-unlink_shared_buffer()
 atexit.register(torch.distributed.destroy_process_group)
 rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
 folder, arguments = sys.argv[-1], sys.argv[1:-1]

@@ -22,6 +22,7 @@ from moellava.lmm.supported_models import SUPPORTED_MODELS
 from moellava.moe.flags import FlagHelp
 from moellava.moe.spec import MoESpec, MoESpecFlags, given_options
 from moellava.train.conflicts import Flags, find_conflicts
+from moellava.train.deepspeed.extensions import leave_out_shared_memory
 
 
 def _flag(help_text: str, default=None, **kwargs):
@@ -176,6 +177,8 @@ class TrainingArguments(AdapterArguments, transformers.TrainingArguments):
         if isinstance(self.activation_checkpointing_kwargs, str):
             with suppress(ValueError):  # what is no JSON stays text, and find_conflicts refuses it by name
                 self.activation_checkpointing_kwargs = json.loads(self.activation_checkpointing_kwargs)
+        if self.deepspeed:  # the next line starts its process group
+            leave_out_shared_memory()
         super().__post_init__()
 
 

@@ -22,7 +22,6 @@ from moellava.log import get_logger
 from moellava.moe import moe_layers, router_losses, router_metrics, set_routing_context, update_router_bias
 from moellava.processes import joined_over_processes, sum_over_processes
 from moellava.train.checkpoint import STAGING, put_in_place
-from moellava.train.deepspeed.extensions import unlink_shared_buffer
 from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, stored_ep_size
 from moellava.train.folder import StageFolder
 from moellava.train.loss import SupervisedHead, cross_entropy_sum, supervised_positions
@@ -260,7 +259,6 @@ class RunHooks(TrainerCallback):
                     f"--deepspeed {args.deepspeed} was given, but the model is wrapped by "
                     f"{type(trainer.model_wrapped).__name__}. Start with `deepspeed train.py …` or `torchrun …`."
                 )
-            unlink_shared_buffer()
         trainer.begin_interval()
         if not args.skip_dry_save:
             trainer.folder.dry_save(trainer.model, trainer.model_wrapped, trainer.accelerator)

@@ -1,19 +1,13 @@
-"""What DeepSpeed's operator for CPU processes would leave behind: locks of killed builds, and shared memory.
+"""What DeepSpeed compiles for itself: locks of builds that were killed, and an operator that training does without.
 
-DeepSpeed loads its C++ operator through torch, which guards the build by a file named `lock` and holds it open. A run
+DeepSpeed loads its C++ operators through torch, which guards a build by a file named `lock` and holds it open. A run
 that is killed at that moment leaves the file, and every later run would wait for it without end and without a word.
-
-The operator lets processes read each other's buffers through files in shared memory, 66 MB each, which it never
-removes: memory that is gone until the machine starts anew. A later run on the same port would also begin with what a
-killed one has left in them.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-
-import torch.distributed as dist
 
 from moellava.log import get_logger
 
@@ -48,15 +42,19 @@ def remove_abandoned_locks(root: Path, processes: Path = Path("/proc")) -> list[
     return abandoned
 
 
-def unlink_shared_buffer(folder: Path = Path("/dev/shm")) -> None:
-    """Takes this process's buffer off the file system; those that have mapped it keep it until they end, however.
+def leave_out_shared_memory() -> None:
+    """Keeps DeepSpeed from loading its operator for shared memory. To be called before process groups are made.
 
-    Collective: afterwards nobody could map it any more. The name is the operator's own (`csrc/cpu/comm/shm.cpp`).
+    Only DeepSpeed's inference would use it (`inference_all_reduce`). In return every CPU process of a run has to wait
+    for its lock, a first run has to compile it, and its buffers, 66 MB a process, stay in /dev/shm until the machine
+    starts anew.
     """
-    dist.barrier()
-    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
-    (folder / name).unlink(missing_ok=True)
+    from deepspeed import ops
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None:
+        ops.__compatible_ops__[builder.NAME] = False
 
 
 def open_files(processes: Path) -> set[str]:
