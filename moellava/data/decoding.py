@@ -1,7 +1,7 @@
 """What decoders raise on damaged files, and how that becomes a problem of the file.
 
 Pillow and PyAV promise no exceptions of their own: what a file makes them raise depends on where its damage is. The
-list was found by damaging files, and is proved complete by it: `python -m tests.attacks.media --all`.
+list was found by damaging files, and is proved complete by it: `python -m tests.attacks --all --only media`.
 """
 
 from __future__ import annotations

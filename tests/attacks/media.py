@@ -1,8 +1,5 @@
 """Damaged images and videos: each is read, or is a named problem of its file.
 
-    python -m tests.attacks.media          # a quick share: 200 images, 20 videos
-    python -m tests.attacks.media --all    # 3,000 images, 300 videos
-
 Sound files of every format that Pillow writes, and of many that FFmpeg does, are damaged in ways that disks, networks
 and attackers know: bits turned, bytes overwritten, lost, doubled or put from elsewhere, numbers of extreme size, files
 cut short. A seed gives the same files each time.
@@ -10,11 +7,9 @@ cut short. A seed gives the same files each time.
 
 from __future__ import annotations
 
-import argparse
 import io
 import random
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -299,26 +294,7 @@ def attack_videos(count: int, folder: Path, seed: int = 0) -> Outcome:
     return attack(read_clip, mutations(video_seeds(), count, seed), folder)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints a table and every failure. Exit status 1 if there is one."""
-    parser = argparse.ArgumentParser(prog="python -m tests.attacks.media", description="Damaged images and videos.")
-    parser.add_argument("--all", action="store_true", help=f"{ALL[0]} images and {ALL[1]} videos")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other damages (0)")
-    args = parser.parse_args(argv)
-    images, videos = ALL if args.all else QUICK
-    folder, status = Path(tempfile.mkdtemp(prefix="attacks-")), 0
-    print("| files | mutations | read | named | tracebacks | slowest |\n|---|---|---|---|---|---|")
-    for files, run, count in (("images", attack_images, images), ("videos", attack_videos, videos)):
-        outcome = run(count, folder, args.seed)
-        read, named = outcome.counts["read"], outcome.counts["named"]
-        seconds, name = outcome.slowest
-        counts = " | ".join(map(str, (count, read, named, len(outcome.failures))))
-        print(f"| {files} | {counts} | {seconds:.1f} s ({name}) |", flush=True)
-        for failure in outcome.failures:
-            print(failure, file=sys.stderr)
-        status |= bool(outcome.failures)
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def attacks(everything: bool, folder: Path) -> dict[str, Outcome]:
+    """Damaged images and videos."""
+    images, videos = ALL if everything else QUICK
+    return {"damaged images": attack_images(images, folder), "damaged videos": attack_videos(videos, folder)}

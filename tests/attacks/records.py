@@ -1,8 +1,5 @@
 """Random records in random dialects, keys and wrappings, many of them damaged: read faithfully, or refused by name.
 
-    python -m tests.attacks.records          # 300 of them
-    python -m tests.attacks.records --all    # 5,000; others with --seed N
-
 A record that is read has lost nothing: every text in it is in the rendered prompt, or is the path of what it shows, or
 stands under a key that is known to mean nothing or was reported. That is checked leaf by leaf on the record as it was
 written, by code that knows nothing of how records are read.
@@ -16,8 +13,6 @@ import gzip
 import json
 import random
 import shutil
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -33,6 +28,7 @@ from moellava.data.render import TemplateRenderer
 from moellava.data.render.chat import ChatRenderer
 from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import DataError
+from tests.attacks.outcome import Outcome
 
 TOKENIZERS = Path(__file__).parents[1] / "golden" / "tokenizers"
 
@@ -372,17 +368,13 @@ def _is_from(turn: Any, names: tuple[str, ...]) -> bool:
     return isinstance(turn, dict) and str(turn.get("from") or turn.get("role")).lower() in names
 
 
-def main(argv: list[str]) -> int:
-    """Runs the attack and prints what came of the records."""
-
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.unpack_archive(TOKENIZERS / "phi.tar.xz", folder, filter="data")
-        count = ALL if "--all" in argv else QUICK
-        seed = int(argv[argv.index("--seed") + 1]) if "--seed" in argv else 0
-        counts = Attack(load_tokenizer(Path(folder) / "phi")).run(count, Path(folder), seed)
-    print(f"{count} records: " + ", ".join(f"{number} {what}" for what, number in counts.items()) + ", 0 lost")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def attacks(everything: bool, folder: Path) -> dict[str, Outcome]:
+    """Random records."""
+    shutil.unpack_archive(TOKENIZERS / "phi.tar.xz", folder, filter="data")
+    attack = Attack(load_tokenizer(folder / "phi"))
+    outcome = Outcome(attack.counts)
+    try:
+        attack.run(ALL if everything else QUICK, folder)
+    except AssertionError as error:
+        outcome.failures.append(f"{error}: {error.__cause__}")
+    return {"random records": outcome}
