@@ -21,6 +21,4 @@ def get_logger(name: str = "moellava") -> logging.Logger:
         root.addHandler(handler)
         root.setLevel(logging.INFO if is_rank_zero() else logging.ERROR)
         root.propagate = False
-        # It says at each start that an optional kernel is absent, also to those who quantise nothing.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     return logging.getLogger(name)
