@@ -144,7 +144,7 @@ class VLM:
         section = self.section
         version = version or section.version
         if self.architecture is not None:
-            if image_aspect_ratio not in (None, section.image_aspect_ratio):
+            if image_aspect_ratio is not None:
                 raise UserError(
                     f"--image_aspect_ratio {image_aspect_ratio}: {self.source} is a released model, whose "
                     "processor says how images are cut. Leave the flag out."
@@ -235,6 +235,16 @@ def default_device() -> torch.device:
     return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
 
 
+def device_named(name: torch.device | str) -> torch.device:
+    """A device by its name. Raises UserError for one that torch does not know, or that this machine lacks."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the second
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
 def describe(
     manifest: Manifest, trust_remote_code: bool = False, architecture: Architecture | None = None
 ) -> Description:
@@ -293,7 +303,7 @@ def open_vlm(
     Raises:
         UserError: the folder holds something else, lacks files or weights, or its parts do not belong together.
     """
-    where = torch.device(device) if device is not None else default_device()
+    where = device_named(device) if device is not None else default_device()
     manifest = read_folder(path, flag, base=base, patterns=model_files(trust_remote_code))
     vlm = build(describe(manifest, trust_remote_code), dtype or default_dtype(where), f"{flag} {path}")
     if version is not None:

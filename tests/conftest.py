@@ -158,6 +158,7 @@ def taught_folder(tiny_base, clip_tower, pictures, tmp_path_factory) -> Path:
     (root / "data.json").write_text(json.dumps([*records, tiny.record("sky", "and the sky?", "blue it is")]))
     parts = {"model_name_or_path": tiny_base("vicuna"), "image_tower": clip_tower, "image_projector_type": "linear"}
     data = {"version": "v1", "data_path": root / "data.json", "image_folder": pictures[0].parent}
+    data |= {"untrained_projector": True}
     long = {"max_steps": 120, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_strategy": "no"}
     folder = processes.train_here(COMMON | parts | data | long | {"output_dir": root / "stage2"})
     assert processes.losses_of(folder)[120] < 0.05, "the model has not learnt its four answers"

@@ -9,17 +9,22 @@ python -m moellava.serve.cli --model-path DIR --image-file cat.png
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from moellava.data.media import NUM_FRAMES, require_frames
-from moellava.data.video import Video, read_video
+from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
+from moellava.data.records import Medium
+from moellava.data.video import Video
 from moellava.errors import UserError
 from moellava.serve.answer import Request, stream
 from moellava.serve.generate import Sampling
-from moellava.vlm import VLM, open_vlm
+from moellava.serve.prompt import Picture
+from moellava.vlm import VLM, device_named, open_vlm
 
 HELP = """Ask about what is shown. Further commands:
   /image FILE …   add images to the next question
@@ -63,39 +68,46 @@ class Chat:
     def __init__(self, vlm: VLM, sampling: Sampling, num_frames: int = NUM_FRAMES):
         self.vlm = vlm
         self.sampling = sampling
-        self.num_frames = num_frames
+        self.files = MediaFiles(num_frames=num_frames)
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything said and shown."""
         self.messages: list[dict[str, str]] = []
-        self.images: list[str] = []
-        self.videos: list[Video] = []
-        self.pending: list[str] = []
-        self.pending_videos: list[Video] = []
+        self.images: list[Picture] = []
+        self.videos: list[str | Path | Video] = []
+        self.leave_out()
+
+    def leave_out(self) -> None:
+        """Forgets what was shown since the last answer."""
+        self.pending: list[Picture] = []
+        self.pending_videos: list[str | Path | Video] = []
 
     def show(self, images: Sequence[str] = (), videos: Sequence[str] = ()) -> None:
-        """Adds files to the next question. Raises DataError for a video that cannot be read; nothing is added then."""
-        read = [read_video(path, self.num_frames) for path in videos]
-        self.pending += images
-        self.pending_videos += read
+        """Adds files to the next question. Raises BadFileError for one that cannot be read; nothing is added then."""
+        opened: dict[str, list[Any]] = {
+            modality: [self.files.read(Medium(modality, str(Path(path).expanduser()))) for path in paths]
+            for modality, paths in (("image", images), ("video", videos))
+        }
+        self.pending += opened["image"]
+        self.pending_videos += opened["video"]
 
     def ask(self, question: str) -> Iterator[str]:
-        """The answer, in pieces as they come. A question that fails leaves the conversation as it was."""
-        turn = Request(question, self.pending, videos=self.pending_videos).messages
+        """The answer, in pieces as they come. A question that fails, or is left before its answer is complete, leaves
+        the conversation as it was, and what was shown for it is forgotten."""
+        images, videos = self.pending, self.pending_videos
+        self.leave_out()
         request = Request(
-            messages=[*self.messages, *turn],
-            images=[*self.images, *self.pending],
-            videos=[*self.videos, *self.pending_videos],
+            messages=[*self.messages, *Request(question, images, videos=videos).messages],
+            images=[*self.images, *images],
+            videos=[*self.videos, *videos],
         )
         pieces = []
         for piece in stream(self.vlm, request, self.sampling):
             pieces.append(piece)
             yield piece
         self.messages = [*request.messages, {"from": "gpt", "value": "".join(pieces)}]
-        self.images += self.pending
-        self.videos += self.pending_videos
-        self.pending, self.pending_videos = [], []
+        self.images, self.videos = list(request.images), list(request.videos)
 
 
 def say(pieces: Iterator[str], if_empty: str = "") -> None:
@@ -123,25 +135,41 @@ def converse(chat: Chat) -> None:
             if command == "/reset":
                 chat.reset()
             elif command == "/image":
-                chat.show(rest.split())
+                chat.show(paths_in(rest))
             elif command == "/video":
-                chat.show(videos=rest.split())
+                chat.show(videos=paths_in(rest))
             elif command.startswith("/"):
                 print(HELP)
             elif line:
                 say(chat.ask(line), if_empty="(the model says nothing)")
         except UserError as error:
             print(error)
+        except KeyboardInterrupt:
+            print("\n(stopped; the question is forgotten)")
+
+
+def paths_in(line: str) -> list[str]:
+    """The files that a line names: quoted as in a shell, or one alone as it is. Raises UserError where none is."""
+    if Path(line).expanduser().is_file():
+        return [line]
+    try:
+        paths = shlex.split(line)
+    except ValueError as error:
+        raise UserError(f"{line}: {error}. Put a name that holds quotes or spaces into the other quotes.") from error
+    if not paths:
+        raise UserError("No file is named: /image FILE … or /video FILE …")
+    return paths
 
 
 def main(argv: list[str]) -> int:
     """Entry point of the command."""
     args = make_parser().parse_args(argv)
     require_frames(args.num_frames, "--num-frames")
+    device = device_named(args.device) if args.device is not None else None
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     disable_progress_bar()  # an answer is not preceded by a bar about the weights,
     set_verbosity_error()  # nor by remarks on the config
-    vlm = open_vlm(args.model_path, base=args.model_base, device=args.device, version=args.version)
+    vlm = open_vlm(args.model_path, base=args.model_base, device=device, version=args.version)
     chat = Chat(vlm, sampling, args.num_frames)
     chat.show(args.image_file, args.video_file)
     if args.question is not None:

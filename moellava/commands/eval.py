@@ -84,4 +84,6 @@ def summary(result: dict[str, Any]) -> str:
     lines += [
         f"  {name:8} {100 * part['accuracy']:6.2f}% of {part['total']}" for name, part in result["by_category"].items()
     ]
+    if result["unanswered"]:
+        lines.append(f"  {len(result['unanswered'])} questions could not be answered, and count as wrong")
     return "\n".join(lines)

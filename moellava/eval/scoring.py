@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
 from moellava.eval.benchmarks import Benchmark, Question
-from moellava.serve.answer import answer
+from moellava.serve.answer import Answer, answer
 from moellava.serve.prompt import Request
 from moellava.vlm import VLM
 
@@ -36,10 +36,10 @@ class Score:
         return self.right / self.total if self.total else 0.0
 
 
-def answers_of(vlm: VLM, questions: list[Question], *, max_new_tokens: int, batch_size: int) -> list[str]:
-    """One greedy answer a question, stripped, in the order of the questions."""
+def answers_of(vlm: VLM, questions: list[Question], *, max_new_tokens: int, batch_size: int) -> list[Answer]:
+    """One greedy answer a question, in the order of the questions."""
     requests = [Request(question=question.text, images=[question.image]) for question in questions]
-    return [text.strip() for text in answer(vlm, requests, max_new_tokens=max_new_tokens, batch_size=batch_size)]
+    return answer(vlm, requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
 def score(questions: Iterable[Question], answers: Iterable[str]) -> Score:
@@ -48,7 +48,7 @@ def score(questions: Iterable[Question], answers: Iterable[str]) -> Score:
     return Score(sum(hits), len(hits))
 
 
-def by_category(questions: list[Question], answers: list[str]) -> dict[str, Score]:
+def by_category(questions: list[Question], answers: Sequence[str]) -> dict[str, Score]:
     """The score of each category of questions."""
     total = Counter(question.category for question in questions)
     right = Counter(q.category for q, said in zip(questions, answers, strict=True) if said.strip() == q.answer)
@@ -58,7 +58,7 @@ def by_category(questions: list[Question], answers: list[str]) -> dict[str, Scor
 def report(
     benchmark: Benchmark,
     questions: list[Question],
-    answers: list[str],
+    answers: list[Answer],
     *,
     vlm: VLM,
     settings: dict[str, Any],
@@ -73,6 +73,7 @@ def report(
     wrong = [(q, said) for q, said in zip(questions, answers, strict=True) if said != q.answer]
     first = Request(question=questions[0].text, images=[questions[0].image]).record
     prompt = "".join(piece.text for piece in vlm.encoder.pieces(first, opens=True))
+    unanswered = [(q, said.error) for q, said in zip(questions, answers, strict=True) if said.error is not None]
     return {
         "benchmark": benchmark.name,
         "split": benchmark.split,
@@ -82,6 +83,7 @@ def report(
         "by_category": {
             name: {**asdict(part), "accuracy": part.accuracy} for name, part in by_category(questions, answers).items()
         },
+        "unanswered": [{"question": q.text, "image": q.image.name, "error": str(error)} for q, error in unanswered],
         "metric": "exact match after stripping white space",
         "prompt": {"version": vlm.encoder.version, "example": prompt},
         "settings": {"decoding": "greedy", "max_new_tokens": benchmark.max_new_tokens, **settings},

@@ -5,6 +5,7 @@ from moellava.moe.losses import RouterLosses
 from moellava.moe.spec import MoESpec
 from moellava.moe.state import gather_moe_state_dict, native_names
 from moellava.moe.upcycle import (
+    change_spec,
     convert_engine,
     enable_gradient_checkpointing,
     expert_parameters,
@@ -18,6 +19,7 @@ from moellava.moe.upcycle import (
 )
 
 __all__ = [
+    "change_spec",
     "MoESpec",
     "RouterLosses",
     "checkpoint_contexts",

@@ -35,7 +35,9 @@ class Range:
         return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
 
 
-def option(default: Any, text: str, within: Range | None = None, choices: tuple[str, ...] = ()) -> Any:
+def option(
+    default: Any, text: str, within: Range | None = None, choices: tuple[str, ...] = (), is_fixed: bool = False
+) -> Any:
     """A dataclass field that is an option.
 
     Args:
@@ -43,11 +45,17 @@ def option(default: Any, text: str, within: Range | None = None, choices: tuple[
         text: what `--help` says of it; choices, range and default are added there.
         within: range of a number, or of each number in a list.
         choices: the names that it takes.
+        is_fixed: what has been made with one value cannot go on with another; see `fixed_option`.
     """
-    metadata = {"help": text, "range": within, "choices": choices}
+    metadata = {"help": text, "range": within, "choices": choices, "is_fixed": is_fixed}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def fixed_option(default: Any, text: str, within: Range | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """An option of how something is made, which cannot be changed afterwards. For the arguments see `option`."""
+    return option(default, text, within, choices, is_fixed=True)
 
 
 def check_options(options: Any) -> None:
@@ -57,12 +65,17 @@ def check_options(options: Any) -> None:
         UserError: the first value that does not fit, with its flag and what that takes.
     """
     for item in fields(options):
-        value, within, choices = getattr(options, item.name), item.metadata["range"], item.metadata["choices"]
-        if choices and value not in choices:
-            raise UserError(f"--{item.name} {value!r} is unknown. Known: {', '.join(choices)}.")
-        numbers = value if isinstance(value, list) else [value]
-        if within and not (numbers and all(number in within for number in numbers)):
-            raise UserError(f"--{item.name} {_words(value)} is out of range: it must be {within}.")
+        check_option(item, getattr(options, item.name))
+
+
+def check_option(item: Field, value: Any) -> None:
+    """Compares a value with the range and the choices of an option. Raises UserError: see `check_options`."""
+    within, choices = item.metadata["range"], item.metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"--{item.name} {value!r} is unknown. Known: {', '.join(choices)}.")
+    numbers = value if isinstance(value, list) else [value]
+    if within and not (numbers and all(number in within for number in numbers)):
+        raise UserError(f"--{item.name} {_words(value)} is out of range: it must be {within}.")
 
 
 def optional_flags(options: type, title: str) -> type:

@@ -68,10 +68,14 @@ class Router(nn.Module):
     def __init__(self, hidden: int, n_experts: int, balanced_by_bias: bool, device: torch.device | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts, hidden, dtype=torch.float32, device=device))
-        if balanced_by_bias:
-            self.register_buffer("bias", torch.zeros(n_experts, dtype=torch.float32, device=device))
-        else:
-            self.bias = None
+        self.bias = None
+        self.balance_by_bias(balanced_by_bias)
+
+    def balance_by_bias(self, wanted: bool) -> None:
+        """Gives it a selection bias of zeros, if it is wanted and there is none."""
+        if wanted and self.bias is None:
+            del self.bias
+            self.register_buffer("bias", torch.zeros(len(self.weight), device=self.weight.device))
 
     def forward(self, x_ND: Tensor, jitter: float = 0.0) -> Tensor:
         """Logits [N, E] in fp32, also under autocast.

@@ -5,11 +5,11 @@ An option stands here once: its field says name, default, help, range and choice
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from moellava.errors import UserError
-from moellava.moe.flags import Range, check_options, option, optional_flags
+from moellava.moe.flags import Range, check_option, check_options, fixed_option, option, optional_flags
 from moellava.registry import Registry
 
 FORMAT = 1
@@ -22,7 +22,17 @@ MODES.register("sparse", lambda n_layers: range(0, n_layers, 2))
 MODES.register("dense", lambda n_layers: range(n_layers))
 
 PRESETS: Registry = Registry("moe_preset")
-PRESETS.register("today", {})
+PRESETS.register(
+    "today",
+    {
+        "capacity_factor": 1.0,
+        "drop_tokens": False,
+        "second_expert": "top",
+        "top1_gate": "exact",
+        "router_balance": "sequence",
+        "aux_over_layers": "mean",
+    },
+)
 PRESETS.register(
     "moe-llava",
     {
@@ -50,14 +60,14 @@ class MoESpec:
         UserError: a value that is out of range or unknown, or two that contradict each other.
     """
 
-    moe_mode: str = option(
+    moe_mode: str = fixed_option(
         "second_half",
         "Which decoder layers become sparse: one half, every second one (sparse: 0, 2, 4 …), all of them (dense), or "
         "those of --moe_layers_idx (custom).",
         choices=(*MODES, CUSTOM),
     )
-    moe_layers_idx: list[int] | None = option(None, "Decoder layers by index, from 0, instead of --moe_mode.")
-    num_experts: list[int] = option(
+    moe_layers_idx: list[int] | None = fixed_option(None, "Decoder layers by index, from 0, instead of --moe_mode.")
+    num_experts: list[int] = fixed_option(
         [4], "Experts of each sparse layer: one number for all of them, or one per sparse layer.", COUNT
     )
     top_k_experts: int = option(2, "Experts that each token visits.", COUNT)
@@ -73,28 +83,28 @@ class MoESpec:
     )
     eval_capacity_factor: float = option(2.0, "The same in evaluation.", Range(above=0))
     min_capacity: int = option(0, "Tokens that an expert may always take, whatever the factor says.", NOT_NEGATIVE)
-    use_residual: bool = option(
+    use_residual: bool = fixed_option(
         False,
         "Residual MoE: the dense MLP stays, and is mixed with the experts' output by two learned coefficients that sum "
         "to 1 (arXiv:2201.05596).",
     )
-    init: str = option(
+    init: str = fixed_option(
         "copy", "How experts start (docs/MOE.md).", choices=("copy", "noise", "drop", "granular", "shared")
     )
-    init_noise: float = option(
+    init_noise: float = fixed_option(
         0.01,
         "--init noise: standard deviation of what is added, as a fraction of each weight matrix's own.",
         NOT_NEGATIVE,
     )
-    init_drop_ratio: float = option(
+    init_drop_ratio: float = fixed_option(
         0.1, "--init drop: fraction of the intermediate units of each expert that is drawn anew.", FRACTION
     )
-    granularity: int = option(
+    granularity: int = fixed_option(
         1,
         "--init granular: slices that each MLP is cut into; --num_experts and --top_k_experts are multiples of it.",
         COUNT,
     )
-    init_seed: int = option(0, "Seed of the routers and of whatever an init draws; the same on every rank.")
+    init_seed: int = fixed_option(0, "Seed of the routers and of whatever an init draws; the same on every rank.")
     router_aux_loss_coef: float = option(0.01, "Weight of the balancing loss.", NOT_NEGATIVE)
     router_z_loss_coef: float = option(0.0, "Weight of the z-loss (arXiv:2202.08906, eq. 5).", NOT_NEGATIVE)
     router_balance: str = option(
@@ -178,6 +188,31 @@ class MoESpec:
             )
         return dict(sorted(zip(chosen, counts, strict=True)))
 
+    def changed(self, **values: Any) -> MoESpec:
+        """What a sparse model goes on with when it is trained further.
+
+        Args:
+            values: options that are given anew.
+
+        Raises:
+            UserError: one that says how the layers were made, and differs; or leaving the bias, which chooses.
+        """
+        is_fixed = {item.name: item.metadata["is_fixed"] for item in fields(self)}
+        for name, value in values.items():
+            own = getattr(self, name)
+            if is_fixed[name] and not _equal(value, own):
+                raise UserError(
+                    f"--{name} {value}, but the folder's layers were made with {own}. Leave the flag out to train them "
+                    "further."
+                )
+        spec = replace(self, **{name: value for name, value in values.items() if not is_fixed[name]})
+        if self.router_balance == "bias" != spec.router_balance:
+            raise UserError(
+                f"--router_balance {spec.router_balance}, but the folder's routers choose experts by a bias that they "
+                "have learnt with --router_balance bias. Leave the flag out."
+            )
+        return spec
+
     def is_exact(self) -> bool:
         """Whether the recipe keeps the dense model's output, in theory (docs/MOE.md, 'Exactness')."""
         if self.drop_tokens:
@@ -211,6 +246,13 @@ class MoESpec:
         return cls(**{**PRESETS[preset], **values})
 
 
+def _equal(value: Any, other: Any) -> bool:
+    """Whether two values say the same; one number stands for a list of it."""
+    if isinstance(value, list) and isinstance(other, list) and 1 in (len(value), len(other)):
+        return set(value) == set(other)
+    return value == other
+
+
 MoESpecFlags = optional_flags(MoESpec, "options of the sparse model")
 """The flags of a command that makes or trains a sparse model."""
 
@@ -220,8 +262,14 @@ def given_options(flags: Any) -> dict[str, Any]:
 
     Args:
         flags: what has the fields of `MoESpecFlags`: the parsed flags of a command.
+
+    Raises:
+        UserError: a value that is out of range or unknown.
     """
     given = {item.name: value for item in fields(MoESpec) if (value := getattr(flags, item.name)) is not None}
+    for item in fields(MoESpec):
+        if item.name in given:
+            check_option(item, given[item.name])
     if "capacity_factor" in given or "eval_capacity_factor" in given:
         given.setdefault("drop_tokens", True)
     return given

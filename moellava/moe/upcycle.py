@@ -137,6 +137,13 @@ def sparse_modules(model: nn.Module) -> list[RoutedMLP]:
     return [module for module in model.modules() if isinstance(module, RoutedMLP)]
 
 
+def change_spec(model: nn.Module, spec: MoESpec) -> None:
+    """Gives the layers of a sparse model other options, made by `MoESpec.changed`; before an engine takes them over."""
+    for layer in sparse_modules(model):
+        layer.spec = spec
+        layer.router.balance_by_bias(spec.router_balance == "bias")
+
+
 def moe_layers(model: nn.Module) -> list[tuple[int, RoutedMLP]]:
     """(decoder layer index, sparse MLP) in order; empty for a dense model."""
     if not sparse_modules(model):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -18,11 +18,16 @@ from moellava.data.media import MediaFiles
 from moellava.data.records import Medium
 from moellava.data.video import Video
 from moellava.errors import UserError
+from moellava.log import get_logger
 from moellava.serve.ending import Ending
 from moellava.serve.generate import Sampling, generate
 from moellava.serve.generate import stream as stream_row
 from moellava.serve.prompt import Request
 from moellava.vlm import VLM
+
+logger = get_logger(__name__)
+
+Result = TypeVar("Result")
 
 CACHE_BYTES = 2**28
 """Images that one call of `answer` keeps open: 795 of 336 × 336, 21,845 of 64 × 64."""
@@ -80,7 +85,7 @@ class Prompts:
     def __post_init__(self) -> None:
         self.vlm.require_answers()
         self.collator: MediaCollator = self.vlm.collator().of_prompts()
-        self.ending = Ending(self.vlm.tokenizer, self.vlm.encoder.renderer.terminator)
+        self.ending = Ending(self.vlm.tokenizer, self.vlm.encoder.renderer.terminator, self.vlm.model.generation_config)
 
     def example(self, request: Request) -> Example:
         """A request as its model reads it. Raises UserError where no room is left for an answer."""
@@ -92,9 +97,13 @@ class Prompts:
             )
         return example
 
-    def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """What the model takes of some prompts, padded on the left."""
-        shown = [opened(example.media, self.vlm.encoder, self.files) for example in examples]
+    def opened(self, example: Example) -> list[Any]:
+        """What a prompt shows. Raises BadFileError for a file that cannot be read."""
+        return opened(example.media, self.vlm.encoder, self.files)
+
+    def batch(self, examples: Sequence[Example], shown: Sequence[list[Any]] | None = None) -> dict[str, Tensor]:
+        """What the model takes of some prompts, padded on the left. What they show is opened, unless it is given."""
+        shown = [self.opened(example) for example in examples] if shown is None else shown
         return self.collator([sample_of(example, media, NAME) for example, media in zip(examples, shown, strict=True)])
 
     def options(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -106,13 +115,32 @@ class Prompts:
         }
 
 
+class Answer(str):
+    """What a model says: a text, which is empty where the request could not be answered.
+
+    Attributes:
+        error: why it could not; None where it was.
+    """
+
+    error: UserError | None = None
+
+    @classmethod
+    def refused(cls, error: UserError) -> Answer:
+        """That of a request that cannot be answered."""
+        answer = cls()
+        answer.error = error
+        return answer
+
+
 def answer(
     vlm: VLM, requests: Sequence[Request], sampling: Sampling | None = None, *, batch_size: int = 8, **options: Any
-) -> list[str]:
+) -> list[Answer]:
     """Answers of a model, in the order of the requests.
 
-    A request's answer does not depend on what else is in its batch (to rounding, and while no capacity factor drops
-    tokens). Requests of similar length share a batch, the longest first: what does not fit into memory shows at once.
+    A request that cannot be answered, because its prompt exceeds the model's context or an image cannot be read, has an
+    empty answer with an `error`, which is logged; the others are answered. An answer does not depend on what else is in
+    its batch (to rounding, and while no capacity factor drops tokens). Requests of similar length share a batch, the
+    longest first: what does not fit into memory shows at once.
 
     Args:
         vlm: of `open_vlm`.
@@ -122,20 +150,35 @@ def answer(
         options: fields of `Sampling` by name, instead of it.
 
     Raises:
-        UserError: a prompt exceeds the model's context, an image cannot be read, or an option means nothing.
+        UserError: an option means nothing, or the model cannot be asked here.
     """
     sampling = sampling or Sampling(**options)
     prompts = Prompts(vlm)
-    examples = [prompts.example(request) for request in requests]
-    order = sorted(range(len(requests)), key=lambda index: examples[index].length, reverse=True)
-    texts = [""] * len(requests)
+    answers: dict[int, Answer] = {}
+    examples = dict(_answerable(range(len(requests)), lambda index: prompts.example(requests[index]), answers))
+    order = sorted(examples, key=lambda index: examples[index].length, reverse=True)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        rows = [examples[index] for index in chosen]
-        said = generate(vlm.model, prompts.batch(rows), prompts.ending, sampling, **prompts.options(rows))
-        for index, tokens in zip(chosen, said, strict=True):
-            texts[index] = prompts.ending.text(tokens)
-    return texts
+        shown = dict(_answerable(chosen, lambda index: prompts.opened(examples[index]), answers))
+        if not shown:
+            continue
+        rows = [examples[index] for index in shown]
+        batch = prompts.batch(rows, list(shown.values()))
+        said = generate(vlm.model, batch, prompts.ending, sampling, **prompts.options(rows))
+        answers |= {index: Answer(prompts.ending.text(tokens)) for index, tokens in zip(shown, said, strict=True)}
+    return [answers[index] for index in range(len(requests))]
+
+
+def _answerable(
+    numbers: Iterable[int], made: Callable[[int], Result], answers: dict[int, Answer]
+) -> Iterator[tuple[int, Result]]:
+    """(number, what is made of the request), for requests of which it can be; the others are answered by its error."""
+    for number in numbers:
+        try:
+            yield number, made(number)
+        except UserError as error:
+            logger.warning("Request %d is not answered: %s", number, error)
+            answers[number] = Answer.refused(error)
 
 
 def stream(vlm: VLM, request: Request, sampling: Sampling | None = None) -> Iterator[str]:

@@ -24,13 +24,15 @@ BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 class Ending:
     r"""Where an answer ends: the one definition of it, and of its text.
 
-    An answer ends with the tokenizer's end-of-sequence token or with the template's terminator. A terminator that
+    An answer ends with the tokenizer's end-of-sequence token, with one that the model's folder names beside it, or with
+    the template's terminator. A terminator that
     holds a special token ("</s>", "\n</s>", "<|im_end|>\n") is over with that token, and the text before it is no part
     of the answer. One of plain text ("###", or "\n" of `plain`) is looked for in what the tokens say.
 
     Args:
         tokenizer: decodes the tokens.
         terminator: the text that ends an answer in the template; may be empty.
+        config: the model's `generation_config`, which may name further tokens that end an answer.
 
     Attributes:
         stop_ids: tokens that end an answer, whatever they follow.
@@ -39,11 +41,13 @@ class Ending:
         window: tokens that `plain` spans at most, and one, whose leading space SentencePiece's decoder drops.
     """
 
-    def __init__(self, tokenizer: Any, terminator: str):
+    def __init__(self, tokenizer: Any, terminator: str, config: Any = None):
         self.tokenizer = tokenizer
         special = special_in(terminator, tokenizer)
         self.special_id = None if special is None else tokenizer.convert_tokens_to_ids(special)
-        self.stop_ids = sorted({tokenizer.eos_token_id, self.special_id} - {None})
+        named = getattr(config, "eos_token_id", None)
+        further = named if isinstance(named, list) else [named]
+        self.stop_ids = sorted({tokenizer.eos_token_id, self.special_id, *further} - {None})
         self.plain = terminator if special is None else ""
         self.lead = "" if special is None else terminator.partition(special)[0]
         self.window = len(self.plain.encode()) + 1

@@ -47,6 +47,9 @@ class Request:
             for modality, shown in self._shown().items():
                 question = with_tags(question, len(shown), f"<{modality}>")
             self.messages = [{"from": "human", "value": question}]
+        for message in self.messages:
+            if not message["value"].isascii() and any("\ud800" <= letter <= "\udfff" for letter in message["value"]):
+                raise UserError(f"The text {message['value'][:80]!a} holds half a character: it is no UTF-8.")
         roles = [message["from"] for message in self.messages]
         if roles != ["human", "gpt"] * (len(roles) // 2) + ["human"]:
             raise UserError(f"Messages go human, gpt, human … and end with human; these are {', '.join(roles)}.")

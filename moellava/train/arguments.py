@@ -20,7 +20,7 @@ from moellava.data.media import NUM_FRAMES
 from moellava.errors import UserError
 from moellava.lmm.supported_models import SUPPORTED_MODELS
 from moellava.moe.flags import FlagHelp
-from moellava.moe.spec import MoESpec, MoESpecFlags, given_options
+from moellava.moe.spec import PRESETS, MoESpec, MoESpecFlags, given_options
 from moellava.train.conflicts import Flags, find_conflicts
 from moellava.train.deepspeed.extensions import leave_out_shared_memory
 
@@ -65,16 +65,22 @@ class ModelArguments(ReleasedArguments):
         "Conversation template: plain for stage 1; v1, qwen, phi, stablelm … after it. Unset: the folder's own, or, "
         "where it has none or stage 1's, the one that goes with the language model."
     )
+    force_version: bool = _flag("Take --version although it does not fit the tokenizer or the stage.", False)
     image_tower: str | None = _flag("Folder or hub id of a CLIP or SigLIP tower; with a language model only.")
-    image_projector_type: str = _flag("linear, identity, or mlpNx_gelu with N layers.", "linear")
-    mm_vision_select_layer: int = _flag(
-        "Hidden state of the tower that is read: -1 is the last, -2 the one before.", -1
+    image_projector_type: str | None = _flag(
+        "linear, identity, or mlpNx_gelu with N layers. Unset: the folder's, or linear."
     )
-    mm_vision_select_feature: str = _flag("patch (without the class token) or cls_patch.", "patch")
+    mm_vision_select_layer: int | None = _flag(
+        "Hidden state of the tower that is read: -1 is the last, -2 the one before. Unset: the folder's, or -1."
+    )
+    mm_vision_select_feature: str | None = _flag(
+        "patch (without the class token) or cls_patch. Unset: the folder's, or patch."
+    )
     mm_use_im_start_end: bool | None = _flag(
         "Enclose each image in <im_start> and <im_end>, two trained tokens. Unset: as the folder does, or not."
     )
     pretrain_mm_mlp_adapter: str | None = _flag("Projector to start from: a stage's folder or an mm_projector.bin.")
+    untrained_projector: bool = _flag("Begin stage 2 with a projector that no stage 1 has trained.", False)
     tune_mm_mlp_adapter: bool = _flag("Stage 1: train the projector and nothing else.", False)
     freeze_mm_mlp_adapter: bool = _flag("Keep the projector as it is in stages 2 and 3.", False)
     freeze_backbone: bool = _flag("Keep the language model as it is in stage 2.", False)
@@ -124,9 +130,14 @@ class MoEArguments(MoESpecFlags):
         "Stage 3: module names to train instead of experts and routers; 'wg' stands for the routers."
     )
 
+    def given(self) -> dict[str, Any]:
+        """The options that the user gave, by name; a preset gives its own. Raises UserError for values out of range."""
+        preset = PRESETS[self.moe_preset] if self.moe_preset else {}
+        return {**preset, **given_options(self)}
+
     def spec(self) -> MoESpec:
-        """The options of the sparse model. Raises UserError for values out of range or in conflict."""
-        return MoESpec.from_preset(self.moe_preset or "today", **given_options(self))
+        """The options of a dense model that becomes sparse. Raises UserError for values that contradict each other."""
+        return MoESpec(**self.given())
 
 
 @dataclass

@@ -14,21 +14,20 @@ from moellava.lmm.architecture import Architecture, holds_vlm, registered
 from moellava.lmm.loaders import find_model
 from moellava.log import get_logger
 from moellava.model.compose import Composition, describe_parts
-from moellava.model.families import base_family, family_of
+from moellava.model.families import base_family
 from moellava.model.manifest import TOWER, Manifest, read_folder
 from moellava.model.projector_start import load_projector
 from moellava.moe import convert_engine
 from moellava.moe.certificate import Certificate, upcycle_certified
 from moellava.train.adapt import adapt
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
-from moellava.train.stages import PRETRAIN, Stage
+from moellava.train.reconcile import PLAIN, reconcile, refuse_template, retrain
+from moellava.train.stages import FINETUNE, PRETRAIN, Stage
 from moellava.vlm import VLM, build, describe
 
 logger = get_logger(__name__)
 
 FLAG = "--model_name_or_path"
-PLAIN = "plain"
-"""The template of stage 1, unless --version names another."""
 
 
 @dataclass
@@ -58,14 +57,17 @@ def assemble(
     manifest, architecture = start_of(model_args)
     is_vlm = architecture is not None or holds_vlm(manifest)
     refuse_wrong_start(manifest, is_vlm, stage, model_args, moe_args)
+    if moe_args.moe_enable and not manifest.is_sparse:
+        moe_args.spec()  # what contradicts itself is told before gigabytes are read
     if is_vlm:
         description = describe(manifest, model_args.trust_remote_code, architecture)
         if moe_args.moe_enable and description.architecture is not None:
             description.architecture.refuse_upcycling("--moe_enable True")
         vlm = build(description, dtype, manifest.called)
-        settle(vlm, stage, model_args, data_args)
+        reconcile(vlm, stage, model_args, data_args)
     else:
         vlm = composed(manifest, stage, model_args, data_args, dtype)
+        refuse_template(vlm, stage, model_args, usual_template(manifest, stage))
     choose_attention(vlm.model, model_args.attn_implementation)
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(vlm.model, vlm.parts["projector"][0], model_args.pretrain_mm_mlp_adapter)
@@ -102,10 +104,10 @@ def composed(
     """A language model and a tower, put together."""
     assert model_args.image_tower is not None  # refuse_wrong_start has asked for it
     options = Composition(
-        version=model_args.version or (PLAIN if stage is PRETRAIN else base_family(llm.config).version),
-        image_projector_type=model_args.image_projector_type,
-        mm_vision_select_layer=model_args.mm_vision_select_layer,
-        mm_vision_select_feature=model_args.mm_vision_select_feature,
+        version=model_args.version or usual_template(llm, stage),
+        image_projector_type=model_args.image_projector_type or "linear",
+        mm_vision_select_layer=-1 if model_args.mm_vision_select_layer is None else model_args.mm_vision_select_layer,
+        mm_vision_select_feature=model_args.mm_vision_select_feature or "patch",
         image_aspect_ratio=data_args.image_aspect_ratio or "square",
         use_im_start_end=bool(model_args.mm_use_im_start_end),
     )
@@ -113,23 +115,9 @@ def composed(
     return build(describe_parts(llm, tower, options), dtype, llm.called)
 
 
-def settle(vlm: VLM, stage: Stage, model_args: ModelArguments, data_args: DataArguments) -> None:
-    """Gives a model the template and the image shape that the flags name, or leaves its own."""
-    vlm.require_tokenizer()
-    enclosed = vlm.section.use_im_start_end
-    if model_args.mm_use_im_start_end not in (None, enclosed):
-        raise UserError(
-            f"--mm_use_im_start_end {model_args.mm_use_im_start_end}, but {vlm.source} was trained "
-            f"{'with' if enclosed else 'without'} <im_start> and <im_end>. "
-            "Leave the flag out: the folder says which it is."
-        )
-    vlm.settle(model_args.version or next_template(vlm, stage), data_args.image_aspect_ratio)
-
-
-def next_template(vlm: VLM, stage: Stage) -> str | None:
-    """The template in place of stage 1's, which is for captions alone, in the stages after it; None: it may stay."""
-    has_template = vlm.architecture is not None or vlm.section.version != PLAIN
-    return None if has_template or stage is PRETRAIN else family_of(vlm.model.config).version
+def usual_template(llm: Manifest, stage: Stage) -> str:
+    """The template of a composed model where no flag names one: stage 1's, or that of its language model's family."""
+    return PLAIN if stage is PRETRAIN else base_family(llm.config).version
 
 
 def sparsify(vlm: VLM, moe_args: MoEArguments) -> Certificate | None:
@@ -138,17 +126,13 @@ def sparsify(vlm: VLM, moe_args: MoEArguments) -> Certificate | None:
     Returns:
         The conversion's certificate; None for a model that was sparse already.
     """
-    spec, stored = moe_args.spec(), vlm.spec
-    if stored is None:
-        certificate = upcycle_certified(vlm.model, spec, vlm.probes())
-        vlm.sparse(spec)
-        return certificate
-    if moe_args.num_experts is not None and stored.num_experts != spec.num_experts:
-        raise UserError(
-            f"--num_experts {spec.num_experts}, but the folder's layers have {stored.num_experts}. "
-            "Leave the flag out to train the folder's experts further."
-        )
-    return None
+    if vlm.spec is not None:
+        retrain(vlm, moe_args)
+        return None
+    spec = moe_args.spec()
+    certificate = upcycle_certified(vlm.model, spec, vlm.probes())
+    vlm.sparse(spec)
+    return certificate
 
 
 def refuse_wrong_start(
@@ -177,6 +161,19 @@ def refuse_wrong_start(
         raise UserError(
             f"--image_tower {model_args.image_tower} conflicts with {source}, which has a tower "
             "already. Leave --image_tower out."
+        )
+    learnt = not is_llm or model_args.pretrain_mm_mlp_adapter
+    if not learnt and stage is FINETUNE and not model_args.untrained_projector:
+        raise UserError(
+            f"Stage 2 from {source}: its projector has learnt nothing. Run stage 1 first (--tune_mm_mlp_adapter True "
+            "--version plain), give one as --pretrain_mm_mlp_adapter, or add --untrained_projector True."
+        )
+    if learnt and model_args.untrained_projector:
+        raise UserError("--untrained_projector True, but the projector has been trained. Leave the flag out.")
+    if moe_args.moe_enable and manifest.section is not None and manifest.section.stage == PRETRAIN.name:
+        raise UserError(
+            f"--moe_enable True (stage 3) starts from a stage-2 folder, but {source} is a stage-1 folder, whose "
+            "language model has never seen an image. Run stage 2 first."
         )
     if manifest.is_sparse and not moe_args.moe_enable:
         raise UserError(f"{source} is a Mixture of Experts: add --moe_enable True to train it.")

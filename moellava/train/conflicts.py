@@ -8,8 +8,6 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from moellava.moe.spec import MoESpec
-
 
 class Flags(NamedTuple):
     """The four groups of flags of `arguments.py`, as rules read them."""
@@ -82,11 +80,11 @@ CONFLICTS: list[Rule] = [
         "--ep_size {moe.ep_size} does not divide the {processes} processes of this run.",
     ),
     (
-        lambda f: not f.moe.moe_enable and f.moe.spec() != MoESpec(),
+        lambda f: not f.moe.moe_enable and f.moe.given(),
         "MoE flags need --moe_enable True; without it they would do nothing.",
     ),
     (
-        lambda f: f.moe.moe_enable and any(count % f.moe.ep_size for count in f.moe.spec().num_experts),
+        lambda f: f.moe.moe_enable and any(count % f.moe.ep_size for count in f.moe.num_experts or []),
         "--ep_size {moe.ep_size} does not divide --num_experts {moe.num_experts}.",
     ),
     (

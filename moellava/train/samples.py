@@ -92,7 +92,7 @@ class SampleAnswers(TrainerCallback):
     def ending(self) -> Ending:
         """Where an answer ends."""
         vlm = self.trainer.vlm
-        return Ending(vlm.tokenizer, vlm.encoder.renderer.terminator)
+        return Ending(vlm.tokenizer, vlm.encoder.renderer.terminator, vlm.model.generation_config)
 
     def _show(self, answered: Sequence[Answered], step: int) -> None:
         for number, one in enumerate(answered):

@@ -61,16 +61,17 @@ def vision_parameters(vlm: VLM, args: ModelArguments, with_projector: bool) -> l
 def _experts_and_routers(vlm: VLM, args: ModelArguments, moe: MoEArguments) -> list[nn.Parameter]:
     if moe.train_modules is None:
         return list(expert_parameters(vlm.model)) + beside_experts(vlm, args, moe)
-    return _named_modules(vlm, moe.train_modules, _routers(vlm, moe)) + _vision_if_named(vlm, args)
+    return _named_modules(vlm, moe.train_modules, _routers(vlm)) + _vision_if_named(vlm, args)
 
 
 def beside_experts(vlm: VLM, args: ModelArguments, moe: MoEArguments) -> list[nn.Parameter]:
     """What trains in stage 3 beside the experts: routers, and of the vision parts those that flags ask for by name."""
-    return _routers(vlm, moe) + _vision_if_named(vlm, args)
+    return _routers(vlm) + _vision_if_named(vlm, args)
 
 
-def _routers(vlm: VLM, moe: MoEArguments) -> list[nn.Parameter]:
-    return [] if moe.spec().freeze_router else list(router_parameters(vlm.model))
+def _routers(vlm: VLM) -> list[nn.Parameter]:
+    spec = vlm.spec
+    return [] if spec is None or spec.freeze_router else list(router_parameters(vlm.model))
 
 
 def _vision_if_named(vlm: VLM, args: ModelArguments) -> list[nn.Parameter]:

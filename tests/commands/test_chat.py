@@ -6,12 +6,13 @@ import io
 import sys
 
 import pytest
+from PIL import Image
 
 from moellava.cli import main as moellava
 from moellava.commands import chat as command
 from moellava.commands.chat import Chat
 from moellava.serve.generate import Sampling
-from tests.processes import Finished, run
+from tests.processes import ROOT, Finished, launched, run
 
 QUESTION = "what colour is it?"
 
@@ -79,7 +80,7 @@ def test_a_conversation_remembers_turns_and_images(composed, pictures):
         "<image>\n<image>\nand these?",
         second,
     ]
-    assert chat.images == [str(path) for path in pictures]
+    assert [image.size for image in chat.images] == [Image.open(path).size for path in pictures]
     chat.reset()
     assert chat.messages == [] and chat.images == []
 
@@ -90,3 +91,53 @@ def test_several_images_and_an_end_of_input(composed, pictures, monkeypatch, cap
     words = ["--model-path", "x", "--image-file", *map(str, pictures), "--max-new-tokens", "2"]
     assert command.main(words) == 0
     assert capsys.readouterr().out.count("/reset") == 2  # the greeting and /help
+
+
+def test_a_bad_file_leaves_the_conversation_as_it_was(composed, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "open_vlm", lambda *_, **__: composed)
+    named = tmp_path / "a picture.png"
+    named.write_bytes(pictures[0].read_bytes())
+    lines = ["/image missing.png", "hello", f"/image {named}", f"/image '{named}' {pictures[1]}", "these?"]
+    lines += ["/image 'open", "/image", "and now?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert command.main(["--model-path", "x", "--max-new-tokens", "2"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("no such image file") == 1 and "No closing quotation" in said and "No file is named" in said
+    assert "Traceback" not in said and "tags" not in said
+
+
+def test_an_answer_that_is_stopped_is_forgotten_and_the_chat_goes_on(composed, monkeypatch, capsys):
+    def stopped(*_):
+        yield "half"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "stream", stopped)
+    chat = Chat(composed, Sampling())
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    command.converse(chat)
+    assert "stopped" in capsys.readouterr().out and chat.messages == []
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["--device", "gpu"], "--device gpu: "),
+        (["--device", "cuda:7"], "--device cuda:7: "),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--seed", str(2**64)], "seed is"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+    ],
+)
+def test_a_wrong_value_is_named_before_the_model_is_read(words, named, capsys):
+    assert moellava(["chat", "--model-path", "no such folder", *words]) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_way_in_which_moe_llava_is_asked(taught_folder, pictures):
+    words = ["--model-path", str(taught_folder), "--image-file", str(pictures[0]), "--question", "what colour is it?"]
+    script = str(ROOT / "moellava" / "serve" / "cli.py")
+    alone = run([*launched(1), script, *words])
+    assert alone.returncode == 0 and "red" in alone.stdout, alone.stderr[-2000:]
+    both = run([*launched(2), script, *words])
+    assert both.returncode != 0 and "one process answers" in both.stderr and "Traceback" not in both.stderr

@@ -9,6 +9,7 @@ import pytest
 from moellava.eval import scoring
 from moellava.eval.benchmarks import Question
 from moellava.eval.scoring import Score, answers_of, by_category, score
+from moellava.serve.answer import Answer
 from moellava.serve.generate import Sampling
 
 QUESTIONS = [
@@ -47,7 +48,7 @@ def test_answers_come_back_in_the_order_of_the_questions(monkeypatch):
         asked.extend(request.messages[-1]["value"] for request in requests)
         assert settings.pop("batch_size") == 2
         assert Sampling(**settings) == Sampling(max_new_tokens=8, temperature=0), "answers are greedy"
-        return [f" {request.images[0]} " for request in requests]
+        return [Answer(request.images[0]) for request in requests]
 
     monkeypatch.setattr(scoring, "answer", echo)
     said = answers_of(None, QUESTIONS, max_new_tokens=8, batch_size=2)

@@ -11,7 +11,7 @@ from PIL import Image
 from moellava.data import media
 from moellava.data.preprocess import preprocess
 from moellava.data.records import Medium
-from moellava.errors import DataError, UserError
+from moellava.errors import UserError
 from moellava.moe import MoESpec, upcycle
 from moellava.serve.answer import OpenImages, Prompts, answer, stream
 from moellava.serve.generate import Sampling
@@ -112,8 +112,8 @@ def test_an_answer_ends_with_the_context(composed):
     said = answer(composed, [Request(words), Request("hello")], max_new_tokens=40, batch_size=2)
     assert len(ids) < room
     assert len(composed.tokenizer(said[0], add_special_tokens=False).input_ids) <= max(room - len(ids), 1) + 2
-    with pytest.raises(UserError, match=rf"reads at most {room}"):
-        answer(composed, [Request("word " * room)])
+    (refused,) = answer(composed, [Request("word " * room)])
+    assert refused == "" and f"reads at most {room}" in str(refused.error)
 
 
 def test_mistakes_are_named(composed, pictures, tmp_path):
@@ -125,10 +125,28 @@ def test_mistakes_are_named(composed, pictures, tmp_path):
         Request()
     with pytest.raises(UserError, match="end with human"):
         Request(messages=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}])
-    with pytest.raises(DataError, match="no such image file"):
-        answer(composed, [Request("what?", [tmp_path / "missing.png"])])
     with pytest.raises(UserError, match="Unknown template"):
         of_version(composed, "no-such")
+
+
+def test_a_request_that_cannot_be_answered_harms_no_other(composed, pictures, tmp_path, caplog):
+    """What is found when the prompt is made, and what only shows when an image is decoded in full."""
+    content = bytearray(pictures[0].read_bytes())
+    content[60:90] = bytes(30)
+    (tmp_path / "hole.png").write_bytes(content)
+    bad = [tmp_path / "missing.png", tmp_path / "hole.png"]
+    requests = [Request("what?", [path]) for path in (bad[0], pictures[0], bad[1], pictures[1])]
+    said = answer(composed, requests, max_new_tokens=4)
+    alone = [answer(composed, [request], max_new_tokens=4)[0] for request in (requests[1], requests[3])]
+    assert [said[1], said[3]] == alone and said[1].error is None
+    for number, words in ((0, "no such image file"), (2, "the image cannot be read")):
+        assert said[number] == "" and words in str(said[number].error)
+        assert f"Request {number} is not answered: " in caplog.text
+
+
+def test_half_a_character_is_named():
+    with pytest.raises(UserError, match="holds half a character"):
+        Request("a \udcc3")
 
 
 def test_a_model_without_a_template_asks_for_one(composed):
