@@ -144,7 +144,7 @@ class VLM:
         section = self.section
         version = version or section.version
         if self.architecture is not None:
-            if image_aspect_ratio is not None:
+            if image_aspect_ratio not in (None, section.image_aspect_ratio):
                 raise UserError(
                     f"--image_aspect_ratio {image_aspect_ratio}: {self.source} is a released model, whose "
                     "processor says how images are cut. Leave the flag out."

@@ -37,6 +37,7 @@ class Fit:
         version: name of the template.
         terminator: what ends an answer.
         terminator_ids: the ids it becomes; a single one where it is a special token.
+        is_exact: the mask is exact.
         fits: the terminator is one special token, and the mask is exact.
         verdict: the same in words.
     """
@@ -44,6 +45,7 @@ class Fit:
     version: str
     terminator: str
     terminator_ids: list[int]
+    is_exact: bool
     fits: bool
     verdict: str
 
@@ -114,18 +116,18 @@ def fit_of(tokenizer: PreTrainedTokenizerBase, version: str) -> Fit:
         terminator = renderer.terminator
         pieces = renderer.pieces(PROBE[:2] if is_plain(renderer) else PROBE, has_media=has_image)
     except UserError as error:
-        return Fit(version, "", [], False, str(error))
+        return Fit(version, "", [], False, False, str(error))
     ids = engine_for(tokenizer).encode([Piece(terminator)]).ids[len(leading_ids(tokenizer)) :]
     encoded = engine_for(tokenizer).encode(pieces, renderer.places_media(has_image))
     wrong = mask_problem(tokenizer, pieces, encoded)
     single = len(ids) == 1 and (ids[0] in tokenizer.all_special_ids or ids[0] in _special_ids(tokenizer))
     if wrong:
-        return Fit(version, terminator, ids, False, wrong)
+        return Fit(version, terminator, ids, False, False, wrong)
     if not single and not is_plain(renderer):
         return Fit(
-            version, terminator, ids, False, f"exact mask, but {terminator!r} is text here, not one special token"
+            version, terminator, ids, True, False, f"exact mask, but {terminator!r} is text here, not one special token"
         )
-    return Fit(version, terminator, ids, True, "the mask decodes to exactly the answers and their terminators")
+    return Fit(version, terminator, ids, True, True, "the mask decodes to exactly the answers and their terminators")
 
 
 def is_plain(renderer: Renderer) -> bool:

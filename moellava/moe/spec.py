@@ -5,6 +5,7 @@ An option stands here once: its field says name, default, help, range and choice
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -48,6 +49,13 @@ PRESETS.register(
 
 CUSTOM = "custom"
 """The `moe_mode` of layers that are given by index."""
+
+READ_WITH = {
+    "init_noise": ("init", "noise"),
+    "init_drop_ratio": ("init", "drop"),
+    "router_bias_rate": ("router_balance", "bias"),
+}
+"""Option -> the other option, and its value, without which nothing reads it."""
 
 COUNT, FRACTION, NOT_NEGATIVE = Range(least=1), Range(least=0, most=1), Range(least=0)
 
@@ -205,13 +213,24 @@ class MoESpec:
                     f"--{name} {value}, but the folder's layers were made with {own}. Leave the flag out to train them "
                     "further."
                 )
-        spec = replace(self, **{name: value for name, value in values.items() if not is_fixed[name]})
+        anew = {name: value for name, value in values.items() if not is_fixed[name]}
+        spec = replace(self, **anew).refuse_idle(anew)
         if self.router_balance == "bias" != spec.router_balance:
             raise UserError(
                 f"--router_balance {spec.router_balance}, but the folder's routers choose experts by a bias that they "
                 "have learnt with --router_balance bias. Leave the flag out."
             )
         return spec
+
+    def refuse_idle(self, given: Iterable[str]) -> MoESpec:
+        """Itself. Raises UserError for an option that is given and that nothing would read."""
+        for name in READ_WITH.keys() & set(given):
+            other, value = READ_WITH[name]
+            if getattr(self, other) != value:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} needs --{other} {value}, but --{other} is {getattr(self, other)}."
+                )
+        return self
 
     def is_exact(self) -> bool:
         """Whether the recipe keeps the dense model's output, in theory (docs/MOE.md, 'Exactness')."""

@@ -28,6 +28,13 @@ class Flags(NamedTuple):
         return self.training.lora_enable or self.model.use_vision_lora
 
     @property
+    def projector_rests(self) -> bool:
+        """Whether the flags leave the projector as it is."""
+        if self.moe.moe_enable:
+            return not self.model.train_vision_projector
+        return self.model.freeze_mm_mlp_adapter
+
+    @property
     def all_frozen(self) -> bool:
         """Whether the flags of stages 1 and 2 leave nothing that trains."""
         vision = self.model.train_vision_encoder or self.model.use_vision_lora
@@ -76,7 +83,20 @@ CONFLICTS: list[Rule] = [
         "--ep_size {moe.ep_size} needs --deepspeed: the native engine keeps all experts in each process.",
     ),
     (
-        lambda f: f.moe.moe_enable and f.processes % f.moe.ep_size != 0,
+        lambda f: f.model.force_version and not f.model.version,
+        "--force_version True needs --version: there is no template to force.",
+    ),
+    (
+        lambda f: f.moe.ep_size < 1 or (f.moe.ep_size != 1 and not f.moe.moe_enable),
+        "--ep_size {moe.ep_size}: a number of processes from 1 on, in stage 3 (--moe_enable True).",
+    ),
+    (
+        lambda f: f.training.mm_projector_lr is not None and f.projector_rests,
+        "--mm_projector_lr {training.mm_projector_lr}, but the projector does not train. Leave the flag out, or add "
+        "--train_vision_projector True.",
+    ),
+    (
+        lambda f: f.moe.moe_enable and f.moe.ep_size > 0 and f.processes % f.moe.ep_size != 0,
         "--ep_size {moe.ep_size} does not divide the {processes} processes of this run.",
     ),
     (
@@ -84,7 +104,11 @@ CONFLICTS: list[Rule] = [
         "MoE flags need --moe_enable True; without it they would do nothing.",
     ),
     (
-        lambda f: f.moe.moe_enable and any(count % f.moe.ep_size for count in f.moe.num_experts or []),
+        lambda f: f.moe.num_experts and (f.moe.top_k_experts or 0) > min(f.moe.num_experts),
+        "--top_k_experts {moe.top_k_experts} does not fit --num_experts {moe.num_experts}: a token visits so many.",
+    ),
+    (
+        lambda f: any(count % max(f.moe.ep_size, 1) for count in f.moe.num_experts or []),
         "--ep_size {moe.ep_size} does not divide --num_experts {moe.num_experts}.",
     ),
     (
@@ -105,6 +129,10 @@ CONFLICTS: list[Rule] = [
     (
         lambda f: f.training.eval_strategy != "no" and not f.data.eval_data_path,
         "--eval_strategy {training.eval_strategy} needs --eval_data_path.",
+    ),
+    (
+        lambda f: f.data.eval_data_path and f.training.eval_strategy == "no" and not f.training.eval_on_start,
+        "--eval_data_path needs --eval_strategy steps or epoch, or --eval_on_start True: nothing would read it.",
     ),
     (
         lambda f: f.training.activation_checkpointing_kwargs not in (None, {"use_reentrant": False}),

@@ -36,6 +36,11 @@ def reconcile(vlm: VLM, stage: Stage, model_args: ModelArguments, data_args: Dat
                 f"{'parts of its own' if own is None else own}. Leave the flag out: the folder says it."
             )
     section = vlm.section
+    if vlm.architecture is not None and data_args.image_aspect_ratio is not None:
+        raise UserError(
+            f"--image_aspect_ratio {data_args.image_aspect_ratio}: {vlm.source} is a released model, whose processor "
+            "says how images are cut. Leave the flag out."
+        )
     follows = next_template(vlm, stage)
     version = model_args.version or follows or section.version
     if model_args.version is not None:
@@ -79,7 +84,8 @@ def refuse_template(vlm: VLM, stage: Stage, model_args: ModelArguments, usual: s
         takes = "stage 1 learns from captions, with plain" if stage is PRETRAIN else "plain is stage 1's, for captions"
         raise UserError(f"--version {version} does not fit: {takes}. Leave the flag out, or add --force_version True.")
     fit = fit_of(vlm.tokenizer, version)
-    if not fit.fits:
+    ends_with_text = fit.is_exact and "<" not in fit.terminator  # as the template means to
+    if not fit.fits and not ends_with_text:
         names = [one.version for one in facts_of(vlm.tokenizer).fits if one.fits and one.version != PLAIN]
         raise UserError(
             f"--version {version} does not fit the tokenizer of {vlm.source}: {fit.verdict}. Templates that fit: "

@@ -114,7 +114,7 @@ def test_a_template_of_ours_takes_the_place_of_the_models_own(version, run):
     vlm = reopen(folder)
     assert vlm.section.version == vlm.encoder.version == version
     assert vlm.processor.chat_template == jinja_of(version)
-    with pytest.raises(UserError, match=f"--version {version} writes <image> .* qwen2-vl models read <.image_pad.>"):
+    with pytest.raises(UserError, match=f"--version {version} (writes <image>|does not fit)"):
         run("qwen2-vl", "other", version=version, max_steps=1)
 
 

@@ -27,7 +27,7 @@ def test_a_template_that_no_flag_names_follows_from_the_stage_and_the_folder(fla
     own = dict.fromkeys(("image_tower", "image_projector_type", "pretrain_mm_mlp_adapter"))
     again = run("finetune", **own, model_name_or_path=first, output_dir=tmp_path / "again")
     assert template_of(again) == "qwen", "stage 1's is for captions alone"
-    second = run("finetune", version="v1", output_dir=tmp_path / "v1")
+    second = run("finetune", version="v1", force_version=True, output_dir=tmp_path / "v1")
     assert template_of(run("moe", model_name_or_path=second)) == "v1", "the folder's own"
 
 

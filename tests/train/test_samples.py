@@ -22,7 +22,7 @@ def run(flags_for, tmp_path, caplog):
     """(name, flags) -> the folder of a short stage 2, and (step, record, prompt, answer, reference) of its samples."""
 
     def start(name, **flags):
-        flags = {"output_dir": tmp_path / name, "pretrain_mm_mlp_adapter": None} | flags
+        flags = {"output_dir": tmp_path / name, "pretrain_mm_mlp_adapter": None, "untrained_projector": True} | flags
         caplog.clear()
         with caplog.at_level(logging.INFO, "moellava"):
             folder = train_here(flags_for(tmp_path, "finetune") | flags)
@@ -58,6 +58,7 @@ def test_evaluation_leaves_the_load_that_is_logged_alone(run, parts, tmp_path):
         "moe_mode": "dense",
         "num_experts": 2,
         "image_tower": None,
+        "untrained_projector": None,
         "model_name_or_path": dense,
     }
     logs = []
