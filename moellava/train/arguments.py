@@ -319,10 +319,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoE
     given = given_flags(argv)
     if problems := find_problems(given, defaults()):
         raise UserError("\n".join(problems))
-    model, data, moe, training = (
-        construct(group, {name: given[name] for name in given if name in field_names(group)})
-        for group in ARGUMENT_CLASSES
-    )
+    model = construct(ModelArguments, given)
+    data = construct(DataArguments, given)
+    moe = construct(MoEArguments, given)
+    training = construct(TrainingArguments, given)
     settle(model, training)
     problems = find_conflicts(Flags(model, data, moe, training))
     if problems:

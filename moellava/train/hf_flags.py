@@ -316,7 +316,7 @@ def find_problems(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> list
         given: values by name, of the flags that stand there.
         defaults: values by name, of all flags, ours and transformers'.
     """
-    flags, judged = SimpleNamespace(**(defaults | given)), {*hf_names(), *OWN_RANGES}
+    flags, judged = SimpleNamespace(**{**defaults, **given}), {*hf_names(), *OWN_RANGES}
     found = []
     for name, value in given.items():
         problem = None if _is_sound(value) else "it must be a finite number of at most 64 bits."

@@ -44,13 +44,15 @@ EXTRAS = {"wandb": "wandb", "tensorboard": "train", "bitsandbytes": "quant", "de
 """Package -> the extra of ours that installs it."""
 
 
-def construct(make: Callable[..., T], given: Mapping[str, Any]) -> T:
-    """A dataclass of arguments from the flags that stand on the command line.
+def construct(make: type[T], flags: Mapping[str, Any]) -> T:
+    """A dataclass of arguments from those of the flags on the command line that are its own.
 
     Raises:
         UserError: its checks have failed; names the flags that are at fault, found by giving them one at a time, and
             then by leaving them out one at a time.
     """
+    own = field_names(make)
+    given = {name: value for name, value in flags.items() if name in own}
     try:
         return make(**given)
     except UserError:
@@ -187,6 +189,6 @@ def _try_schedule(args: Any) -> None:
     _attempt(flag, value, run)
 
 
-def field_names(make: type) -> set[str]:
+def field_names(make: Any) -> set[str]:
     """Names of a dataclass's fields that can be given."""
     return {item.name for item in fields(make) if item.init}
