@@ -110,8 +110,9 @@ CONFLICTS: list[Rule] = [
     ),
     (
         lambda f: f.training.activation_checkpointing_kwargs not in (None, {"use_reentrant": False}),
-        "--gradient_checkpointing_kwargs {training.activation_checkpointing_kwargs}: the non-reentrant one is the "
-        "only one; the other leaves the routers without a gradient. Leave the flag out.",
+        "--activation_checkpointing_kwargs (--gradient_checkpointing_kwargs) "
+        "{training.activation_checkpointing_kwargs}: the non-reentrant one is the only one; the other leaves the "
+        "routers without a gradient. Leave the flag out.",
     ),
     (
         lambda f: getattr(f.training, "hf_deepspeed_config", None) and f.training.hf_deepspeed_config.mismatches,

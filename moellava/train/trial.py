@@ -107,7 +107,7 @@ def try_out(args: Any, given: Iterable[str], moe_enable: bool) -> None:
     """
     asked = set(given)
     if "report_to" in asked:
-        _attempt("report_to", args.report_to, lambda: [make() for make in _trackers(args.report_to)])
+        _attempt("report_to", " ".join(args.report_to), lambda: [make() for make in _trackers(args.report_to)])
     if asked & {"optim", "optim_args", *ADAM}:
         _try_optimizer(args, asked, moe_enable)
     if asked & {"lr_scheduler_type", "lr_scheduler_kwargs"}:
