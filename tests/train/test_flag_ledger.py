@@ -244,7 +244,7 @@ RUN: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "eval_delay": ("2", EVALUATED, rows_of),
     "eval_on_start": ("True", EVALUATED, rows_of),
     "save_strategy": ("steps", "--save_steps 1", checkpoints_of),
-    "save_steps": ("1", "--save_strategy steps", checkpoints_of),
+    "save_steps": ("1", "--save_strategy steps --save_total_limit 2", checkpoints_of),
     "save_total_limit": ("2", "--save_strategy steps --save_steps 1", checkpoints_of),
 }
 """Flag -> value, other flags that it needs, and what of a run's folder it changes."""
