@@ -29,6 +29,7 @@ setup(
     ],
     extras_require={
         "train": ["deepspeed>=0.19", "ninja", "tensorboard"],
+        "wandb": ["wandb"],
         "video": ["av>=15"],
         "data": ["datasets>=4", "pyarrow", "pyyaml"],
         "quant": ["bitsandbytes>=0.48"],

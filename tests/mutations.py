@@ -431,8 +431,8 @@ RESUMING = (
     Mutation(
         "accumulated-steps-too-long",
         "train/trainer.py",
-        "loss = ce * processes / max(num_items_in_batch, 1)",
-        "loss = ce * processes / max(len(targets), 1)",
+        "loss = ce * (1 if own_mean else processes) / max(num_items_in_batch, 1)",
+        "loss = ce * (1 if own_mean else processes) / max(len(targets), 1)",
         "With --gradient_accumulation_steps 8 the gradient is eight times what one big batch gives.",
         ("train/test_trainer.py",),
     ),

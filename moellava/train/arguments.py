@@ -6,10 +6,11 @@ before anything loads.
 
 from __future__ import annotations
 
+import argparse
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -23,6 +24,9 @@ from moellava.moe.flags import FlagHelp
 from moellava.moe.spec import PRESETS, MoESpec, MoESpecFlags, given_options
 from moellava.train.conflicts import Flags, find_conflicts
 from moellava.train.deepspeed.extensions import leave_out_shared_memory
+from moellava.train.deepspeed.launch import stand_alone
+from moellava.train.hf_flags import find_problems
+from moellava.train.trial import construct, field_names, try_out
 
 
 def _flag(help_text: str, default=None, **kwargs):
@@ -189,6 +193,7 @@ class TrainingArguments(AdapterArguments, transformers.TrainingArguments):
             with suppress(ValueError):  # what is no JSON stays text, and find_conflicts refuses it by name
                 self.activation_checkpointing_kwargs = json.loads(self.activation_checkpointing_kwargs)
         if self.deepspeed:  # the next line starts its process group
+            stand_alone()
             leave_out_shared_memory()
         super().__post_init__()
 
@@ -220,6 +225,8 @@ def translate_flags(argv: list[str]) -> list[str]:
             skip = False
             continue
         name, has_value, value = word.partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
         if name in DROPPED_FLAGS:
             if not has_value and position + 1 < len(argv) and not argv[position + 1].startswith("--"):
                 value, skip = argv[position + 1], True
@@ -281,24 +288,57 @@ def settle_released(model: ModelArguments) -> None:
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, MoEArguments, TrainingArguments)
 
 
+class FlagParser(HfArgumentParser):
+    """Hugging Face's parser; what it cannot read is a UserError, in place of a usage of all flags and an exit."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}. `train.py --help` lists the flags.")
+
+
 def make_parser() -> HfArgumentParser:
     """The parser of all flags; also used to check that every shipped script parses."""
-    return HfArgumentParser(ARGUMENT_CLASSES, formatter_class=FlagHelp)
+    return FlagParser(ARGUMENT_CLASSES, formatter_class=FlagHelp)
+
+
+def given_flags(argv: list[str]) -> dict[str, Any]:
+    """Values by name of the flags that stand on the command line, whether or not they are the defaults.
+
+    Raises:
+        UserError: unknown flags and values that cannot be read.
+    """
+    absent = object()
+    nothing = argparse.Namespace(**{name: absent for group in ARGUMENT_CLASSES for name in field_names(group)})
+    words = translate_flags(argv)
+    read, unknown = make_parser().parse_known_args(words, nothing)
+    if unknown:
+        before = words[words.index(unknown[0]) - 1] if unknown[0] in words[1:] else "train.py"
+        raise UserError(f"Unknown flags: {' '.join(unknown)} (after {before}). `train.py --help` lists the known ones.")
+    return {name: value for name, value in vars(read).items() if value is not absent}
+
+
+def defaults() -> dict[str, Any]:
+    """Values by name of all flags, none given."""
+    items = [item for group in ARGUMENT_CLASSES for item in fields(group)]
+    return {item.name: item.default_factory() if callable(item.default_factory) else item.default for item in items}
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoEArguments, TrainingArguments]:
     """Flags -> dataclasses, conflicts refused.
 
     Raises:
-        UserError: unknown flags, conflicts (every one of them, by name) and values out of range.
+        UserError: unknown flags, flags that are not served, values out of range, and conflicts, by name.
     """
-    parsed = make_parser().parse_args_into_dataclasses(translate_flags(argv), return_remaining_strings=True)
-    *groups, unknown = parsed
-    if unknown:
-        raise UserError(f"Unknown flags: {' '.join(unknown)}. `train.py --help` lists the known ones.")
-    model, data, moe, training = groups
+    given = given_flags(argv)
+    if problems := find_problems(given, defaults()):
+        raise UserError("\n".join(problems))
+    model = construct(ModelArguments, given)
+    data = construct(DataArguments, given)
+    moe = construct(MoEArguments, given)
+    training = construct(TrainingArguments, given)
     settle(model, training)
     problems = find_conflicts(Flags(model, data, moe, training))
     if problems:
         raise UserError("\n".join(problems))
+    try_out(training, given, moe.moe_enable)
     return model, data, moe, training

@@ -8,6 +8,8 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from moellava.moe.spec import given_options
+
 
 class Flags(NamedTuple):
     """The four groups of flags of `arguments.py`, as rules read them."""
@@ -101,7 +103,7 @@ CONFLICTS: list[Rule] = [
     ),
     (
         lambda f: not f.moe.moe_enable and f.moe.given(),
-        "MoE flags need --moe_enable True; without it they would do nothing.",
+        "MoE flags need --moe_enable True; without it they would do nothing: {sparse}.",
     ),
     (
         lambda f: f.moe.num_experts and (f.moe.top_k_experts or 0) > min(f.moe.num_experts),
@@ -136,13 +138,14 @@ CONFLICTS: list[Rule] = [
     ),
     (
         lambda f: f.training.activation_checkpointing_kwargs not in (None, {"use_reentrant": False}),
-        "--gradient_checkpointing_kwargs {training.activation_checkpointing_kwargs}: the non-reentrant one is the "
-        "only one; the other leaves the routers without a gradient. Leave the flag out.",
+        "--activation_checkpointing_kwargs (--gradient_checkpointing_kwargs) "
+        "{training.activation_checkpointing_kwargs}: the non-reentrant one is the only one; the other leaves the "
+        "routers without a gradient. Leave the flag out.",
     ),
     (
-        lambda f: f.training.load_best_model_at_end,
-        "--load_best_model_at_end is not served: the last folder is what the next stage takes. Evaluate "
-        "checkpoints with `moellava eval` and pass the best one on.",
+        lambda f: getattr(f.training, "hf_deepspeed_config", None) and f.training.hf_deepspeed_config.mismatches,
+        "--deepspeed {training.deepspeed}: its numbers differ from the flags: "
+        "{training.hf_deepspeed_config.mismatches}. Write 'auto' in their place.",
     ),
 ]
 """Of all runs."""
@@ -204,7 +207,8 @@ ADAPTER_CONFLICTS: list[Rule] = [
 def find_conflicts(flags: Flags) -> list[str]:
     """Every contradiction between flags, one line each; empty when there is none."""
     rules = CONFLICTS + ADAPTER_CONFLICTS if flags.adapts else CONFLICTS
-    known = flags._asdict() | {"processes": flags.processes}
+    sparse = " ".join(f"--{name} {value}" for name, value in given_options(flags.moe).items())
+    known = flags._asdict() | {"processes": flags.processes, "sparse": sparse}
     found = [message.format(**known) for broken, message in rules if broken(flags)]
     return found + idle_adapter_flags(flags)
 

@@ -93,7 +93,8 @@ class StageTrainer(Trainer):
         # Gradients are averaged over processes, so each contributes its share of the step times their number.
         processes = self.accelerator.num_processes
         ce = cross_entropy_sum(outputs.logits, targets, self.args.label_smoothing_factor)
-        loss = ce * processes / max(num_items_in_batch, 1)
+        own_mean = not self.args.average_tokens_across_devices  # then the count is this process's own
+        loss = ce * (1 if own_mean else processes) / max(num_items_in_batch, 1)
         measured = {"ce": loss.detach(), "tokens": token_mask.sum()}
         if self.is_moe:
             shares = router_losses(self.model, total_tokens=self.step_tokens, reduce=sum_over_processes)
@@ -160,7 +161,7 @@ class StageTrainer(Trainer):
             # Not grouped, a step holds the same samples however it is split over processes and accumulation.
             batch_size=self.args.train_batch_size * (1 if grouped else self.args.gradient_accumulation_steps),
             world_size=self.args.world_size,
-            seed=self.args.seed,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
         return self.train_sampler
 
