@@ -85,7 +85,7 @@ class MediaCollator:
             del batch["labels"]
         unreadable = {number: why for sample in samples for number, why in sample.get(UNREADABLE, {}).items()}
         beside: dict[str, Any] = {UNREADABLE: unreadable} if unreadable else {}
-        if self.names_records:
+        if self.names_records and not self.for_prompts:
             beside[RECORDS] = [sample["record"] for sample in samples]
         return batch | (media.tensors if media else {}) | beside
 

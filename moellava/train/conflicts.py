@@ -114,6 +114,21 @@ CONFLICTS: list[Rule] = [
         "only one; the other leaves the routers without a gradient. Leave the flag out.",
     ),
     (
+        lambda f: f.training.save_only_model,
+        "--save_only_model True is not served: a killed run could not go on from such a checkpoint. Leave the flag "
+        "out; --save_total_limit bounds the room, and the stage's own folder holds the model alone.",
+    ),
+    (
+        lambda f: f.training.ignore_data_skip,
+        "--ignore_data_skip True is not served: a run that goes on would see other samples than one that was not "
+        "killed. Leave the flag out.",
+    ),
+    (
+        lambda f: f.training.restore_callback_states_from_checkpoint,
+        "--restore_callback_states_from_checkpoint True is not served: a run that was stopped would be stopped for "
+        "good. Leave the flag out.",
+    ),
+    (
         lambda f: f.training.load_best_model_at_end,
         "--load_best_model_at_end is not served: the last folder is what the next stage takes. Evaluate "
         "checkpoints with `moellava eval` and pass the best one on.",

@@ -127,9 +127,8 @@ def weights_content(path: Path) -> str:
     """The content of a model's folder, or of one file of weights; '' where there is none."""
     files = [path] if path.is_file() else sorted(file for file in path.glob("*") if is_model_file(file))
     digests = shared(files, lambda share: threaded(file_digest, share))
-    return combined(
-        f"{file.name if len(files) > 1 else ''} {digest}" for file, digest in zip(files, digests, strict=True)
-    )
+    names = [""] if len(files) == 1 else [file.name for file in files]  # a single file may have another name
+    return combined(f"{name} {digest}" for name, digest in zip(names, digests, strict=True))
 
 
 def is_model_file(path: Path) -> bool:
