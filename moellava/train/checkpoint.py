@@ -110,7 +110,13 @@ def check_contents(output_dir: Path, contents: dict[str, Any]) -> None:
 
 
 def require_same(output_dir: Path, stored: dict[str, Any], part: str, now: dict[str, Any]) -> None:
-    """Raises UserError, with each difference, unless a part of run.json is equal to what it would be now."""
+    """Raises UserError, with each difference, unless a part of run.json is equal to what it would be now; also for a
+    run.json that is too old to tell."""
+    if not isinstance(stored.get("contents"), dict):
+        raise UserError(
+            f"{output_dir / RUN_FILE} does not say which data and weights the run has read: an earlier version of "
+            "moellava wrote it. Go on with that version, or choose another --output_dir."
+        )
     before, now = stored[part], json.loads(json.dumps(now))
     different = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if different:
@@ -133,17 +139,12 @@ LONGER = (
 
 
 def read_run(output_dir: Path) -> dict[str, Any]:
-    """What run.json says: {"identity", "contents", "finished"}. Raises UserError where it is damaged, or too old."""
+    """What run.json says: {"identity", "contents", "finished"}. Raises UserError where it is damaged."""
     path = output_dir / RUN_FILE
     stored = read_json(path)
     if not isinstance(stored, dict) or not isinstance(stored.get("identity"), dict) or "finished" not in stored:
         raise UserError(
             f"{path} is damaged: it does not say which run this is. Put it back, or choose another --output_dir."
-        )
-    if not isinstance(stored.get("contents"), dict):
-        raise UserError(
-            f"{path} does not say which data and weights the run has read: an earlier version of moellava wrote it. "
-            "Go on with that version, or choose another --output_dir."
         )
     return stored
 

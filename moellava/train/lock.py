@@ -22,12 +22,14 @@ def locked(output_dir: Path) -> Iterator[None]:
     even where a worker lives a little longer.
 
     Raises:
-        UserError: another process holds it; the message names it.
+        UserError: another process holds it, and the message names it; or the folder cannot be written, or locked.
     """
-    is_new = not output_dir.exists()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / LOCK
-    descriptor = _acquire(path)
+    is_new, path = not output_dir.exists(), output_dir / LOCK
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(path)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
     try:
         yield
     finally:
@@ -43,7 +45,7 @@ def _acquire(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise UserError(

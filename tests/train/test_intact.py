@@ -92,10 +92,10 @@ class Planted:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["optimizer.pt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("scheduler.pt", "rng_state.pth"))],
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("scheduler.pt", "rng_state.pth")]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", *SLOW])
 def test_code_in_a_checkpoint_does_not_run(name, killed, tmp_path):
     checkpoint = killed["output_dir"] / "checkpoint-1"
     shutil.rmtree(killed["output_dir"] / "checkpoint-2")

@@ -44,3 +44,10 @@ def test_a_folder_that_nothing_came_into_goes_again(tmp_path):
     with locked(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/run"):
+        with pytest.raises(UserError, match="--output_dir .*file.* cannot be written: "):
+            locked(tmp_path / name).__enter__()
