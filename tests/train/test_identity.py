@@ -92,6 +92,7 @@ def test_flags_without_effect_may_change(copied, caplog):
     assert "Nothing to do" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_trained_longer_as_the_message_says(copied, tmp_path):
     with pytest.raises(UserError, match="--max_steps: 2 there, 3 now") as error:
         train_here(copied | {"max_steps": 3})
