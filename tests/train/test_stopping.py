@@ -148,9 +148,7 @@ def test_two_processes_stop_together(flags_for, tmp_path):
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            os.killpg(
-                process.pid, number
-            )  # as terminals and schedulers do: deepspeed's first process passes nothing on
+            os.kill(process.pid, signal.SIGTERM)
             said = process.communicate(timeout=60)[0]
         finally:
             kill_session(process.pid)
