@@ -215,7 +215,11 @@ COMMON |= {"lr_scheduler_type": "constant", "image_aspect_ratio": "pad", "model_
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory, tokenizer_folder) -> Path:
     """A folder with a tiny random language model (`lm`), tower (`tower`), images and LLaVA records."""
-    root = tmp_path_factory.mktemp("parts")
+    return write_parts(tmp_path_factory.mktemp("parts"), tokenizer_folder)
+
+
+def write_parts(root: Path, tokenizer_folder: Path) -> Path:
+    """See `parts`."""
     special = {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 0}
     tiny.write_base(root / "lm", "qwen2", tokenizer_folder, tiny.VOCABULARY + 8, **special)
     tiny.write_clip(root / "tower")
@@ -227,6 +231,11 @@ def parts(tmp_path_factory, tokenizer_folder) -> Path:
 @pytest.fixture(scope="session")
 def flags_for(parts) -> Callable[[Path, str], Flags]:
     """(folder of the runs, stage) -> the flags of that stage; stages 2 and 3 start from the folders before them."""
+    return stage_flags(parts)
+
+
+def stage_flags(parts: Path) -> Callable[[Path, str], Flags]:
+    """See `flags_for`."""
     new = {"model_name_or_path": parts / "lm", "image_tower": parts / "tower", "image_projector_type": "mlp2x_gelu"}
     sft = {"version": "qwen", "data_path": parts / "sft.json"}
     plain = {"version": "plain", "tune_mm_mlp_adapter": True, "data_path": parts / "captions.json"}

@@ -22,6 +22,9 @@ from moellava.data.media_reader import MediaReader, Run, Shown, blank, modality_
 UNREADABLE = "unreadable"
 """Key of a sample that stands for a record which cannot be shown, and of a batch with such samples."""
 
+RECORDS = "records"
+"""Key of a batch of training: the names of its records."""
+
 
 class MediaCollator:
     """Pads samples of `SupervisedDataset` and puts the tokens of images and videos in place of placeholders.
@@ -36,10 +39,12 @@ class MediaCollator:
             often in every step on every rank; ranks that wait for each other's parameters (ZeRO-3) would not meet
             otherwise. A batch that shows nothing shows a blank image all the same.
         for_prompts: whether batches are prompts to be answered: padded on the left, and nothing blank in them.
+        names_records: whether a batch says whose it is, under `RECORDS`; that is no input of the model.
     """
 
     modalities: Sequence[str] = ()
     for_prompts = False
+    names_records = False
 
     def __init__(self, reader: MediaReader, pad_token_id: int, train_questions: bool = False):
         self.reader = reader
@@ -79,7 +84,10 @@ class MediaCollator:
         if self.for_prompts:
             del batch["labels"]
         unreadable = {number: why for sample in samples for number, why in sample.get(UNREADABLE, {}).items()}
-        return batch | (media.tensors if media else {}) | ({UNREADABLE: unreadable} if unreadable else {})
+        beside: dict[str, Any] = {UNREADABLE: unreadable} if unreadable else {}
+        if self.names_records and not self.for_prompts:
+            beside[RECORDS] = [sample["record"] for sample in samples]
+        return batch | (media.tensors if media else {}) | beside
 
     def _blanks(self, shown: Sequence[Sequence[Shown]]) -> list[Shown]:
         """What a batch has to show beside what its samples show."""

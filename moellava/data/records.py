@@ -7,6 +7,7 @@ not trained on. Whatever files call it (`record_keys.py`), and whatever format t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from array import array
@@ -94,6 +95,12 @@ class Records(Sequence[dict[str, Any]]):
     def key(self, index: int) -> str:
         """How a skip list calls a record."""
         return str(key_of(self.files[self._file_of[index]], self._number[index], self._digest[index]))
+
+    def content(self) -> str:
+        """A digest of all records as they are read, in their order, wherever their files lie."""
+        digest = hashlib.sha256(self._ends.tobytes())
+        digest.update(self._buffer)
+        return f"sha256 {digest.hexdigest()[:32]}"
 
     def append(self, record: dict[str, Any], file: str, number: int, digest: int) -> None:
         """Adds a record. Raises UnicodeEncodeError on text that holds half of a surrogate pair."""

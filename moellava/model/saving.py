@@ -52,6 +52,8 @@ def save_pretrained_folder(
     path = Path(path)
     note_meta(model, meta or {})
     state = model.state_dict() if state_dict is None else state_dict
+    # What is saved may be of a lower precision than what trains.
+    model.config.dtype = next(value.dtype for value in state.values() if value.is_floating_point())
     try:
         with staged(path, STAGING) as staging:
             check_room(staging, state)

@@ -53,7 +53,7 @@ def assemble(
     Raises:
         UserError: a folder that the stage cannot start from, or flags that do not fit it.
     """
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    dtype = training_dtype(args)
     manifest, architecture = start_of(model_args)
     is_vlm = architecture is not None or holds_vlm(manifest)
     refuse_wrong_start(manifest, is_vlm, stage, model_args, moe_args)
@@ -77,6 +77,11 @@ def assemble(
     if moe_args.moe_enable and args.deepspeed:
         convert_engine(vlm.model, "deepspeed", ep_size=moe_args.ep_size)
     return Assembled(vlm, certificate, adapter)
+
+
+def training_dtype(args: TrainingArguments) -> torch.dtype:
+    """What weights are loaded as; those that train get fp32 masters beside it (`masters.py`, or DeepSpeed's)."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def start_of(model_args: ModelArguments) -> tuple[Manifest, Architecture | None]:

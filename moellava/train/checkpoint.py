@@ -11,12 +11,14 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moellava.errors import UserError
 from moellava.files import flush_tree, read_json, write_json
 from moellava.log import get_logger
+from moellava.train.intact import write_digests
 
 logger = get_logger(__name__)
 
@@ -40,6 +42,7 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 def put_in_place(staged: Path, output_dir: Path, keep: int | None) -> Path:
     """Moves a finished checkpoint to its place in one step, then removes all but the newest `keep`."""
     final = output_dir / staged.name
+    write_digests(staged)
     flush_tree(staged)
     if final.exists():  # a run that was resumed from an older checkpoint reaches the same step again
         shutil.rmtree(final)
@@ -64,7 +67,7 @@ def check_folder(output_dir: Path, identity: dict[str, Any]) -> bool:
 
     Args:
         output_dir: the run's folder; may be missing.
-        identity: what must be equal for a run to go on: stage, model, data, seed, batch sizes.
+        identity: the flags that must be equal for a run to go on. See `identity.run_identity`.
 
     Raises:
         UserError: another run's folder; the message shows each difference.
@@ -76,33 +79,115 @@ def check_folder(output_dir: Path, identity: dict[str, Any]) -> bool:
                 f"--output_dir {output_dir} already holds a model (config.json, but no {RUN_FILE}): "
                 "no run of train.py has left it there. Choose another folder."
             )
+        if last_checkpoint(output_dir):
+            raise UserError(
+                f"--output_dir {output_dir} holds checkpoints, but no {RUN_FILE}, which says of which run they are. "
+                "Put it back, choose another folder, or remove the checkpoints to start anew."
+            )
         return False
-    stored = read_json(path)
+    stored = read_run(output_dir)
     if not stored["finished"] and last_checkpoint(output_dir) is None:
         return False
-    before, now = stored["identity"], json.loads(json.dumps(identity))
-    different = [
-        f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if different:
-        raise UserError(
-            f"--output_dir {output_dir} holds another run:\n" + "\n".join(different) + "\n"
-            "Choose another folder, or remove this one to start anew."
-        )
+    require_same(output_dir, stored, "identity", identity)
     return bool(stored["finished"])
 
 
-def claim_folder(output_dir: Path, identity: dict[str, Any]) -> None:
+def check_contents(output_dir: Path, contents: dict[str, Any]) -> None:
+    """Makes sure that a run which is there has read the same weights, data and files.
+
+    Args:
+        output_dir: the run's folder; may hold no run.
+        contents: what the run reads. See `identity.run_contents`.
+
+    Raises:
+        UserError: they have changed; the message names which.
+    """
+    if not (output_dir / RUN_FILE).exists():
+        return
+    stored = read_run(output_dir)
+    if stored["finished"] or last_checkpoint(output_dir) is not None:
+        require_same(output_dir, stored, "contents", contents)
+
+
+def require_same(output_dir: Path, stored: dict[str, Any], part: str, now: dict[str, Any]) -> None:
+    """Raises UserError, with each difference, unless a part of run.json is equal to what it would be now; also for a
+    run.json that is too old to tell."""
+    if not isinstance(stored.get("contents"), dict):
+        raise UserError(
+            f"{output_dir / RUN_FILE} does not say which data and weights the run has read: an earlier version of "
+            "moellava wrote it. Go on with that version, or choose another --output_dir."
+        )
+    before, now = stored[part], json.loads(json.dumps(now))
+    different = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if different:
+        lines = [f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in different]
+        longer = LONGER.format(folder=output_dir) if stored["finished"] and set(different) <= set(LENGTH) else ""
+        raise UserError(
+            f"--output_dir {output_dir} holds another run:\n" + "\n".join(lines) + "\n"
+            f"{longer}Choose another folder, or remove this one to start anew."
+        )
+
+
+LENGTH = ("--num_train_epochs", "--max_steps")
+"""What says how long a run is."""
+
+LONGER = (
+    "It has finished, and its learning rate was laid over its own steps. To train longer, start from its model: "
+    "--model_name_or_path {folder}, without --image_tower, --image_projector_type and --pretrain_mm_mlp_adapter, "
+    "for the further steps or epochs, in an --output_dir of its own. "
+)
+
+
+def read_run(output_dir: Path) -> dict[str, Any]:
+    """What run.json says: {"identity", "contents", "finished"}. Raises UserError where it is damaged."""
+    path = output_dir / RUN_FILE
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not isinstance(stored.get("identity"), dict) or "finished" not in stored:
+        raise UserError(
+            f"{path} is damaged: it does not say which run this is. Put it back, or choose another --output_dir."
+        )
+    return stored
+
+
+def claim_folder(output_dir: Path, identity: dict[str, Any], contents: Mapping[str, Any] = {}) -> None:
     """Notes whose folder this is. Called once the data and the model are known to be good."""
     output_dir.mkdir(parents=True, exist_ok=True)
     clear_staging(output_dir)
-    write_json(output_dir / RUN_FILE, {"identity": identity, "finished": False})
+    write_json(output_dir / RUN_FILE, {"identity": identity, "contents": contents, "finished": False})
 
 
 def mark_finished(output_dir: Path) -> None:
     """Notes that the folder holds the run's result; the same command then has nothing left to do."""
-    path = output_dir / RUN_FILE
-    stored = read_json(path)
-    write_json(path, stored | {"finished": True})
+    write_json(output_dir / RUN_FILE, read_run(output_dir) | {"finished": True})
+
+
+def chosen_checkpoint(output_dir: Path, flag: str | None) -> Path | None:
+    """The checkpoint that a run goes on from: the newest, or the one that --resume_from_checkpoint names.
+
+    Args:
+        output_dir: the run's folder.
+        flag: a checkpoint in it, 'True' for the newest, or None: the newest, if there is one.
+
+    Raises:
+        UserError: there is no such checkpoint, it lies elsewhere, or it is not whole (see `require_intact`).
+    """
+    newest = last_checkpoint(output_dir)
+    if flag is None:
+        return newest
+    named = f"--resume_from_checkpoint {flag}"
+    if flag.lower() == "true":
+        if newest is None:
+            raise UserError(f"{named}, but --output_dir {output_dir} holds no checkpoint. Leave the flag out to start.")
+        return newest
+    if flag.lower() == "false":
+        if newest is not None:
+            raise UserError(f"{named}, but a run goes on from {newest}. Remove the checkpoints to start anew.")
+        return None
+    found = [path for path in complete_checkpoints(output_dir) if path.resolve() == Path(flag).resolve()]
+    if not found:
+        there = ", ".join(path.name for path in complete_checkpoints(output_dir)) or "none"
+        raise UserError(
+            f"{named} is no checkpoint of --output_dir {output_dir} (there: {there}). A run goes on in its own folder; "
+            "to start another one from those weights, give them as --model_name_or_path."
+        )
+    return found[0]

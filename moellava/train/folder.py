@@ -25,6 +25,7 @@ from moellava.log import get_logger
 from moellava.model.weights import read_file, read_tensors, weight_files
 from moellava.moe import gather_moe_state_dict
 from moellava.train.checkpoint import last_checkpoint
+from moellava.train.masters import Masters
 from moellava.vlm import VLM
 
 logger = get_logger(__name__)
@@ -44,12 +45,14 @@ class StageFolder:
         vlm: its model.
         stage: the stage's name, for the config's `moellava` section.
         adapter: what was attached to the model; None without adapters.
+        masters: fp32 copies that train in place of 16-bit weights; the stage's own folder is in 16 bits all the same.
     """
 
     output_dir: Path
     vlm: VLM
     stage: str
     adapter: Adapter | None = None
+    masters: Masters | None = None
 
     def gather(self, model: nn.Module, wrapped: nn.Module, accelerator) -> dict[str, torch.Tensor]:
         """The whole state dict on the first process, experts under their global ids; {} elsewhere. Collective."""
@@ -57,12 +60,14 @@ class StageFolder:
             return accelerator.get_state_dict(wrapped)
         return gather_moe_state_dict(model)
 
-    def write(self, state: dict[str, torch.Tensor], path: Path) -> None:
-        """Writes the folder; each file appears whole or not at all."""
+    def write(self, state: dict[str, torch.Tensor], path: Path, final: bool = False) -> None:
+        """Writes the folder; each file appears whole or not at all. The stage's own (`final`) has no fp32 masters."""
         if self.adapter is not None:
             section = self.vlm.section.but(stage=self.stage)
             self.adapter.origin["moellava"] = asdict(section)
             write_adapter(state, self.adapter, path / FOLDER)
+        if final and self.masters is not None:
+            state = self.masters.lowered(state)
         self.vlm.save(path, state_dict=self._whole(state), meta={"stage": self.stage})
 
     def _whole(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -164,7 +164,6 @@ SERVED: dict[str, Served] = {
     "save_strategy": Served(),
     "save_steps": Served(STEPS, whole=True),
     "save_total_limit": Served(COUNT),
-    "save_only_model": Served(),
     "resume_from_checkpoint": Served(),
     # loading of data
     "dataloader_num_workers": Served(Range(least=0, most=1024)),
@@ -266,6 +265,10 @@ REFUSED: dict[str, Refused] = {
     "bf16_full_eval": _EVAL_PRECISION,
     "fp16_full_eval": _EVAL_PRECISION,
     "ignore_data_skip": _RESUME,
+    "save_only_model": Refused(
+        "is not served: a killed run could not go on from such a checkpoint. --save_total_limit bounds the room, and "
+        "the stage's own folder holds the model alone."
+    ),
     "restore_callback_states_from_checkpoint": _RESUME,
     "dataloader_in_order": _RESUME,
     "remove_unused_columns": Refused("is not served: our collator makes what the model reads, and nothing else."),

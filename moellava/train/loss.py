@@ -66,3 +66,12 @@ class SupervisedHead:
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Summed cross-entropy in fp32: logits [N, V] against targets [N] -> scalar (0 with a gradient path if N is 0)."""
     return functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+
+
+def cross_entropy_rows(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """What each record adds to a loss over many: logits [N, V], targets [N], rows [B, L] true at those N -> [B, 2], the
+    summed cross-entropy of a record in fp32 and the number of its supervised tokens."""
+    each = functional.cross_entropy(logits.float(), targets, reduction="none")
+    of_record = rows.nonzero()[:, 0]
+    sums = torch.stack([each, torch.ones_like(each)], dim=1)
+    return torch.zeros(len(rows), 2, device=each.device).index_add_(0, of_record, sums)

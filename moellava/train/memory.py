@@ -2,7 +2,8 @@
 
 Bytes as in ZeRO (arXiv:1910.02054, section 3): AdamW keeps two fp32 moments per trained parameter, and an fp32 copy of
 it when the weights are of lower precision. Stage 1 splits these over the processes, stage 2 the gradients too, stage 3
-the weights too. Activations come on top; they depend on batch and length.
+the weights too. Without DeepSpeed, what trains in 16 bits is in fp32 itself (`masters.py`), so it has no copy: 4 bytes
+each for weight and gradient. Activations come on top, and autocast's 16-bit copies; they depend on batch and length.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,33 @@ from moellava.adapters.gradient_watch import GradientWatch
 from moellava.adapters.lora import trainable_parameters
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.media import MediaFiles
-from moellava.data.records import load_records
+from moellava.data.records import Records, load_records
 from moellava.data.skip_lists import SkipList, read_skip_list
 from moellava.errors import UserError, message_of
 from moellava.log import get_logger, is_rank_zero
+from moellava.model.manifest import read_folder
 from moellava.moe import enable_gradient_checkpointing
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments, parse_arguments
-from moellava.train.assemble import Assembled, assemble
-from moellava.train.checkpoint import check_folder, claim_folder, last_checkpoint, mark_finished
+from moellava.train.assemble import Assembled, assemble, start_of, training_dtype
+from moellava.train.checkpoint import (
+    check_contents,
+    check_folder,
+    chosen_checkpoint,
+    claim_folder,
+    complete_checkpoints,
+    mark_finished,
+)
 from moellava.train.deepspeed.extensions import extension_root, remove_abandoned_locks
 from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 from moellava.train.folder import StageFolder
+from moellava.train.identity import folders_of, run_contents, run_identity
+from moellava.train.intact import require_intact
+from moellava.train.lock import locked
+from moellava.train.masters import Masters, raise_trained
 from moellava.train.memory import describe, estimate, zero_stage
 from moellava.train.samples import SampleAnswers
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
+from moellava.train.stopping import Stopped
 from moellava.train.trainer import StageTrainer
 from moellava.vlm import VLM
 
@@ -41,15 +55,6 @@ logger = get_logger(__name__)
 
 SECONDS_FOR_RANK_ZERO = 10
 """Most mistakes are found by every process. The first one speaks; its exit makes the launcher end the others."""
-
-WHAT_TRAINS = (
-    "freeze_backbone",
-    "freeze_mm_mlp_adapter",
-    "train_vision_encoder",
-    "train_vision_projector",
-    "use_vision_lora",
-)
-"""Flags of `ModelArguments` that choose it, beside the stage and --lora_enable."""
 
 
 def train(
@@ -62,39 +67,57 @@ def train(
     """
     refuse_zero3_experts(args.deepspeed, moe_args.moe_enable)
     stage, output_dir = stage_of(model_args, moe_args), Path(args.output_dir)
-    identity = run_identity(stage, model_args, data_args, moe_args, args)
-    if check_folder(output_dir, identity):
-        logger.info("%s is complete: this run has finished before. Nothing to do.", output_dir)
-        return output_dir
+    with locked(output_dir) if is_rank_zero() else nullcontext():
+        identity = run_identity(stage.name, (model_args, data_args, moe_args, args), args.world_size)
+        finished = check_folder(output_dir, identity)
+        if model_args.cache_dir:
+            constants.HF_HUB_CACHE = model_args.cache_dir  # where all downloads go that name no folder
+        if finished:
+            check_contents(output_dir, contents_of(model_args, data_args, args, read_data(model_args, data_args)))
+            logger.info("%s is complete: this run has finished before. Nothing to do.", output_dir)
+        else:
+            begin(stage, (model_args, data_args, moe_args, args), identity)
+    return output_dir
+
+
+def begin(
+    stage: Stage,
+    groups: tuple[ModelArguments, DataArguments, MoEArguments, TrainingArguments],
+    identity: dict[str, Any],
+) -> None:
+    """Puts model and data together, makes sure that the folder is this run's, and trains. Raises UserError."""
+    model_args, data_args, moe_args, args = groups
+    output_dir = Path(args.output_dir)
+    resume = chosen_checkpoint(output_dir, args.resume_from_checkpoint)
+    if resume:
+        require_intact(resume, [path for path in complete_checkpoints(output_dir) if path != resume])
     if args.deepspeed and args.local_process_index == 0:
         remove_abandoned_locks(extension_root())
-    if model_args.cache_dir:
-        constants.HF_HUB_CACHE = model_args.cache_dir  # where all downloads go that name no folder
     set_seed(args.seed)
     with whole_parameters(args):
         assembled = assemble(stage, model_args, data_args, moe_args, args)
     vlm, adapter = assembled.vlm, assembled.adapter
     trained = trainable_parameters(vlm, adapter) if adapter else stage.selects(vlm, model_args, moe_args)
     freeze_all_but(vlm.model, trained)
-    skip = read_skip_list(data_args.skip_list) if data_args.skip_list else SkipList()
-    datasets = {
-        "train_dataset": make_dataset(data_args.data_path, skip, vlm, model_args, data_args, args),
-        "eval_dataset": make_dataset(data_args.eval_data_path, skip, vlm, model_args, data_args, args),
-    }
-    skip.require_used()
+    masters = None if args.deepspeed else raise_trained(vlm.model, training_dtype(args))
+    records = read_data(model_args, data_args)
+    datasets = {name: make_dataset(found, vlm, data_args, args) for name, found in zip(DATASETS, records, strict=True)}
+    contents = contents_of(model_args, data_args, args, records)
+    check_contents(output_dir, contents)
     if is_rank_zero():
-        claim_folder(output_dir, identity)
+        claim_folder(output_dir, identity, contents)
         report(assembled, stage, args)
-    run(make_trainer(stage, assembled, model_args, args, datasets), stage, output_dir)
-    return output_dir
+    run(make_trainer(stage, assembled, masters, model_args, args, datasets), stage, resume)
 
 
-def run(trainer: StageTrainer, stage: Stage, output_dir: Path) -> None:
-    """Trains from the last checkpoint, or from the start, to the complete folder."""
-    resume = last_checkpoint(output_dir)
+def run(trainer: StageTrainer, stage: Stage, resume: Path | None) -> None:
+    """Trains from a checkpoint, or from the start, to the complete folder. Raises Stopped where a signal ends it."""
+    output_dir = Path(trainer.args.output_dir)
     if resume:
         logger.info("Going on from %s", resume)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with trainer.watch.request.listening():
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.watch.require_unstopped(trainer.args)
     trainer.save_model()
     if is_rank_zero():
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
@@ -104,7 +127,12 @@ def run(trainer: StageTrainer, stage: Stage, output_dir: Path) -> None:
 
 
 def make_trainer(
-    stage: Stage, assembled: Assembled, model_args: ModelArguments, args: TrainingArguments, datasets: dict[str, Any]
+    stage: Stage,
+    assembled: Assembled,
+    masters: Masters | None,
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    datasets: dict[str, Any],
 ) -> StageTrainer:
     """The trainer of a stage, with what watches over its gradients and what shows its answers."""
     vlm = assembled.vlm
@@ -115,9 +143,10 @@ def make_trainer(
     collator = vlm.collator(train_questions=not model_args.mask_question_tokens)
     shown = {modality for dataset in datasets.values() if dataset is not None for modality in dataset.modalities}
     collator.modalities = sorted(shown)
+    collator.names_records = True
     trainer = StageTrainer(
         vlm=vlm,
-        folder=StageFolder(Path(args.output_dir), vlm, stage.name, assembled.adapter),
+        folder=StageFolder(Path(args.output_dir), vlm, stage.name, assembled.adapter, masters),
         args=args,
         data_collator=collator,
         **datasets,
@@ -129,53 +158,49 @@ def make_trainer(
     return trainer
 
 
-def run_identity(
-    stage: Stage, model: ModelArguments, data: DataArguments, moe: MoEArguments, args: TrainingArguments
-) -> dict[str, Any]:
-    """What has to be equal for a killed run to go on in the same folder: else its samples or weights would differ.
+DATASETS = ("train_dataset", "eval_dataset")
+"""What the Trainer calls them."""
 
-    Steps and epochs count as well: the learning rate's schedule is laid over them.
-    """
-    identity = {
-        "stage": stage.name,
-        "model_name_or_path": model.model_name_or_path,
-        "version": model.version,
-        "image_tower": model.image_tower,
-        "image_projector_type": model.image_projector_type,
-        "data_path": data.data_path,
-        "num_frames": data.num_frames,
-        "trains": {name: getattr(model, name) for name in WHAT_TRAINS} | {"modules": moe.train_modules},
-        "seed": args.seed,
-        "learning_rate": args.learning_rate,
-        "num_train_epochs": args.num_train_epochs,
-        "max_steps": args.max_steps,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "processes": args.world_size,
-        "deepspeed": bool(args.deepspeed),
-    }
-    if moe.moe_enable:
-        identity["moe"] = moe.spec().to_config()
-    if args.lora_enable or model.use_vision_lora:
-        identity["adapter"] = args.adapter_settings()
-    return identity
+
+def read_data(model_args: ModelArguments, data_args: DataArguments) -> list[Records | None]:
+    """The records that train, and those of evaluation; None without files. Raises DataError, and UserError for a skip
+    list that names what is not there."""
+    skip = read_skip_list(data_args.skip_list) if data_args.skip_list else SkipList()
+    roles = (model_args.user_key, model_args.assistant_key)
+    paths = (data_args.data_path, data_args.eval_data_path)
+    records = [load_records(files, skip, roles) if files else None for files in paths]
+    skip.require_used()
+    return records
+
+
+def contents_of(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, records: list[Records | None]
+) -> dict[str, Any]:
+    """What a run reads, by content. See `run_contents`."""
+    folders = folders_of("the model", start_of(model_args)[0])
+    if model_args.image_tower:
+        folders |= folders_of("--image_tower", read_folder(model_args.image_tower, "--image_tower"))
+    if model_args.pretrain_mm_mlp_adapter:
+        folders["--pretrain_mm_mlp_adapter"] = Path(model_args.pretrain_mm_mlp_adapter)
+    data = dict(zip(("--data_path", "--eval_data_path"), records, strict=True))
+    return run_contents(folders, data, media_files(data_args), args.deepspeed)
+
+
+def media_files(data_args: DataArguments) -> MediaFiles:
+    """Where the images and videos of the records lie."""
+    return MediaFiles(data_args.image_folder, data_args.video_folder, data_args.num_frames, data_args.limits())
 
 
 def make_dataset(
-    paths: list[str],
-    skip: SkipList,
-    vlm: VLM,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: TrainingArguments,
+    records: Records | None, vlm: VLM, data_args: DataArguments, args: TrainingArguments
 ) -> SupervisedDataset | None:
-    """Reads and checks every record. Raises DataError with all problems of the files; None without files."""
-    if not paths:
+    """Checks every record. Raises DataError with all problems of the records; None without records."""
+    if records is None:
         return None
     dataset = SupervisedDataset(
-        load_records(paths, skip, (model_args.user_key, model_args.assistant_key)),
+        records,
         vlm.encoder,
-        MediaFiles(data_args.image_folder, data_args.video_folder, data_args.num_frames, data_args.limits()),
+        media_files(data_args),
         max_length=args.model_max_length,
         overlong=data_args.overlong,
         bad_files=data_args.bad_files,
@@ -201,9 +226,13 @@ def report(assembled: Assembled, stage: Stage, args: TrainingArguments) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of `train.py`: a user's mistake is one message on the first process, and exit status 2."""
+    """Entry point of `train.py`: a user's mistake is one message on the first process, and exit status 2;
+    a run that a signal has stopped ends with 143 or 130."""
     try:
         train(*parse_arguments(sys.argv[1:] if argv is None else argv))
+    except Stopped as stopped:
+        logger.warning("%s", stopped)
+        return stopped.exit_code
     except UserError as error:
         if not is_rank_zero():
             time.sleep(SECONDS_FOR_RANK_ZERO)

@@ -14,19 +14,21 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from moellava.data.collate import UNREADABLE
+from moellava.data.collate import RECORDS, UNREADABLE
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.sampler import GroupedSampler
 from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.moe import moe_layers, router_losses, router_metrics, set_routing_context, update_router_bias
 from moellava.processes import joined_over_processes, sum_over_processes
-from moellava.train.checkpoint import STAGING, put_in_place
+from moellava.train.checkpoint import STAGING, last_checkpoint, put_in_place
 from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, stored_ep_size
 from moellava.train.folder import StageFolder
-from moellava.train.loss import SupervisedHead, cross_entropy_sum, supervised_positions
+from moellava.train.intact import reading
+from moellava.train.loss import SupervisedHead, cross_entropy_rows, cross_entropy_sum, supervised_positions
 from moellava.train.optimizer import missing_from, parameter_groups
 from moellava.train.progress import RunLines, RunProgress
+from moellava.train.stopping import StepWatch, StopRequest, require_finite
 from moellava.vlm import VLM
 
 logger = get_logger(__name__)
@@ -51,12 +53,17 @@ class StageTrainer(Trainer):
         self.is_moe = bool(moe_layers(self.model))
         self.step_tokens = 0.0
         self.step_labels = 0
+        self.step_records: list[str] = []
+        self.last_grad_norm: torch.Tensor | float | None = None
+        self.eval_sums: torch.Tensor | None = None
+        self.watch = StepWatch(self, StopRequest())
         self.saving_to: Path | None = None
         self.train_sampler: GroupedSampler | None = None
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(RunProgress if sys.stderr.isatty() and not self.args.disable_tqdm else RunLines)
         self.add_callback(RunHooks(self))
+        self.add_callback(self.watch)
 
     # -- loss ------------------------------------------------------------------------------------------------------
 
@@ -76,11 +83,12 @@ class StageTrainer(Trainer):
         Args:
             inputs: input_ids, attention_mask, labels [B, L], pixel_values [N, 3, H, W].
             num_items_in_batch: supervised tokens of this optimizer step over all processes and accumulation
-                steps, 0 where none of its records could be shown; not read in evaluation, where the loss is the
-                batch's own cross-entropy.
+                steps, 0 where none of its records could be shown; not read in evaluation, where `prediction_step`
+                counts what every record adds.
         """
         dataset = self.train_dataset if model.training else self.eval_dataset
         dataset.leave_out(inputs.pop(UNREADABLE, {}))
+        records = inputs.pop(RECORDS, [])
         rows, targets = supervised_positions(inputs["labels"])
         token_mask = inputs["attention_mask"].bool()
         image_mask = torch.isin(inputs["input_ids"], inputs["input_ids"].new_tensor(self.image_token_ids))
@@ -88,6 +96,7 @@ class StageTrainer(Trainer):
         with self.head.only(rows):
             outputs = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
         if not model.training:
+            self.eval_sums = cross_entropy_rows(outputs.logits, targets, rows)
             loss = cross_entropy_sum(outputs.logits, targets) / max(len(targets), 1)
             return (loss, outputs) if return_outputs else loss
         # Gradients are averaged over processes, so each contributes its share of the step times their number.
@@ -100,9 +109,35 @@ class StageTrainer(Trainer):
             shares = router_losses(self.model, total_tokens=self.step_tokens, reduce=sum_over_processes)
             measured |= {"aux": shares.aux.detach() * processes, "z": shares.z.detach() * processes}
             loss = loss + shares.total * processes
-        for name, value in measured.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        numbers = {name: float(value) for name, value in measured.items()}
+        self.step_records += records
+        self.watch.see(numbers, records)
+        for name, number in numbers.items():
+            self.sums[name] = self.sums.get(name, 0.0) + number
         return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.last_grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.last_grad_norm
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As HF's; adds what the records have to the sums of this evaluation, each record once.
+
+        Processes repeat records so that their last batches are equally large; `gather_for_metrics` drops those.
+        """
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        self.eval_total += self.accelerator.gather_for_metrics(self.eval_sums).double().sum(0)
+        return found
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As HF's, with a loss that is a mean over tokens, however they are split over batches and processes."""
+        self.eval_total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        summed, count = self.eval_total.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = summed / max(count, 1.0)
+        return output
 
     # -- log -------------------------------------------------------------------------------------------------------
 
@@ -216,11 +251,15 @@ class StageTrainer(Trainer):
             raise UserError(self.folder.failed_save(error, self.state.global_step)) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes a complete folder that the next stage, chat and (if dense) plain transformers open."""
+        """Writes a complete folder that the next stage, chat and (if dense) plain transformers open.
+
+        A checkpoint holds the weights as they train, in fp32 where the stage's own folder is in 16 bits.
+        """
+        require_finite(self.model, self.state.global_step, last_checkpoint(self.args.output_dir))
         state = self.folder.gather(self.model, self.model_wrapped, self.accelerator)
         if self.args.should_save:
             with self._saving():
-                self.folder.write(state, Path(output_dir or self.args.output_dir))
+                self.folder.write(state, Path(output_dir or self.args.output_dir), final=self.saving_to is None)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -229,15 +268,24 @@ class StageTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """As HF's; a checkpoint of another `ep_size` is read by parameter, since DeepSpeed's own files do not fit."""
-        checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint and self.is_deepspeed_enabled else None
+        given = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        with reading(given, self.is_deepspeed_enabled):
+            return self._prepare_from(max_steps, train_dataloader, given)
+
+    def _prepare_from(self, max_steps, train_dataloader, given: Path | None):
+        checkpoint = given if self.is_deepspeed_enabled else None
         stored = stored_ep_size(checkpoint) if checkpoint else None
         if checkpoint is None or stored in (None, expert_parallel_size(self.model)):
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            return super()._prepare_for_training(max_steps, train_dataloader, str(given) if given else None)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         logger.info("%s was written with --ep_size %d: reading it by parameter.", checkpoint, stored)
         load_portable(self.model_wrapped, self.model, checkpoint)
         self._load_optimizer_and_scheduler(str(checkpoint))  # under DeepSpeed: the scheduler alone
         return prepared
+
+    def _load_rng_state(self, checkpoint) -> None:
+        with reading(checkpoint, False):
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         self.folder.load(model or self.model, Path(resume_from_checkpoint))

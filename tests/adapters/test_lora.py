@@ -21,6 +21,7 @@ from moellava.errors import UserError
 from moellava.moe import MoESpec, upcycle
 from moellava.train.adapt import adapt
 from moellava.train.arguments import parse_arguments
+from moellava.train.intact import write_digests
 from moellava.vlm import VLM, open_vlm
 from tests.processes import ROOT, train_here, words_of
 from tests.tiny import reopen, weights_of
@@ -178,7 +179,7 @@ def test_a_killed_run_goes_on_to_exactly_the_same_losses(stage, runs, flags_for,
 
 def test_another_rank_is_another_run(runs, flags_for, tmp_path, begin_at):
     folder = begin_at(2, runs / "finetune", tmp_path / "again")
-    with pytest.raises(UserError, match="adapter"):
+    with pytest.raises(UserError, match="--lora_r: 4 there, 8 now"):
         train_here(flags_for(runs, "finetune") | LORA | {"lora_r": 8, "output_dir": folder})
 
 
@@ -188,6 +189,7 @@ def test_a_base_that_has_changed_meanwhile_is_refused(runs, flags_for, tmp_path,
     origin = folder / "checkpoint-2" / "adapter" / "origin.json"
     content = json.loads(origin.read_text())
     origin.write_text(json.dumps(content | {"fingerprint": 1.01 * content["fingerprint"]}))
+    write_digests(folder / "checkpoint-2")  # as one whose base differs would be written
     with pytest.raises(UserError, match="--model_name_or_path .* is not what the adapter has learnt on"):
         train_here(flags_for(runs, "moe") | LORA | {"output_dir": folder})
 

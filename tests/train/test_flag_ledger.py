@@ -18,14 +18,13 @@ from transformers.integrations import integration_utils
 from transformers.utils import logging as hf_logging
 
 import moellava
-from moellava.data.skip_lists import SkipList
 from moellava.errors import UserError
 from moellava.moe.spec import MoESpec
 from moellava.train import hf_flags
 from moellava.train.arguments import ARGUMENT_CLASSES, TrainingArguments, given_flags, parse_arguments
 from moellava.train.assemble import assemble
 from moellava.train.stages import stage_of
-from moellava.train.train import make_dataset, make_trainer, train
+from moellava.train.train import make_dataset, make_trainer, read_data, train
 from moellava.train.trainer import StageTrainer
 from tests.attacks.hf_flags import REFUSALS, attacks
 from tests.processes import run_train, words_of
@@ -179,8 +178,8 @@ def build(flags_for, tmp_path_factory):
 
     def make(more: str) -> StageTrainer:
         model, data, _, args = parse_arguments([*words, *more.split()])
-        dataset = make_dataset(data.data_path, SkipList(), assembled.vlm, model, data, args)
-        return make_trainer(stage, assembled, model, args, {"train_dataset": dataset, "eval_dataset": None})
+        dataset = make_dataset(read_data(model, data)[0], assembled.vlm, data, args)
+        return make_trainer(stage, assembled, None, model, args, {"train_dataset": dataset, "eval_dataset": None})
 
     return make
 
@@ -294,7 +293,6 @@ READ: dict[str, Any] = {
     "ddp_timeout": training_args,
     "per_device_eval_batch_size": training_args,
     "dataloader_pin_memory": trainer,
-    "save_only_model": trainer,
 }
 """Flag -> the module of transformers that acts upon it with a tracker, with a GPU or with several processes."""
 

@@ -7,6 +7,7 @@ import pytest
 from moellava.errors import UserError
 from moellava.moe import MoESpec, upcycle
 from moellava.train.arguments import ModelArguments, MoEArguments
+from moellava.train.reconcile import retrain
 from moellava.train.stages import FINETUNE, MOE, PRETRAIN, Stage, freeze_all_but, parameter_table
 from moellava.vlm import VLM
 from tests.tiny import compose_tiny
@@ -72,4 +73,5 @@ def test_stage_2_that_freezes_everything_is_an_error(dense):
     ],
 )
 def test_stage_3_trains_experts_and_routers_and_what_a_flag_names(sparse, moe, flags, expected):
+    retrain(sparse, MoEArguments(**({"freeze_router": False} | moe)))
     assert trained(sparse, MOE, MoEArguments(**moe), **flags) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -33,3 +34,28 @@ def test_accumulated_batches_are_one_batch(flags_for, tmp_path):
     assert losses_of(tmp_path / "split") == pytest.approx(losses_of(tmp_path / "whole"), abs=1e-5)
     mine, reference = weights_of(tmp_path / "split"), weights_of(tmp_path / "whole")
     assert all(torch.allclose(mine[name], reference[name], atol=1e-5) for name in reference)
+
+
+@pytest.mark.slow
+def test_the_loss_of_evaluation_is_a_mean_over_tokens(flags_for, parts, run_train, tmp_path):
+    """Whatever the batch size, and however many processes share the records; seven do not fill their batches."""
+    records = json.loads((parts / "captions.json").read_text())[:7]
+    for number, record in enumerate(records):
+        record["conversations"][1]["value"] += " again" * (5 * number)
+    (tmp_path / "eval.json").write_text(json.dumps(records))
+    once = {"max_steps": 1, "save_strategy": "no", "skip_dry_save": True, "learning_rate": 0.0}
+    evaluated = once | {"eval_data_path": tmp_path / "eval.json", "eval_strategy": "steps", "eval_steps": 1}
+    found = {}
+    for batch in (1, 3, 7):
+        more = {"per_device_eval_batch_size": batch, "output_dir": tmp_path / str(batch)}
+        found[batch] = evaluation_of(train_here(flags_for(tmp_path, "pretrain") | evaluated | more))
+    more = {"per_device_eval_batch_size": 2, "output_dir": tmp_path / "two"}
+    done = run_train(flags_for(tmp_path, "pretrain") | evaluated | more, processes=2, launcher="torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found["two"] = evaluation_of(tmp_path / "two")
+    assert list(found.values()) == pytest.approx([found[1]] * 4, abs=1e-5)
+
+
+def evaluation_of(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return next(entry["eval_loss"] for entry in history if "eval_loss" in entry)

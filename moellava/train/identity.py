@@ -1,0 +1,165 @@
+"""Which run a folder belongs to: all that changes its numbers, data and weights by content, so that they may move."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from moellava.data.embedded import is_embedded
+from moellava.data.media import CHECKING_THREADS, MediaFiles
+from moellava.data.records import Records, media_of
+from moellava.data.scan import shared
+from moellava.files import MODEL_FILES, file_digest, read_json
+from moellava.model.manifest import Manifest
+
+_LOGGED = "what is logged and shown, and where"
+_SAVED = "what is saved when, and where it is sent"
+_LOADED = "how samples are brought, not which"
+_CONTENT = "compared by content"
+_UNREAD = "nothing reads it"
+_SETTLED = "written into flags that count"
+
+WITHOUT_EFFECT: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter"),
+            *("include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "report_to"),
+            *("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+            "skip_memory_metrics",
+        ),
+        _LOGGED,
+    ),
+    **dict.fromkeys(
+        (
+            *("output_dir", "save_only_model", "save_strategy", "save_steps", "save_on_each_node", "save_total_limit"),
+            *("enable_jit_checkpoint", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"),
+            *("hub_always_push", "hub_revision", "skip_dry_save"),
+        ),
+        _SAVED,
+    ),
+    **dict.fromkeys(
+        (
+            *("lazy_preprocess", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+            *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps"),
+            "cache_dir",
+        ),
+        _LOADED,
+    ),
+    **dict.fromkeys(
+        (
+            *("model_name_or_path", "model_local_path", "image_tower", "pretrain_mm_mlp_adapter", "data_path"),
+            *("eval_data_path", "image_folder", "video_folder", "skip_list", "user_key", "assistant_key", "deepspeed"),
+        ),
+        _CONTENT,
+    ),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), _UNREAD),
+    **dict.fromkeys(("use_lora", "q_lora", "train_vision_projector"), _SETTLED),
+    "ep_size": "another split of the same experts: a checkpoint is read by parameter",
+    "resume_from_checkpoint": "which checkpoint of the same run it goes on from",
+    "local_rank": "which process this is; their number counts",
+    "ddp_timeout": "how long processes wait for each other",
+}
+"""Flags that may differ between a run and its continuation -> why. Every other one counts."""
+
+NOT_OF_THE_MODEL = {
+    *("digests.json", "run.json", "trainer_state.json", "parameters.json", "moe_certificate.json", "training_args.bin")
+}
+"""Files in a model's folder that say how it was made, not what it is."""
+
+ENDS = 4096
+"""Bytes at each end of an image or a video that stand for its content, beside its size: reading 600,000 files whole
+would take hours, and a file's head is read anyway when it is checked."""
+
+
+def run_identity(stage: str, groups: Sequence[Any], processes: int) -> dict[str, Any]:
+    """What flags say of a run, by name, without those in `WITHOUT_EFFECT`.
+
+    Args:
+        stage: its name.
+        groups: the four groups of flags.
+        processes: that train together.
+    """
+    flags = {
+        f"--{field.name}": getattr(group, field.name)
+        for group in groups
+        for field in fields(group)
+        if field.name not in WITHOUT_EFFECT
+    }
+    return json.loads(json.dumps({"stage": stage, "processes": processes} | flags, default=str))
+
+
+def run_contents(
+    folders: dict[str, Path], data: dict[str, Records | None], files: MediaFiles, deepspeed: str | dict | None
+) -> dict[str, Any]:
+    """What a run reads, by content. Collective: processes share the reading.
+
+    Args:
+        folders: flag -> a model's folder, or a file of weights.
+        data: flag -> records.
+        files: the records' images and videos.
+        deepspeed: DeepSpeed's JSON file, or what is in it.
+
+    Returns:
+        "content of FLAG" -> a digest in words.
+    """
+    found: dict[str, Any] = {flag: weights_content(path) for flag, path in folders.items()}
+    for flag, records in data.items():
+        if records is not None:
+            found[flag] = f"{len(records)} records, {records.content()}"
+            found[f"{flag}'s images and videos"] = media_content(records, files)
+    found["--deepspeed"] = read_json(Path(deepspeed)) if isinstance(deepspeed, str) else deepspeed
+    return {f"content of {flag}": content for flag, content in found.items()}
+
+
+def folders_of(flag: str, manifest: Manifest) -> dict[str, Path]:
+    """The folders that a model is read from: its own, and those of the language model and tower that it names."""
+    parts = {"": manifest, " (its language model)": manifest.base, " (its tower)": manifest.tower}
+    return {flag + suffix: part.folder for suffix, part in parts.items() if part is not None}
+
+
+def weights_content(path: Path) -> str:
+    """The content of a model's folder, or of one file of weights; '' where there is none."""
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if is_model_file(file))
+    digests = shared(files, lambda share: threaded(file_digest, share))
+    names = [""] if len(files) == 1 else [file.name for file in files]  # a single file may have another name
+    return combined(f"{name} {digest}" for name, digest in zip(names, digests, strict=True))
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a file of a model's folder is part of the model."""
+    return path.is_file() and path.name not in NOT_OF_THE_MODEL and any(fnmatch(path.name, p) for p in MODEL_FILES)
+
+
+def media_content(records: Records, files: MediaFiles) -> str:
+    """The content of all images and videos that lie in files, each once, by its size and its ends."""
+    media = dict.fromkeys(medium for record in records for medium in media_of(record) if not is_embedded(medium.path))
+    paths = [files.file_of(medium) for medium in media]
+    return f"{len(paths)} files, {combined(shared(paths, lambda share: threaded(ends_digest, share)))}"
+
+
+def ends_digest(path: Path) -> str:
+    """Size and ends of a file; 'unreadable' where it cannot be read: whoever checks the data says why."""
+    try:
+        with open(path, "rb") as file:
+            head, size = file.read(ENDS), file.seek(0, 2)
+            file.seek(max(size - ENDS, 0))
+            return f"{size} {hashlib.sha256(head + file.read(ENDS)).hexdigest()}"
+    except (OSError, ValueError):
+        return "unreadable"
+
+
+def threaded(look: Any, items: Sequence[Any]) -> list[Any]:
+    """What `look` finds in each item, several at a time."""
+    with ThreadPoolExecutor(CHECKING_THREADS) as pool:
+        return list(pool.map(look, items))
+
+
+def combined(digests: Iterable[str]) -> str:
+    """One digest of many, in their order."""
+    return "sha256 " + hashlib.sha256("\n".join(digests).encode()).hexdigest()[:32]

@@ -1,0 +1,103 @@
+"""A run is known by all that changes its numbers: every flag, and weights, data and files by content."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import fields
+
+import pytest
+
+from moellava.errors import UserError
+from moellava.train.arguments import ARGUMENT_CLASSES, parse_arguments
+from moellava.train.identity import WITHOUT_EFFECT, run_identity
+from tests.processes import train_here
+from tests.tiny import weights_of
+
+EVERY_FLAG = {field.name for group in ARGUMENT_CLASSES for field in fields(group)}
+
+
+def test_every_flag_counts_or_is_known_not_to():
+    given = ["--model_name_or_path", "lm", "--data_path", "d.json", "--output_dir", "out", "--image_tower", "tower"]
+    identity = run_identity("finetune", parse_arguments(given), 1)
+    counted = {name.removeprefix("--") for name in identity} - {"stage", "processes"}
+    assert counted | WITHOUT_EFFECT.keys() == EVERY_FLAG
+    assert not counted & WITHOUT_EFFECT.keys()
+    assert all(reason for reason in WITHOUT_EFFECT.values())
+    assert json.loads(json.dumps(identity)) == identity
+
+
+@pytest.fixture(scope="module")
+def finished(parts, flags_for, tmp_path_factory):
+    """(flags, folder) of a short run of stage 1 on parts of its own."""
+    root = tmp_path_factory.mktemp("identity")
+    shutil.copytree(parts, root / "parts")
+    flags = flags_for(root, "pretrain") | {"max_steps": 2, "save_steps": 1, "skip_dry_save": True}
+    flags |= {"model_name_or_path": root / "parts/lm", "image_tower": root / "parts/tower"}
+    flags |= {"data_path": root / "parts/captions.json", "image_folder": root / "parts/images"}
+    return flags, train_here(flags)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same flags, on copies of all that the run has read and of what it has left."""
+    flags, folder = finished
+    shutil.copytree(flags["model_name_or_path"].parent, tmp_path / "moved")
+    shutil.copytree(folder, tmp_path / "run")
+    names = {"model_name_or_path": "lm", "image_tower": "tower", "data_path": "captions.json", "image_folder": "images"}
+    return flags | {flag: tmp_path / "moved" / name for flag, name in names.items()} | {"output_dir": tmp_path / "run"}
+
+
+def edit_data(root):
+    path = root / "captions.json"
+    records = json.loads(path.read_text())
+    records[3]["conversations"][1]["value"] += "!"
+    path.write_text(json.dumps(records))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = content[len(content) // 2 :][::-1]
+    path.write_bytes(content)
+
+
+CHANGES = {
+    "content of --data_path:": edit_data,
+    "content of --data_path's images": lambda root: flip(sorted((root / "images").iterdir())[0]),
+    "content of --image_tower": lambda root: flip(root / "tower/model.safetensors"),
+    "content of the model": lambda root: flip(root / "lm/model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("named", CHANGES)
+def test_what_a_run_reads_is_compared_by_content(named, copied, tmp_path):
+    CHANGES[named](tmp_path / "moved")
+    with pytest.raises(UserError, match=named):
+        train_here(copied)
+
+
+def test_a_run_whose_files_have_moved_has_nothing_to_do(copied, finished, caplog):
+    train_here(copied)
+    assert "Nothing to do" in caplog.text
+
+
+@pytest.mark.parametrize("flag, value", [("weight_decay", 0.5), ("max_grad_norm", 0.1), ("overlong", "drop")])
+def test_a_flag_that_changes_numbers_is_named(flag, value, copied):
+    with pytest.raises(UserError, match=f"--{flag}: .* there, '?{value}'? now"):
+        train_here(copied | {flag: value})
+
+
+def test_flags_without_effect_may_change(copied, caplog):
+    train_here(copied | {"logging_steps": 2, "dataloader_num_workers": 1, "save_strategy": "no"})
+    assert "Nothing to do" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_trained_longer_as_the_message_says(copied, tmp_path):
+    with pytest.raises(UserError, match="--max_steps: 2 there, 3 now") as error:
+        train_here(copied | {"max_steps": 3})
+    assert f"--model_name_or_path {tmp_path / 'run'}" in str(error.value)
+    left_out = dict.fromkeys(("image_tower", "image_projector_type", "pretrain_mm_mlp_adapter"))
+    longer = {"model_name_or_path": tmp_path / "run", "max_steps": 1, "output_dir": tmp_path / "longer"}
+    further = weights_of(train_here(copied | left_out | longer))
+    assert any(not further[name].equal(value) for name, value in weights_of(tmp_path / "run").items())
