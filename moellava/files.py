@@ -6,6 +6,7 @@ kill leaves the old content or the new one, never half of it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -100,6 +101,15 @@ def file_problem(path: str | Path) -> str | None:
     if not stat.S_ISREG(mode):
         return "is a pipe or a device, not a file"
     return None if os.access(path, os.R_OK) else "permission denied"
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def require_output(path: str | Path, flag: str) -> Path:
