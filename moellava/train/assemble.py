@@ -57,6 +57,7 @@ def assemble(
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     manifest, architecture = start_of(model_args)
     is_vlm = architecture is not None or holds_vlm(manifest)
+    manifest.require_start()
     refuse_wrong_start(manifest, is_vlm, stage, model_args, moe_args)
     if is_vlm:
         description = describe(manifest, model_args.trust_remote_code, architecture)
@@ -110,6 +111,7 @@ def composed(
         use_im_start_end=bool(model_args.mm_use_im_start_end),
     )
     tower = read_folder(model_args.image_tower, "--image_tower")
+    tower.require_start()
     return build(describe_parts(llm, tower, options), dtype, llm.called)
 
 
