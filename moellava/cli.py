@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 
 from moellava.errors import UserError
+from moellava.log import printable
 
 COMMANDS = {
     "chat": ("moellava.commands.chat", "talk to a model about images"),
@@ -68,7 +69,7 @@ def _run(argv: list[str]) -> int:
 
 def _refused(argv: list[str], error: Exception) -> int:
     with suppress(OSError):  # nobody may be there to read it
-        print(f"moellava {' '.join(argv[:1])}: {error}", file=sys.stderr)
+        print(printable(f"moellava {' '.join(argv[:1])}: {error}"), file=sys.stderr)
     return 2
 
 

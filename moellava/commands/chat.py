@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from moellava.data.media import NUM_FRAMES, require_frames
 from moellava.data.video import Video, read_video
 from moellava.errors import UserError
+from moellava.log import printable
 from moellava.serve.answer import Request, stream
 from moellava.serve.generate import Sampling
 from moellava.vlm import VLM, open_vlm
@@ -103,7 +104,7 @@ def say(pieces: Iterator[str], if_empty: str = "") -> None:
     said = False
     for piece in pieces:
         said = True
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print("" if said else if_empty, flush=True)
 
 
@@ -131,7 +132,7 @@ def converse(chat: Chat) -> None:
             elif line:
                 say(chat.ask(line), if_empty="(the model says nothing)")
         except UserError as error:
-            print(error)
+            print(printable(error))
 
 
 def main(argv: list[str]) -> int:

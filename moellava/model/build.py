@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from moellava.errors import UserError
 from moellava.model.extended import PREFIX, as_extended, base_of, extended_config, extension_of, model_class
 from moellava.model.families import Family
+from moellava.model.hooks import hang_hooks
 from moellava.model.projector import parse_projector, pin_identities
 from moellava.model.section import section_of
 
@@ -57,6 +58,7 @@ def build(config: PretrainedConfig, state: Mapping[str, torch.Tensor], dtype: to
         )
     check_loaded(info, source)
     pin(model)
+    hang_hooks(model)
     return model.eval()
 
 
@@ -77,6 +79,7 @@ def read(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Any:
         )
     check_loaded(info, str(folder))
     pin(model)
+    hang_hooks(model)
     return model.eval()
 
 

@@ -175,7 +175,13 @@ def make_dataset(
     dataset = SupervisedDataset(
         load_records(paths, skip, (model_args.user_key, model_args.assistant_key)),
         vlm.encoder,
-        MediaFiles(data_args.image_folder, data_args.video_folder, data_args.num_frames, data_args.limits()),
+        MediaFiles(
+            data_args.image_folder,
+            data_args.video_folder,
+            data_args.num_frames,
+            data_args.limits(),
+            data_args.confine_media,
+        ),
         max_length=args.model_max_length,
         overlong=data_args.overlong,
         bad_files=data_args.bad_files,
