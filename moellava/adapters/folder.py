@@ -18,7 +18,7 @@ from torch import nn
 
 from moellava.adapters.lora import NAME, Adapter
 from moellava.errors import UserError
-from moellava.files import read_object, write_digests, write_json, written
+from moellava.files import read_object, refuse_pointer, write_digests, write_json, written
 from moellava.model.integrity import check_digests, opening
 from moellava.model.parts import Keywords
 from moellava.model.saving import apart
@@ -127,8 +127,10 @@ def read_adapter(path: Path, keywords: Keywords) -> tuple[Adapter, dict[str, tor
         if not (path / name).is_file():
             wanted = WEIGHTS if name == OLD_WEIGHTS else name
             raise UserError(f"{path} holds no {wanted}: it is not the folder of an adapter.")
-    check_digests(path)
     read_object(path / CONFIG)
+    origin = read_object(path / ORIGIN)
+    refuse_pointer(weights)
+    check_digests(path)
     with opening(f"the adapter {path}"):
         config = LoraConfig.from_pretrained(path)
     if config.peft_type != "LORA":
@@ -136,7 +138,6 @@ def read_adapter(path: Path, keywords: Keywords) -> tuple[Adapter, dict[str, tor
     variants = [name for name in VARIANTS if getattr(config, name)]
     if variants:
         raise UserError(f"{path} holds a variant of LoRA ({', '.join(variants)}) that cannot be merged here.")
-    origin = read_object(path / ORIGIN)
     return Adapter(config, origin, keywords), dict(read_file(weights))
 
 

@@ -117,8 +117,8 @@ def refuse_growth(name: str, args: Iterable[Any]) -> None:
     for value in args:
         if isinstance(value, int) and abs(value) > NUMBER:
             raise SecurityError(f"it gives {name} a number beyond {NUMBER:,}")
-        sized = isinstance(value, str | bytes | list | tuple | dict)
-        sizes.append(len(value) if sized else abs(value) if isinstance(value, int) else 0)
+        sized = isinstance(value, str | bytes | list | tuple)
+        sizes.append(len(value) if sized else abs(value) if isinstance(value, int) else size_of(value))
     one, other = sorted(sizes)[-2:]
     if one * other > 20 * SIZE:
         raise SecurityError(f"it gives {name} texts or numbers that may make more than {SIZE:,} characters")
@@ -147,17 +147,9 @@ def bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return limited
 
 
-def _turns(iterable: Any, weight: int) -> Iterator[Any] | Any:
+def _turns(iterable: Any, weight: int) -> Iterator[Any]:
     """The iterable of a loop, counted; `weight`: characters that a turn writes."""
     counts = spent()
-    if hasattr(iterable, "__len__"):  # loops ask it for `loop.length` and `loop.last`
-        counts.step(len(iterable))
-        counts.made(weight * len(iterable))
-        return iterable
-    return _counted(iterable, weight, counts)
-
-
-def _counted(iterable: Any, weight: int, counts: Spent) -> Iterator[Any]:
     for entry in iterable:
         counts.step()
         counts.made(weight)
@@ -194,6 +186,10 @@ class _Counting(NodeTransformer):
         weight = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         node.iter = _filter("_turns", node.iter, nodes.Const(weight))
         return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return _filter("_made", node) if isinstance(node.arg, nodes.Slice) else node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -262,13 +258,6 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             if isinstance(own, str) or name in ("format", "format_map"):
                 counts.made(size_of(own) + sum(size_of(value) for value in values))
         return checked(super().call(__context, __obj, *args, **options))
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        """Subscripts; a slice is a text that is made. See `SandboxedEnvironment`."""
-        if not isinstance(argument, slice):
-            return super().getitem(obj, argument)
-        spent().step()
-        return checked(super().getitem(obj, argument))
 
     def wrap_str_format(self, value: Any) -> Any:
         """`str.format`, whose widths are limited. See `SandboxedEnvironment`."""
