@@ -25,11 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from transformers.utils import logging
 
 from moellava.adapters.folder import read_adapter, write_adapter
 from moellava.adapters.lora import Adapter, attach
 from moellava.errors import UserError
+from moellava.files import DIGESTS
 from moellava.model.manifest import read_folder
 from moellava.model.parts import LLAVA
 from moellava.moe import MoESpec, upcycle
@@ -41,7 +44,7 @@ from tests.lmm.tiny import TINY
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
-QUICK = 40
+QUICK = 32
 """Damages of the quick share."""
 
 SECONDS = 30
@@ -137,9 +140,37 @@ def write_stage(stage: str, root: Path) -> Callable[[Path], None]:
     return write
 
 
-def write_released(name: str) -> Callable[[Path], None]:
+def without_digests(write: Callable[[Path], None], shards: bool = False) -> Callable[[Path], None]:
+    """A writer of the same folder as older versions left it, in shards or not."""
+
+    def write_old(folder: Path) -> None:
+        write(folder)
+        if shards:
+            state = tiny.weights_of(folder)
+            (folder / "model.safetensors").unlink()
+            split = split_torch_state_dict_into_shards(state, max_shard_size=sum(map(_bytes, state.values())) // 3)
+            for name, keys in split.filename_to_tensors.items():
+                save_file({key: state[key] for key in keys}, folder / name, metadata={"format": "pt"})
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / DIGESTS).unlink()
+
+    return write_old
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.nbytes
+
+
+def write_released(name: str, root: Path) -> Callable[[Path], None]:
     """A writer of a released architecture's folder, as the hub holds it."""
-    return lambda folder: TINY[name].save(GOLDEN / "tokenizers", folder)
+
+    def write(folder: Path) -> None:
+        for archive in (GOLDEN / "tokenizers").glob("*.tar.xz"):
+            shutil.unpack_archive(archive, root / "golden", filter="data")
+        TINY[name].save(root / "golden", folder)
+
+    return write
 
 
 def write_published(name: str, root: Path) -> Callable[[Path], None]:
@@ -205,11 +236,13 @@ def layouts(root: Path) -> dict[str, Layout]:
         "stage 1": Layout(write_stage("pretrain", root), True, opened_model),
         "stage 2": Layout(write_stage("finetune", root), True, opened_model),
         "stage 3": Layout(write_stage("moe", root), True, opened_model),
+        "stage 2 of before": Layout(without_digests(write_stage("finetune", root)), False, opened_model),
+        "in shards": Layout(without_digests(write_stage("finetune", root), shards=True), False, opened_model),
         "adapter": Layout(write_lora(root), True, opened_adapter),
         "LLaVA": Layout(write_published("llama/dense", root), False, opened_model),
         "MoE-LLaVA": Layout(write_published("llama/moe_sparse", root), False, opened_model),
-        "llava-1.5-hf": Layout(write_released("llava-1.5"), False, opened_model),
-        "qwen2-vl": Layout(write_released("qwen2-vl"), False, opened_model),
+        "llava-1.5-hf": Layout(write_released("llava-1.5", root), False, opened_model),
+        "qwen2-vl": Layout(write_released("qwen2-vl", root), False, opened_model),
     }
 
 
@@ -267,7 +300,7 @@ def attacks(everything: bool, folder: Path) -> dict[str, Outcome]:
     logging.disable_progress_bar()
     outcomes, known = {}, layouts(folder / "parts")
     (folder / "parts").mkdir()
-    names = list(known) if everything else ["stage 2", "adapter", "LLaVA"]
+    names = list(known) if everything else ["stage 2", "in shards", "adapter", "LLaVA"]
     for name in names:
         layout, sound, copy = known[name], folder / name / "sound", folder / name / "copy"
         layout.write(sound)
