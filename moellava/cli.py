@@ -62,7 +62,7 @@ def _run(argv: list[str]) -> int:
         print(usage())
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
-        print(f"moellava: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
+        print(printable(f"moellava: unknown command {argv[0]!r}\n\n{usage()}"), file=sys.stderr)
         return 2
     return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
 

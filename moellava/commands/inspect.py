@@ -153,7 +153,9 @@ def _show(args: argparse.Namespace, encoder: Encoder, color: bool) -> int:
         if problem:
             raise UserError(f"{name} {problem}")
         view = view_of(encoder, record, name, files, args.max_length)
-        shown = printable(json.dumps(_as_json(view), ensure_ascii=False)) if args.json else None
-        print(shown or _as_text(view, color, args.ids))
+        if args.json:
+            print(printable(json.dumps(_as_json(view), ensure_ascii=False)))
+        else:
+            print(_as_text(view, color, args.ids))
         status |= view.counts["supervised_tokens"] == 0
     return status

@@ -32,6 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     }
     for name, differences in merge(args.model_path, args.adapter, args.output_dir, args.trust_remote_code).items():
         for probe, difference in differences.items():
-            print(f"{titles[name]:28} max |Δ| {difference:.3e}  {probe}")
+            print(printable(f"{titles[name]:28} max |Δ| {difference:.3e}  {probe}"))
     print(printable(f"wrote {args.output_dir}"))
     return 0

@@ -47,7 +47,7 @@ SECONDS = 5.0
 LOOK_EVERY = 31
 """The clock is looked at where these bits of the count of steps are 0."""
 
-ENTRY = 16
+ENTRY = 64
 """Characters that an entry of a list counts for, with what stands around it."""
 
 BREAKS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError)
