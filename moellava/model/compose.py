@@ -36,6 +36,7 @@ from moellava.model.section import Section, note, section_of
 from moellava.model.towers import (
     TOWERS,
     check_select_layer,
+    complete_processor,
     composed_image_processor,
     select_strategy,
     tower_config,
@@ -175,14 +176,14 @@ def describe_composed(manifest: Manifest) -> Description:
         section = section_of(config)
         tokenizer = load_tokenizer(manifest.folder, section.version if section else None)
         try:
-            return tokenizer, LlavaProcessor.from_pretrained(
-                manifest.folder, tokenizer=tokenizer, trust_remote_code=False
-            )
+            processor = LlavaProcessor.from_pretrained(manifest.folder, tokenizer=tokenizer, trust_remote_code=False)
         except OSError as error:
             raise UserError(
                 f"{manifest.called} holds no processor: copy processor_config.json (of older folders, "
                 "preprocessor_config.json) from where the model comes from."
             ) from error
+        complete_processor(processor, config)
+        return tokenizer, processor
 
     return Description(manifest.folder, config, LLAVA, inputs, lambda dtype: read(manifest.folder, config, dtype))
 

@@ -137,6 +137,15 @@ def tower_tokens(tower: PretrainedConfig, strategy: str) -> int:
     return patches + TOWERS[tower.model_type].class_tokens - (strategy == "default")
 
 
+def complete_processor(processor: Any, config: PretrainedConfig) -> None:
+    """Gives a LLaVA processor what older folders, with preprocessor_config.json alone, leave to the model's config."""
+    vision = getattr(config, "vision_config", None)
+    if getattr(processor, "patch_size", 0) is None and getattr(vision, "model_type", None) in TOWERS:
+        processor.patch_size = vision.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = TOWERS[vision.model_type].class_tokens
+
+
 def tower_prefix(tower: PretrainedConfig) -> str:
     """What the installed transformers puts before the names of a tower's tensors (releases differ)."""
     with torch.device("meta"):

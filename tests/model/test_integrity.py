@@ -280,3 +280,16 @@ def test_llavas_lora_folder_opens_over_its_base(checkpoints, tokenizer_folder, t
     torch.save({name.replace("q_proj", "x_proj"): v for name, v in pair.items()}, folder / "adapter_model.bin")
     with pytest.raises(UserError, match="no such tensor there: it is another one"):
         open_vlm(folder, base=base, device="cpu")
+
+
+def test_a_folder_with_a_preprocessor_config_alone_reads_the_same(dense, tmp_path):
+    """As llava-hf had them before transformers knew processor_config.json."""
+    old = shutil.copytree(dense, tmp_path / "old")
+    settings = json.loads((old / "processor_config.json").read_text())
+    (old / "processor_config.json").unlink()
+    (old / DIGESTS).unlink()
+    image = settings["image_processor"] | {"processor_class": "LlavaProcessor"}
+    (old / "preprocessor_config.json").write_text(json.dumps(image))
+    ours, theirs = (open_vlm(folder, device="cpu").processor for folder in (dense, old))
+    for name in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
+        assert getattr(ours, name) == getattr(theirs, name) is not None
