@@ -44,6 +44,6 @@ def hang_hooks(model: PreTrainedModel) -> None:
     for module in model.modules():
         for number, hook in module._forward_hooks.items():
             if getattr(hook, "__module__", None) == output_capturing.__name__:
-                known = inspect.getclosurevars(hook).nonlocals  # type: ignore[arg-type]
+                known = inspect.getclosurevars(hook).nonlocals
                 names = ("key", "index", "capture_initial_hidden_state")
                 module._forward_hooks[number] = Capture(**{name: known[name] for name in names})

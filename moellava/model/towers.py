@@ -139,7 +139,7 @@ def tower_tokens(tower: PretrainedConfig, strategy: str) -> int:
 
 def complete_processor(processor: Any, config: PretrainedConfig) -> None:
     """Gives a LLaVA processor what older folders, with preprocessor_config.json alone, leave to the model's config."""
-    vision = getattr(config, "vision_config", None)
+    vision: Any = getattr(config, "vision_config", None)
     if getattr(processor, "patch_size", 0) is None and getattr(vision, "model_type", None) in TOWERS:
         processor.patch_size = vision.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
