@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 
 from moellava.errors import UserError
+from moellava.log import printable
 
 COMMANDS = {
     "chat": ("moellava.commands.chat", "talk to a model about images"),
@@ -61,14 +62,14 @@ def _run(argv: list[str]) -> int:
         print(usage())
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
-        print(f"moellava: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
+        print(printable(f"moellava: unknown command {argv[0]!r}\n\n{usage()}"), file=sys.stderr)
         return 2
     return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
 
 
 def _refused(argv: list[str], error: Exception) -> int:
     with suppress(OSError):  # nobody may be there to read it
-        print(f"moellava {' '.join(argv[:1])}: {error}", file=sys.stderr)
+        print(printable(f"moellava {' '.join(argv[:1])}: {error}"), file=sys.stderr)
     return 2
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,42 @@ def resolve_folder(
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds; {} if there is no such file. Raises UserError if it is not JSON."""
+    problem = file_problem(path)
+    if problem == NO_FILE:
+        return {}
+    if problem:
+        raise UserError(f"{path}: {problem}")
+    refuse_pointer(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not valid JSON: it is nested too deeply.") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds that has to be an object; {} if there is no such file. Raises UserError otherwise."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {_JSON_NAMES[type(content)]} where a JSON object, {{…}}, is expected.")
+    return content
+
+
+_JSON_NAMES = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "a truth value"}
+_JSON_NAMES[type(None)] = "null"
+
+LFS_HEAD = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises UserError for what Git leaves in the place of a large file until Git-LFS has fetched it."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_HEAD)) == LFS_HEAD:
+            raise UserError(
+                f"{path} is a Git-LFS pointer, not the file itself: run `git lfs pull` in {path.parent}, or fetch the "
+                "folder with `huggingface-cli download`."
+            )
 
 
 def read_config(folder: Path, flag: str) -> dict[str, Any]:
@@ -77,10 +107,7 @@ def read_config(folder: Path, flag: str) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise UserError(f"{flag} {folder} holds no config.json, so it is not a model folder.")
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds a {type(config).__name__}, not a config.")
-    return config
+    return read_object(path)
 
 
 NO_FILE = "no such file"
@@ -152,12 +179,14 @@ def write_json(path: Path, content: Any) -> None:
 @contextmanager
 def staged(folder: Path, name: str) -> Iterator[Path]:
     """An empty folder `name` inside `folder` to write to; its files move up, `config.json` last, when the block ends
-    without an error. Files of the same names are replaced, others stay. Nothing of it is left after an error."""
+    without an error, and with them their digests. Files of the same names are replaced, others stay. Nothing of it is
+    left after an error."""
     staging, is_new = folder / name, not folder.exists()
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         yield staging
+        (staging / DIGESTS).write_text(digests_of(staging), encoding="utf-8")
         flush_tree(staging)
         for file in sorted(staging.iterdir(), key=lambda file: (file.name == CONFIG, file.name)):
             os.replace(file, folder / file.name)
@@ -181,3 +210,44 @@ def flush_tree(folder: Path) -> None:
     """Waits until every file below a folder, and the names of them, are on the disk."""
     for path in [*folder.rglob("*"), folder]:
         flush(path)
+
+
+DIGESTS = "digests.json"
+"""SHA-256 of every file of a folder that we wrote, so that damage is seen."""
+
+NOT_DIGESTED = {DIGESTS, "README.md"}
+"""Beside these nothing may be changed without a word."""
+
+
+def digests_of(folder: Path, names: Collection[str] | None = None) -> str:
+    """The content of `DIGESTS` for all files of a folder, or for those of these names."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in NOT_DIGESTED]
+    chosen = [file for file in files if names is None or file.name in names]
+    return json.dumps({"sha256": {file.name: file_digest(file) for file in chosen}}, indent=2) + "\n"
+
+
+def write_digests(folder: Path, names: Collection[str]) -> None:
+    """Notes the digests of files of these names, in a folder that is written already."""
+    with written(folder / DIGESTS) as temporary:
+        temporary.write_text(digests_of(folder, names), encoding="utf-8")
+
+
+def read_digests(folder: Path) -> dict[str, str] | None:
+    """The digests that a folder carries; None where it has none. Raises UserError where they are damaged."""
+    if not (folder / DIGESTS).is_file():
+        return None
+    recorded = read_object(folder / DIGESTS).get("sha256")
+    if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
+        raise UserError(f"{folder / DIGESTS} is damaged: it holds no digests under 'sha256'.")
+    return recorded
+
+
+def digest_problems(folder: Path, recorded: Mapping[str, str]) -> dict[str, str]:
+    """name -> 'differs' or 'is missing', of the files that are not what they were when they were written."""
+    problems = {}
+    for name, digest in recorded.items():
+        if not (folder / name).is_file():
+            problems[name] = "is missing"
+        elif file_digest(folder / name) != digest:
+            problems[name] = "differs"
+    return problems

@@ -1,10 +1,29 @@
-"""One logger for the package; only rank 0 speaks."""
+"""One logger for the package; only rank 0 speaks. And what a terminal is shown: text, never commands."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+
+HARMFUL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, with which text moves the cursor, erases lines, sets titles or runs commands of a terminal; those
+that turn the direction of writing; and half surrogates, which cannot be written. Line breaks and tabs are text."""
+
+
+def printable(text: object) -> str:
+    r"""What a terminal may be shown of a text that comes from records, file names, models or errors: control characters
+    become escapes like \u001b, line breaks and tabs stay. JSON remains the same JSON."""
+    return HARMFUL.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
+
+
+class PrintableFormatter(logging.Formatter):
+    """Messages and tracebacks, as `printable` has them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        return printable(super().format(record))
 
 
 def is_rank_zero() -> bool:
@@ -17,7 +36,7 @@ def get_logger(name: str = "moellava") -> logging.Logger:
     root = logging.getLogger("moellava")
     if not root.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        handler.setFormatter(PrintableFormatter("%(levelname)s %(message)s"))
         root.addHandler(handler)
         root.setLevel(logging.INFO if is_rank_zero() else logging.ERROR)
         root.propagate = False

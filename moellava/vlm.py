@@ -32,6 +32,7 @@ from moellava.lmm.loaders import describe_released
 from moellava.model.compose import Composition, describe_composed, describe_parts, make_processor
 from moellava.model.description import Description
 from moellava.model.extended import extend_in_place
+from moellava.model.integrity import check_files, opening
 from moellava.model.manifest import Manifest, read_folder
 from moellava.model.parts import Keywords, parts_of
 from moellava.model.published import describe_published
@@ -263,10 +264,11 @@ def describe(
             f"{manifest.called} is {manifest.holds}, no vision-language model. Stage 1 composes one of a "
             "language model and a vision tower: train.py --model_name_or_path LLM --image_tower TOWER --version plain"
         )
-    if manifest.is_published:
-        return describe_published(manifest)
-    known = architecture or architecture_of(manifest)
-    return describe_composed(manifest) if known is None else describe_released(manifest, known, trust_remote_code)
+    with opening(manifest.called):
+        if manifest.is_published:
+            return describe_published(manifest)
+        known = architecture or architecture_of(manifest)
+        return describe_composed(manifest) if known is None else describe_released(manifest, known, trust_remote_code)
 
 
 def build(description: Description, dtype: torch.dtype, source: str = "this model") -> VLM:
@@ -327,6 +329,7 @@ def open_encoder(path: str | Path, *, version: str | None = None, tokens_per_ima
         UserError: no tokenizer there, or no template is named.
     """
     folder = resolve_folder(path, flag)
+    check_files(folder)
     manifest = read_folder(path, flag) if (folder / CONFIG).is_file() else None
     if manifest is not None and holds_vlm(manifest):
         description = describe(manifest)
@@ -341,7 +344,8 @@ def open_encoder(path: str | Path, *, version: str | None = None, tokens_per_ima
             f"--version names the template, which {flag} {path} does not: `moellava inspect --tokenizer {path}` alone "
             "says which fit"
         )
-    tokenizer = load_tokenizer(folder, version)
+    with opening(f"{flag} {path}"):
+        tokenizer = load_tokenizer(folder, version)
     return Encoder(tokenizer, renderer_for(version, tokenizer), CountedImages(tokens_per_image))
 
 

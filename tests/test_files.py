@@ -12,7 +12,17 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from moellava.errors import UserError
-from moellava.files import read_config, read_json, resolve_folder, staged, write_json, written
+from moellava.files import (
+    DIGESTS,
+    file_digest,
+    read_config,
+    read_digests,
+    read_json,
+    resolve_folder,
+    staged,
+    write_json,
+    written,
+)
 from tests.processes import run
 
 FIRST, SECOND = b"what was there", b"what is new"
@@ -118,9 +128,12 @@ def test_files_move_up_with_config_json_last(model, monkeypatch):
     with staged(model, ".new") as folder:
         fill(folder)
         assert moved == [] and (model / "config.json").read_bytes() == FIRST
-    assert moved == ["added.json", "model.safetensors", "config.json"]
+    assert moved == ["added.json", DIGESTS, "model.safetensors", "config.json"]
     new = dict.fromkeys(("config.json", "model.safetensors", "added.json"), SECOND)
+    recorded = read_digests(model)
+    (model / DIGESTS).unlink()
     assert contents(model) == new | {"notes.txt": FIRST}
+    assert recorded == {name: file_digest(model / name) for name in new}
     assert not (model / ".new").exists()
 
 
@@ -129,7 +142,7 @@ def test_all_files_are_on_the_disk_before_one_moves(model, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(len(moved)))
     with staged(model, ".new") as folder:
         fill(folder)
-    assert flushed == [0, 0, 0, 0, 3], "three files and their folder, then what the move has changed"
+    assert flushed == [0, 0, 0, 0, 0, 4], "three files, their digests and their folder, then what the move has changed"
 
 
 def test_an_error_in_the_block_leaves_the_old_folder(model):
@@ -156,7 +169,7 @@ def test_a_new_folder_is_gone_after_an_error_and_there_without_one(tmp_path):
     assert not target.exists()
     with staged(target, ".new") as folder:
         fill(folder)
-    assert set(contents(target)) == {"config.json", "model.safetensors", "added.json"}
+    assert set(contents(target)) == {"config.json", "model.safetensors", "added.json", DIGESTS}
 
 
 def test_what_a_killed_run_has_staged_does_not_come_along(model):
@@ -203,7 +216,7 @@ def test_a_config_that_is_none_is_named(tmp_path):
     with pytest.raises(UserError, match="not valid JSON"):
         read_config(tmp_path, "--model-path")
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="holds a list, not a config"):
+    with pytest.raises(UserError, match="holds a list where a JSON object"):
         read_config(tmp_path, "--model-path")
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     assert read_config(tmp_path, "--model-path") == {"model_type": "llava"}

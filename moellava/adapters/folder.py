@@ -13,17 +13,22 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from moellava.adapters.lora import NAME, Adapter
 from moellava.errors import UserError
-from moellava.files import read_json, write_json, written
+from moellava.files import read_object, refuse_pointer, write_digests, write_json, written
+from moellava.model.integrity import check_digests, opening
 from moellava.model.parts import Keywords
 from moellava.model.saving import apart
+from moellava.model.weights import read_file, todays_name
 
 FOLDER = "adapter"
 CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "origin.json"
+OLD_WEIGHTS = "adapter_model.bin"
+"""How peft before 0.6 stores the tensors: a pickle, read with `weights_only`."""
+
 PREFIX = "base_model.model."
 """What peft puts before the names of the model that it wraps."""
 
@@ -104,6 +109,7 @@ def write_adapter(state: dict[str, torch.Tensor], adapter: Adapter, path: Path) 
     if "fingerprint" not in adapter.origin:  # what it is taken of is frozen
         adapter.origin["fingerprint"] = fingerprint(state)
     write_json(path / ORIGIN, adapter.origin)
+    write_digests(path, (CONFIG, WEIGHTS, ORIGIN))
 
 
 def read_adapter(path: Path, keywords: Keywords) -> tuple[Adapter, dict[str, torch.Tensor]]:
@@ -114,27 +120,37 @@ def read_adapter(path: Path, keywords: Keywords) -> tuple[Adapter, dict[str, tor
         keywords: of the model that it belongs to.
 
     Raises:
-        UserError: the folder holds no LoRA adapter.
+        UserError: the folder holds no LoRA adapter, a damaged one, or one that is not what was written.
     """
-    for name in (CONFIG, WEIGHTS):
+    weights = path / (WEIGHTS if (path / WEIGHTS).is_file() else OLD_WEIGHTS)
+    for name in (CONFIG, weights.name):
         if not (path / name).is_file():
-            raise UserError(f"{path} holds no {name}: it is not the folder of an adapter.")
-    config = LoraConfig.from_pretrained(path)
+            wanted = WEIGHTS if name == OLD_WEIGHTS else name
+            raise UserError(f"{path} holds no {wanted}: it is not the folder of an adapter.")
+    read_object(path / CONFIG)
+    origin = read_object(path / ORIGIN)
+    refuse_pointer(weights)
+    check_digests(path)
+    with opening(f"the adapter {path}"):
+        config = LoraConfig.from_pretrained(path)
     if config.peft_type != "LORA":
         raise UserError(f"{path} holds a {config.peft_type} adapter; LoRA is what can be merged here.")
     variants = [name for name in VARIANTS if getattr(config, name)]
     if variants:
         raise UserError(f"{path} holds a variant of LoRA ({', '.join(variants)}) that cannot be merged here.")
-    return Adapter(config, read_json(path / ORIGIN), keywords), load_file(path / WEIGHTS)
+    return Adapter(config, origin, keywords), dict(read_file(weights))
 
 
 def load_adapter(model: nn.Module, adapter: Adapter, tensors: dict[str, torch.Tensor], source: Path) -> None:
-    """Copies an adapter's tensors into a model that it is attached to.
+    """Copies an adapter's tensors into a model that it is attached to. Names of before transformers 4.52 are today's,
+    under peft's prefix.
 
     Raises:
         UserError: the file and the model do not name the same tensors, or differ in their shapes.
     """
     own = adapter_tensors(model.state_dict(), adapter)
+    known = {name.removeprefix(PREFIX) for name in own}
+    tensors = {PREFIX + todays_name(name.removeprefix(PREFIX), known): value for name, value in tensors.items()}
     different = sorted(own.keys() ^ tensors.keys())
     different += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     if different:

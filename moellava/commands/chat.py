@@ -21,6 +21,7 @@ from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.records import Medium
 from moellava.data.video import Video
 from moellava.errors import UserError
+from moellava.log import printable
 from moellava.serve.answer import Request, stream
 from moellava.serve.generate import Sampling
 from moellava.serve.prompt import Picture
@@ -115,7 +116,7 @@ def say(pieces: Iterator[str], if_empty: str = "") -> None:
     said = False
     for piece in pieces:
         said = True
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print("" if said else if_empty, flush=True)
 
 
@@ -143,7 +144,7 @@ def converse(chat: Chat) -> None:
             elif line:
                 say(chat.ask(line), if_empty="(the model says nothing)")
         except UserError as error:
-            print(error)
+            print(printable(error))
         except KeyboardInterrupt:
             print("\n(stopped; the question is forgotten)")
 

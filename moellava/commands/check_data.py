@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 
-from moellava.commands.records import DATA_HELP, add_role_flags, roles_of
+from moellava.commands.records import DATA_HELP, add_confine_flag, add_role_flags, roles_of
 from moellava.data.check import CheckReport, check
 from moellava.data.images import USUAL_LIMITS, Limits
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.skip_lists import read_skip_list, write_skip_list
 from moellava.errors import UserError
 from moellava.files import require_output
+from moellava.log import printable
 from moellava.vlm import open_encoder
 
 LIMITS: tuple[tuple[str, int | float, str], ...] = (
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--skip-list", help="write the keys of all records that have a problem to this file")
     parser.add_argument("--known", help="a skip list whose records are left out of the check")
     add_role_flags(parser)
+    add_confine_flag(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--version {args.version} is read with --tokenizer alone: which tokenizer is it for?")
     found = check(
         args.data,
-        MediaFiles(args.image_folder, args.video_folder, args.num_frames, limits),
+        MediaFiles(args.image_folder, args.video_folder, args.num_frames, limits, args.confine_media),
         encoder,
         args.max_length,
         known,
@@ -90,5 +92,5 @@ def main(argv: list[str]) -> int:
         problems = [problem._asdict() for problem in found.problems]
         content = {"counts": found.counts, "problems": problems, "notices": found.notices}
         report = json.dumps(content, ensure_ascii=False, indent=1)
-    print(report)
+    print(printable(report))
     return 1 if found.problems else 0

@@ -7,6 +7,7 @@ import argparse
 from moellava.commands.records import DATA_HELP, add_role_flags, roles_of
 from moellava.data.rewrite import rewrite
 from moellava.data.skip_lists import read_skip_list
+from moellava.log import printable
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,5 +29,6 @@ def main(argv: list[str]) -> int:
     counts = rewrite(args.data, args.output, args.image_folder, skip, roles_of(args))
     if skip is not None:
         skip.require_used()
-    print(f"{args.output}: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+    listed = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+    print(printable(f"{args.output}: {listed}"))
     return 0

@@ -13,6 +13,7 @@ import moellava.eval.easy_vqa  # noqa: F401  (registers the benchmark)
 from moellava.errors import UserError
 from moellava.eval.benchmarks import BENCHMARKS, shuffle_images
 from moellava.eval.scoring import answers_of, report
+from moellava.log import printable
 from moellava.vlm import open_vlm
 
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     seconds = round(time.monotonic() - started, 1)
     scored = report(benchmark, questions, answers, vlm=vlm, settings=settings(args))
     result = {**scored, "seconds": seconds}
-    print(summary(result))
+    print(printable(summary(result)))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

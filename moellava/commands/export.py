@@ -7,7 +7,9 @@ from pathlib import Path
 
 from moellava.convert.export import write_published
 from moellava.errors import UserError
+from moellava.log import printable
 from moellava.model.families import FAMILIES
+from moellava.model.manifest import read_folder
 from moellava.vlm import open_vlm
 
 
@@ -23,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.output_dir / "config.json").exists():
         raise UserError(f"--output-dir {args.output_dir} already holds a model. Choose another folder.")
+    read_folder(args.model_path, "--model-path").require_start()
     write_published(open_vlm(args.model_path, device="cpu"), args.output_dir)
-    print(f"wrote {args.output_dir}")
+    print(printable(f"wrote {args.output_dir}"))
     return 0

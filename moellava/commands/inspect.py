@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from moellava.commands.records import DATA_HELP, add_role_flags, roles_of
+from moellava.commands.records import DATA_HELP, add_confine_flag, add_role_flags, roles_of
 from moellava.constants import IMAGE_TOKEN_INDEX, MODALITIES, ROLES, VIDEO_TOKEN_INDEX
 from moellava.data.encoder import Encoder
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
@@ -23,11 +23,12 @@ from moellava.data.tokenizer_facts import Facts, facts_of
 from moellava.data.tokenizers import load_tokenizer
 from moellava.data.view import View, colored, view_of
 from moellava.errors import UserError
+from moellava.log import printable
 from moellava.vlm import open_encoder
 
 
 def _as_text(view: View, color: bool, show_ids: bool) -> str:
-    lines = [f"== {view.record} (--version {view.version})", colored(view.tokens, color)]
+    lines = [printable(f"== {view.record} (--version {view.version})"), colored(view.tokens, color)]
     if show_ids:
         ids = " ".join(f"«{token.id}»" if token.trained else str(token.id) for token in view.tokens)
         lines.append(f"ids ({IMAGE_TOKEN_INDEX} is an image, {VIDEO_TOKEN_INDEX} a video): {ids}")
@@ -123,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"images of a video (default: {NUM_FRAMES})")
     parser.add_argument("--max-length", type=int, help="positions; show what is cut beyond them")
     add_role_flags(parser)
+    add_confine_flag(parser)
     parser.add_argument("--ids", action="store_true", help="show the ids, too")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON, a line per record")
@@ -135,7 +137,7 @@ def main(argv: list[str]) -> int:
     require_frames(args.num_frames, "--num-frames")
     if not args.data and not args.conversation:
         facts = facts_of(load_tokenizer(args.tokenizer, args.version), args.tokenizer)
-        print(facts.to_json() if args.json else facts_text(facts))
+        print(printable(facts.to_json() if args.json else facts_text(facts)))
         return 0
     encoder = open_encoder(
         args.tokenizer, version=args.version, tokens_per_image=args.tokens_per_image, flag="--tokenizer"
@@ -145,12 +147,15 @@ def main(argv: list[str]) -> int:
 
 
 def _show(args: argparse.Namespace, encoder: Encoder, color: bool) -> int:
-    status, files = 0, MediaFiles(args.image_folder, args.video_folder, args.num_frames)
+    status, files = 0, MediaFiles(args.image_folder, args.video_folder, args.num_frames, confined=args.confine_media)
     for record, name in _chosen(args):
         problem = problem_of_turns(record["conversations"]) or encoder.renderer.problem(record)
         if problem:
             raise UserError(f"{name} {problem}")
         view = view_of(encoder, record, name, files, args.max_length)
-        print(json.dumps(_as_json(view), ensure_ascii=False) if args.json else _as_text(view, color, args.ids))
+        if args.json:
+            print(printable(json.dumps(_as_json(view), ensure_ascii=False)))
+        else:
+            print(_as_text(view, color, args.ids))
         status |= view.counts["supervised_tokens"] == 0
     return status

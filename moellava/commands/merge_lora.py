@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moellava.convert.merge_lora import merge
 from moellava.errors import UserError
+from moellava.log import printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     }
     for name, differences in merge(args.model_path, args.adapter, args.output_dir, args.trust_remote_code).items():
         for probe, difference in differences.items():
-            print(f"{titles[name]:28} max |Δ| {difference:.3e}  {probe}")
-    print(f"wrote {args.output_dir}")
+            print(printable(f"{titles[name]:28} max |Δ| {difference:.3e}  {probe}"))
+    print(printable(f"wrote {args.output_dir}"))
     return 0

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 
 from moellava.lmm.architecture import ARCHITECTURES, SUPPORTED_MODELS, SupportedModel
+from moellava.log import printable
 from moellava.model.families import FAMILIES
 
 HEADER = ("model id", "architecture", "on the hub", "parts: vision encoder, projector")
@@ -70,5 +71,5 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--family", help="of one architecture only")
     parser.add_argument("--markdown", action="store_true", help="as docs/SUPPORTED_MODELS.md")
     args = parser.parse_args(argv)
-    print(markdown() if args.markdown else text(args.family), end="" if args.markdown else "\n")
+    print(printable(markdown() if args.markdown else text(args.family)), end="" if args.markdown else "\n")
     return 0

@@ -17,6 +17,16 @@ def add_role_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_confine_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds --confine_media, spelled as train.py has it, or with a hyphen."""
+    parser.add_argument(
+        "--confine_media",
+        "--confine-media",
+        action="store_true",
+        help="refuse paths that lead out of the folder of images or videos, also by links",
+    )
+
+
 def roles_of(args: argparse.Namespace) -> tuple[str, str]:
     """What the records call the user and the model."""
     return args.user_key, args.assistant_key

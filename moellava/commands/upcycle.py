@@ -9,6 +9,7 @@ from transformers import HfArgumentParser
 
 from moellava.convert.upcycle_folder import upcycle_folder
 from moellava.errors import UserError
+from moellava.log import printable
 from moellava.model.manifest import read_folder
 from moellava.moe import MoESpec
 from moellava.moe.flags import FlagHelp
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
     source = read_folder(arguments.model_path, "--model-path")
     certificate = upcycle_folder(source, target, spec, int(arguments.shard_size * GIGABYTE))
     certificate.save(target)
-    print("\n".join([*certificate.lines(), f"Written to {target}"]))
+    print(printable("\n".join([*certificate.lines(), f"Written to {target}"])))
     certificate.check()
     return 0
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moellava.errors import UserError
+from moellava.files import staged
 from moellava.model import projector as projectors
 from moellava.model.build import ROPE_FIELDS
 from moellava.model.families import Family, family_of
@@ -20,6 +21,7 @@ from moellava.moe import MoESpec, gather_moe_state_dict, moe_layers
 from moellava.vlm import VLM
 
 WEIGHTS = "pytorch_model.bin"
+STAGING = ".exporting"
 
 SPARSE_KEY = re.compile(r"model\.language_model\.(layers\.\d+\.mlp)\.(experts\.\d+|shared)\.(.+)")
 ROUTING_KEY = re.compile(r"model\.language_model\.layers\.(\d+)\.mlp\.(router|coefficient)\.(.+)")
@@ -54,11 +56,11 @@ def write_published(vlm: VLM, folder: str | Path) -> None:
         )
     config = published_config(vlm.model)
     state = published_state(vlm.model, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if vlm.tokenizer is not None:
-        vlm.tokenizer.save_pretrained(folder)
+    with staged(folder, STAGING) as staging:
+        torch.save(state, staging / WEIGHTS)
+        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if vlm.tokenizer is not None:
+            vlm.tokenizer.save_pretrained(staging)
 
 
 def published_config(model: Any) -> dict[str, Any]:

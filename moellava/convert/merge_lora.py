@@ -100,6 +100,7 @@ def merge(
             is left in `output_dir` then.
     """
     manifest = read_folder(base, "--model-path", patterns=model_files(trust_remote_code))
+    manifest.require_start()
     description = describe(manifest, trust_remote_code)
     adapter, tensors = read_adapter(adapter_dir, description.keywords)
     vlm = build(description, getattr(torch, adapter.origin.get("dtype", "float32")), f"--model-path {base}")

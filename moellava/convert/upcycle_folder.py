@@ -37,6 +37,7 @@ def upcycle_folder(source: Manifest, target: Path, spec: MoESpec, shard_bytes: i
     architecture = registered(source)
     if architecture is not None:  # first: of those that are refused, the code would have to run to describe the folder
         architecture.refuse_upcycling(source.called)
+    source.require_start()
     description = describe(source)
     if can_stream(description):
         return stream(description, target, spec, shard_bytes)

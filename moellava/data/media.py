@@ -5,6 +5,7 @@ For a model without a way for videos, a video is its frames: `<video>` in a ques
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ class MediaFiles:
         video_folder: what video paths are relative to; None: the same folder.
         num_frames: frames that stand for a video.
         limits: how large an image, or a frame of a video, may be.
+        confined: whether a path that leads out of its folder is a problem, by `..`, from `/` or through a link.
     """
 
     def __init__(
@@ -49,18 +51,25 @@ class MediaFiles:
         video_folder: str | Path | None = None,
         num_frames: int = NUM_FRAMES,
         limits: Limits = USUAL_LIMITS,
+        confined: bool = False,
     ):
         self.image_folder = Path(image_folder or "")
         self.video_folder = Path(video_folder) if video_folder else self.image_folder
         self.num_frames = num_frames
         self.limits = limits
+        self.confined = confined
         self._probed = Remembered(self._probe, CLIPS_KEPT)
 
     def file_of(self, medium: Medium) -> Path:
-        """Where an image or a video lies. Raises DataError where the record holds it itself."""
+        """Where an image or a video lies. Raises DataError where the record holds it itself, or where it lies outside
+        its folder and may not."""
         if is_embedded(medium.path):
             raise DataError(f"an embedded {medium.modality} lies in no file, and here it has to: {TO_FILES}")
-        return (self.image_folder if medium.modality == "image" else self.video_folder) / medium.path
+        folder = self.image_folder if medium.modality == "image" else self.video_folder
+        path = folder / medium.path
+        if self.confined and not within(path, folder):
+            raise DataError(f"{path}: lies outside {folder or Path()}, which --confine_media forbids")
+        return path
 
     def problem(self, medium: Medium, in_full: bool = False) -> str | None:
         """What is wrong with its file, or None; for `in_full` see `image_problem` and `video_problem`."""
@@ -118,6 +127,14 @@ class MediaFiles:
         if medium.modality == "image":
             return open_image(self._content(medium), self.limits)
         return read_frames(self.file_of(medium), self.clip(medium), self.limits)
+
+
+def within(path: Path, folder: Path) -> bool:
+    """Whether a path leads into a folder once `..` and links are followed; a path that cannot be followed does not."""
+    try:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    except (OSError, ValueError):  # a null character, a circle of links
+        return False
 
 
 def require_frames(num_frames: int, flag: str) -> None:

@@ -18,7 +18,7 @@ from moellava.constants import CHAT_TEMPLATE, DEFAULT_IMAGE_TOKEN
 from moellava.conversation import conv_templates
 from moellava.data.fast_tokenizers import CL100K_DIGITS_APART, from_merges, from_sentencepiece, from_tiktoken
 from moellava.errors import UserError
-from moellava.files import read_json, resolve_folder
+from moellava.files import read_object, resolve_folder
 from moellava.registry import Registry
 
 TOKENIZER_FILES = (
@@ -210,7 +210,7 @@ def read_settings(path: str | Path) -> tuple[Path, dict[str, Any]]:
     added_tokens.json is in it too. Raises UserError: no such folder, or a file that is no JSON."""
     folder = resolve_folder(path, "the tokenizer", patterns=TOKENIZER_FILES)
     own, special, added = (
-        read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        read_object(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
     config = special | own
     if not config.get("added_tokens_decoder"):
@@ -300,11 +300,11 @@ def _add_recorded(tokenizer: Tokenizer, folder: Path, config: dict[str, Any]) ->
 def _open_fast(folder: Path) -> PreTrainedTokenizerFast:
     """A tokenizer.json as it is; without one, whatever transformers makes of the folder."""
     if (folder / "tokenizer.json").exists():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise UserError(f"{folder}: transformers cannot open this tokenizer: {error}") from error
     if not tokenizer.is_fast:

@@ -15,6 +15,7 @@ from moellava.conversation import Piece
 from moellava.data.encoder import Encoder
 from moellava.data.masking import Encoded, MaskEngine, Stretch, engine_for
 from moellava.data.media import MediaFiles
+from moellava.log import printable
 
 GREEN, DIM, CYAN, RESET = "\033[32m", "\033[2m", "\033[36m", "\033[0m"
 
@@ -75,10 +76,11 @@ def _texts(engine: MaskEngine, stretch: Stretch) -> Iterable[tuple[str, bool]]:
 
 
 def colored(tokens: Sequence[Token], color: bool) -> str:
-    """The text: trained tokens green, special ones cyan, the rest dim; without colour, trained runs stand in «…»."""
+    """The text: trained tokens green, special ones cyan, the rest dim; without colour, trained runs stand in «…».
+    What a terminal would take for a command is an escape."""
     shades = ((_shade(token, color), token.text) for token in tokens if token.text)
     runs = ((shade, "".join(text for _, text in run)) for shade, run in groupby(shades, key=itemgetter(0)))
-    return "".join(f"{shade[0]}{text}{shade[1]}" for shade, text in runs)
+    return "".join(f"{shade[0]}{printable(text)}{shade[1]}" for shade, text in runs)
 
 
 def _shade(token: Token, color: bool) -> tuple[str, str]:

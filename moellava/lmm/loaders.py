@@ -20,6 +20,7 @@ from moellava.model.description import Description
 from moellava.model.extended import base_of
 from moellava.model.manifest import Manifest, read_folder
 from moellava.model.section import note, section_of
+from moellava.model.towers import complete_processor
 
 logger = get_logger(__name__)
 
@@ -86,6 +87,7 @@ def describe_released(manifest: Manifest, architecture: Architecture, trust_remo
     @functools.cache
     def inputs() -> tuple[Any, Any]:
         processor = processor_of(manifest, architecture)
+        complete_processor(processor, config)
         return processor.tokenizer, processor
 
     def load(dtype: torch.dtype) -> Any:

@@ -57,7 +57,7 @@ def load_processor(folder: Path, architecture: Architecture, model_type: str) ->
     try:
         if VIDEO in inspect.signature(cls.__init__).parameters and not is_torchvision_available():
             return without_torchvision(cls, folder, architecture.video or UNKNOWN)
-        return cls.from_pretrained(folder)
+        return cls.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ImportError, ValueError, AttributeError) as error:
         raise UserError(f"The processor of {folder} cannot be built: {error}") from error
 
@@ -67,7 +67,7 @@ def without_torchvision(cls: Any, folder: Path, recipe: FrameRecipe) -> Any:
     known = inspect.signature(cls.__init__).parameters
     raw = read_json(folder / SETTINGS[0])
     options = {name: value for name, value in raw.items() if name in known and not isinstance(value, dict)}
-    image_processor = AutoImageProcessor.from_pretrained(folder)
+    image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     template = folder / "chat_template.jinja"
     if template.is_file():
         options["chat_template"] = template.read_text(encoding="utf-8")
@@ -77,7 +77,7 @@ def without_torchvision(cls: Any, folder: Path, recipe: FrameRecipe) -> Any:
         cls,
         recipe,
         image_processor=image_processor,
-        tokenizer=AutoTokenizer.from_pretrained(folder),
+        tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         video_settings=video_settings_of(folder, recipe),
         **options,
     )

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from moellava.errors import UserError
 from moellava.model.extended import PREFIX, as_extended, base_of, extended_config, extension_of, model_class
 from moellava.model.families import Family
+from moellava.model.hooks import hang_hooks
 from moellava.model.projector import parse_projector, pin_identities
 from moellava.model.section import section_of
 
@@ -53,10 +54,11 @@ def build(config: PretrainedConfig, state: Mapping[str, torch.Tensor], dtype: to
     config = as_extended(config) if extension_of(config).reasons else config
     with quietly():
         model, info = model_class(config).from_pretrained(
-            None, config=config, state_dict=dict(state), dtype=dtype, **REPORT
+            None, config=config, state_dict=dict(state), dtype=dtype, trust_remote_code=False, **REPORT
         )
     check_loaded(info, source)
     pin(model)
+    hang_hooks(model)
     return model.eval()
 
 
@@ -72,9 +74,12 @@ def read(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Any:
         UserError: see `build`.
     """
     with quietly():
-        model, info = class_of(config).from_pretrained(folder, config=config, dtype=dtype, **REPORT)
+        model, info = class_of(config).from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=False, **REPORT
+        )
     check_loaded(info, str(folder))
     pin(model)
+    hang_hooks(model)
     return model.eval()
 
 
@@ -85,8 +90,8 @@ def open_config(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
         raw: its config.json.
     """
     if raw["model_type"].startswith(PREFIX):
-        return extended_config(base_of(raw["model_type"]).config_class).from_pretrained(folder)
-    return AutoConfig.from_pretrained(folder)
+        return extended_config(base_of(raw["model_type"]).config_class).from_pretrained(folder, trust_remote_code=False)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def on_meta(config: PretrainedConfig) -> Any:

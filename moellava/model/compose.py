@@ -28,6 +28,7 @@ from moellava.model.build import build, open_config, read, text_config
 from moellava.model.description import Description
 from moellava.model.extended import PREFIX
 from moellava.model.families import Family, base_family, family_of
+from moellava.model.integrity import opening
 from moellava.model.manifest import Manifest
 from moellava.model.parts import LLAVA
 from moellava.model.projector import ProjectorSpec, check_widths, initial_weights, parse_projector
@@ -35,6 +36,7 @@ from moellava.model.section import Section, note, section_of
 from moellava.model.towers import (
     TOWERS,
     check_select_layer,
+    complete_processor,
     composed_image_processor,
     select_strategy,
     tower_config,
@@ -85,10 +87,12 @@ def describe_parts(llm: Manifest, tower: Manifest, options: Composition) -> Desc
     """
     projector = parse_projector(options.image_projector_type)
     family = base_family(llm.config)
-    vision = tower_config(tower.config, tower.called)
+    with opening(tower.called):
+        vision = tower_config(tower.config, tower.called)
     check_select_layer(vision, options.mm_vision_select_layer)
     strategy = select_strategy(vision, options.mm_vision_select_feature)
-    text = text_config(family, family.text_config(llm.config))
+    with opening(llm.called):
+        text = text_config(family, family.text_config(llm.config))
     check_widths(projector, vision.hidden_size, text.hidden_size)
     config = llava_config(vision, text, projector, strategy, options.mm_vision_select_layer)
     Section(
@@ -107,7 +111,8 @@ def describe_parts(llm: Manifest, tower: Manifest, options: Composition) -> Desc
             **under("model.multi_modal_projector", drawn),
         }
 
-    tokenizer = load_tokenizer(llm.folder, options.version)
+    with opening(llm.called):
+        tokenizer = load_tokenizer(llm.folder, options.version)
     return describe_new(llm, tower, config, tokenizer, text.vocab_size, tensors)
 
 
@@ -171,12 +176,14 @@ def describe_composed(manifest: Manifest) -> Description:
         section = section_of(config)
         tokenizer = load_tokenizer(manifest.folder, section.version if section else None)
         try:
-            return tokenizer, LlavaProcessor.from_pretrained(manifest.folder, tokenizer=tokenizer)
+            processor = LlavaProcessor.from_pretrained(manifest.folder, tokenizer=tokenizer, trust_remote_code=False)
         except OSError as error:
             raise UserError(
                 f"{manifest.called} holds no processor: copy processor_config.json (of older folders, "
                 "preprocessor_config.json) from where the model comes from."
             ) from error
+        complete_processor(processor, config)
+        return tokenizer, processor
 
     return Description(manifest.folder, config, LLAVA, inputs, lambda dtype: read(manifest.folder, config, dtype))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moellava.model.integrity import opening
 from moellava.model.parts import Keywords
 
 
@@ -33,3 +35,18 @@ class Description:
     load: Callable[[torch.dtype], Any]
     architecture: Any = None
     streams: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("inputs", "load"):
+            object.__setattr__(self, name, _guarded(getattr(self, name), str(self.folder)))
+
+
+def _guarded(make: Callable[..., Any], called: str) -> Callable[..., Any]:
+    """The same function, whose errors are those of the folder. See `opening`."""
+
+    @functools.wraps(make)
+    def guarded(*args: Any) -> Any:
+        with opening(called):
+            return make(*args)
+
+    return guarded

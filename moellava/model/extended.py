@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import transformers
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -28,6 +29,9 @@ from moellava.model.section import Section, section_of
 from moellava.moe import MoESpec, upcycle
 
 PREFIX = "moellava_"
+
+NAMED = "Extended"
+"""What the names of extended classes begin with."""
 
 
 class ExtendedConfig:
@@ -114,7 +118,7 @@ class ExtendedModel:
 @functools.cache
 def extended_config(base: Any) -> Any:
     """The config class of the extended `base`."""
-    name = f"Extended{base.__name__}"
+    name = NAMED + base.__name__
     return type(name, (ExtendedConfig, base), {"model_type": PREFIX + base.model_type, "__module__": __name__})
 
 
@@ -123,7 +127,15 @@ def extended_class(base: Any) -> Any:
     """The class that holds `base` and what the config asks for beyond it."""
     config_class = extended_config(base.config_class)
     attributes = {"config_class": config_class, "config": None, "__module__": __name__}
-    return type(f"Extended{base.__name__}", (ExtendedModel, base), attributes)
+    return type(NAMED + base.__name__, (ExtendedModel, base), attributes)
+
+
+def __getattr__(name: str) -> Any:
+    """The extended class of a name, made anew where it has not been yet: pickles find their classes so."""
+    base = getattr(transformers, name.removeprefix(NAMED), None) if name.startswith(NAMED) else None
+    if base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return extended_config(base) if issubclass(base, PretrainedConfig) else extended_class(base)
 
 
 def model_class(config: PretrainedConfig, base: Any = LlavaForConditionalGeneration) -> Any:

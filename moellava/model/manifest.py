@@ -10,6 +10,7 @@ from typing import Any
 
 from moellava.errors import UserError
 from moellava.files import CONFIG, MODEL_FILES, read_config, resolve_folder
+from moellava.model.integrity import check_digests, check_files
 from moellava.model.section import Section, section_of
 from moellava.model.towers import TOWERS
 
@@ -18,6 +19,12 @@ LANGUAGE_MODEL, TOWER, VLM = "a language model", "a vision tower", "a vision-lan
 
 VISION_FIELDS = ("text_config", "vision_config", "visual", "img_processor")
 """Fields of a config.json that no language model has."""
+
+OBJECTS = ("text_config", "vision_config", "moe", "moellava", "quantization_config", "auto_map")
+"""Fields of a config.json that hold a JSON object, or null."""
+
+TEXTS = ("model_type", "mm_image_tower", "mm_vision_tower")
+"""Fields that hold a text, or null."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,37 @@ class Manifest:
         """Whether it is a Mixture of Experts that was upcycled, here or by MoE-LLaVA."""
         return is_sparse(self.config)
 
+    def require_start(self) -> None:
+        """Sees to it that a run, or a conversion, can start from the folder.
+
+        Raises:
+            UserError: its weights are quantised, or it is one of ours and not what was written.
+        """
+        how = quantisation(self.config)
+        if how:
+            raise UserError(
+                f"{self.called} holds weights that are quantised ({how}), which are neither trained nor converted. "
+                "Give the folder in 16 bits that it was made from; --lora_enable True --bits 4 quantises it (QLoRA)."
+            )
+        check_digests(self.folder)
+        for part in (self.base, self.tower):
+            if part is not None:
+                part.require_start()
+
 
 def is_sparse(raw: Mapping[str, Any]) -> bool:
     """Whether a config, ours or a published one, is that of an upcycled model."""
     return bool(raw.get("moe")) and raw["moe"].get("moe_enable", True)
+
+
+def quantisation(raw: Mapping[str, Any]) -> str | None:
+    """How a config says that its weights are quantised; None: they are not."""
+    for section in (raw, raw.get("text_config") or {}):
+        settings = section.get("quantization_config")
+        if settings:
+            bits = [name for name in ("load_in_4bit", "load_in_8bit") if settings.get(name)]
+            return " ".join([str(settings.get("quant_method", "unknown method")), *bits])
+    return None
 
 
 def read_folder(
@@ -98,11 +132,23 @@ def read_folder(
         UserError: no such folder, or no config.json in it; of a published one, the same of its tower.
     """
     folder = resolve_folder(name, flag, near, patterns)
+    check_files(folder)
     below = None if base is None else _read_base(base)
-    manifest = Manifest(folder, str(name), flag, read_config(folder, flag), below)
+    manifest = Manifest(folder, str(name), flag, checked_config(folder, flag), below)
     if not manifest.is_published:
         return manifest
     return replace(manifest, tower=read_folder(tower_name(manifest.config), "the config's image tower", near=folder))
+
+
+def checked_config(folder: Path, flag: str) -> dict[str, Any]:
+    """The config.json of a folder, its fields of the type that they have to be. Raises UserError otherwise."""
+    config = read_config(folder, flag)
+    for names, wanted, called in ((OBJECTS, dict, "an object, {…}"), (TEXTS, str, "a text")):
+        for name in names:
+            if config.get(name) is not None and not isinstance(config[name], wanted):
+                raise UserError(f"{folder / CONFIG} is damaged: {name} is {str(config[name])[:40]!r}, not {called}.")
+    section_of(config)
+    return config
 
 
 def tower_name(raw: Mapping[str, Any]) -> str:
@@ -118,4 +164,5 @@ def tower_name(raw: Mapping[str, Any]) -> str:
 def _read_base(name: str | Path) -> Manifest:
     flag = "--model-base"
     folder = resolve_folder(name, flag)
-    return Manifest(folder, str(name), flag, read_config(folder, flag) if (folder / CONFIG).is_file() else {})
+    check_files(folder)
+    return Manifest(folder, str(name), flag, checked_config(folder, flag) if (folder / CONFIG).is_file() else {})

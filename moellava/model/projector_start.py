@@ -10,6 +10,7 @@ from torch import nn
 
 from moellava.errors import UserError
 from moellava.files import read_config
+from moellava.model.integrity import check_digests, check_files
 from moellava.model.published import EMBEDDINGS, STAGE_1_FILE, projector_tensors
 from moellava.model.section import Section, section_of
 from moellava.model.weights import read_file, read_tensors
@@ -29,6 +30,9 @@ def load_projector(model: Any, projector: nn.Module, path: str | Path) -> None:
     path = Path(path)
     if path.is_dir() and (path / STAGE_1_FILE).is_file():
         path = path / STAGE_1_FILE
+    if path.is_dir():
+        check_files(path)
+        check_digests(path)
     tensors = read_tensors(path) if path.is_dir() else dict(read_file(path))
     found = projector_tensors(tensors)
     if not found:

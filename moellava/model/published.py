@@ -35,6 +35,7 @@ from moellava.model.compose import (
 from moellava.model.description import Description
 from moellava.model.families import Family, base_family, published_family
 from moellava.model.manifest import Manifest
+from moellava.model.published_lora import is_lora, lora_tensors
 from moellava.model.section import Section, section_of
 from moellava.model.towers import ASPECT_RATIOS, tower_config, tower_prefix, tower_tensors
 from moellava.model.weights import has_weights, read_file, read_tensors
@@ -97,7 +98,7 @@ def published_tensors(
         state = stage_1_tensors(manifest)
     else:
         prefix = tower_prefix(config.vision_config)
-        for key, tensor in read_tensors(manifest.folder).items():
+        for key, tensor in whole_tensors(manifest).items():
             if not key.endswith(OLD_BUFFERS):
                 state |= from_published(key, tensor, family, manifest.config, prefix)
     if not any(name.startswith("model.vision_tower.") for name in state):
@@ -105,6 +106,19 @@ def published_tensors(
     projector = projectors.parse_projector(str((section_of(config) or Section()).image_projector_type))
     identities = projectors.identities(projector, config.text_config.hidden_size)
     return state | under("model.multi_modal_projector", identities)
+
+
+def whole_tensors(manifest: Manifest) -> dict[str, torch.Tensor]:
+    """All tensors of a published folder under its own names; of a LoRA folder, merged into its base's. Raises UserError
+    for such a one without a base."""
+    if has_weights(manifest.folder) or not is_lora(manifest.folder):
+        return read_tensors(manifest.folder)
+    if manifest.base is None or not manifest.base.config:
+        raise UserError(
+            f"{manifest.called} holds a LoRA adapter alone. Give the language model that it was trained on as "
+            "--model-base."
+        )
+    return lora_tensors(manifest, read_tensors(manifest.base.folder))
 
 
 def stage_1_tensors(manifest: Manifest) -> dict[str, torch.Tensor]:

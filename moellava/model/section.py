@@ -10,11 +10,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from moellava.constants import CHAT_TEMPLATE
+from moellava.errors import UserError
 
 KEY = "moellava"
 
 FORMAT = 2
 """Version of the section. In 1 a released model's `architecture` was called `lmm_family`."""
+
+TYPES: dict[str, type] = {"use_im_start_end": bool, "image_token_ids": list, "head_bias": bool}
+"""Field -> type, of those that are no texts."""
 
 OLD_NAMES = {"lmm_family": "architecture"}
 
@@ -57,13 +61,18 @@ class Section:
 
 
 def section_of(config: Any) -> Section | None:
-    """The section of a config, or of the content of a config.json; None where it has none."""
+    """The section of a config, or of the content of a config.json; None where it has none. Raises UserError where one
+    of its fields is of a type that it cannot be."""
     raw = config.get(KEY) if isinstance(config, Mapping) else getattr(config, KEY, None)
     if not raw:
         return None
     named = {OLD_NAMES.get(name, name): value for name, value in raw.items()}
     known = {field.name for field in fields(Section)}
     given = {name: value for name, value in named.items() if name in known and value is not None}
+    for name, value in given.items():
+        wanted = TYPES.get(name, str)
+        if not isinstance(value, wanted):
+            raise UserError(f"The config's section {KEY!r} is damaged: {name} is {value!r}, not of {wanted.__name__}.")
     return Section(**given)
 
 

@@ -71,7 +71,7 @@ def tower_image_processor(folder: Path, config: PretrainedConfig) -> BaseImagePr
     """The image processor that lies beside a tower, or the default of its class at the tower's resolution."""
     spec = TOWERS[config.model_type]
     if (folder / "preprocessor_config.json").is_file():
-        return spec.image_processor.from_pretrained(folder)
+        return spec.image_processor.from_pretrained(folder, trust_remote_code=False)
     side = {"height": config.image_size, "width": config.image_size}
     if spec.image_processor is CLIPImageProcessorPil:
         return CLIPImageProcessorPil(size={"shortest_edge": config.image_size}, crop_size=side)
@@ -82,7 +82,12 @@ def tower_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
     """The weights of a tower by their names in its class. Raises UserError where some are missing."""
     weight_files(folder)
     model, info = TOWERS[config.model_type].model.from_pretrained(
-        folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        folder,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if wrong:
@@ -132,10 +137,19 @@ def tower_tokens(tower: PretrainedConfig, strategy: str) -> int:
     return patches + TOWERS[tower.model_type].class_tokens - (strategy == "default")
 
 
+def complete_processor(processor: Any, config: PretrainedConfig) -> None:
+    """Gives a LLaVA processor what older folders, with preprocessor_config.json alone, leave to the model's config."""
+    vision: Any = getattr(config, "vision_config", None)
+    if getattr(processor, "patch_size", 0) is None and getattr(vision, "model_type", None) in TOWERS:
+        processor.patch_size = vision.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = TOWERS[vision.model_type].class_tokens
+
+
 def tower_prefix(tower: PretrainedConfig) -> str:
     """What the installed transformers puts before the names of a tower's tensors (releases differ)."""
     with torch.device("meta"):
-        names = AutoModel.from_config(tower).state_dict()
+        names = AutoModel.from_config(tower, trust_remote_code=False).state_dict()
     return "vision_model." if any(name.startswith("vision_model.") for name in names) else ""
 
 

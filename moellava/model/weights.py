@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moellava.errors import UserError
-from moellava.files import read_json
+from moellava.files import read_object, refuse_pointer
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of an unsharded checkpoint's weights, best first; `NAME.index.json` lists the shards of a sharded one."""
@@ -27,14 +27,28 @@ def weight_files(folder: Path) -> list[Path]:
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            missing = [shard for shard in names if not (folder / shard).is_file()]
-            if missing:
-                raise UserError(f"{index} names {len(names)} shards, but {', '.join(missing)} are missing.")
-            return [folder / shard for shard in names]
+            return shards_of(index)
         if (folder / name).is_file():
             return [folder / name]
     raise UserError(f"{folder} holds no weights: neither {' nor '.join(WEIGHTS)}, nor an index of shards.")
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index names. Raises UserError if it is damaged, or some of them are not there."""
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index} is damaged: under 'weight_map' it names no files of tensors. Fetch it anew.")
+    names = sorted(set(places.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise UserError(f"{index} names files that do not lie beside it: {', '.join(outside[:3])}")
+    missing = [shard for shard in names if not (index.parent / shard).is_file()]
+    if missing:
+        raise UserError(
+            f"{index} names {len(names)} shards, but {', '.join(missing)} are missing. Fetch them from where the "
+            "folder comes from."
+        )
+    return [index.parent / shard for shard in names]
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -48,29 +62,37 @@ def read_file(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         UserError: the file is damaged, or its pickle holds more than tensors.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file of weights.")
+    refuse_pointer(path)
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
                 yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
-            raise UserError(f"{path} is damaged or cut off: {error}") from error
+            raise UserError(f"{path} is damaged or cut off: {error}. Fetch it anew.") from error
         return
     yield from _read_pickle(path).items()
+
+
+DAMAGED = (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+"""What torch raises on a pickle whose bytes are not what was written. (MemoryError is not among them.)"""
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # pickles from before torch 1.6 are no archives and cannot be mapped
+        except (RuntimeError, ValueError):  # pickles from before torch 1.6 are no archives and cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path} holds more than tensors and is not opened, since it could run code: {reason}"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} is damaged or cut off: {str(error).splitlines()[0]}") from error
+    except DAMAGED as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged or cut off: {reason}. Fetch it anew.") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{path} holds no plain dictionary of tensors.")
     return content
@@ -114,11 +136,12 @@ def locate(files: list[Path], model: torch.nn.Module) -> dict[str, Place]:
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 (no mapping)
                 if name in known or not name.endswith(CONSTANTS):
-                    places[_todays_name(name, known)] = Place(file, name)
+                    places[todays_name(name, known)] = Place(file, name)
     return places
 
 
-def _todays_name(name: str, known: set[str]) -> str:
+def todays_name(name: str, known: set[str]) -> str:
+    """A name on the hub -> the one of those that are known that it stands for; itself where it stands for none."""
     if name not in known:
         for there, here in HUB_NAMES:
             if name.startswith(there) and (renamed := here + name.removeprefix(there)) in known:

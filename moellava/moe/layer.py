@@ -6,6 +6,7 @@ Legend: B sequences, L positions, T = B × L tokens, N real tokens, D hidden, E 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,10 @@ class RoutedMLP(nn.Module):
     @abstractmethod
     def run(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Σ over chosen experts of gate × expert(x), [T, D]; zero where a token is padding."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: all but the last forward's losses, which hang on its graph."""
+        return {**self.__dict__, "record": None}
 
     def hand_over(self, other: RoutedMLP) -> RoutedMLP:
         """Gives router, context and counters to a layer of another engine, and returns it."""

@@ -100,6 +100,7 @@ class DataArguments:
     eval_data_path: list[str] = _flag("Records for the loss during training (with --eval_strategy).", [])
     image_folder: str | None = _flag("Folder that the records' image paths are relative to.")
     video_folder: str | None = _flag("Folder that the records' video paths are relative to; unset: --image_folder.")
+    confine_media: bool = _flag("Refuse paths that lead out of --image_folder or --video_folder, also by links.", False)
     num_frames: int = _flag("Frames that stand for a video, evenly spread over it.", NUM_FRAMES)
     image_aspect_ratio: str | None = _flag(
         "square (as the tower's processor does) or pad (to a square, mean colour). Unset: the folder's, or square."

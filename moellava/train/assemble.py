@@ -56,6 +56,7 @@ def assemble(
     dtype = training_dtype(args)
     manifest, architecture = start_of(model_args)
     is_vlm = architecture is not None or holds_vlm(manifest)
+    manifest.require_start()
     refuse_wrong_start(manifest, is_vlm, stage, model_args, moe_args)
     if moe_args.moe_enable and not manifest.is_sparse:
         moe_args.spec()  # what contradicts itself is told before gigabytes are read
@@ -117,6 +118,7 @@ def composed(
         use_im_start_end=bool(model_args.mm_use_im_start_end),
     )
     tower = read_folder(model_args.image_tower, "--image_tower")
+    tower.require_start()
     return build(describe_parts(llm, tower, options), dtype, llm.called)
 
 

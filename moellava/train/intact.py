@@ -17,9 +17,8 @@ import torch
 
 from moellava.data.scan import shared
 from moellava.errors import UserError
-from moellava.files import file_digest, read_json, write_json
+from moellava.files import DIGESTS, file_digest, read_json, write_json
 
-DIGESTS = "digests.json"
 STATE = "trainer_state.json"
 THREADS = 8
 """Files that are read side by side; hashing leaves Python's lock to others."""

@@ -188,7 +188,8 @@ def contents_of(
 
 def media_files(data_args: DataArguments) -> MediaFiles:
     """Where the images and videos of the records lie."""
-    return MediaFiles(data_args.image_folder, data_args.video_folder, data_args.num_frames, data_args.limits())
+    folders = (data_args.image_folder, data_args.video_folder)
+    return MediaFiles(*folders, data_args.num_frames, data_args.limits(), data_args.confine_media)
 
 
 def make_dataset(

@@ -18,6 +18,7 @@ from moellava.adapters.lora import attach, lora_layers, lora_parameters, pattern
 from moellava.cli import main
 from moellava.convert import merge_lora
 from moellava.errors import UserError
+from moellava.files import DIGESTS
 from moellava.moe import MoESpec, upcycle
 from moellava.train.adapt import adapt
 from moellava.train.arguments import parse_arguments
@@ -189,6 +190,7 @@ def test_a_base_that_has_changed_meanwhile_is_refused(runs, flags_for, tmp_path,
     origin = folder / "checkpoint-2" / "adapter" / "origin.json"
     content = json.loads(origin.read_text())
     origin.write_text(json.dumps(content | {"fingerprint": 1.01 * content["fingerprint"]}))
+    (origin.parent / DIGESTS).unlink()
     write_digests(folder / "checkpoint-2")  # as one whose base differs would be written
     with pytest.raises(UserError, match="--model_name_or_path .* is not what the adapter has learnt on"):
         train_here(flags_for(runs, "moe") | LORA | {"output_dir": folder})
@@ -293,6 +295,7 @@ def test_a_variant_of_lora_is_refused_by_name(runs, tmp_path):
     shutil.copytree(runs / "finetune" / "adapter", tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    (tmp_path / "adapter" / DIGESTS).unlink()
     with pytest.raises(UserError, match="variant of LoRA .use_rslora."):
         merge_lora.merge(str(runs / "pretrain"), tmp_path / "adapter", tmp_path / "merged")
 
@@ -322,6 +325,7 @@ def test_a_folder_in_16_bits_is_merged_in_16_bits(runs, tmp_path):
     open_vlm(runs / "pretrain", device="cpu", dtype=torch.bfloat16).save(tmp_path / "base")
     shutil.copytree(runs / "finetune" / "adapter", tmp_path / "adapter")
     (tmp_path / "adapter" / "origin.json").write_text(json.dumps({"dtype": "bfloat16"}))
+    (tmp_path / "adapter" / DIGESTS).unlink()
     found = merge_lora.merge(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
     assert max(found["folder"].values()) == 0.0
     assert {value.dtype for value in weights_of(tmp_path / "merged").values()} == {torch.bfloat16}

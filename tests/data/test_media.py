@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from PIL import Image
 
 from moellava.cli import main
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -166,3 +167,27 @@ def test_inspect_cuts_a_video_as_training_does(rows, encoder, tokenizers, image_
         assert view.cut is not None
         assert (view.counts["images"], view.cut["images"]) in [(FRAMES, 0), (0, FRAMES)]
         assert view.counts["positions"] <= limit
+
+
+def test_paths_that_lead_out_of_their_folder_are_refused_on_request(tmp_path):
+    """`..`, absolute paths and links; what comes back in is inside, and without the flag everything is read."""
+    folder, outside = tmp_path / "images", tmp_path / "outside"
+    for place in (folder / "sub", outside):
+        place.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(place / "a.png")
+    (folder / "link.png").symlink_to(outside / "a.png")
+    (folder / "inner.png").symlink_to(folder / "sub" / "a.png")
+    (folder / "linked").symlink_to(outside)
+    inside = ["sub/a.png", "sub/../sub/a.png", "inner.png", "../images/sub/a.png", str(folder / "sub/a.png")]
+    out = ["../outside/a.png", str(outside / "a.png"), "link.png", "linked/a.png", "sub/../../outside/a.png"]
+    for paths, forbidden in ((inside, False), (out, True)):
+        for path in paths:
+            medium = Medium("image", path)
+            assert MediaFiles(folder).problem(medium) is None
+            problem = MediaFiles(folder, confined=True).problem(medium)
+            assert (problem is not None) == forbidden, path
+            assert not forbidden or "which --confine_media forbids" in str(problem)
+    with pytest.raises(DataError, match="lies outside"):
+        MediaFiles(folder, confined=True).read(Medium("image", "link.png"))
+    with pytest.raises(DataError, match="lies outside"):
+        MediaFiles(folder, confined=True).clip(Medium("video", "../clip.mp4"))

@@ -95,7 +95,7 @@ def test_what_is_no_model_folder_is_named_by_its_flag(tmp_path):
     with pytest.raises(UserError, match="^--model_name_or_path .* holds no config.json, so it is not a model folder"):
         read_folder(tmp_path, "--model_name_or_path")
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UserError, match="holds a list, not a config"):
+    with pytest.raises(UserError, match="holds a list where a JSON object"):
         read_folder(tmp_path, "--model-path")
 
 
