@@ -20,14 +20,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from moellava.constants import CHAT_TEMPLATE
 from moellava.data.encoder import image_tokens
 from moellava.data.render.jinja import saved_chat_template
 from moellava.data.tokenizers import load_tokenizer, place_image_token
 from moellava.errors import UserError
+from moellava.model.any_language_model import own_config, own_tensors
 from moellava.model.build import build, open_config, read, text_config
 from moellava.model.description import Description
 from moellava.model.extended import PREFIX
-from moellava.model.families import Family, base_family, family_of
+from moellava.model.families import Family, family_of, registered_family
 from moellava.model.manifest import Manifest
 from moellava.model.parts import LLAVA
 from moellava.model.projector import ProjectorSpec, check_widths, initial_weights, parse_projector
@@ -84,16 +86,16 @@ def describe_parts(llm: Manifest, tower: Manifest, options: Composition) -> Desc
         UserError: a folder of the wrong sort, an unknown name (the known ones are listed), or parts that do not fit.
     """
     projector = parse_projector(options.image_projector_type)
-    family = base_family(llm.config)
+    family = registered_family(llm.config)
     vision = tower_config(tower.config, tower.called)
     check_select_layer(vision, options.mm_vision_select_layer)
     strategy = select_strategy(vision, options.mm_vision_select_feature)
-    text = text_config(family, family.text_config(llm.config))
+    text = own_config(llm) if family is None else text_config(family, family.text_config(llm.config))
     check_widths(projector, vision.hidden_size, text.hidden_size)
     config = llava_config(vision, text, projector, strategy, options.mm_vision_select_layer)
     Section(
         version=options.version,
-        family=family.name,
+        family=None if family is None else family.name,
         image_aspect_ratio=options.image_aspect_ratio,
         image_projector_type=options.image_projector_type,
         image_tower=tower.name,
@@ -102,12 +104,14 @@ def describe_parts(llm: Manifest, tower: Manifest, options: Composition) -> Desc
 
     def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         drawn = initial_weights(projector, vision.hidden_size, text.hidden_size)
-        return language_model_tensors(llm, family) | {
+        words = own_tensors(llm, config, dtype) if family is None else language_model_tensors(llm, family)
+        return words | {
             **under("model.vision_tower", tower_tensors(tower.folder, vision, dtype)),
             **under("model.multi_modal_projector", drawn),
         }
 
     tokenizer = load_tokenizer(llm.folder, options.version)
+    note(config, chat_template=tokenizer.chat_template)
     return describe_new(llm, tower, config, tokenizer, text.vocab_size, tensors)
 
 
@@ -124,7 +128,7 @@ def describe_new(
     Args:
         source: the folder of the language model.
         tower: where the image processor lies.
-        config: its section gains the ids of the image tokens now, and `head_bias` with the tensors.
+        config: its section gains the ids of the image tokens now, and what is particular to the head with the tensors.
         tokenizer: gains the image tokens; None: there is none.
         rows: of the embedding, below which no image token is placed.
         tensors: gives all of them, under the composed model's names.
@@ -170,6 +174,8 @@ def describe_composed(manifest: Manifest) -> Description:
     def inputs() -> tuple[Any, Any]:
         section = section_of(config)
         tokenizer = load_tokenizer(manifest.folder, section.version if section else None)
+        if section is not None and section.chat_template and section.version != CHAT_TEMPLATE:
+            tokenizer.chat_template = section.chat_template  # the file beside it is the stage's own template
         try:
             return tokenizer, LlavaProcessor.from_pretrained(manifest.folder, tokenizer=tokenizer)
         except OSError as error:
