@@ -6,15 +6,22 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, LlavaConfig, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    LlavaConfig,
+    PretrainedConfig,
+)
 
-from moellava.errors import UserError
+from moellava.errors import UnknownNameError, UserError
 from moellava.log import get_logger
 from moellava.model.build import REPORT, check_loaded, quietly
 from moellava.model.families import FAMILIES
 from moellava.model.manifest import Manifest
-from moellava.model.probes import Anatomy, CannotComposeError, anatomy_of
+from moellava.model.probes import FAILURES, Anatomy, CannotComposeError, anatomy_of
 from moellava.model.section import note
 
 logger = get_logger(__name__)
@@ -27,19 +34,20 @@ def own_config(llm: Manifest) -> PretrainedConfig:
     """The config of a language model of no family, as its own class has it.
 
     Raises:
-        UserError: the installed transformers has no class for it, or does not read its config.json.
+        UnknownNameError: the installed transformers has no class for it.
+        UserError: it does not read its config.json.
     """
     model_type = str(llm.config.get("model_type"))
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         read = ", ".join(sorted({name for family in FAMILIES.values() for name in family.base_model_types}))
-        raise UserError(
+        raise UnknownNameError(
             f"{llm.called} is a {model_type!r} model. The installed transformers {transformers.__version__} has no "
-            f"class for causal language models of that type, and no family here reads it ({read})."
+            f"class for causal language models of that type, and it is of no family here. Known: {read}"
         )
     try:
         config = CONFIG_MAPPING[model_type].from_pretrained(llm.folder)
-    except (TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
+    except (*FAILURES, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{llm.called}: transformers does not read its config.json: {reason}") from error
     for name in ("hidden_size", "vocab_size"):
         if not isinstance(getattr(config, name, None), int):
@@ -64,7 +72,8 @@ def own_tensors(llm: Manifest, config: LlavaConfig, dtype: torch.dtype) -> dict[
     try:
         anatomy = anatomy_of(model)
     except CannotComposeError as error:
-        raise CannotComposeError(f"{llm.called} ({type(model).__name__}) cannot be composed with a tower: {error}.") from error
+        name = type(model).__name__
+        raise CannotComposeError(f"{llm.called} ({name}) cannot be composed with a tower: {error}.") from error
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = anatomy.ties_head
     note(config, softcap=anatomy.head.softcap)
     logger.info("%s (%s) is composed %s.", llm.called, type(model).__name__, in_words(anatomy))

@@ -23,6 +23,7 @@ from transformers import (
 from moellava.constants import CHAT_TEMPLATE
 from moellava.data.encoder import image_tokens
 from moellava.data.render.jinja import saved_chat_template
+from moellava.data.tokenizer_facts import fitting_version
 from moellava.data.tokenizers import load_tokenizer, place_image_token
 from moellava.errors import UserError
 from moellava.model.any_language_model import own_config, own_tensors
@@ -113,6 +114,12 @@ def describe_parts(llm: Manifest, tower: Manifest, options: Composition) -> Desc
     tokenizer = load_tokenizer(llm.folder, options.version)
     note(config, chat_template=tokenizer.chat_template)
     return describe_new(llm, tower, config, tokenizer, text.vocab_size, tensors)
+
+
+def version_for(llm: Manifest) -> str:
+    """The template of a language model: its family's, or what its tokenizer's probe says. Raises UserError: none."""
+    family = registered_family(llm.config)
+    return fitting_version(load_tokenizer(llm.folder)) if family is None else family.version
 
 
 def describe_new(

@@ -1,4 +1,4 @@
-"""What Hugging Face's classes lack, as a subclass of any of them: MoE layers, a deep projector, a biased or capped head.
+"""What Hugging Face's classes lack, as a subclass of any of them: MoE layers, a deep projector, a head of its own.
 
 An extended folder must not open silently wrong in plain transformers, which would drop the weights that it does not
 know. So its `config.json` gives `moellava_…` for the `model_type` of the model **and** of its text config: the Auto

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, DynamicCache
 
 from moellava.errors import UserError
 
@@ -189,7 +189,7 @@ def read_on(body: nn.Module, **inputs: Tensor) -> Tensor:
     """
     ((name, tokens),) = inputs.items()
     attention = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-    past = None
+    past: Any = DynamicCache(config=body.config)  # what `generate` begins with
     for start, stop in ((0, TOKENS - 2), (TOKENS - 2, TOKENS - 1), (TOKENS - 1, TOKENS)):
         given = {name: tokens[:, start:stop].clone(), "attention_mask": attention[:, :stop], "past_key_values": past}
         try:
@@ -354,11 +354,12 @@ def alike(one: Tensor, other: Tensor) -> bool:
 
 def difference(one: Tensor, other: Tensor) -> float:
     """The norm of their difference as a fraction of the second's norm; infinite where one is not a number."""
-    off = float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-30))
+    one, other = one.detach().float(), other.detach().float()
+    off = float((one - other).norm() / other.norm().clamp_min(1e-30))
     return off if off == off else float("inf")
 
 
 def first_line(error: BaseException) -> str:
     """What a class says of its own failure, in one line."""
     text = str(error).strip() or "nothing is said of why"
-    return f"{type(error).__name__}: {text.splitlines()[0]}"
+    return f"{type(error).__name__}: {text.splitlines()[0].rstrip('.')}"

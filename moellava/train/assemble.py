@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from moellava.adapters.lora import Adapter
+from moellava.data.tokenizer_facts import PLAIN, fitting_version
 from moellava.errors import UserError
 from moellava.files import model_files
 from moellava.lmm.architecture import Architecture, holds_vlm, registered
 from moellava.lmm.loaders import find_model
 from moellava.log import get_logger
-from moellava.model.compose import Composition, describe_parts
-from moellava.model.families import base_family, family_of
+from moellava.model.compose import Composition, describe_parts, version_for
+from moellava.model.families import FAMILIES
 from moellava.model.manifest import TOWER, Manifest, read_folder
 from moellava.model.projector_start import load_projector
 from moellava.moe import convert_engine
@@ -27,8 +28,6 @@ from moellava.vlm import VLM, build, describe
 logger = get_logger(__name__)
 
 FLAG = "--model_name_or_path"
-PLAIN = "plain"
-"""The template of stage 1, unless --version names another."""
 
 
 @dataclass
@@ -102,7 +101,7 @@ def composed(
     """A language model and a tower, put together."""
     assert model_args.image_tower is not None  # refuse_wrong_start has asked for it
     options = Composition(
-        version=model_args.version or (PLAIN if stage is PRETRAIN else base_family(llm.config).version),
+        version=model_args.version or (PLAIN if stage is PRETRAIN else version_for(llm)),
         image_projector_type=model_args.image_projector_type,
         mm_vision_select_layer=model_args.mm_vision_select_layer,
         mm_vision_select_feature=model_args.mm_vision_select_feature,
@@ -129,7 +128,10 @@ def settle(vlm: VLM, stage: Stage, model_args: ModelArguments, data_args: DataAr
 def next_template(vlm: VLM, stage: Stage) -> str | None:
     """The template in place of stage 1's, which is for captions alone, in the stages after it; None: it may stay."""
     has_template = vlm.architecture is not None or vlm.section.version != PLAIN
-    return None if has_template or stage is PRETRAIN else family_of(vlm.model.config).version
+    if has_template or stage is PRETRAIN:
+        return None
+    family = vlm.section.family
+    return fitting_version(vlm.tokenizer) if family is None else FAMILIES[family].version
 
 
 def sparsify(vlm: VLM, moe_args: MoEArguments) -> Certificate | None:

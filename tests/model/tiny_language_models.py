@@ -48,7 +48,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), {"num_hidden_layers": 4, **LINEAR}),
     **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 4}),
     "bailing_hybrid": {"num_hidden_layers": 4, "layer_group_size": 2, "first_k_dense_replace": 1, **ALL_HEADS}
-    | {"num_experts_per_token": 2},
+    | {"num_experts_per_token": 2, "num_expert_group": 1, "topk_group": 1, "num_experts": 4},
     "bamba": {"attn_layer_indices": [1], **MAMBA},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}}
@@ -123,3 +123,40 @@ def tiny_language_model(model_type: str) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+VERDICTS = {
+    "untied": "bloom falcon gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese mpt opt",
+    "folded": "cohere cohere2 cohere2_moe falcon_h1 granite granite_swa granitemoe granitemoe_swa granitemoehybrid "
+    "granitemoeshared hyperclovax inkling_text minicpm3",
+    "head bias": "codegen ctrl gptj phi",
+    "softcap": "beam gemma2 inkling2_text nanochat vaultgemma",
+}
+"""How language models are composed; all others but the refused ones are composed as they are."""
+
+REFUSED = {
+    "no key-value cache": "falcon_mamba mamba mamba2 openai-gpt recurrent_gemma reformer rwkv xlstm",
+    "does not read on from a cache: ValueError: MiniMax": "minimax",
+    "something else from embeddings than from ids": "gemma3n_text",
+    "does not run on embeddings": "cpmant deepseek_v4",
+    "does not run on embeddings of no word": "gemma4_text",
+    "no linear function of its body's output": "modernbert-decoder",
+    "embeddings are": "electra rembert",
+    "AutoModel builds no body": "trocr",
+    "for its body, of which": "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart "
+    "prophetnet whisper",
+    "depend on later tokens": "bert bert-generation big_bird camembert data2vec-text ernie megatron-bert roberta "
+    "roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod",
+}
+"""Words of the reason -> the language models that are refused for it."""
+
+
+def expected(model_type: str) -> tuple[str, str]:
+    """The verdict on a language model, and words of its reason where it is refused."""
+    for verdict, names in VERDICTS.items():
+        if model_type in names.split():
+            return verdict, ""
+    for reason, names in REFUSED.items():
+        if model_type in names.split():
+            return "refused", reason
+    return "as is", ""

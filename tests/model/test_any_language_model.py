@@ -1,0 +1,184 @@
+"""Language models without an entry of ours: composed by what probes find, equal to their own class, or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from moellava.errors import UserError
+from moellava.model.any_language_model import own_config
+from moellava.model.compose import Composition, version_for
+from moellava.model.extended import CappedHead
+from moellava.model.manifest import read_folder
+from moellava.model.probes import CannotComposeError, Head, anatomy_of, fit_head, logits_of
+from moellava.vlm import compose
+from tests import tiny
+from tests.model.any_language_model import Row, check, check_all, table
+from tests.model.tiny_language_models import (
+    OVERRIDES,
+    REFUSED,
+    VERDICTS,
+    expected,
+    language_models,
+    tiny_language_model,
+)
+
+SAMPLE = ("qwen3_moe", "gpt2", "granite", "gemma2", "gptj", "mamba")
+"""One of each verdict."""
+
+
+def holds(row: Row) -> bool:
+    verdict, reason = expected(row.model_type)
+    return row.verdict == verdict and reason in row.reason and not row.problems
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_a_sample_is_composed_as_its_own_class_computes(model_type, tokenizer_folder, clip_tower, tmp_path):
+    row = check(model_type, tokenizer_folder, clip_tower, tmp_path)
+    assert holds(row), table([row])
+
+
+@pytest.mark.slow
+def test_every_language_model_of_transformers_is_composed_or_refused_with_its_reason():
+    rows = check_all(language_models())
+    wrong = [row for row in rows if not holds(row)]
+    assert not wrong, table(wrong)
+    assert len([row for row in rows if row.verdict != "refused"]) >= 110
+
+
+def test_the_tables_name_language_models_that_there_are():
+    named = " ".join([*VERDICTS.values(), *REFUSED.values()]).split()
+    assert len(named) == len(set(named)) and {*named, *OVERRIDES} <= set(language_models())
+
+
+def test_the_page_has_a_row_for_each():
+    lines = (Path(__file__).parents[2] / "docs" / "LANGUAGE_MODELS.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
+    assert sorted(row[0] for row in rows) == sorted(language_models())
+    for name, verdict, _, reason in rows:
+        assert (verdict, True) == (expected(name)[0], expected(name)[1] in reason)
+
+
+def heads() -> dict[str, Head]:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(50, 8, generator=generator), torch.randn(50, generator=generator)
+    return {
+        "as it is": Head(weight),
+        "scaled": Head(weight, scale=0.0625),
+        "scaled by a hair": Head(weight, scale=1.01),
+        "negative": Head(weight, scale=-2.0),
+        "biased": Head(weight, bias=bias),
+        "scaled and biased": Head(weight, scale=3.0, bias=bias),
+        "capped": Head(weight, softcap=30.0),
+        "capped low": Head(weight, softcap=1.5),
+    }
+
+
+@pytest.mark.parametrize("name", heads())
+def test_a_head_is_told_from_its_logits(name):
+    head = heads()[name]
+    hidden = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    seen = [(hidden * factor, logits_of(head, hidden * factor)) for factor in (1.0, 8.0)]
+    found = fit_head(head.weight, logits_of(head, hidden * 0), seen, 1e-4)
+    assert found.scale == pytest.approx(head.scale, rel=1e-6) and found.softcap == head.softcap
+    assert (found.bias is None) == (head.bias is None)
+    if head.bias is not None:
+        torch.testing.assert_close(found.bias, head.bias)
+
+
+@pytest.mark.parametrize(
+    "curve", [torch.relu, torch.square, lambda x: x / x.norm(), lambda x: 30 * torch.tanh(x / 15), torch.sin]
+)
+def test_what_no_linear_head_says_is_refused(curve):
+    weight = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    seen = [(hidden * factor, curve(hidden @ weight.T * factor)) for factor in (1.0, 8.0)]
+    with pytest.raises(CannotComposeError, match="no linear function"):
+        fit_head(weight, torch.zeros(6, 50), seen, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("model_type", "verdict"), [("qwen3", "as is"), ("gemma2", "softcap"), ("granite", "folded")])
+def test_half_precision_hides_nothing(model_type, verdict, dtype):
+    anatomy = anatomy_of(tiny_language_model(model_type).to(dtype))
+    assert anatomy.verdict == verdict
+    assert anatomy.head.softcap in (None, pytest.approx(30.0, rel=1e-2))
+
+
+def test_a_capped_head_stays_one_when_the_vocabulary_grows(tokenizer_folder, clip_tower, tmp_path):
+    base = tiny_language_model("gemma2")
+    base.resize_token_embeddings(tiny.VOCABULARY)  # no free row is left for <image>
+    base.save_pretrained(tmp_path)
+    shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    vlm = compose(tmp_path, str(clip_tower), Composition(version="v1"))
+    head = vlm.model.get_output_embeddings()
+    assert isinstance(head, CappedHead) and head.softcap == 30.0 and head.out_features == tiny.VOCABULARY + 1
+    with torch.no_grad():
+        assert head(1e6 * torch.ones(1, 32)).abs().max() <= 30.0
+
+
+def test_the_chat_template_outlives_stage_1(tokenizer_folder, clip_tower, tmp_path):
+    """Stage 1's folder has the template of captions; the next stage takes the language model's own again."""
+    base = tmp_path / "base"
+    tiny_language_model("qwen3").save_pretrained(base)
+    tokenizer = hf.AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(base)
+    assert version_for(read_folder(base, "--model_name_or_path")) == "chat_template"
+    compose(base, str(clip_tower), Composition(version="plain")).save(tmp_path / "stage1")
+    stage_1 = tiny.reopen(tmp_path / "stage1")
+    assert stage_1.section.version == "plain" and stage_1.processor.chat_template != CHATML
+    stage_1.settle("chat_template")
+    stage_1.save(tmp_path / "stage2")
+    plain = hf.AutoProcessor.from_pretrained(tmp_path / "stage2")
+    assert plain.chat_template == tiny.reopen(tmp_path / "stage2").processor.chat_template == CHATML
+
+
+CHATML = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content + '<|endoftext|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def test_a_tokenizer_without_a_chat_template_takes_what_fits(make_base):
+    folder = make_base("llama").folder
+    assert version_for(read_folder(folder, "--model_name_or_path")) == "v1"  # its family's
+    llm = read_folder(folder, "--model_name_or_path")
+    other = llm.__class__(llm.folder, llm.name, llm.flag, {**llm.config, "model_type": "qwen3"})
+    assert version_for(other) == "qwen"  # answers end with <|endoftext|>
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "no-such-model"}, "is a 'no-such-model' model.*has no class for causal language models"),
+        ({"model_type": "t5"}, "is a 't5' model"),
+        ({"model_type": "qwen3", "num_hidden_layers": "many"}, "does not read its config.json"),
+    ],
+)
+def test_configs_that_no_class_reads_are_named(config, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        own_config(read_folder(tmp_path, "--model_name_or_path"))
+
+
+def test_weights_that_do_not_fit_are_named(tokenizer_folder, clip_tower, tmp_path):
+    base = tiny_language_model("qwen3")
+    base.config.intermediate_size += 8
+    base.save_pretrained(tmp_path)
+    shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="do not fit its config.json.*mlp"):
+        compose(tmp_path, str(clip_tower), Composition(version="v1"))
+
+
+def test_a_model_that_is_its_own_body_is_refused():
+    model = tiny_language_model("llama")
+    model.model = nn.Identity()
+    with pytest.raises(CannotComposeError, match="LlamaModel for its body, of which LlamaForCausalLM has 0"):
+        anatomy_of(model)
