@@ -21,12 +21,19 @@ import transformers as hf
 from moellava.errors import UserError
 from moellava.model.compose import Composition
 from moellava.model.probes import FAILURES, first_line
+from moellava.moe import MoESpec, upcycle
 from moellava.vlm import VLM, compose
 from tests import tiny
 from tests.model.tiny_language_models import language_models, tiny_language_model
 
 CLOSE = 1e-5
 """How far logits may be off, as a fraction of the largest."""
+
+RECIPES = {
+    "copies": MoESpec(moe_mode="dense", num_experts=[3]),
+    "slices": MoESpec(moe_mode="dense", init="granular", granularity=2, num_experts=[4]),
+}
+"""Ways to make a dense model sparse, all of its layers, which keep what it says."""
 
 TOKENS = 12
 IMAGE = 4  # patches of the tiny tower
@@ -42,6 +49,7 @@ class Row:
         reason: of the refusal.
         off: name of a comparison -> the largest difference of a logit, as a fraction of the largest logit.
         problems: what did not hold.
+        upcycles: recipe -> 'exact', or why it is refused.
     """
 
     model_type: str
@@ -49,6 +57,7 @@ class Row:
     reason: str = ""
     off: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    upcycles: dict[str, str] = field(default_factory=dict)
 
 
 def check(model_type: str, tokenizer: Path, tower: Path, folder: Path) -> Row:
@@ -88,6 +97,24 @@ def _check(row: Row, tokenizer: Path, tower: Path, folder: Path) -> None:
         plain = hf.LlavaForConditionalGeneration.from_pretrained(folder / "saved", dtype=torch.float32).eval()
         compare(row, "plain transformers", plain, base, ids)
     compare(row, "reopened", tiny.reopen(folder / "saved").model, base, ids)
+    for name, spec in RECIPES.items():
+        row.upcycles[name] = upcycled(tiny.reopen(folder / "saved"), spec, ids, folder / name)
+
+
+def upcycled(vlm: VLM, spec: MoESpec, ids: torch.Tensor, folder: Path) -> str:
+    """'exact', or why not, of a dense model made sparse, saved and opened again."""
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        dense = vlm.model(**given).logits
+        try:
+            upcycle(vlm.model, spec)
+        except UserError as error:
+            return str(error)
+        vlm.sparse(spec)
+        vlm.save(folder)
+        logits = [model(**given).logits for model in (vlm.model, tiny.reopen(folder).model)]
+    off = [float((found - dense).abs().max() / dense.abs().max()) for found in logits]
+    return "exact" if max(off) <= CLOSE else f"off by {off[0]:.0e}, reopened {off[1]:.0e}"
 
 
 def verdict_of(base: torch.nn.Module, vlm: VLM) -> str:
@@ -160,12 +187,27 @@ def check_all(names: list[str]) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """The rows in Markdown."""
-    lines = ["| `model_type` | composed | largest difference of a logit | why not |", "|---|---|---|---|"]
+    lines = ["| `model_type` | composed | logits off | copies | slices | why not |", "|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: (row.verdict == "refused", row.verdict, row.model_type)):
         off = f"{max(row.off.values()):.0e}" if row.off else ""
         said = "; ".join([row.reason, *row.problems]).strip("; ")
-        lines.append(f"| {row.model_type} | {row.verdict} | {off} | {said} |")
+        ways = " | ".join(in_short(row.upcycles.get(name, "")) for name in RECIPES)
+        lines.append(f"| {row.model_type} | {row.verdict} | {off} | {ways} | {said} |")
     return "\n".join(lines)
+
+
+SHORT = {
+    "sparse already": "sparse already",
+    "do not add up": "no",
+    "be cut or redrawn": "no",
+    "is a plain MLP": "no MLP",
+}
+"""Words of a refusal -> what the table says of it."""
+
+
+def in_short(verdict: str) -> str:
+    """A verdict on upcycling for a cell of the table."""
+    return next((short for words, short in SHORT.items() if words in verdict), verdict)
 
 
 def main() -> int:

@@ -19,22 +19,27 @@ from moellava.model.manifest import read_folder
 from moellava.model.probes import CannotComposeError, Head, anatomy_of, fit_head, logits_of
 from moellava.vlm import compose
 from tests import tiny
-from tests.model.any_language_model import Row, check, check_all, table
+from tests.model.any_language_model import Row, check, check_all, in_short, table
 from tests.model.tiny_language_models import (
     OVERRIDES,
     REFUSED,
+    UPCYCLES,
     VERDICTS,
     expected,
+    expected_upcycling,
     language_models,
     tiny_language_model,
 )
 
 SAMPLE = ("qwen3_moe", "gpt2", "granite", "gemma2", "gptj", "mamba")
-"""One of each verdict."""
+"""One of each verdict; the first is sparse, the second has no parts of the usual names."""
 
 
 def holds(row: Row) -> bool:
     verdict, reason = expected(row.model_type)
+    upcycles = tuple(map(in_short, row.upcycles.values()))
+    if verdict != "refused" and upcycles != expected_upcycling(row.model_type):
+        return False
     return row.verdict == verdict and reason in row.reason and not row.problems
 
 
@@ -53,16 +58,18 @@ def test_every_language_model_of_transformers_is_composed_or_refused_with_its_re
 
 
 def test_the_tables_name_language_models_that_there_are():
-    named = " ".join([*VERDICTS.values(), *REFUSED.values()]).split()
-    assert len(named) == len(set(named)) and {*named, *OVERRIDES} <= set(language_models())
+    for tables in ([*VERDICTS.values(), *REFUSED.values()], UPCYCLES.values()):
+        named = " ".join(tables).split()
+        assert len(named) == len(set(named)) and {*named, *OVERRIDES} <= set(language_models())
 
 
 def test_the_page_has_a_row_for_each():
     lines = (Path(__file__).parents[2] / "docs" / "LANGUAGE_MODELS.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
     assert sorted(row[0] for row in rows) == sorted(language_models())
-    for name, verdict, _, reason in rows:
+    for name, verdict, _, copies, slices, reason in rows:
         assert (verdict, True) == (expected(name)[0], expected(name)[1] in reason)
+        assert verdict == "refused" or (copies, slices) == expected_upcycling(name)
 
 
 def heads() -> dict[str, Head]:

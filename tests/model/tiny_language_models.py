@@ -151,6 +151,28 @@ REFUSED = {
 """Words of the reason -> the language models that are refused for it."""
 
 
+SPARSE = (
+    "afmoe aria_text axk1 axk2 bailing_hybrid cohere2_moe deepseek_v2 dots1 dots3_note_text ernie4_5_moe "
+    "exaone_moe flex_olmo glm4_moe glm4_moe_lite gpt_oss granitemoe granitemoe_swa granitemoehybrid "
+    "granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2_text inkling_text jamba jetmoe kimi_linear kolibri1 "
+    "laguna llama4_text longcat_flash mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text mixtral olmoe phimoe "
+    "qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp_text solar_open zamba zaya"
+)
+"""Language models with experts of their own, which is where upcycling stops."""
+
+UPCYCLES = {
+    ("sparse already", "sparse already"): SPARSE,
+    ("no MLP", "no MLP"): "biogpt bloom dbrx moshi mpt nemotron_h opt xglm zamba2",
+    ("exact", "no"): "bitnet gpt-sw3 gpt2",
+}
+"""(verdict on copies, on slices) -> language models; all others are exact both ways."""
+
+
+def expected_upcycling(model_type: str) -> tuple[str, str]:
+    """The verdicts on experts that are copies of MLPs, and on those that are slices."""
+    return next((verdicts for verdicts, names in UPCYCLES.items() if model_type in names.split()), ("exact", "exact"))
+
+
 def expected(model_type: str) -> tuple[str, str]:
     """The verdict on a language model, and words of its reason where it is refused."""
     for verdict, names in VERDICTS.items():
