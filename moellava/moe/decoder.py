@@ -65,7 +65,7 @@ def mlp_name(layer: nn.Module, width: int) -> str:
     if is_sparse(layer):
         raise UserError(
             f"A decoder layer is a {type(layer).__name__}, which has experts of its own: it is sparse already and "
-            "needs no upcycling. --moe_layers_idx names layers that are dense."
+            "needs no upcycling. Train it without --moe_enable. --moe_layers_idx names layers that are dense."
         )
     children = [(name, child) for name, child in layer.named_children() if _matrices(child) > 1]
     for name, child in sorted(children, key=lambda named: _size(named[1]), reverse=True):
