@@ -30,7 +30,7 @@ from moellava.model.any_language_model import own_config, own_tensors
 from moellava.model.build import build, open_config, read, text_config
 from moellava.model.description import Description
 from moellava.model.extended import PREFIX
-from moellava.model.families import Family, family_of, registered_family
+from moellava.model.families import Family, registered_family
 from moellava.model.manifest import Manifest
 from moellava.model.parts import LLAVA
 from moellava.model.projector import ProjectorSpec, check_widths, initial_weights, parse_projector
@@ -176,7 +176,7 @@ def describe_composed(manifest: Manifest) -> Description:
         raise UserError(f"{manifest.folder} is a {model_type!r} model, which no stage of ours writes.")
     config = open_config(manifest.folder, manifest.config)
     if manifest.section is None:
-        adopted(config).put(config)
+        adopted(config, manifest).put(config)
 
     def inputs() -> tuple[Any, Any]:
         section = section_of(config)
@@ -194,8 +194,8 @@ def describe_composed(manifest: Manifest) -> Description:
     return Description(manifest.folder, config, LLAVA, inputs, lambda dtype: read(manifest.folder, config, dtype))
 
 
-def adopted(config: PretrainedConfig) -> Section:
-    """The section of a folder that other code composed: what its config implies, and its family's template.
+def adopted(config: PretrainedConfig, manifest: Manifest) -> Section:
+    """The section of a folder that other code composed: what its config implies, and the template that fits.
 
     Raises:
         UserError: a projector that none of our names describes.
@@ -203,10 +203,10 @@ def adopted(config: PretrainedConfig) -> Section:
     if config.projector_hidden_act not in PROJECTOR_OF:
         known = ", ".join(PROJECTOR_OF)
         raise UserError(f"Its projector's activation is {config.projector_hidden_act!r}. Known: {known}")
-    family = family_of(config)
+    family = registered_family(config.text_config.to_dict())
     return Section(
-        version=family.version,
-        family=family.name,
+        version=family.version if family is not None else fitting_version(load_tokenizer(manifest.folder)),
+        family=None if family is None else family.name,
         image_projector_type=PROJECTOR_OF[config.projector_hidden_act],
         image_tower=config.vision_config.name_or_path or None,
     )

@@ -17,10 +17,12 @@ from moellava.model.compose import Composition, version_for
 from moellava.model.extended import CappedHead
 from moellava.model.manifest import read_folder
 from moellava.model.probes import CannotComposeError, Head, anatomy_of, fit_head, logits_of
+from moellava.moe import MoESpec, upcycle
 from moellava.vlm import compose
 from tests import tiny
 from tests.model.any_language_model import Row, check, check_all, in_short, table
 from tests.model.tiny_language_models import (
+    CHATML,
     OVERRIDES,
     REFUSED,
     UPCYCLES,
@@ -147,10 +149,26 @@ def test_the_chat_template_outlives_stage_1(tokenizer_folder, clip_tower, tmp_pa
     assert plain.chat_template == tiny.reopen(tmp_path / "stage2").processor.chat_template == CHATML
 
 
-CHATML = (
-    "{% for message in messages %}{{ message.role + ': ' + message.content + '<|endoftext|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
+def test_a_folder_that_other_code_composed_is_opened(tokenizer_folder, clip_tower, tmp_path):
+    tiny_language_model("qwen3").save_pretrained(tmp_path / "base")
+    tokenizer = hf.AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path / "base")
+    vlm = compose(tmp_path / "base", str(clip_tower), Composition("chat_template", "mlp2x_gelu"))
+    vlm.save(tmp_path / "foreign")
+    config = json.loads((tmp_path / "foreign" / "config.json").read_text())
+    del config["moellava"]
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(config))
+    again = tiny.reopen(tmp_path / "foreign")
+    assert (again.section.version, again.section.family) == ("chat_template", None)
+
+
+def test_stage_3_says_that_a_sparse_language_model_is_sparse(tokenizer_folder, clip_tower, tmp_path):
+    tiny_language_model("qwen3_moe").save_pretrained(tmp_path)
+    shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    vlm = compose(tmp_path, str(clip_tower), Composition("qwen"))
+    with pytest.raises(UserError, match="sparse already and needs no upcycling. Train it without --moe_enable"):
+        upcycle(vlm.model, MoESpec())
 
 
 def test_a_tokenizer_without_a_chat_template_takes_what_fits(make_base):

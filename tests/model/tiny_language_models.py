@@ -112,13 +112,21 @@ def language_models() -> list[str]:
     return [name for name in CLASSES if name not in UNBUILT and not is_whole(name)]
 
 
-def tiny_language_model(model_type: str) -> torch.nn.Module:
-    """A random one, every parameter moved, so that norms and biases are not all ones and zeros."""
+CHATML = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content + '<|endoftext|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+"""A chat template that ends turns with the tests' only special token."""
+
+
+def tiny_language_model(model_type: str, **fields: Any) -> torch.nn.Module:
+    """A random one, every parameter moved, so that norms and biases are not all ones and zeros; `fields` are of the
+    config, beside those above."""
     torch.manual_seed(1)
     config_class = hf.CONFIG_MAPPING[model_type]
     known = config_class().to_dict()
     sizes = {name: value for name, value in COMMON.items() if name in known}
-    model = getattr(hf, CLASSES[model_type])(config_class(**sizes | OVERRIDES.get(model_type, {}))).eval()
+    model = getattr(hf, CLASSES[model_type])(config_class(**sizes | OVERRIDES.get(model_type, {}) | fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
