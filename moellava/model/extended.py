@@ -136,6 +136,12 @@ class ExtendedModel:
         if asked.moe is not None:
             upcycle(self, asked.moe, initialize=False)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: for what it takes for code from elsewhere, transformers does not compute the constants that modules
+        keep for their children (Falcon-H1's multipliers), and they would be whatever lies in memory."""
+        return False
+
     def set_output_embeddings(self, head: nn.Linear) -> None:
         """As Hugging Face's, which hands in a plain layer when the vocabulary grows."""
         softcap = extension_of(self.config).softcap

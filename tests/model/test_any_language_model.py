@@ -207,3 +207,18 @@ def test_a_model_that_is_its_own_body_is_refused():
     model.model = nn.Identity()
     with pytest.raises(CannotComposeError, match="LlamaModel for its body, of which LlamaForCausalLM has 0"):
         anatomy_of(model)
+
+
+def test_constants_that_are_not_stored_are_computed_in_an_extended_class(tokenizer_folder, clip_tower, tmp_path):
+    """Falcon-H1's decoder keeps its layers' multipliers, which transformers leaves empty for classes from elsewhere."""
+    tiny_language_model("falcon_h1").save_pretrained(tmp_path / "base")
+    shutil.copytree(tokenizer_folder, tmp_path / "base", dirs_exist_ok=True)
+    dense = compose(tmp_path / "base", str(clip_tower), Composition("qwen"))
+    wanted = {name: buffer.clone() for name, buffer in dense.model.named_buffers()}
+    spec = MoESpec(num_experts=[2])
+    upcycle(dense.model, spec)
+    dense.sparse(spec)
+    dense.save(tmp_path / "sparse")
+    found = dict(tiny.reopen(tmp_path / "sparse").model.named_buffers())
+    assert any(name.endswith("mup_vector") for name in found)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
