@@ -45,6 +45,12 @@ PROBE_PIXELS = 56
 """Random tokens of a question and of its answer, and height and width in pixels of the image, that two models are
 compared on."""
 
+CONTEXT_FIELDS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
+"""What configs call the longest sequence. Where positions are relative (Bloom), none does."""
+
+UNLIMITED = 1_000_000
+"""Tokens of a context that no config limits."""
+
 Probes = dict[str, dict[str, Any]]
 """'text', and 'image' where there is one, -> inputs of the model."""
 
@@ -87,7 +93,9 @@ class VLM:
     @property
     def context_length(self) -> int:
         """The longest sequence, in tokens."""
-        return self.model.config.get_text_config().max_position_embeddings
+        text = self.model.config.get_text_config()
+        named = [getattr(text, name, None) for name in CONTEXT_FIELDS]
+        return next((length for length in named if isinstance(length, int)), UNLIMITED)
 
     @property
     def trains_projector(self) -> bool:

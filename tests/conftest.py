@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from hypothesis import settings
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
@@ -140,6 +143,22 @@ def tiny_llava() -> Callable:
 def batch() -> dict[str, torch.Tensor]:
     """One for `tiny_llava`."""
     return tiny.batch_for(tiny.tiny_llava())
+
+
+@pytest.fixture(autouse=True)
+def one_process() -> Iterator[None]:
+    """`--deepspeed` without a launcher makes this process a group of one, which the next test must not belong to."""
+    before = os.environ.get("RANK")
+    yield
+    if before is None and "RANK" in os.environ:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        if dist.is_initialized():
+            from deepspeed import comm
+
+            comm.destroy_process_group()
+            comm.comm.cdb = None
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -525,15 +525,51 @@ ANSWERING = (
     Mutation(
         "answers-swapped",
         "serve/answer.py",
-        "for index, tokens in zip(chosen, said, strict=True):",
-        "for index, tokens in zip(sorted(chosen), said, strict=True):",
+        "for index, tokens in zip(shown, said, strict=True)}",
+        "for index, tokens in zip(sorted(shown), said, strict=True)}",
         "Questions of different lengths get each other's answers; scores of a benchmark fall to chance.",
         ("serve/test_answer.py",),
     ),
 )
 
+PROBING = (
+    Mutation(
+        "softcap-not-looked-for",
+        "model/probes.py",
+        "logits_at(model, source, ids, LOUD / max(largest, 1e-6))",
+        "logits_at(model, source, ids, 1.0)",
+        "Gemma 2 in half precision is composed without its cap, and its logits are a little off for ever.",
+        ("model/test_any_language_model.py",),
+    ),
+    Mutation(
+        "logits-factor-lost",
+        "model/any_language_model.py",
+        "scaled(anatomy.head.weight.detach(), anatomy.head.scale)",
+        "anatomy.head.weight.detach()",
+        "Cohere and Granite say the same words, at another temperature: sampling and the loss are wrong.",
+        ("model/test_any_language_model.py",),
+    ),
+    Mutation(
+        "formula-taken-for-the-module",
+        "moe/weights.py",
+        "found = [layout for layout in layouts_of(module) if _says_all(module, layout)]",
+        "found = layouts_of(module)",
+        "Experts of BitNet and Gemma 3n compute without the norm or the cut in their middle.",
+        ("moe/test_decoder.py",),
+    ),
+    Mutation(
+        "own-balance-dropped",
+        "train/trainer.py",
+        "loss = loss + aux * self.own_routers.coefficient",
+        "loss = loss + 0 * aux",
+        "A sparse language model is fine-tuned without its balancing loss, and its experts drift apart.",
+        ("train/test_trainer.py",),
+    ),
+)
+
 MUTATIONS = (
     *MASKING,
+    *PROBING,
     *ENCODING,
     *COLLATING,
     *ROUTING,

@@ -49,6 +49,11 @@ def write_published(vlm: VLM, folder: str | Path) -> None:
         UserError: the model has something that the layout cannot say; the message names it.
     """
     folder = Path(folder)
+    if vlm.architecture is None and vlm.section.family is None:
+        raise UserError(
+            f"{vlm.source}: LLaVA's layout has no name for a {vlm.model.config.text_config.model_type} language model. "
+            "The folder opens in plain transformers as it is, unless its README.md says otherwise."
+        )
     if vlm.section.family is None:
         raise UserError(
             f"{vlm.source} is of a class of its own ({type(vlm.model).__name__}), which LLaVA's layout does not hold: "

@@ -30,7 +30,8 @@ from moellava.model.saving import INDEX, STAGING, folder_page, remove_old_weight
 from moellava.model.section import note
 from moellava.model.weights import Place, locate, weight_files
 from moellava.moe import MoESpec
-from moellava.moe.upcycle import decoder_layers, expert_stream
+from moellava.moe.decoder import decoder_layers, mlp_names
+from moellava.moe.upcycle import expert_stream
 
 logger = get_logger(__name__)
 
@@ -201,7 +202,7 @@ def _convert(
         waiting[index].discard(name.removeprefix(prefix))
         if waiting[index]:
             continue
-        mlp = layers[index].mlp
+        mlp = getattr(layers[index], prefix.removesuffix(".").rpartition(".")[2])
         mlp.load_state_dict({part: places[prefix + part].read() for part in parts}, assign=True)
         for part, tensor in expert_stream(mlp, spec, counts[index], index):
             output.write(f"{prefix}{part}", tensor)
@@ -224,10 +225,9 @@ def _mlp_names(dense: nn.Module, spec: MoESpec) -> dict[int, tuple[str, list[str
     """layer index -> (name of its MLP with a trailing dot, names of its tensors)."""
     names = {id(module): name for name, module in dense.named_modules()}
     layers = decoder_layers(dense)
-    return {
-        index: (names[id(layers[index].mlp)] + ".", list(layers[index].mlp.state_dict()))
-        for index in spec.layers_of(len(layers))
-    }
+    called = mlp_names(dense, list(spec.layers_of(len(layers))))
+    mlps = {index: getattr(layers[index], name) for index, name in called.items()}
+    return {index: (f"{names[id(mlp)]}.", list(mlp.state_dict())) for index, mlp in mlps.items()}
 
 
 def _planned(

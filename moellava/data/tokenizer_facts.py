@@ -20,6 +20,9 @@ from moellava.data.view import trained_texts
 from moellava.errors import UserError
 from moellava.files import CONFIG, read_json
 
+PLAIN = "plain"
+"""The template of stage 1, for captions; it fits every tokenizer and carries no conversation."""
+
 PROBE = [
     {"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\nWhat is this? ASSISTANT: </s>"},
     {"from": "gpt", "value": "A cat 🐱, or <|endoftext|> as some write."},
@@ -128,6 +131,22 @@ def fit_of(tokenizer: PreTrainedTokenizerBase, version: str) -> Fit:
             version, terminator, ids, True, False, f"exact mask, but {terminator!r} is text here, not one special token"
         )
     return Fit(version, terminator, ids, True, True, "the mask decodes to exactly the answers and their terminators")
+
+
+def fitting_version(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template that goes with a tokenizer: its own chat template where its answers can be told apart and end, or
+    else the first of ours that fits.
+
+    Raises:
+        UserError: none does.
+    """
+    if tokenizer.chat_template and fit_of(tokenizer, CHAT_TEMPLATE).fits:
+        return CHAT_TEMPLATE
+    fits = _fits(tokenizer, spec_for(tokenizer).versions)
+    fit = next(fit for fit in fits if fit.version != PLAIN)
+    if not fit.fits:
+        raise UserError(f"No template fits this tokenizer ({fit.version}: {fit.verdict}). Name one by --version.")
+    return fit.version
 
 
 def is_plain(renderer: Renderer) -> bool:

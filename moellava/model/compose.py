@@ -20,14 +20,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from moellava.constants import CHAT_TEMPLATE
 from moellava.data.encoder import image_tokens
 from moellava.data.render.jinja import saved_chat_template
+from moellava.data.tokenizer_facts import fitting_version
 from moellava.data.tokenizers import load_tokenizer, place_image_token
 from moellava.errors import UserError
+from moellava.model.any_language_model import own_config, own_tensors
 from moellava.model.build import build, open_config, read, text_config
 from moellava.model.description import Description
 from moellava.model.extended import PREFIX
-from moellava.model.families import Family, base_family, family_of
+from moellava.model.families import Family, registered_family
 from moellava.model.integrity import opening
 from moellava.model.manifest import Manifest
 from moellava.model.parts import LLAVA
@@ -86,18 +89,18 @@ def describe_parts(llm: Manifest, tower: Manifest, options: Composition) -> Desc
         UserError: a folder of the wrong sort, an unknown name (the known ones are listed), or parts that do not fit.
     """
     projector = parse_projector(options.image_projector_type)
-    family = base_family(llm.config)
+    family = registered_family(llm.config)
     with opening(tower.called):
         vision = tower_config(tower.config, tower.called)
     check_select_layer(vision, options.mm_vision_select_layer)
     strategy = select_strategy(vision, options.mm_vision_select_feature)
     with opening(llm.called):
-        text = text_config(family, family.text_config(llm.config))
+        text = own_config(llm) if family is None else text_config(family, family.text_config(llm.config))
     check_widths(projector, vision.hidden_size, text.hidden_size)
     config = llava_config(vision, text, projector, strategy, options.mm_vision_select_layer)
     Section(
         version=options.version,
-        family=family.name,
+        family=None if family is None else family.name,
         image_aspect_ratio=options.image_aspect_ratio,
         image_projector_type=options.image_projector_type,
         image_tower=tower.name,
@@ -106,14 +109,22 @@ def describe_parts(llm: Manifest, tower: Manifest, options: Composition) -> Desc
 
     def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         drawn = initial_weights(projector, vision.hidden_size, text.hidden_size)
-        return language_model_tensors(llm, family) | {
+        words = own_tensors(llm, config, dtype) if family is None else language_model_tensors(llm, family)
+        return words | {
             **under("model.vision_tower", tower_tensors(tower.folder, vision, dtype)),
             **under("model.multi_modal_projector", drawn),
         }
 
     with opening(llm.called):
         tokenizer = load_tokenizer(llm.folder, options.version)
+    note(config, chat_template=tokenizer.chat_template)
     return describe_new(llm, tower, config, tokenizer, text.vocab_size, tensors)
+
+
+def version_for(llm: Manifest) -> str:
+    """The template of a language model: its family's, or what its tokenizer's probe says. Raises UserError: none."""
+    family = registered_family(llm.config)
+    return fitting_version(load_tokenizer(llm.folder)) if family is None else family.version
 
 
 def describe_new(
@@ -129,7 +140,7 @@ def describe_new(
     Args:
         source: the folder of the language model.
         tower: where the image processor lies.
-        config: its section gains the ids of the image tokens now, and `head_bias` with the tensors.
+        config: its section gains the ids of the image tokens now, and what is particular to the head with the tensors.
         tokenizer: gains the image tokens; None: there is none.
         rows: of the embedding, below which no image token is placed.
         tensors: gives all of them, under the composed model's names.
@@ -170,11 +181,13 @@ def describe_composed(manifest: Manifest) -> Description:
         raise UserError(f"{manifest.folder} is a {model_type!r} model, which no stage of ours writes.")
     config = open_config(manifest.folder, manifest.config)
     if manifest.section is None:
-        adopted(config).put(config)
+        adopted(config, manifest).put(config)
 
     def inputs() -> tuple[Any, Any]:
         section = section_of(config)
         tokenizer = load_tokenizer(manifest.folder, section.version if section else None)
+        if section is not None and section.chat_template and section.version != CHAT_TEMPLATE:
+            tokenizer.chat_template = section.chat_template  # the file beside it is the stage's own template
         try:
             processor = LlavaProcessor.from_pretrained(manifest.folder, tokenizer=tokenizer, trust_remote_code=False)
         except OSError as error:
@@ -188,8 +201,8 @@ def describe_composed(manifest: Manifest) -> Description:
     return Description(manifest.folder, config, LLAVA, inputs, lambda dtype: read(manifest.folder, config, dtype))
 
 
-def adopted(config: PretrainedConfig) -> Section:
-    """The section of a folder that other code composed: what its config implies, and its family's template.
+def adopted(config: PretrainedConfig, manifest: Manifest) -> Section:
+    """The section of a folder that other code composed: what its config implies, and the template that fits.
 
     Raises:
         UserError: a projector that none of our names describes.
@@ -197,10 +210,10 @@ def adopted(config: PretrainedConfig) -> Section:
     if config.projector_hidden_act not in PROJECTOR_OF:
         known = ", ".join(PROJECTOR_OF)
         raise UserError(f"Its projector's activation is {config.projector_hidden_act!r}. Known: {known}")
-    family = family_of(config)
+    family = registered_family(config.text_config.to_dict())
     return Section(
-        version=family.version,
-        family=family.name,
+        version=family.version if family is not None else fitting_version(load_tokenizer(manifest.folder)),
+        family=None if family is None else family.name,
         image_projector_type=PROJECTOR_OF[config.projector_hidden_act],
         image_tower=config.vision_config.name_or_path or None,
     )

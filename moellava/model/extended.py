@@ -1,4 +1,4 @@
-"""What Hugging Face's classes lack, as a subclass of any of them: MoE layers, a deep projector, a biased head.
+"""What Hugging Face's classes lack, as a subclass of any of them: MoE layers, a deep projector, a head of its own.
 
 An extended folder must not open silently wrong in plain transformers, which would drop the weights that it does not
 know. So its `config.json` gives `moellava_…` for the `model_type` of the model **and** of its text config: the Auto
@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import transformers
 from torch import nn
 from transformers import (
@@ -64,11 +65,13 @@ class Extension:
     Args:
         projector: one of more than two layers.
         head_bias: whether the language-model head has a bias.
+        softcap: see `CappedHead`; None: the logits are not capped.
         moe: the options of its MoE layers.
     """
 
     projector: ProjectorSpec | None = None
     head_bias: bool = False
+    softcap: float | None = None
     moe: MoESpec | None = None
 
     @property
@@ -79,6 +82,8 @@ class Extension:
             found.append("its decoder has Mixture-of-Experts layers")
         if self.head_bias:
             found.append("its language-model head has a bias, which LlavaForConditionalGeneration lacks")
+        if self.softcap is not None:
+            found.append(f"its logits are capped at {self.softcap}, which LlavaForConditionalGeneration does not do")
         if self.projector is not None:
             found.append(f"its projector is {self.projector.name}, deeper than LlavaForConditionalGeneration's")
         return found
@@ -93,14 +98,33 @@ def extension_of(config: PretrainedConfig) -> Extension:
     return Extension(
         projector=projector if projector is not None and projector.is_deep else None,
         head_bias=section.head_bias,
+        softcap=section.softcap,
         moe=MoESpec.from_config(moe) if moe else None,
     )
+
+
+class CappedHead(nn.Linear):
+    """A head whose logits are s · tanh(logits / s) (Gemma 2, arXiv:2408.00118, section 2).
+
+    Args:
+        linear: the plain head; its parameters become this one's.
+        softcap: s.
+    """
+
+    def __init__(self, linear: nn.Linear, softcap: float):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias, self.softcap = linear.weight, linear.bias, softcap
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[…, D] -> [..., V]."""
+        return self.softcap * torch.tanh(super().forward(hidden) / self.softcap)
 
 
 class ExtendedModel:
     """Mixed into a model class: builds Hugging Face's structure, then what the config asks for beyond it."""
 
     model: Any
+    config: Any
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -111,8 +135,21 @@ class ExtendedModel:
             )
         if asked.head_bias:
             self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=True)
+        if asked.softcap is not None:
+            self.lm_head = CappedHead(self.lm_head, asked.softcap)
         if asked.moe is not None:
             upcycle(self, asked.moe, initialize=False)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: for what it takes for code from elsewhere, transformers does not compute the constants that modules
+        keep for their children (Falcon-H1's multipliers), and they would be whatever lies in memory."""
+        return False
+
+    def set_output_embeddings(self, head: nn.Linear) -> None:
+        """As Hugging Face's, which hands in a plain layer when the vocabulary grows."""
+        softcap = extension_of(self.config).softcap
+        super().set_output_embeddings(head if softcap is None else CappedHead(head, softcap))  # type: ignore[misc]
 
 
 @functools.cache

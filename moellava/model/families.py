@@ -151,6 +151,18 @@ def family_of(config: Any) -> Family:
     return base_family(text)
 
 
+def registered_family(raw: Mapping[str, Any]) -> Family | None:
+    """The family whose base checkpoints have this `config.json`; None: it is of no family, and its own class reads it.
+
+    Raises:
+        UserError: the file names no `model_type`.
+    """
+    model_type = raw.get("model_type")
+    if not model_type:
+        raise UserError("The language model's config.json names no model_type, so its family is unknown.")
+    return next((family for family in FAMILIES.values() if model_type in family.base_model_types), None)
+
+
 def base_family(raw: Mapping[str, Any]) -> Family:
     """The family that reads a base language model with this `config.json`.
 
@@ -158,12 +170,9 @@ def base_family(raw: Mapping[str, Any]) -> Family:
         UserError: the file names no `model_type`.
         UnknownNameError: no family reads such a model; the known ones are listed.
     """
-    model_type = raw.get("model_type")
-    if not model_type:
-        raise UserError("The language model's config.json names no model_type, so its family is unknown.")
-    for family in FAMILIES.values():
-        if model_type in family.base_model_types:
-            return family
+    model_type, family = raw.get("model_type"), registered_family(raw)
+    if family is not None:
+        return family
     for family in FAMILIES.values():
         if model_type == family.text_model_type:
             return family

@@ -17,7 +17,7 @@ KEY = "moellava"
 FORMAT = 2
 """Version of the section. In 1 a released model's `architecture` was called `lmm_family`."""
 
-TYPES: dict[str, type] = {"use_im_start_end": bool, "image_token_ids": list, "head_bias": bool}
+TYPES: dict[str, type] = {"use_im_start_end": bool, "image_token_ids": list, "head_bias": bool, "softcap": float}
 """Field -> type, of those that are no texts."""
 
 OLD_NAMES = {"lmm_family": "architecture"}
@@ -38,6 +38,8 @@ class Section:
         use_im_start_end: whether an image stands between `<im_start>` and `<im_end>`.
         image_token_ids: ids of `<image>` and, if they are used, of those two.
         head_bias: whether the language-model head has a bias.
+        softcap: s, where logits are s · tanh(logits / s); None: they are not capped.
+        chat_template: the language model's own, in Jinja, which a stage with another template keeps for the next.
     """
 
     version: str = CHAT_TEMPLATE
@@ -50,6 +52,8 @@ class Section:
     use_im_start_end: bool = False
     image_token_ids: list[int] | None = None
     head_bias: bool = False
+    softcap: float | None = None
+    chat_template: str | None = None
 
     def put(self, config: Any) -> None:
         """Writes the section into a config."""

@@ -6,6 +6,7 @@ Legend: D hidden, I intermediate units.
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ class MLPLayout:
 
     Args:
         linears: attribute name of each linear: w1, w3 (D -> I) or w13 (D -> 2 I: w1 above w3), and last w2 (I -> D).
-        activation: attribute name of the function.
+        activation: attribute name of the function; empty where no part of the module is one.
     """
 
     linears: dict[str, str]
@@ -42,24 +43,88 @@ LAYOUTS = (
     MLPLayout({"w13": "gate_up_proj", "w2": "down_proj"}, "activation_fn"),
     MLPLayout({"w1": "fc1", "w2": "fc2"}, "activation_fn"),
 )
-"""Llama, Mistral, Qwen2/3, StableLM, Gemma; Phi-3; Phi."""
+"""Llama, Mistral, Qwen2/3, StableLM, Gemma; Phi-3; Phi. Others are told by their shapes."""
+
+SLICES_OFF = 1e-2
+"""How far slices may be from the whole, as a fraction of its norm: rounding in half precision."""
+
+
+def has_usual_names(mlp: nn.Module) -> bool:
+    """Whether the parts of an MLP are called as one of `LAYOUTS` has them."""
+    return any(_has_parts(mlp, layout) for layout in LAYOUTS)
+
+
+def _has_parts(mlp: nn.Module, layout: MLPLayout) -> bool:
+    return all(hasattr(mlp, name) for name in (*layout.linears.values(), layout.activation))
+
+
+def layouts_of(mlp: nn.Module) -> list[MLPLayout]:
+    """The layouts that an MLP may have, by the names of its parts, or else by their shapes; the likeliest first."""
+    named = [layout for layout in LAYOUTS if _has_parts(mlp, layout)]
+    return named or _layouts_by_shape(mlp)
+
+
+def _layouts_by_shape(mlp: nn.Module) -> list[MLPLayout]:
+    linears = {name: part for name, part in mlp.named_children() if isinstance(part, nn.Linear)}
+    functions = [name for name, part in mlp.named_children() if not any(True for _ in part.parameters())]
+    activation = next((name for name in functions if not isinstance(getattr(mlp, name), nn.Dropout)), "")
+    if not 2 <= len(linears) <= 3:
+        return []
+    *inputs, output = linears  # the last one that is set is the one back, as the forward has them
+    back = linears[output]
+    outer, inner = back.out_features, back.in_features
+    if any(linears[name].in_features != outer for name in inputs):
+        return []
+    widths = [linears[name].out_features for name in inputs]
+    if widths == [2 * inner]:
+        return [MLPLayout({"w13": inputs[0], "w2": output}, activation)]
+    if widths == [inner]:
+        return [MLPLayout({"w1": inputs[0], "w2": output}, activation)]
+    if widths != [inner, inner]:
+        return []
+    orders = (inputs, inputs[::-1])  # which of the two the function is of, shapes do not say
+    return [MLPLayout({"w1": one, "w3": other, "w2": output}, activation) for one, other in orders]
 
 
 def layout_of(mlp: nn.Module) -> MLPLayout:
-    """The layout of an MLP, by the names of its parts. Raises UserError where it has none that can be upcycled."""
-    for layout in LAYOUTS:
-        if all(hasattr(mlp, name) for name in (*layout.linears.values(), layout.activation)):
-            return layout
-    known = "; ".join(" + ".join(layout.linears.values()) for layout in LAYOUTS)
-    raise UserError(
-        f"A decoder layer's mlp is a {type(mlp).__name__}, which is not a plain MLP ({known}): "
-        "it cannot be cut into experts. Layers that are sparse already need no upcycling."
-    )
+    """The likeliest layout of an MLP. Raises UserError where it cannot be cut."""
+    layouts = layouts_of(mlp)
+    if not layouts:
+        raise UserError(
+            f"A decoder layer's MLP is a {type(mlp).__name__}, whose parts are no two or three linears around a "
+            "function: it can be copied into experts, and not be cut or redrawn. "
+            "Use --init copy, without --granularity."
+        )
+    return layouts[0]
 
 
 def hidden_size(mlp: nn.Module) -> int:
     """D."""
-    return getattr(mlp, layout_of(mlp).output).out_features
+    layouts = layouts_of(mlp)
+    if layouts:
+        return getattr(mlp, layouts[0].output).out_features
+    first = next(part for part in mlp.modules() if getattr(part, "weight", None) is not None and part.weight.dim() == 2)
+    return first.in_features if isinstance(first, nn.Linear) else first.weight.shape[0]  # Conv1D of GPT-2
+
+
+@torch.no_grad()
+def check_slices(mlp: nn.Module, of: int) -> None:
+    """Raises UserError where the slices of an MLP do not average to it: something in it looks at all units at once."""
+    parameter = next(mlp.parameters())
+    if parameter.device.type == "meta":
+        return
+    whole_mlp = copy.deepcopy(mlp).eval()
+    x = torch.randn(4, hidden_size(mlp), generator=torch.Generator().manual_seed(0)).to(parameter)
+    whole, off = whole_mlp(x).float(), float("inf")
+    slices = [slice_mlp(whole_mlp, index, of) for index in range(of)]
+    with suppress(RuntimeError):  # of a norm over all units, that there are fewer
+        joined = torch.stack([part(x).float() for part in slices]).mean(0)
+        off = float((joined - whole).norm() / whole.norm().clamp_min(1e-30))
+    if not off <= SLICES_OFF + (0 if parameter.dtype == torch.float32 else 0.05):
+        raise UserError(
+            f"--granularity {of}: slices of a {type(mlp).__name__} do not add up to it ({off:.1g} of its norm off), so "
+            "the sparse model would not start as the dense one. Copies are exact: --init copy, without --granularity."
+        )
 
 
 def slice_mlp(mlp: nn.Module, index: int, of: int) -> nn.Module:

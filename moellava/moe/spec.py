@@ -261,8 +261,8 @@ class MoESpec:
 
     @classmethod
     def from_preset(cls, preset: str, **values: Any) -> MoESpec:
-        """A preset's values, then those that are given."""
-        return cls(**{**PRESETS[preset], **values})
+        """A preset's values, then those that are given. Raises UserError for one that nothing would read."""
+        return cls(**{**PRESETS[preset], **values}).refuse_idle(values)
 
 
 def _equal(value: Any, other: Any) -> bool:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from moellava.errors import UserError
 from moellava.moe.context import RoutingContext, checkpoint_contexts
+from moellava.moe.decoder import decoder_layers, mlp_names
 from moellava.moe.layer import NativeMoE, RoutedMLP
 from moellava.moe.losses import Reduce, RouterLosses, combine, step_bias
-from moellava.moe.mlp import add_noise, hidden_size, redraw_units, silence, slice_mlp
+from moellava.moe.mlp import add_noise, check_slices, hidden_size, redraw_units, silence, slice_mlp
 from moellava.moe.spec import MoESpec
 from moellava.moe.stats import summarise_all
 
@@ -23,10 +24,10 @@ ENGINES = ("native", "deepspeed")
 def upcycle(
     model: nn.Module, spec: MoESpec, *, engine: str = "native", ep_size: int = 1, initialize: bool = True
 ) -> nn.Module:
-    """Replaces `layer.mlp` in the chosen layers of the decoder, in place. HF forwards stay as they are.
+    """Replaces the MLP in the chosen layers of the decoder, in place. HF forwards stay as they are.
 
     Args:
-        model: a Hugging Face model with a decoder (`get_decoder().layers[i].mlp`).
+        model: a Hugging Face model with a decoder (`get_decoder()`); where its MLPs are, see `moe/decoder.py`.
         spec: options.
         engine: 'native' (inference, one process) or 'deepspeed' (training under the `deepspeed` launcher; then call
             this before `deepspeed.initialize`, after `deepspeed.init_distributed`).
@@ -47,24 +48,15 @@ def upcycle(
         raise UserError("The model is sparse already; only a dense model can be upcycled.")
     layers = decoder_layers(model)
     chosen = spec.layers_of(len(layers))
+    names = mlp_names(model, list(chosen))
     for index, n_experts in chosen.items():
-        layers[index].mlp = sparse_mlp(layers[index].mlp, spec, n_experts, index, initialize)
+        dense = getattr(layers[index], names[index])
+        setattr(layers[index], names[index], sparse_mlp(dense, spec, n_experts, index, initialize))
     _share_context(model)
     if spec.freeze_router:
         for parameter in router_parameters(model):
             parameter.requires_grad_(False)
     return model if engine == "native" else convert_engine(model, engine, ep_size)
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder's layers. Raises UserError where there are none with an `mlp`."""
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise UserError(f"{type(model).__name__} has no decoder layers to upcycle.")
-    for index, layer in enumerate(layers):
-        if not hasattr(layer, "mlp"):
-            raise UserError(f"Layer {index} of {type(model).__name__} has no `mlp`: it cannot be upcycled.")
-    return layers
 
 
 def sparse_mlp(mlp: nn.Module, spec: MoESpec, n_experts: int, layer_index: int, initialize: bool = True) -> NativeMoE:
@@ -81,6 +73,8 @@ def sparse_mlp(mlp: nn.Module, spec: MoESpec, n_experts: int, layer_index: int, 
     if initialize and next(mlp.parameters()).device.type != "meta":
         generator = torch.Generator().manual_seed(spec.init_seed * 100_003 + layer_index)
     drawn = _draw_routing(spec, n_experts, hidden_size(mlp), generator)
+    if generator is not None and spec.granularity > 1:
+        check_slices(mlp, spec.granularity)
     experts = [_make_expert(mlp, spec, index, generator) for index in range(n_experts)]
     layer = NativeMoE(experts, spec, hidden_size(mlp), copy.deepcopy(mlp) if _keeps_mlp(spec) else None)
     if generator is not None:
@@ -91,6 +85,8 @@ def sparse_mlp(mlp: nn.Module, spec: MoESpec, n_experts: int, layer_index: int, 
 def expert_stream(mlp: nn.Module, spec: MoESpec, n_experts: int, layer_index: int) -> Iterator[tuple[str, Tensor]]:
     """The state dict of `sparse_mlp(mlp, …)` piece by piece, so that one expert at a time is in memory."""
     generator = torch.Generator().manual_seed(spec.init_seed * 100_003 + layer_index)
+    if spec.granularity > 1:
+        check_slices(mlp, spec.granularity)
     yield from _draw_routing(spec, n_experts, hidden_size(mlp), generator).items()
     if _keeps_mlp(spec):
         yield from ((f"shared.{part}", tensor) for part, tensor in mlp.state_dict().items())
@@ -148,7 +144,8 @@ def moe_layers(model: nn.Module) -> list[tuple[int, RoutedMLP]]:
     """(decoder layer index, sparse MLP) in order; empty for a dense model."""
     if not sparse_modules(model):
         return []
-    return [(i, layer.mlp) for i, layer in enumerate(decoder_layers(model)) if isinstance(layer.mlp, RoutedMLP)]
+    layers = enumerate(decoder_layers(model))
+    return [(index, part) for index, layer in layers for part in layer.children() if isinstance(part, RoutedMLP)]
 
 
 def _share_context(model: nn.Module) -> None:
@@ -265,14 +262,15 @@ def convert_engine(model: nn.Module, engine: str, ep_size: int = 1) -> nn.Module
     """
     if engine not in ENGINES:
         raise UserError(f"Unknown engine {engine!r}. Known: {', '.join(ENGINES)}.")
-    layers = decoder_layers(model)
-    for index, layer in moe_layers(model):
+    layers, sparse = decoder_layers(model), moe_layers(model)
+    names = mlp_names(model, [index for index, _ in sparse])
+    for index, layer in sparse:
         if engine == "deepspeed" and isinstance(layer, NativeMoE):
             from moellava.moe.deepspeed import to_deepspeed
 
-            layers[index].mlp = to_deepspeed(layer, ep_size)
+            setattr(layers[index], names[index], to_deepspeed(layer, ep_size))
         elif engine == "native" and not isinstance(layer, NativeMoE):
             from moellava.moe.deepspeed import to_native
 
-            layers[index].mlp = to_native(layer)
+            setattr(layers[index], names[index], to_native(layer))
     return model

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from moellava.moe.mlp import layout_of
+from moellava.moe.mlp import MLPLayout, layouts_of
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -83,7 +84,9 @@ class Layout:
 
 def tensors_of(modules: list[nn.Module]) -> tuple[Layout, list[Tensor | None]] | None:
     """The layout of all experts and their flat tensors; None if something other than the tensors takes part."""
-    layout = layout_of(modules[0])
+    layout = plain_layout(modules[0])
+    if layout is None:
+        return None
     flat: list[Tensor | None] = []
     for module in modules:
         linears = [getattr(module, name) for name in layout.linears.values()]
@@ -93,6 +96,51 @@ def tensors_of(modules: list[nn.Module]) -> tuple[Layout, list[Tensor | None]] |
             flat += [linear.weight, linear.bias]
     names = tuple(name for role in layout.linears for name in TENSORS[role])
     return Layout(names, getattr(modules[0], layout.activation)), flat
+
+
+OFF = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""How far the formula of `Expert` may be from the module itself, as a fraction of its norm: rounding."""
+
+VERDICT = "_plain_layout"
+"""Where a module keeps what `plain_layout` has found; deep copies take it along."""
+
+
+def plain_layout(module: nn.Module) -> MLPLayout | None:
+    """The layout with which the formula of `Expert` is all that a module computes, found out once; None: there is more
+    to it, such as a norm in the middle (BitNet), cut-off units (Gemma 3n) or dropout."""
+    if VERDICT not in vars(module):
+        if any(map(_is_watched, module.modules())) or not _is_bare(module):
+            return None  # the module itself is called; once it is bare again, it is looked at
+        found = [layout for layout in layouts_of(module) if _says_all(module, layout)]
+        vars(module)[VERDICT] = found[0] if found else None
+    return vars(module)[VERDICT]
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether its linears are plain ones, in no adapter and in no 4 bits."""
+    linears = {getattr(module, name) for layout in layouts_of(module) for name in layout.linears.values()}
+    return all(type(linear) is nn.Linear for linear in linears)
+
+
+@torch.no_grad()
+def _says_all(module: nn.Module, layout: MLPLayout) -> bool:
+    linears = [getattr(module, name) for name in layout.linears.values()]
+    if not layout.activation or any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules()):
+        return False
+    tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+    names = [name for role in layout.linears for name in TENSORS[role]]
+    expert, weight = Expert(**dict(zip(names, tensors, strict=True))), linears[-1].weight
+    x_ND = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight)
+    wanted, found = module(x_ND).float(), _formula(expert, getattr(module, layout.activation), x_ND).float()
+    return bool((found - wanted).norm() <= OFF[weight.dtype] * wanted.norm())
+
+
+def _formula(expert: Expert, activation: Activation, x_ND: Tensor) -> Tensor:
+    assert expert.w1_ID is not None and expert.w2_DI is not None
+    inner_NI = activation(nn.functional.linear(x_ND, expert.w1_ID, expert.b1_I))
+    if expert.w3_ID is not None:
+        inner_NI = inner_NI * nn.functional.linear(x_ND, expert.w3_ID, expert.b3_I)
+    return nn.functional.linear(inner_NI, expert.w2_DI, expert.b2_D)
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -142,7 +142,7 @@ class MoEArguments(MoESpecFlags):
 
     def spec(self) -> MoESpec:
         """The options of a dense model that becomes sparse. Raises UserError for values that contradict each other."""
-        return MoESpec(**self.given()).refuse_idle(self.given())
+        return MoESpec.from_preset(self.moe_preset or "today", **given_options(self))
 
 
 @dataclass

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 
 from moellava.adapters.lora import Adapter
+from moellava.data.tokenizer_facts import PLAIN
 from moellava.errors import UserError
 from moellava.files import model_files
 from moellava.lmm.architecture import Architecture, holds_vlm, registered
 from moellava.lmm.loaders import find_model
 from moellava.log import get_logger
-from moellava.model.compose import Composition, describe_parts
-from moellava.model.families import base_family
+from moellava.model.compose import Composition, describe_parts, version_for
 from moellava.model.manifest import TOWER, Manifest, read_folder
 from moellava.model.projector_start import load_projector
 from moellava.moe import convert_engine
 from moellava.moe.certificate import Certificate, upcycle_certified
 from moellava.train.adapt import adapt
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
-from moellava.train.reconcile import PLAIN, reconcile, refuse_template, retrain
+from moellava.train.reconcile import reconcile, refuse_template, retrain
 from moellava.train.stages import FINETUNE, PRETRAIN, Stage
 from moellava.vlm import VLM, build, describe
 
@@ -124,7 +124,7 @@ def composed(
 
 def usual_template(llm: Manifest, stage: Stage) -> str:
     """The template of a composed model where no flag names one: stage 1's, or that of its language model's family."""
-    return PLAIN if stage is PRETRAIN else base_family(llm.config).version
+    return PLAIN if stage is PRETRAIN else version_for(llm)
 
 
 def sparsify(vlm: VLM, moe_args: MoEArguments) -> Certificate | None:

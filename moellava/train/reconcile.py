@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from moellava.data.tokenizer_facts import facts_of, fit_of
+from moellava.data.tokenizer_facts import PLAIN, facts_of, fit_of, fitting_version
 from moellava.errors import UserError
 from moellava.log import get_logger
-from moellava.model.families import family_of
+from moellava.model.families import FAMILIES
 from moellava.moe import MoESpec, change_spec
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments
 from moellava.train.stages import PRETRAIN, Stage
 from moellava.vlm import VLM
 
 logger = get_logger(__name__)
-
-PLAIN = "plain"
-"""The template of stage 1, which is for captions alone."""
 
 
 def reconcile(vlm: VLM, stage: Stage, model_args: ModelArguments, data_args: DataArguments) -> None:
@@ -67,7 +64,10 @@ def next_template(vlm: VLM, stage: Stage) -> str | None:
     """The template in place of stage 1's in the stages after it, and of another one in stage 1; None: it may stay."""
     if vlm.architecture is not None or (vlm.section.version == PLAIN) == (stage is PRETRAIN):
         return None
-    return PLAIN if stage is PRETRAIN else family_of(vlm.model.config).version
+    if stage is PRETRAIN:
+        return PLAIN
+    family = vlm.section.family
+    return fitting_version(vlm.tokenizer) if family is None else FAMILIES[family].version
 
 
 def refuse_template(vlm: VLM, stage: Stage, model_args: ModelArguments, usual: str) -> None:

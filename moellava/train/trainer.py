@@ -20,6 +20,7 @@ from moellava.data.sampler import GroupedSampler
 from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.moe import moe_layers, router_losses, router_metrics, set_routing_context, update_router_bias
+from moellava.moe.own_routers import OwnRouters, has_own_experts
 from moellava.processes import joined_over_processes, sum_over_processes
 from moellava.train.checkpoint import STAGING, last_checkpoint, put_in_place
 from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, stored_ep_size
@@ -51,6 +52,7 @@ class StageTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the supervised tokens of the whole step
         self.head = SupervisedHead(self.model.get_output_embeddings())
         self.is_moe = bool(moe_layers(self.model))
+        self.own_routers = watch_own_experts(vlm)
         self.step_tokens = 0.0
         self.step_labels = 0
         self.step_records: list[str] = []
@@ -109,6 +111,11 @@ class StageTrainer(Trainer):
             shares = router_losses(self.model, total_tokens=self.step_tokens, reduce=sum_over_processes)
             measured |= {"aux": shares.aux.detach() * processes, "z": shares.z.detach() * processes}
             loss = loss + shares.total * processes
+        elif self.own_routers is not None:
+            share = token_mask.sum() / self.step_tokens * processes
+            aux = self.own_routers.loss(inputs["attention_mask"], image_mask & token_mask) * share
+            measured["aux"] = aux.detach()
+            loss = loss + aux * self.own_routers.coefficient
         numbers = {name: float(value) for name, value in measured.items()}
         self.step_records += records
         self.watch.see(numbers, records)
@@ -158,6 +165,8 @@ class StageTrainer(Trainer):
         shown = {name: value / steps for name, value in values.items()} | {"tokens_per_second": tokens / seconds}
         if self.is_moe:
             shown |= flat_metrics(router_metrics(self.model, reduce=sum_over_processes))
+        elif self.own_routers is not None:
+            shown |= flat_metrics(self.own_routers.metrics(self.args.device, sum_over_processes))
         self.begin_interval()
         return shown
 
@@ -335,6 +344,18 @@ def counts_of(dataset: SupervisedDataset) -> str:
     """What became of the records of a data set, on all processes together, which come here together."""
     dataset.leave_out(joined_over_processes(dataset.unreadable))
     return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in dataset.report().items())
+
+
+def watch_own_experts(vlm: VLM) -> OwnRouters | None:
+    """The routers of a composed model whose language model is sparse of itself; None: there is nothing to watch."""
+    if vlm.architecture is not None or moe_layers(vlm.model) or not has_own_experts(vlm.model):
+        return None
+    routers, name = OwnRouters(vlm.model), vlm.model.config.text_config.model_type
+    if routers.balance is None:
+        logger.info("The language model (%s) has experts and no balancing loss of its own: it trains without.", name)
+        return None
+    logger.info("The language model (%s) has experts: its balancing loss counts %g times.", name, routers.coefficient)
+    return routers
 
 
 def flat_metrics(metrics: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -65,5 +65,5 @@ def test_a_decoder_without_plain_mlps_says_why_it_cannot_be_upcycled(opened):
 
     model = copy.deepcopy(opened("llava-1.5").model)
     model.get_decoder().layers[1].mlp = torch.nn.Linear(16, 16)
-    with pytest.raises(UserError, match="is a Linear, which is not a plain MLP"):
+    with pytest.raises(UserError, match=r"mlp \(Linear\).* none is a plain MLP"):
         upcycle(model, MoESpec(moe_mode="dense"))

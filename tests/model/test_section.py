@@ -22,6 +22,8 @@ FULL = Section(
     use_im_start_end=True,
     image_token_ids=[7, 8, 9],
     head_bias=True,
+    softcap=30.0,
+    chat_template="{{ messages }}",
 )
 
 

@@ -65,7 +65,12 @@ def another(name: str):
     return [5] if default is None or isinstance(default, list) else default + 1
 
 
-NEEDS = {"granularity": {"init": "granular"}}
+NEEDS = {
+    "granularity": {"init": "granular"},
+    "init_noise": {"init": "noise"},
+    "init_drop_ratio": {"init": "drop"},
+    "router_bias_rate": {"router_balance": "bias"},
+}
 """Options that go with another one only."""
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from moellava.constants import CHAT_TEMPLATE
 from moellava.conversation import conv_templates
 from moellava.train.arguments import parse_arguments
 from tests.processes import ROOT, stage_command
 
 RECIPES = ROOT / "scripts" / "v1"
 FAMILIES = {"vicuna": "v1", "qwen": "qwen", "phi2": "phi", "stablelm": "stablelm", "openchat": "openchat"}
+FAMILIES |= dict.fromkeys(("qwen3", "llama3", "gemma3", "phi4", "smollm"), CHAT_TEMPLATE)
 STAGES = ("pretrain", "finetune", "finetune_moe")
 SCRIPTS = [RECIPES / family / f"{stage}.sh" for family in FAMILIES for stage in STAGES]
 
@@ -42,7 +44,7 @@ def test_flags_are_accepted_and_are_the_references(script):
     model, data, moe, training = parse_arguments(flags_of(command))
     stage, template = script.stem, FAMILIES[script.parent.name]
     assert model.version == ("plain" if stage == "pretrain" else template)
-    assert model.version in conv_templates
+    assert model.version in (*conv_templates, CHAT_TEMPLATE)
     assert model.tune_mm_mlp_adapter == (stage == "pretrain")
     assert moe.moe_enable == (stage == "finetune_moe")
     batch, accumulation, rate = (32, 1, 1e-3) if stage == "pretrain" else (8, 2, 2e-5)

@@ -12,13 +12,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from moellava.moe import moe_layers
 from moellava.serve.answer import Request, answer
+from tests.model.tiny_language_models import CHATML, tiny_language_model
 from tests.processes import ROOT, free_port, run, stage_command
 from tests.tiny import record, reopen
 
 TEMPLATES = {"vicuna": "v1", "qwen": "qwen", "phi2": "phi", "stablelm": "stablelm", "openchat": "openchat"}
+CHAT_BASES = {"gemma3": "gemma3_text", "smollm": "llama"}
+"""Folder of scripts/v1 -> `model_type` of a language model whose tokenizer brings its template along."""
+TEMPLATES |= dict.fromkeys(CHAT_BASES, "chat_template")
 STAGES = {"pretrain": "pretrain", "finetune": "finetune", "finetune_moe": "moe"}
 """script -> what the folder says its stage is."""
 
@@ -41,12 +46,15 @@ def records(tmp_path_factory, pictures) -> dict[str, Path]:
 
 
 @pytest.fixture
-def tiny_environment(tiny_base, clip_tower, pictures, tmp_path):
+def tiny_environment(tiny_base, tokenizer_folder, clip_tower, pictures, tmp_path):
     """family -> the variables that make its recipe tiny."""
+
+    def base(family: str) -> Path:
+        return tiny_base(family) if family not in CHAT_BASES else chat_base(family, tokenizer_folder, tmp_path / "base")
 
     def settings(family: str) -> dict[str, str]:
         return {
-            "MODEL": str(tiny_base(family)),
+            "MODEL": str(base(family)),
             "TOWER": str(clip_tower),
             "IMAGE_FOLDER": str(pictures[0].parent),
             "OUTPUT_ROOT": str(tmp_path),
@@ -58,6 +66,16 @@ def tiny_environment(tiny_base, clip_tower, pictures, tmp_path):
         }
 
     return settings
+
+
+def chat_base(family: str, tokenizer_folder: Path, folder: Path) -> Path:
+    """A tiny language model of four layers without an entry of ours, and a tokenizer with a chat template."""
+    if not folder.exists():
+        tiny_language_model(CHAT_BASES[family], num_hidden_layers=4).save_pretrained(folder)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+        tokenizer.chat_template = CHATML
+        tokenizer.save_pretrained(folder)
+    return folder
 
 
 def check_folders(root: Path, family: str, pictures: list[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from moellava.data.sampler import GroupedSampler
 from moellava.train.trainer import RunHooks
+from tests.model.tiny_language_models import tiny_language_model
 from tests.processes import losses_of, train_here
 from tests.tiny import weights_of
 
@@ -59,3 +61,20 @@ def test_the_loss_of_evaluation_is_a_mean_over_tokens(flags_for, parts, run_trai
 def evaluation_of(folder):
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_sparse_language_model_trains_with_its_own_balance(stage, flags_for, tokenizer_folder, tmp_path):
+    """Its loss and its experts' load are logged; where the language model is frozen, the loss counts nothing."""
+    base = tmp_path / "base"
+    tiny_language_model("qwen3_moe").save_pretrained(base)
+    shutil.copytree(tokenizer_folder, base, dirs_exist_ok=True)
+    flags = flags_for(tmp_path, stage) | {"model_name_or_path": base, "max_steps": 2, "skip_dry_save": True}
+    if flags.pop("pretrain_mm_mlp_adapter", None):
+        flags["untrained_projector"] = True
+    folder = train_here(flags | {"save_strategy": "no", "logging_steps": 1})
+    log = [line for line in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "ce" in line]
+    assert all(1.0 < line["aux"] < 4.0 for line in log)  # as many as a token chooses, 2, where the load is even
+    assert sum(log[0][f"expert_load_image/layer_0/expert_{e}"] for e in range(4)) == pytest.approx(1.0)
+    weight = 0.001 if stage == "finetune" else 0.0
+    assert log[0]["loss"] == pytest.approx(log[0]["ce"] + weight * log[0]["aux"], abs=1e-4)
