@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from moellava.errors import UnknownNameError, UserError
+from moellava.model.projectors import Sizes
 from moellava.model.weights import weight_files
 from moellava.registry import Registry
 
@@ -130,6 +131,17 @@ def tower_tokens(tower: PretrainedConfig, strategy: str) -> int:
     """
     patches = (tower.image_size // tower.patch_size) ** 2
     return patches + TOWERS[tower.model_type].class_tokens - (strategy == "default")
+
+
+def projector_sizes(tower: PretrainedConfig, width: int, strategy: str) -> Sizes:
+    """What the projector stands between.
+
+    Args:
+        tower: the vision config.
+        width: of the language model's embeddings.
+        strategy: see `tower_tokens`.
+    """
+    return Sizes(tower.hidden_size, width, tower_tokens(tower, strategy))
 
 
 def tower_prefix(tower: PretrainedConfig) -> str:

@@ -66,7 +66,7 @@ class ModelArguments(ReleasedArguments):
         "where it has none or stage 1's, the one that goes with the language model."
     )
     image_tower: str | None = _flag("Folder or hub id of a CLIP or SigLIP tower; with a language model only.")
-    image_projector_type: str = _flag("linear, identity, or mlpNx_gelu with N layers.", "linear")
+    image_projector_type: str = _flag("Name of the projector; docs/CUSTOM.md lists them.", "linear")
     mm_vision_select_layer: int = _flag(
         "Hidden state of the tower that is read: -1 is the last, -2 the one before.", -1
     )
