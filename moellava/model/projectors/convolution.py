@@ -115,11 +115,11 @@ def pooled_to(sizes: Sizes, blocks: int, queries: int) -> int:
     side, wanted = grid_side(sizes), math.isqrt(queries)
     if wanted**2 != queries:
         raise UserError(
-            f"pools to a square grid, and {queries} tokens are none: take {wanted**2} or {(wanted + 1) ** 2}."
+            f"pools to a square grid, which {queries} tokens do not fill: take {wanted**2} or {(wanted + 1) ** 2}."
         )
     if wanted > side:
         raise UserError(
-            f"pools to a grid of {wanted} × {wanted}, but the tower's is {side} × {side}: take fewer tokens."
+            f"pools to a grid of {wanted} × {wanted}, but the tower gives {side} × {side}: take {side**2} or fewer."
         )
     return queries
 

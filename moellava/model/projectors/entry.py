@@ -99,7 +99,7 @@ class ProjectorSpec:
         return self.entry.module(sizes, *self.numbers)
 
     def tokens(self, sizes: Sizes) -> int:
-        """Embeddings that one image becomes. Raises UserError where the projector does not fit what it stands between."""
+        """Embeddings that one image becomes. Raises UserError where the projector does not fit its neighbours."""
         try:
             return self.entry.tokens(sizes, *self.numbers)
         except UserError as error:
