@@ -141,9 +141,9 @@ def published_state(model: Any, raw: Mapping[str, Any]) -> dict[str, torch.Tenso
             name = key.removeprefix("model.vision_tower.").removeprefix(prefix)
             result[f"{inner}.image_tower.image_tower.vision_model.{name}"] = tensor
         elif key.startswith("model.multi_modal_projector."):
-            name = to_published(key.removeprefix("model.multi_modal_projector."), projector)
-            if name is not None:
-                result[f"{inner}.mm_projector.image_spatial_proj.{name}"] = tensor
+            theirs = to_published(key.removeprefix("model.multi_modal_projector."), projector)
+            if theirs is not None:
+                result[f"{inner}.mm_projector.image_spatial_proj.{theirs}"] = tensor
         elif match := ROUTING_KEY.fullmatch(key):
             part = "deepspeed_moe.gate.wg" if match[2] == "router" else match[2]
             result[f"{family.layers}.{match[1]}.mlp.{part}.{match[3]}"] = tensor
