@@ -154,10 +154,10 @@ def one_process() -> Iterator[None]:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
         if dist.is_initialized():
-            from deepspeed import comm
+            from deepspeed.comm import comm
 
-            comm.destroy_process_group()
-            comm.comm.cdb = None
+            dist.destroy_process_group()
+            comm.cdb = None
         AcceleratorState._reset_state(reset_partial_state=True)
 
 

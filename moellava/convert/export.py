@@ -12,9 +12,10 @@ import torch
 
 from moellava.errors import UserError
 from moellava.files import staged
-from moellava.model import projector as projectors
 from moellava.model.build import ROPE_FIELDS
 from moellava.model.families import Family, family_of
+from moellava.model.projectors import parse_projector
+from moellava.model.projectors.layers import to_published
 from moellava.model.section import Section, section_of
 from moellava.model.towers import tower_prefix
 from moellava.moe import MoESpec, gather_moe_state_dict, moe_layers
@@ -139,7 +140,7 @@ def published_state(model: Any, raw: Mapping[str, Any]) -> dict[str, torch.Tenso
     family = family_of(model)
     inner = family.layers.split(".")[0]
     prefix = tower_prefix(model.config.vision_config)
-    projector = projectors.parse_projector(raw["image_projector_type"])
+    projector = parse_projector(raw["image_projector_type"])
     result: dict[str, torch.Tensor] = {}
     language: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in gather_moe_state_dict(model).items():
@@ -147,9 +148,9 @@ def published_state(model: Any, raw: Mapping[str, Any]) -> dict[str, torch.Tenso
             name = key.removeprefix("model.vision_tower.").removeprefix(prefix)
             result[f"{inner}.image_tower.image_tower.vision_model.{name}"] = tensor
         elif key.startswith("model.multi_modal_projector."):
-            name = key.removeprefix("model.multi_modal_projector.")
-            if int(name.removeprefix("linear_").split(".")[0]) <= projector.layers:
-                result[f"{inner}.mm_projector.image_spatial_proj.{projectors.to_published(name, projector)}"] = tensor
+            theirs = to_published(key.removeprefix("model.multi_modal_projector."), projector)
+            if theirs is not None:
+                result[f"{inner}.mm_projector.image_spatial_proj.{theirs}"] = tensor
         elif match := ROUTING_KEY.fullmatch(key):
             part = "deepspeed_moe.gate.wg" if match[2] == "router" else match[2]
             result[f"{family.layers}.{match[1]}.mlp.{part}.{match[3]}"] = tensor

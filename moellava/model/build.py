@@ -14,7 +14,8 @@ from moellava.errors import UserError
 from moellava.model.extended import PREFIX, as_extended, base_of, extended_config, extension_of, model_class
 from moellava.model.families import Family
 from moellava.model.hooks import hang_hooks
-from moellava.model.projector import parse_projector, pin_identities
+from moellava.model.projectors import parse_projector
+from moellava.model.projectors.layers import pin_identities
 from moellava.model.section import section_of
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")

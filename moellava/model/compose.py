@@ -34,18 +34,18 @@ from moellava.model.families import Family, registered_family
 from moellava.model.integrity import opening
 from moellava.model.manifest import Manifest
 from moellava.model.parts import LLAVA
-from moellava.model.projector import ProjectorSpec, check_widths, initial_weights, parse_projector
+from moellava.model.projectors import ProjectorSpec, parse_projector
+from moellava.model.projectors.layers import initial_weights
 from moellava.model.section import Section, note, section_of
 from moellava.model.towers import (
-    TOWERS,
     check_select_layer,
     complete_processor,
     composed_image_processor,
+    projector_sizes,
     select_strategy,
     tower_config,
     tower_image_processor,
     tower_tensors,
-    tower_tokens,
 )
 from moellava.model.weights import read_tensors
 
@@ -62,7 +62,7 @@ class Composition:
 
     Args:
         version: the conversation template that the folder will name.
-        image_projector_type: linear, identity or mlpNx_gelu.
+        image_projector_type: a name by one of the patterns in `PROJECTORS`.
         mm_vision_select_layer: index of the tower's hidden states (-1: the last layer's, before any final norm).
         mm_vision_select_feature: patch, or cls_patch to keep the class token.
         image_aspect_ratio: square, or pad to pad images to a square first.
@@ -96,7 +96,6 @@ def describe_parts(llm: Manifest, tower: Manifest, options: Composition) -> Desc
     strategy = select_strategy(vision, options.mm_vision_select_feature)
     with opening(llm.called):
         text = own_config(llm) if family is None else text_config(family, family.text_config(llm.config))
-    check_widths(projector, vision.hidden_size, text.hidden_size)
     config = llava_config(vision, text, projector, strategy, options.mm_vision_select_layer)
     Section(
         version=options.version,
@@ -108,7 +107,7 @@ def describe_parts(llm: Manifest, tower: Manifest, options: Composition) -> Desc
     ).put(config)
 
     def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        drawn = initial_weights(projector, vision.hidden_size, text.hidden_size)
+        drawn = initial_weights(projector, projector_sizes(vision, text.hidden_size, strategy))
         words = own_tensors(llm, config, dtype) if family is None else language_model_tensors(llm, family)
         return words | {
             **under("model.vision_tower", tower_tensors(tower.folder, vision, dtype)),
@@ -228,13 +227,13 @@ def llava_config(
 ) -> LlavaConfig:
     """Hugging Face's config of a composed model, from its parts and from how features are taken out of the tower.
 
-    Its image token is placed later, by `describe_new`.
+    Its image token is placed later, by `describe_new`. Raises UserError where the projector does not fit the parts.
     """
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=text.vocab_size - 1,
-        image_seq_length=tower_tokens(vision, strategy),
+        image_seq_length=projector.tokens(projector_sizes(vision, text.hidden_size, strategy)),
         projector_hidden_act=projector.activation,
         vision_feature_select_strategy=strategy,
         vision_feature_layer=select_layer,
@@ -302,12 +301,16 @@ def make_processor(
         config: the composed model's; its section names the template and the aspect ratio.
     """
     section = section_of(config) or Section()
-    vision = config.vision_config
+    vision, strategy = config.vision_config, config.vision_feature_select_strategy
+    # The processor counts patches and this number, which is negative where the projector gives fewer tokens.
+    projector = parse_projector(section.image_projector_type or "mlp2x_gelu")
+    sizes = projector_sizes(vision, config.text_config.hidden_size, strategy)
+    patches = (vision.image_size // vision.patch_size) ** 2 - (strategy == "default")
     return LlavaProcessor(
         image_processor=composed_image_processor(image_processor, section.image_aspect_ratio, vision),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=TOWERS[vision.model_type].class_tokens,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=projector.tokens(sizes) - patches,
         chat_template=saved_chat_template(section.version, tokenizer),
     )

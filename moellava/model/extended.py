@@ -1,4 +1,4 @@
-"""What Hugging Face's classes lack, as a subclass of any of them: MoE layers, a deep projector, a head of its own.
+"""What Hugging Face's classes lack, as a subclass of any of them: MoE layers, another projector, a head of its own.
 
 An extended folder must not open silently wrong in plain transformers, which would drop the weights that it does not
 know. So its `config.json` gives `moellava_…` for the `model_type` of the model **and** of its text config: the Auto
@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from moellava.errors import UserError
-from moellava.model.projector import DeepProjector, ProjectorSpec, parse_projector
+from moellava.model.projectors import ProjectorSpec, parse_projector
 from moellava.model.section import Section, section_of
+from moellava.model.towers import projector_sizes
 from moellava.moe import MoESpec, upcycle
 
 PREFIX = "moellava_"
@@ -63,7 +64,7 @@ class Extension:
     """What a config asks for beyond Hugging Face's class.
 
     Args:
-        projector: one of more than two layers.
+        projector: one that is more than two linear layers.
         head_bias: whether the language-model head has a bias.
         softcap: see `CappedHead`; None: the logits are not capped.
         moe: the options of its MoE layers.
@@ -85,7 +86,7 @@ class Extension:
         if self.softcap is not None:
             found.append(f"its logits are capped at {self.softcap}, which LlavaForConditionalGeneration does not do")
         if self.projector is not None:
-            found.append(f"its projector is {self.projector.name}, deeper than LlavaForConditionalGeneration's")
+            found.append(f"its projector is {self.projector.name}, which LlavaForConditionalGeneration lacks")
         return found
 
 
@@ -96,7 +97,7 @@ def extension_of(config: PretrainedConfig) -> Extension:
     projector = None if named is None else parse_projector(named)
     moe = getattr(config, "moe", None)
     return Extension(
-        projector=projector if projector is not None and projector.is_deep else None,
+        projector=projector if projector is not None and projector.is_extended else None,
         head_bias=section.head_bias,
         softcap=section.softcap,
         moe=MoESpec.from_config(moe) if moe else None,
@@ -130,9 +131,10 @@ class ExtendedModel:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         asked = extension_of(config)
         if asked.projector is not None:
-            self.model.multi_modal_projector = DeepProjector(
-                config.vision_config.hidden_size, config.text_config.hidden_size, asked.projector.layers
+            sizes = projector_sizes(
+                config.vision_config, config.text_config.hidden_size, config.vision_feature_select_strategy
             )
+            self.model.multi_modal_projector = asked.projector.module(sizes)
         if asked.head_bias:
             self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=True)
         if asked.softcap is not None:

@@ -22,7 +22,6 @@ from transformers import LlavaConfig, PretrainedConfig, PreTrainedTokenizerFast
 from moellava.data.tokenizers import TOKENIZER_FILES, load_tokenizer
 from moellava.errors import UserError
 from moellava.log import get_logger
-from moellava.model import projector as projectors
 from moellava.model.build import text_config
 from moellava.model.compose import (
     OLD_BUFFERS,
@@ -35,13 +34,14 @@ from moellava.model.compose import (
 from moellava.model.description import Description
 from moellava.model.families import Family, base_family, published_family
 from moellava.model.manifest import Manifest
+from moellava.model.projectors import layers, parse_projector
 from moellava.model.published_lora import is_lora, lora_tensors
 from moellava.model.section import Section, section_of
 from moellava.model.towers import ASPECT_RATIOS, tower_config, tower_prefix, tower_tensors
 from moellava.model.weights import has_weights, read_file, read_tensors
 
 TOWER_KEY = re.compile(r"(?:model|transformer)\.(?:image_tower\.image_tower|vision_tower\.vision_tower)\.(.+)")
-PROJECTOR_KEY = re.compile(r"(?:.*\.)?mm_projector\.(?:image_spatial_proj\.)?((?:\d+\.)?(?:weight|bias))")
+PROJECTOR_KEY = re.compile(r"(?:.*\.)?mm_projector\.(?:image_spatial_proj\.)?(.+)")
 OUR_PROJECTOR_KEY = re.compile(r"(?:model\.)?multi_modal_projector\.(.+)")
 EXPERT_KEY = re.compile(r"(.+\.mlp)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)")
 ROUTER_KEY = re.compile(r".+\.(\d+)\.mlp\.deepspeed_moe\.gate\.wg\.(.+)")
@@ -103,8 +103,8 @@ def published_tensors(
                 state |= from_published(key, tensor, family, manifest.config, prefix)
     if not any(name.startswith("model.vision_tower.") for name in state):
         state |= under("model.vision_tower", tower_tensors(tower.folder, config.vision_config, dtype))
-    projector = projectors.parse_projector(str((section_of(config) or Section()).image_projector_type))
-    identities = projectors.identities(projector, config.text_config.hidden_size)
+    projector = parse_projector(str((section_of(config) or Section()).image_projector_type))
+    identities = layers.identities(projector, config.text_config.hidden_size)
     return state | under("model.multi_modal_projector", identities)
 
 
@@ -151,7 +151,7 @@ def from_published(
     if match := TOWER_KEY.fullmatch(key):
         return {f"model.vision_tower.{prefix}{match[1].removeprefix('vision_model.')}": tensor}
     if match := PROJECTOR_KEY.fullmatch(key):
-        return {f"model.multi_modal_projector.{projectors.from_published(match[1])}": tensor}
+        return {f"model.multi_modal_projector.{layers.from_published(match[1])}": tensor}
     if match := ROUTER_KEY.fullmatch(key):
         return {f"model.language_model.layers.{match[1]}.mlp.router.{match[2]}": tensor}
     if match := COEFFICIENT_KEY.fullmatch(key):
@@ -170,7 +170,7 @@ def projector_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     found = {}
     for key, tensor in tensors.items():
         if match := PROJECTOR_KEY.fullmatch(key):
-            found[projectors.from_published(match[1])] = tensor
+            found[layers.from_published(match[1])] = tensor
         elif match := OUR_PROJECTOR_KEY.fullmatch(key):
             found[match[1]] = tensor
     return found
@@ -191,7 +191,7 @@ def composed_config(manifest: Manifest, tower: Manifest, family: Family) -> Llav
     # patch is lost.
     strategy = "full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default"
     text = text_config(family, (family.published_text_config or family.text_config)(raw))
-    projector, layer = projectors.parse_projector(name), raw.get("mm_vision_select_layer", -2)
+    projector, layer = parse_projector(name), raw.get("mm_vision_select_layer", -2)
     config = llava_config(vision, text, projector, strategy, layer)
     Section(
         version=family.version,

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from moellava.errors import UnknownNameError, UserError
+from moellava.model.projectors import Sizes
 from moellava.model.weights import weight_files
 from moellava.registry import Registry
 
@@ -144,6 +145,17 @@ def complete_processor(processor: Any, config: PretrainedConfig) -> None:
         processor.patch_size = vision.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         processor.num_additional_image_tokens = TOWERS[vision.model_type].class_tokens
+
+
+def projector_sizes(tower: PretrainedConfig, width: int, strategy: str) -> Sizes:
+    """What the projector stands between.
+
+    Args:
+        tower: the vision config.
+        width: of the language model's embeddings.
+        strategy: see `tower_tokens`.
+    """
+    return Sizes(tower.hidden_size, width, tower_tokens(tower, strategy))
 
 
 def tower_prefix(tower: PretrainedConfig) -> str:

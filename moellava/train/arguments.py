@@ -72,7 +72,7 @@ class ModelArguments(ReleasedArguments):
     force_version: bool = _flag("Take --version although it does not fit the tokenizer or the stage.", False)
     image_tower: str | None = _flag("Folder or hub id of a CLIP or SigLIP tower; with a language model only.")
     image_projector_type: str | None = _flag(
-        "linear, identity, or mlpNx_gelu with N layers. Unset: the folder's, or linear."
+        "Name of the projector; docs/CUSTOM.md lists them. Unset: the folder's, or linear."
     )
     mm_vision_select_layer: int | None = _flag(
         "Hidden state of the tower that is read: -1 is the last, -2 the one before. Unset: the folder's, or -1."

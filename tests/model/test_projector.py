@@ -9,12 +9,12 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from moellava.errors import UnknownNameError, UserError
-from moellava.model.projector import (
+from moellava.model.projectors import Sizes, parse_projector
+from moellava.model.projectors.layers import (
     DeepProjector,
     FixedIdentity,
     from_published,
     initial_weights,
-    parse_projector,
     pin_identities,
     to_published,
 )
@@ -36,7 +36,7 @@ def reference(name: str, width: int, out: int) -> nn.Module:
 def ours(name: str, width: int, out: int) -> nn.Module:
     """The projector of a composed model, as Hugging Face's class or ours builds it."""
     spec = parse_projector(name)
-    if spec.is_deep:
+    if spec.is_extended:
         return DeepProjector(width, out, spec.layers)
     vision = CLIPVisionConfig(hidden_size=width, num_attention_heads=2)
     text = LlamaConfig(hidden_size=out, num_attention_heads=2)
@@ -51,7 +51,7 @@ def test_each_computes_what_the_reference_does(name):
     torch.manual_seed(0)
     wanted, spec = reference(name, width, out), parse_projector(name)
     projector = ours(name, width, out)
-    state = initial_weights(spec, width, out)
+    state = initial_weights(spec, Sizes(width, out, 5))
     state |= {from_published(key): tensor for key, tensor in wanted.state_dict().items()}
     projector.load_state_dict(state)
     features = torch.randn(2, 5, width)
@@ -83,4 +83,4 @@ def test_unknown_names_list_the_known(name):
 
 def test_identity_cannot_change_the_width():
     with pytest.raises(UserError, match="tower gives 6 and the language model takes 8"):
-        initial_weights(parse_projector("identity"), 6, 8)
+        parse_projector("identity").tokens(Sizes(6, 8, 4))

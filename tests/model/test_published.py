@@ -283,7 +283,7 @@ def test_a_stage_1_folder_needs_its_language_model(tmp_path, make_base, checkpoi
         ({"image_aspect_ratio": "anyres"}, "cuts images into tiles"),
         ({"mm_video_tower": "LanguageBind/LanguageBind_Video"}, "has a video tower"),
         ({"mm_image_tower": "nobody/nothing"}, "the config's image tower nobody/nothing: there is no such folder"),
-        ({"image_projector_type": "qformer4_36"}, "Unknown projector 'qformer4_36'"),
+        ({"image_projector_type": "simple_in1_out1"}, "Unknown projector 'simple_in1_out1'"),
         ({"num_hidden_layers": 5}, "missing: model.language_model.layers.4"),
         ({"num_hidden_layers": 3}, "unexpected: model.language_model.layers.3"),
     ],

@@ -1,4 +1,4 @@
-"""Projectors from the tower's features to the language model's embeddings, laid out as Hugging Face's LLaVA has them.
+"""Projectors that are linear layers, laid out as Hugging Face's LLaVA has them.
 
 Hugging Face's projector is two linear layers around an activation. `mlp2x_gelu` is just that. `linear` and `identity`
 are that as well, exactly, with no activation and the identity matrix in the layers that are not there:
@@ -17,47 +17,22 @@ that no optimizer finds them.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from moellava.errors import UnknownNameError, UserError
+from moellava.errors import UserError
+from moellava.model.projectors.entry import (
+    HUGGING_FACE_LAYERS,
+    PROJECTORS,
+    Projector,
+    ProjectorSpec,
+    Sizes,
+    same_tokens,
+)
 
-KNOWN = "linear, identity, mlpNx_gelu (N layers, for instance mlp2x_gelu)"
-
-
-@dataclass(frozen=True)
-class ProjectorSpec:
-    """What a projector's name says.
-
-    Args:
-        name: as given.
-        layers: linear layers that learn (0 for `identity`).
-    """
-
-    name: str
-    layers: int
-
-    @property
-    def activation(self) -> str:
-        """Hugging Face's `projector_hidden_act`."""
-        return "gelu" if self.layers > 1 else "linear"
-
-    @property
-    def is_deep(self) -> bool:
-        """Whether Hugging Face's own class lacks it."""
-        return self.layers > 2
-
-
-def parse_projector(name: str) -> ProjectorSpec:
-    """Reads `--image_projector_type`. Raises UnknownNameError for a name that is not known, with those that are."""
-    if name in ("identity", "linear"):
-        return ProjectorSpec(name, 0 if name == "identity" else 1)
-    match = re.fullmatch(r"mlp(\d+)x_gelu", name)
-    if match is None or int(match[1]) < 1:
-        raise UnknownNameError(f"Unknown projector {name!r}. Known: {KNOWN}")
-    return ProjectorSpec(name, int(match[1]))
+LAYER_KEY = re.compile(r"(?:(\d+)\.)?(weight|bias)")
+"""The reference's name of a tensor where the projector is nothing but linear layers."""
 
 
 class FixedIdentity(nn.Module):
@@ -100,42 +75,39 @@ class DeepProjector(nn.Module):
         return features
 
 
-def check_widths(spec: ProjectorSpec, in_features: int, out_features: int) -> None:
-    """Raises UserError where `identity` would have to change the width."""
-    if spec.layers == 0 and in_features != out_features:
+def same_width(sizes: Sizes) -> int:
+    """Tokens of `identity`. Raises UserError where it would have to change the width."""
+    if sizes.in_features != sizes.out_features:
         raise UserError(
-            f"--image_projector_type identity needs equal widths, but the tower gives {in_features} "
-            f"and the language model takes {out_features}. Use linear."
+            f"needs equal widths, but the tower gives {sizes.in_features} and the language model takes "
+            f"{sizes.out_features}. Use linear."
         )
+    return sizes.tokens
 
 
-def initial_weights(spec: ProjectorSpec, in_features: int, out_features: int) -> dict[str, torch.Tensor]:
+def initial_weights(spec: ProjectorSpec, sizes: Sizes) -> dict[str, torch.Tensor]:
     """A new projector's tensors, as LLaVA draws them (torch's default for linear layers, from the global seed).
-
-    Args:
-        in_features: width of the tower's features.
-        out_features: width of the language model's embeddings.
 
     Returns:
         `linear_1.weight`, `linear_1.bias`, … as the composed model names them.
     """
-    check_widths(spec, in_features, out_features)
-    layers = {
-        f"linear_{index}": nn.Linear(in_features if index == 1 else out_features, out_features)
-        for index in range(1, spec.layers + 1)
-    }
-    return nn.ModuleDict(layers).state_dict() | identities(spec, out_features)
+    return spec.module(sizes).state_dict() | identities(spec, sizes.out_features)
+
+
+def fixed_layers(spec: ProjectorSpec) -> range:
+    """Numbers of the layers that this projector does not have and Hugging Face's class does."""
+    return range(0) if spec.layers is None else range(spec.layers + 1, HUGGING_FACE_LAYERS + 1)
 
 
 def identities(spec: ProjectorSpec, features: int) -> dict[str, torch.Tensor]:
     """The tensors of the layers that this projector does not have and Hugging Face's class does."""
-    layers = {f"linear_{index}": FixedIdentity(features) for index in range(spec.layers + 1, 3)}
+    layers = {f"linear_{index}": FixedIdentity(features) for index in fixed_layers(spec)}
     return nn.ModuleDict(layers).state_dict()
 
 
 def pin_identities(projector: nn.Module, spec: ProjectorSpec) -> None:
     """Puts `FixedIdentity` where this projector has no layer. Raises UserError if a matrix there is not one."""
-    for index in range(spec.layers + 1, 3):
+    for index in fixed_layers(spec):
         layer = getattr(projector, f"linear_{index}")
         identity = FixedIdentity(layer.out_features, layer.weight.device, layer.weight.dtype)
         if not torch.equal(layer.weight, identity.weight) or layer.bias.any():
@@ -146,13 +118,43 @@ def pin_identities(projector: nn.Module, spec: ProjectorSpec) -> None:
         setattr(projector, f"linear_{index}", identity)
 
 
-def to_published(key: str, spec: ProjectorSpec) -> str:
-    """Our projector key -> the reference's inside `image_spatial_proj` (`linear_2.bias` -> `2.bias`)."""
+def to_sequence(key: str) -> str:
+    """Our projector key -> the reference's inside its `nn.Sequential` (`linear_2.bias` -> `2.bias`)."""
     layer, name = key.removeprefix("linear_").split(".")
-    return name if spec.name == "linear" else f"{2 * (int(layer) - 1)}.{name}"
+    return f"{2 * (int(layer) - 1)}.{name}"
+
+
+def to_single(key: str) -> str:
+    """Our projector key -> that of the reference's one linear layer (`linear_1.bias` -> `bias`)."""
+    return key.removeprefix("linear_1.")
+
+
+def to_published(key: str, spec: ProjectorSpec) -> str | None:
+    """Our projector key -> the reference's inside `image_spatial_proj`; None for a layer that it does not have.
+
+    Raises:
+        UserError: the reference has no such projector.
+    """
+    if spec.entry.to_published is None:
+        raise UserError(f"This model's projector is {spec.name}, which the code of LLaVA and MoE-LLaVA lacks.")
+    is_fixed = key.startswith(tuple(f"linear_{index}." for index in fixed_layers(spec)))
+    return None if is_fixed else spec.entry.to_published(key)
 
 
 def from_published(key: str) -> str:
-    """The reference's key in `image_spatial_proj` -> ours (`2.bias` -> `linear_2.bias`, `bias` -> `linear_1.bias`)."""
-    layer, _, name = key.rpartition(".")
-    return f"linear_{int(layer or 0) // 2 + 1}.{name}"
+    """The reference's key in `image_spatial_proj` -> ours (`2.bias` -> `linear_2.bias`, `bias` -> `linear_1.bias`).
+
+    Projectors of more than linear layers are named here as there.
+    """
+    match = LAYER_KEY.fullmatch(key)
+    return f"linear_{int(match[1] or 0) // 2 + 1}.{match[2]}" if match else key
+
+
+def deep(sizes: Sizes, layers: int) -> DeepProjector:
+    """`DeepProjector`, which for up to two layers holds just what learns in Hugging Face's."""
+    return DeepProjector(sizes.in_features, sizes.out_features, layers)
+
+
+PROJECTORS.register("linear", Projector(lambda sizes: deep(sizes, 1), same_tokens, lambda: 1, to_single))
+PROJECTORS.register("identity", Projector(lambda sizes: deep(sizes, 0), same_width, lambda: 0, to_sequence))
+PROJECTORS.register("mlpNx_gelu", Projector(deep, same_tokens, lambda layers: layers, to_sequence))
