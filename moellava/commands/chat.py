@@ -34,6 +34,9 @@ HELP = """Ask about what is shown. Further commands:
   /quit           leave (also Ctrl-D)"""
 
 
+STOPPED = "\n(stopped; the question is forgotten)"
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = argparse.ArgumentParser(prog="moellava chat", description="Talk to a model about images and videos.")
@@ -146,7 +149,7 @@ def converse(chat: Chat) -> None:
         except UserError as error:
             print(printable(error))
         except KeyboardInterrupt:
-            print("\n(stopped; the question is forgotten)")
+            print(STOPPED)
 
 
 def paths_in(line: str) -> list[str]:

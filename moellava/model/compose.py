@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoImageProcessor,
     BaseImageProcessor,
     GenerationConfig,
     LlavaConfig,
@@ -188,7 +190,7 @@ def describe_composed(manifest: Manifest) -> Description:
         if section is not None and section.chat_template and section.version != CHAT_TEMPLATE:
             tokenizer.chat_template = section.chat_template  # the file beside it is the stage's own template
         try:
-            processor = LlavaProcessor.from_pretrained(manifest.folder, tokenizer=tokenizer, trust_remote_code=False)
+            processor = open_processor(manifest.folder, tokenizer)
         except OSError as error:
             raise UserError(
                 f"{manifest.called} holds no processor: copy processor_config.json (of older folders, "
@@ -198,6 +200,14 @@ def describe_composed(manifest: Manifest) -> Description:
         return tokenizer, processor
 
     return Description(manifest.folder, config, LLAVA, inputs, lambda dtype: read(manifest.folder, config, dtype))
+
+
+def open_processor(folder: Path, tokenizer: Any) -> Any:
+    """The processor of a folder, around a tokenizer that is open: its `from_pretrained` would open another one first,
+    which takes longer than all the rest."""
+    settings, _ = LlavaProcessor.get_processor_dict(folder)
+    image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    return LlavaProcessor.from_args_and_dict([image_processor, tokenizer], settings)
 
 
 def adopted(config: PretrainedConfig, manifest: Manifest) -> Section:
