@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,8 +31,32 @@ settings.load_profile("repeatable")
 GOLDEN = Path(__file__).parent / "golden"
 
 
+QUICK_CASES = {
+    "lmm/test_adapters.py": "qwen2.5-vl",
+    "lmm/test_chat.py": "llava-1.5|gemma3",
+    "lmm/test_conformance.py": "llava-1.5|llava-onevision|gemma3|phi3-v|llama-3.2-vision",
+    "lmm/test_families_train.py": "llama-3.2-vision|phi3-v",
+    "lmm/test_training.py": "v1|llava-1.5",
+    "lmm/test_videos.py": "llava-onevision|internvl|gemma3",
+    "commands/test_inspect.py": "mistral|phi",
+    "data/test_tokenizers.py": "mistral|phi",
+    "data/test_masking.py": "mistral|phi",
+    "test_house.py": "stage|llava-1.5|published",
+}
+"""File -> the models and tokenizers (as a pattern of ids) whose cases of it are quick tests; those of others are slow.
+What a file tests is tried on some of them often, and on all of them by the whole."""
+
+MODELS = re.compile(r"qwen|stablelm|llava|smolvlm|phi|mistral|llama|gemma|paligemma|internvl|stage|published|v0|v1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that processes which share the files out end at about the same time."""
+    """Marks what is slow by its case. Files with slow tests come first, so that processes which share the files out end
+    at about the same time."""
+    for item in items:
+        quick = QUICK_CASES.get(item.path.relative_to(Path(__file__).parent).as_posix())
+        case = item.name.partition("[")[2]
+        if quick and MODELS.search(case) and not re.search(quick, case):
+            item.add_marker(pytest.mark.slow)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 

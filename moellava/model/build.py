@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, logging
@@ -31,10 +32,14 @@ def text_config(family: Family, fields: Mapping[str, Any]) -> PretrainedConfig:
     """The Hugging Face config of a family's language model, from fields under Hugging Face's names.
 
     Fields that its config class lacks are left out: a published config holds the tower's and the trainer's as well.
+    One that is null stays null where the class lets it be: `sliding_window: null` is no window, not the default one.
     """
-    known = set(CONFIG_MAPPING[family.text_model_type]().to_dict()) | set(ROPE_FIELDS)
+    cls = CONFIG_MAPPING[family.text_model_type]
+    known = set(cls().to_dict()) | set(ROPE_FIELDS)
+    may_be_null = {field.name for field in dataclasses.fields(cls) if type(None) in get_args(field.type)}
     dropped = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype"}
-    kept = {name: value for name, value in fields.items() if name in known - dropped and value is not None}
+    null = {name for name, value in fields.items() if value is None} - (may_be_null - {"rope_parameters"})
+    kept = {name: value for name, value in fields.items() if name in known - dropped - null}
     return AutoConfig.for_model(family.text_model_type, **kept)
 
 
@@ -59,8 +64,20 @@ def build(config: PretrainedConfig, state: Mapping[str, torch.Tensor], dtype: to
         )
     check_loaded(info, source)
     pin(model)
+    keep_head(model)
     hang_hooks(model)
     return model.eval()
+
+
+def keep_head(model: Any) -> None:
+    """Makes the config say what the tensors are: a head that is not the embedding is one of its own, whatever it said.
+
+    Hugging Face loads both where both are there and differ; on saving, the head of a config with ties would be lost.
+    """
+    head, words = model.get_output_embeddings(), model.get_input_embeddings()
+    for config in (model.config, model.config.get_text_config()):
+        if config.tie_word_embeddings and head is not None and head.weight is not words.weight:
+            config.tie_word_embeddings = False
 
 
 def read(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Any:
@@ -80,6 +97,7 @@ def read(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Any:
         )
     check_loaded(info, str(folder))
     pin(model)
+    keep_head(model)
     hang_hooks(model)
     return model.eval()
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from moellava.errors import UnknownNameError, UserError
+from moellava.model.build import text_config
 from moellava.model.compose import Composition
 from moellava.model.families import FAMILIES, family_of
 from moellava.vlm import VLM, compose
 from tests.processes import run_python
-from tests.tiny import compose_tiny
+from tests.tiny import compose_tiny, reopen
 
 ROWS = 280  # tokens of the test tokenizer
 IDS = torch.tensor([[5, 9, 200, 3, 77, 8]])
@@ -191,3 +196,43 @@ def test_folders_open_in_a_process_without_moellava(tmp_path, make_base, clip_to
         assert "opens in plain transformers" in (folder / "README.md").read_text()
         folders.append(str(folder))
     run_python(PLAIN, *folders)
+
+
+def test_a_head_of_its_own_stays_one_whatever_the_config_says_of_ties(make_base, clip_tower, tmp_path):
+    base = shutil.copytree(make_base("llama").folder, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    head = load_file(base / "model.safetensors")["lm_head.weight"]
+    for round_trip in range(2):
+        if not round_trip:
+            compose_tiny(base, clip_tower, "plain").save(tmp_path / "0")
+        else:
+            reopen(tmp_path / "0").save(tmp_path / "1")
+        saved = reopen(tmp_path / str(round_trip)).model
+        assert torch.equal(saved.lm_head.weight[: len(head)], head)
+        assert not saved.config.get_text_config().tie_word_embeddings
+    raw = json.loads((tmp_path / "1" / "config.json").read_text())
+    (tmp_path / "1" / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    (tmp_path / "1" / "digests.json").unlink()
+    reopen(tmp_path / "1").save(tmp_path / "2")
+    assert torch.equal(reopen(tmp_path / "2").model.lm_head.weight[: len(head)], head)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_what_is_null_in_a_config_stays_null(name, make_base, clip_tower, tmp_path):
+    """Wherever the config's class lets it: a window that is null is none, and not the default's."""
+    family = FAMILIES[name]
+    raw = json.loads((make_base(name).folder / "config.json").read_text())
+    cls = type(text_config(family, family.text_config(raw)))
+    nullable = {field.name for field in dataclasses.fields(cls) if type(None) in get_args(field.type)}
+    known = nullable & set(family.text_config(raw)) - {"rope_parameters"}
+    theirs = family.text_config(raw) | dict.fromkeys(known)
+    ours, plain = text_config(family, theirs), cls(**dict.fromkeys(known))
+    assert {key: getattr(ours, key) for key in known if getattr(plain, key) is None} == dict.fromkeys(
+        key for key in known if getattr(plain, key) is None
+    )
+    if "sliding_window" in nullable:
+        base = shutil.copytree(make_base(name).folder, tmp_path / "base")
+        (base / "config.json").write_text(json.dumps(raw | {"sliding_window": None}))
+        compose_tiny(base, clip_tower, "plain").save(tmp_path / "saved")
+        assert reopen(tmp_path / "saved").model.config.text_config.sliding_window is None
