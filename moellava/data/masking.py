@@ -306,13 +306,14 @@ def _plain_twins(serialized: str) -> tuple[Tokenizer, Tokenizer, Tokenizer]:
 
 
 def _hide_special(model: dict[str, Any], special: set[str]) -> None:
-    """Takes from a serialized BPE model all that makes a special token out of characters, in place.
+    """Takes from a serialized model, BPE's or Unigram's, all that makes a special token out of characters, in place.
 
     Special tokens are often entries of the vocabulary as well, and some converted files hold merges that end in one.
     An entry is renamed, not removed: ids must have no holes, and the unknown token is looked up by its name.
     """
-    vocab = model.get("vocab")
-    if not isinstance(vocab, dict):
+    vocab = model["vocab"]
+    if isinstance(vocab, list):  # Unigram's; its unknown token is an index
+        model["vocab"] = [[_UNTYPABLE + piece if piece in special else piece, score] for piece, score in vocab]
         return
     names = {text: f"{_UNTYPABLE}{text}" for text in special & vocab.keys()}
     for text, name in names.items():

@@ -19,7 +19,10 @@ from moellava.conversation import conv_templates
 from moellava.data.fast_tokenizers import CL100K_DIGITS_APART, from_merges, from_sentencepiece, from_tiktoken
 from moellava.errors import UserError
 from moellava.files import read_object, resolve_folder
+from moellava.log import get_logger
 from moellava.registry import Registry
+
+logger = get_logger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -178,15 +181,34 @@ def load_tokenizer(path: str | Path, version: str | None = None) -> PreTrainedTo
     folder, config = read_settings(path)
     spec = _row_of(folder, config)
     saved_by_us = _ROW_KEY in config and (folder / "tokenizer.json").exists()
-    if spec.build is not None and spec.has_own_file(folder) and not saved_by_us:
-        tokenizer = _wrap(spec, spec.build(folder, config), config)
-    else:
-        tokenizer = _open_fast(folder)
+    built = None if saved_by_us else _built(spec, folder, config)
+    tokenizer = _open_fast(folder) if built is None else _wrap(spec, built, config)
     if not saved_by_us:  # else its files say all
         _apply(spec, tokenizer, adds_bos=bool(config.get("add_bos_token", spec.adds_bos)))
     tokenizer.padding_side = "right"
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
+
+
+def _built(spec: TokenizerSpec, folder: Path, config: dict[str, Any]) -> Tokenizer | None:
+    """What a row makes of its own file; None where there is none, or where a tokenizer.json beside it has other tokens:
+    that is what the folder's model was trained with."""
+    if spec.build is None or not spec.has_own_file(folder):
+        return None
+    beside = read_object(folder / "tokenizer.json")
+    if not beside:
+        return spec.build(folder, config)
+    try:
+        built = spec.build(folder, config)
+    except UserError:  # tokens are recorded under ids that the file does not give them
+        return None
+    vocabulary = beside["model"]["vocab"]
+    pieces = vocabulary if isinstance(vocabulary, dict) else {piece: at for at, (piece, _) in enumerate(vocabulary)}
+    added = {token["content"]: token["id"] for token in beside.get("added_tokens", [])}
+    if built.get_vocab(with_added_tokens=True) == pieces | added:
+        return built
+    logger.info("%s: tokenizer.json and %s have other tokens; tokenizer.json is taken.", folder, spec.file)
+    return None
 
 
 def spec_for(source: PreTrainedTokenizerBase | str | Path, version: str | None = None) -> TokenizerSpec:

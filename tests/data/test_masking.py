@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.conversation import Origin, Piece, conv_templates
@@ -157,3 +159,16 @@ def test_the_engine_follows_tokens_that_are_added(golden_tokenizers):
     )
     assert after.ids[-1] == 32000 == after.labels[-1]
     assert len(before.ids) > len(after.ids)
+
+
+def test_special_tokens_that_are_typed_are_text_for_a_unigram_tokenizer_too():
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in "helo</>s▁")]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text, _ in pieces[:3]])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    said = Piece("hello </s>", trained=True, origin=Origin.ANSWER)
+    encoded = engine_for(tokenizer).encode([said, Piece("</s>", trained=True)])
+    assert encoded.ids.count(2) == 1 and encoded.ids[-1] == 2
+    assert "".join(tokenizer.convert_ids_to_tokens(encoded.ids[:-1])).endswith("hello▁</s>")

@@ -299,3 +299,24 @@ def test_errors_say_what_is_wrong(tmp_path, golden_tokenizers):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer_config.json is not valid JSON"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "not recorded"])
+def test_a_tokenizer_json_wins_over_a_tokenizer_model_beside_it_where_they_differ(
+    recorded, golden_tokenizers, tmp_path
+):
+    """Added tokens are in the first alone, under ids that the second would give to others."""
+    folder = shutil.copytree(golden_tokenizers / "mistral", tmp_path / "both")
+    same = load_tokenizer(folder)
+    same.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder)("Hello there").input_ids == same("Hello there").input_ids
+    trained = load_tokenizer(folder)
+    trained.add_tokens(["<pad>", "<tool>"], special_tokens=True)
+    trained.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    if recorded:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        entries = {str(index): {"content": text, "special": True} for text, index in trained.get_added_vocab().items()}
+        entries["32005"] = {"content": "<tool>", "special": True}  # as a tool that renumbers them writes
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": entries}))
+    opened = load_tokenizer(folder)
+    assert opened.convert_tokens_to_ids(["<pad>", "<tool>"]) == trained.convert_tokens_to_ids(["<pad>", "<tool>"])
