@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from moellava.constants import CHAT_TEMPLATE, DEFAULT_IMAGE_TOKEN
 from moellava.conversation import conv_templates
 from moellava.data.fast_tokenizers import CL100K_DIGITS_APART, from_merges, from_sentencepiece, from_tiktoken
+from moellava.data.render.own import own_template
 from moellava.errors import UserError
 from moellava.files import read_object, resolve_folder
 from moellava.log import get_logger
@@ -185,6 +186,7 @@ def load_tokenizer(path: str | Path, version: str | None = None) -> PreTrainedTo
     tokenizer = _open_fast(folder) if built is None else _wrap(spec, built, config)
     if not saved_by_us:  # else its files say all
         _apply(spec, tokenizer, adds_bos=bool(config.get("add_bos_token", spec.adds_bos)))
+    tokenizer.chat_template = own_template(tokenizer.chat_template)
     tokenizer.padding_side = "right"
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer

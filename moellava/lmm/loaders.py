@@ -9,6 +9,7 @@ import torch
 
 from moellava.constants import CHAT_TEMPLATE
 from moellava.data.render import ChatRenderer
+from moellava.data.render.own import own_template
 from moellava.errors import UserError
 from moellava.files import model_files
 from moellava.lmm.architecture import SUPPORTED_MODELS, Architecture, FieldView, registered, undisguised
@@ -124,7 +125,7 @@ def settle_template(processor: Any, architecture: Architecture, text_model_type:
     """
     special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
     recorded = architecture.template_for(text_model_type, special)
-    own = processor.chat_template or processor.tokenizer.chat_template
+    own = own_template(processor.chat_template or processor.tokenizer.chat_template)
     if own is None and recorded is None:
         raise UserError(
             f"The folder has no chat template and none is on record for {architecture.name}: add a chat_template.jinja."

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moellava.data.render.own import begin_on, day
 from moellava.errors import UserError
 from moellava.files import flush_tree, read_json, write_json
 from moellava.log import get_logger
@@ -89,6 +90,7 @@ def check_folder(output_dir: Path, identity: dict[str, Any]) -> bool:
     if not stored["finished"] and last_checkpoint(output_dir) is None:
         return False
     require_same(output_dir, stored, "identity", identity)
+    begin_on(stored.get("day", day()))
     return bool(stored["finished"])
 
 
@@ -153,7 +155,7 @@ def claim_folder(output_dir: Path, identity: dict[str, Any], contents: Mapping[s
     """Notes whose folder this is. Called once the data and the model are known to be good."""
     output_dir.mkdir(parents=True, exist_ok=True)
     clear_staging(output_dir)
-    write_json(output_dir / RUN_FILE, {"identity": identity, "contents": contents, "finished": False})
+    write_json(output_dir / RUN_FILE, {"identity": identity, "contents": contents, "day": day(), "finished": False})
 
 
 def mark_finished(output_dir: Path) -> None:

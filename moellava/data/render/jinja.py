@@ -11,8 +11,9 @@ import json
 
 from transformers import PreTrainedTokenizerBase
 
-from moellava.constants import CHAT_TEMPLATE
+from moellava.constants import CHAT_TEMPLATE, DEFAULT_IMAGE_TOKEN
 from moellava.conversation import Conversation, SeparatorStyle, conv_templates
+from moellava.errors import UserError
 
 _CONTENT = """{%- macro said(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
@@ -59,13 +60,37 @@ _LLAMA_2 = """{%- for message in messages -%}
 """
 
 
+_PARTS = (
+    _CONTENT.replace("IMAGE", json.dumps(DEFAULT_IMAGE_TOKEN))
+    + """{%- set in_text = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message.content is string or message.content is none or message.content is not defined -%}
+{%- set in_text.messages = in_text.messages + [message] -%}
+{%- else -%}
+{%- set in_text.messages = in_text.messages + [dict(message, content=said(message.content))] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = in_text.messages -%}
+"""
+)
+"""Stands before a template for texts: messages in parts become texts with tags."""
+
+
 def saved_chat_template(version: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """What a folder trained with `version` carries: that template as Jinja, or the tokenizer's own for 'chat_template'.
 
+    The tokenizer's own takes lists of parts as well here: most are written for texts alone.
+
     Raises:
         UnknownNameError: no such template.
+        UserError: the tokenizer has none of its own.
     """
-    return str(tokenizer.chat_template) if version == CHAT_TEMPLATE else jinja_of(version)
+    if version != CHAT_TEMPLATE:
+        return jinja_of(version)
+    own = tokenizer.chat_template
+    if own is None:
+        raise UserError("--version chat_template needs a tokenizer with a chat template, and this one has none.")
+    return own if own.startswith(_PARTS) else _PARTS + own
 
 
 def jinja_of(version: str) -> str:
