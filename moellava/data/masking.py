@@ -9,8 +9,9 @@ with character offsets, and a token carries its id as label if it begins in a tr
     labels  | … -100 -100 …            -100 | 263 7 |  2 |
 
 Special tokens exist only in the template's own text. Spelled in a message they are text like any other, because
-messages are tokenized by a twin of the tokenizer that knows no special tokens. There is no counting of tokens, and so
-nothing that could be off by one.
+messages are tokenized by a twin of the tokenizer that knows no special tokens. Some tokens swallow the spaces beside
+them (`lstrip`, `rstrip`, as Phi-3's do), or stand only between words (`single_word`): they do so here as they do in
+the tokenizer. There is no counting of tokens, and so nothing that could be off by one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -90,6 +91,10 @@ _UNTYPABLE = "\uffff"
 Part = tuple[str, Sequence[int] | None]
 """Text, and the fixed ids it stands for; None where it is to be tokenized."""
 
+_SPACES = "".join(map(chr, (*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B)))) + (
+    "\u2028\u2029\u202f\u205f\u3000"
+)
+"""What tokenizers take for spaces beside a token (Unicode's White_Space)."""
 
 Span = tuple[int, int]
 """A range of characters (begin, end)."""
@@ -122,6 +127,26 @@ class Stretch:
     ids: Sequence[int] | None = None
     start: Start = Start.INNER
 
+    def append(self, text: str, trained: bool, joins: bool) -> None:
+        """Adds text.
+
+        Args:
+            text: not empty.
+            trained: whether it is trained.
+            joins: whether it goes on with the trained range before it.
+        """
+        begin = len(self.text)
+        self.text += text
+        if trained:
+            first = self.trained.pop()[0] if joins and self.trained else begin
+            self.trained.append((first, len(self.text)))
+
+    def without_trailing_spaces(self) -> Stretch:
+        """The stretch without the spaces at its end."""
+        text = self.text.rstrip(_SPACES)
+        trained = [(begin, min(end, len(text))) for begin, end in self.trained if begin < len(text)]
+        return Stretch(text, trained, self.ids, self.start)
+
     def cut(self, border: int) -> tuple[Stretch, Stretch]:
         """The stretch in two, at a character that is strictly inside."""
         left = [(begin, min(end, border)) for begin, end in self.trained if begin < border]
@@ -145,7 +170,9 @@ class MaskEngine:
         if not tokenizer.is_fast:
             raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer and gives no offsets; use load_tokenizer")
         self.leading = leading_ids(tokenizer)
-        self.special = {t.content: index for index, t in tokenizer.added_tokens_decoder.items() if t.special}
+        added = tokenizer.added_tokens_decoder
+        self.special = {token.content: index for index, token in added.items() if token.special}
+        self._rules = {token.content: token for token in added.values() if token.special}
         spelled = sorted(self.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, spelled))) if spelled else None
         self._twins = _plain_twins(tokenizer.backend_tokenizer.to_str())
@@ -176,31 +203,35 @@ class MaskEngine:
         """The prompt cut at special tokens and images, adjacent text joined; arguments: see `encode`."""
         found: list[Stretch] = []
         current = Stretch("", start=Start.OPENING)
-        unbroken = False
+        unbroken = swallows = False
         for piece_text, trained, origin in pieces:
-            parts: Sequence[Part]
-            if origin is Origin.TEMPLATE:
-                parts = self._template_cuts(piece_text)
-            elif has_image and origin is Origin.QUESTION and DEFAULT_IMAGE_TOKEN in piece_text:
-                parts = _image_cuts(piece_text, image_ids)
-            else:
-                parts = ((piece_text, None),)
-            for text, fixed in parts:
+            for text, fixed in self._parts(piece_text, origin, has_image, image_ids):
                 if fixed is None:
-                    begin = len(current.text)
-                    current.text += text
-                    if trained and text:
-                        first = current.trained.pop()[0] if unbroken and current.trained else begin
-                        current.trained.append((first, len(current.text)))
+                    text = text.lstrip(_SPACES) if swallows else text
+                    if text:
+                        current.append(text, trained, joins=unbroken)
+                        swallows = False
                     continue
+                rule = None if fixed is image_ids else self._rules[text]
+                if rule is not None and rule.lstrip:
+                    current = current.without_trailing_spaces()
                 if current.text:
                     found.append(current)
                 found.append(Stretch(text, [(0, len(text))] if trained else [], fixed))
-                current = Stretch("", start=Start.OPENING if fixed is image_ids else Start.INNER)
+                current = Stretch("", start=Start.OPENING if rule is None else Start.INNER)
+                swallows = rule is not None and rule.rstrip
             unbroken = trained
         if current.text:
             found.append(current)
         return found
+
+    def _parts(self, text: str, origin: Origin, has_image: bool, image_ids: Sequence[int]) -> Sequence[Part]:
+        """The text of a piece, cut at the special tokens of the template or the images of a question."""
+        if origin is Origin.TEMPLATE:
+            return self._template_cuts(text)
+        if has_image and origin is Origin.QUESTION and DEFAULT_IMAGE_TOKEN in text:
+            return _image_cuts(text, image_ids)
+        return ((text, None),)
 
     def tokenize(self, stretch: Stretch) -> tuple[list[int], list[Span]]:
         """The ids of a stretch of text and the characters (begin, end) that each stands for.
@@ -235,6 +266,8 @@ class MaskEngine:
         parts: list[Part] = []
         begin = 0
         for match in self._special.finditer(text) if self._special else ():
+            if not _may_stand(self._rules[match.group()], text, match.span()):
+                continue
             parts += [(text[begin : match.start()], None), (match.group(), (self.special[match.group()],))]
             begin = match.end()
         parts.append((text[begin:], None))
@@ -251,6 +284,14 @@ def engine_for(tokenizer: PreTrainedTokenizerBase) -> MaskEngine:
         engine = MaskEngine(tokenizer)
         _engines[tokenizer] = (len(tokenizer), engine)
     return engine
+
+
+def _may_stand(token: AddedToken, text: str, span: Span) -> bool:
+    """Whether a special token is one where it is spelled: one for single words is none inside of a word."""
+    if not token.single_word:
+        return True
+    beside = text[: span[0]][-1:], text[span[1] :][:1]
+    return not any(re.fullmatch(r"\w", char) for char in beside)
 
 
 def labels_of(ids: list[int], offsets: list[Span], trained: list[Span]) -> list[int]:
@@ -306,14 +347,15 @@ def _plain_twins(serialized: str) -> tuple[Tokenizer, Tokenizer, Tokenizer]:
 
 
 def _hide_special(model: dict[str, Any], special: set[str]) -> None:
-    """Takes from a serialized model, BPE's or Unigram's, all that makes a special token out of characters, in place.
+    """Takes from a serialized model (BPE, Unigram, WordPiece, WordLevel) all that makes a special token out of
+    characters, in place.
 
     Special tokens are often entries of the vocabulary as well, and some converted files hold merges that end in one.
     An entry is renamed, not removed: ids must have no holes, and the unknown token is looked up by its name.
     """
     vocab = model["vocab"]
-    if isinstance(vocab, list):  # Unigram's; its unknown token is an index
-        model["vocab"] = [[_UNTYPABLE + piece if piece in special else piece, score] for piece, score in vocab]
+    if isinstance(vocab, list):  # Unigram's [entry, score], numbered as they stand; its unknown token is a number
+        model["vocab"] = [[f"{_UNTYPABLE}{text}" if text in special else text, score] for text, score in vocab]
         return
     names = {text: f"{_UNTYPABLE}{text}" for text in special & vocab.keys()}
     for text, name in names.items():
