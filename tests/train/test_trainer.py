@@ -45,7 +45,7 @@ def test_the_loss_of_evaluation_is_a_mean_over_tokens(flags_for, parts, run_trai
     for number, record in enumerate(records):
         record["conversations"][1]["value"] += " again" * (5 * number)
     (tmp_path / "eval.json").write_text(json.dumps(records))
-    once = {"max_steps": 1, "save_strategy": "no", "skip_dry_save": True, "learning_rate": 0.0}
+    once = {"max_steps": 1, "save_strategy": "no", "skip_dry_save": True, "learning_rate": 1e-9}
     evaluated = once | {"eval_data_path": tmp_path / "eval.json", "eval_strategy": "steps", "eval_steps": 1}
     found = {}
     for batch in (1, 3, 7):
