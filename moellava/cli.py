@@ -90,6 +90,8 @@ def _print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a byte that is no UTF-8 is half a character, which a question names
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def converse(chat: Chat) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        command, _, rest = line.partition(" ")
+        command, rest = (line.split(maxsplit=1) + ["", ""])[:2]
         if command == "/quit":
             return
         try:
@@ -154,11 +154,11 @@ def converse(chat: Chat) -> None:
 
 def paths_in(line: str) -> list[str]:
     """The files that a line names: quoted as in a shell, or one alone as it is. Raises UserError where none is."""
-    if Path(line).expanduser().is_file():
-        return [line]
     try:
+        if Path(line).expanduser().is_file():
+            return [line]
         paths = shlex.split(line)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a quote that stays open; a name that is too long
         raise UserError(f"{line}: {error}. Put a name that holds quotes or spaces into the other quotes.") from error
     if not paths:
         raise UserError("No file is named: /image FILE … or /video FILE …")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from moellava.commands.numbers import count
 from moellava.commands.records import DATA_HELP, add_confine_flag, add_role_flags, roles_of
 from moellava.data.check import CheckReport, check
 from moellava.data.images import USUAL_LIMITS, Limits
@@ -50,9 +51,9 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", "--model-path", help="folder or hub id of a tokenizer or model; also checks lengths and masks"
     )
     parser.add_argument("--version", help="template, with --tokenizer (default: the model's)")
-    parser.add_argument("--max-length", type=int, help="positions that a record may take, with --tokenizer")
+    parser.add_argument("--max-length", type=count, help="positions that a record may take, with --tokenizer")
     parser.add_argument(
-        "--tokens-per-image", type=int, default=576, help="positions of an image, without a model (576)"
+        "--tokens-per-image", type=count, default=576, help="positions of an image, without a model (576)"
     )
     parser.add_argument("--skip-list", help="write the keys of all records that have a problem to this file")
     parser.add_argument("--known", help="a skip list whose records are left out of the check")

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import moellava.eval.easy_vqa  # noqa: F401  (registers the benchmark)
-from moellava.errors import UserError
+from moellava.commands.numbers import count
 from moellava.eval.benchmarks import BENCHMARKS, shuffle_images
 from moellava.eval.scoring import answers_of, report
+from moellava.files import require_output
 from moellava.log import printable
 from moellava.vlm import open_vlm
 
@@ -24,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--benchmark", default="easy-vqa", help=f"one of: {', '.join(BENCHMARKS)}")
     flags.add_argument("--shuffle-images", action="store_true", help="give each question another question's image")
     flags.add_argument("--seed", type=int, default=0, help="of --shuffle-images and --limit (default 0)")
-    flags.add_argument("--limit", type=int, help="score only so many questions, drawn at random (default: all)")
-    flags.add_argument("--batch-size", type=int, default=256, help="questions answered at once (default 256)")
+    flags.add_argument("--limit", type=count, help="score only so many questions, drawn at random (default: all)")
+    flags.add_argument("--batch-size", type=count, default=256, help="questions answered at once (default 256)")
     flags.add_argument("--output", type=Path, help="JSON file for the score, prompt, settings and versions")
     return flags
 
@@ -50,7 +51,6 @@ def main(argv: list[str]) -> int:
     result = {**scored, "seconds": seconds}
     print(printable(summary(result)))
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -58,10 +58,9 @@ def main(argv: list[str]) -> int:
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for a flag that cannot be met."""
     BENCHMARKS[args.benchmark]
-    for name in ("limit", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        require_output(args.output, "--output")
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from moellava.commands.numbers import count
 from moellava.commands.records import DATA_HELP, add_confine_flag, add_role_flags, roles_of
 from moellava.constants import IMAGE_TOKEN_INDEX, MODALITIES, ROLES, VIDEO_TOKEN_INDEX
 from moellava.data.encoder import Encoder
@@ -117,12 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", help="template; 'chat_template' is the tokenizer's own (default: the model's)")
     parser.add_argument("--conversation", nargs="+", metavar="TEXT", help="question, answer, … instead of files")
     parser.add_argument("--records", type=int, nargs="+", help="numbers of records, from 0")
-    parser.add_argument("--limit", type=int, default=3, help="records shown without --records (default: 3)")
+    parser.add_argument("--limit", type=count, default=3, help="records shown without --records (default: 3)")
     parser.add_argument(
-        "--tokens-per-image", type=int, default=576, help="positions of an image, without a model (576)"
+        "--tokens-per-image", type=count, default=576, help="positions of an image, without a model (576)"
     )
     parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"images of a video (default: {NUM_FRAMES})")
-    parser.add_argument("--max-length", type=int, help="positions; show what is cut beyond them")
+    parser.add_argument("--max-length", type=count, help="positions; show what is cut beyond them")
     add_role_flags(parser)
     add_confine_flag(parser)
     parser.add_argument("--ids", action="store_true", help="show the ids, too")

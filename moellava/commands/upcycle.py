@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from moellava.commands.numbers import amount
 from moellava.convert.upcycle_folder import upcycle_folder
 from moellava.errors import UserError
 from moellava.log import printable
@@ -38,7 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = HfArgumentParser(MoESpecFlags, prog="moellava upcycle", description=__doc__, formatter_class=FlagHelp)
     parser.add_argument("--model-path", required=True, help="dense folder: of stage 2, released, or published")
     parser.add_argument("--output-dir", required=True, help="new folder")
-    parser.add_argument("--shard-size", type=float, default=4.0, help="largest file of the new folder, in GB")
+    parser.add_argument("--shard-size", type=amount, default=4.0, help="largest file of the new folder, in GB")
     parser.add_argument(
         "--moe_preset", "--moe-preset", default="today", help="'moe-llava': the original's routing and loss"
     )

@@ -153,6 +153,8 @@ def answer(
         UserError: an option means nothing, or the model cannot be asked here.
     """
     sampling = sampling or Sampling(**options)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size is {batch_size!r}: at least 1 request runs at a time.")
     prompts = Prompts(vlm)
     answers: dict[int, Answer] = {}
     examples = dict(_answerable(range(len(requests)), lambda index: prompts.example(requests[index]), answers))

@@ -5,7 +5,7 @@ Also `deepspeed moellava/serve/cli.py …`, as its users type it: one process, f
 
 import sys
 
-from moellava.commands.chat import main
+from moellava.cli import main
 from moellava.errors import UserError
 from moellava.log import is_rank_zero
 from moellava.processes import world_size
@@ -25,6 +25,7 @@ def without_launcher(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(without_launcher(sys.argv[1:])))
+        words = without_launcher(sys.argv[1:])
     except UserError as mistake:
         sys.exit(f"moellava chat: {mistake}" if is_rank_zero() else 1)
+    sys.exit(main(["chat", *words]))

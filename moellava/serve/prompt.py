@@ -40,6 +40,7 @@ class Request:
     system_prompt: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         if (self.question is None) == (not self.messages):
             raise UserError("A request has either a question or messages.")
         if self.question is not None:
@@ -47,9 +48,6 @@ class Request:
             for modality, shown in self._shown().items():
                 question = with_tags(question, len(shown), f"<{modality}>")
             self.messages = [{"from": "human", "value": question}]
-        for message in self.messages:
-            if not message["value"].isascii() and any("\ud800" <= letter <= "\udfff" for letter in message["value"]):
-                raise UserError(f"The text {message['value'][:80]!a} holds half a character: it is no UTF-8.")
         roles = [message["from"] for message in self.messages]
         if roles != ["human", "gpt"] * (len(roles) // 2) + ["human"]:
             raise UserError(f"Messages go human, gpt, human … and end with human; these are {', '.join(roles)}.")
@@ -60,6 +58,26 @@ class Request:
                     f"The request has {len(shown)} {modality}s but {tags.count(modality)} <{modality}> tags: "
                     f"{self.messages[-1]['value'][:80]!r}"
                 )
+
+    def _check_types(self) -> None:
+        """Raises UserError for what is no text, no list of turns, or no list of files; and for half a character."""
+        for name, shown, types in (
+            ("images", self.images, (str, Path, Image.Image)),
+            ("videos", self.videos, (str, Path, Video)),
+        ):
+            if not isinstance(shown, list | tuple) or not all(isinstance(one, types) for one in shown):
+                raise UserError(f"A request's {name} are a list of paths, or of what was opened; this is {shown!r:.80}")
+        turns = self.messages
+        if not isinstance(turns, list | tuple) or not all(
+            isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
+            for turn in turns
+        ):
+            raise UserError(f"A request's messages are a list of turns with 'from' and 'value'; this is {turns!r:.80}")
+        for text in (self.question, self.system_prompt, *(turn["value"] for turn in turns)):
+            if text is not None and not isinstance(text, str):
+                raise UserError(f"A request's question and system prompt are texts; this is {text!r:.80}")
+            if text and not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise UserError(f"The text {text[:80]!a} holds half a character: it is no UTF-8.")
 
     @property
     def record(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import pytest
 
 from moellava.cli import main
 from moellava.commands.eval import main as evaluate
-from moellava.errors import UserError
 from tests.processes import ROOT
 from tests.tiny import compose_tiny
 
@@ -60,13 +59,17 @@ def test_shuffling_changes_the_images_and_is_written_down(folder, tmp_path, caps
     ("flags", "message"),
     [
         (["--benchmark", "vqa"], "easy-vqa"),
-        (["--limit", "0"], "--limit 0"),
-        (["--batch-size", "0"], "--batch-size 0"),
+        (["--limit", "0"], "--limit: 0: a whole number from 1 on"),
+        (["--batch-size", "0"], "--batch-size: 0: a whole number from 1 on"),
+        (["--output", "/"], "--output / cannot be written: is a folder"),
     ],
 )
-def test_wrong_flags_are_named_before_the_model_loads(flags, message):
-    with pytest.raises(UserError, match=message):
-        evaluate(["--model-path", "/nowhere", *flags])
+def test_wrong_flags_are_named_before_the_model_loads(flags, message, capsys):
+    try:
+        status = main(["eval", "--model-path", "/nowhere", *flags])
+    except SystemExit as leaving:  # of argparse
+        status = leaving.code
+    assert status == 2 and message in capsys.readouterr().err
 
 
 def test_a_missing_folder_is_one_message(capsys):

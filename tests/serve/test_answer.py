@@ -209,3 +209,26 @@ def test_a_seed_repeats_an_answer(composed):
     first = answer(composed, [Request("hello")], **options)
     assert answer(composed, [Request("hello")], **options) == first
     assert answer(composed, [Request("hello")], **(options | {"seed": 4})) != first
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"question": 5},
+        {"question": "a", "images": "one.png"},
+        {"question": "a", "images": [None]},
+        {"question": "a", "videos": [3]},
+        {"question": "a", "system_prompt": "\ud83d"},
+        {"messages": "abc"},
+        {"messages": [{"value": "a"}]},
+        {"messages": [{"from": "human", "value": 1}]},
+    ],
+)
+def test_what_is_no_request_is_told(wrong):
+    with pytest.raises(UserError, match="A request's|half a character"):
+        Request(**wrong)
+
+
+def test_a_batch_size_is_at_least_one(composed):
+    with pytest.raises(UserError, match="batch_size is 0"):
+        answer(composed, [Request("a")], batch_size=0)
