@@ -5,10 +5,13 @@ Also `deepspeed moellava/serve/cli.py …`, as its users type it: one process, f
 
 import sys
 
-from moellava.cli import main
+from moellava import cli
+from moellava.commands.chat import main
 from moellava.errors import UserError
 from moellava.log import is_rank_zero
 from moellava.processes import world_size
+
+__all__ = ["main"]
 
 LAUNCHERS_FLAG = "--local_rank"
 
@@ -28,4 +31,4 @@ if __name__ == "__main__":
         words = without_launcher(sys.argv[1:])
     except UserError as mistake:
         sys.exit(f"moellava chat: {mistake}" if is_rank_zero() else 1)
-    sys.exit(main(["chat", *words]))
+    sys.exit(cli.main(["chat", *words]))
