@@ -330,14 +330,16 @@ def _straddled(offsets: list[Span], trained: list[Span]) -> int | None:
 def _plain_twins(serialized: str) -> tuple[Tokenizer, Tokenizer, Tokenizer]:
     """Three copies of a tokenizer for plain text, by `Start`. They differ in where they put a space before a word.
 
-    Left out are special tokens, `<image>` among them however it was added, and the post-processor, which would trim the
-    spaces off the offsets, so that a token of spaces alone would seem to begin where the next piece does.
+    Special tokens, and `<image>` however it was added, get names that no text spells. None is left out: the ids of the
+    tokens behind it would move. Left out is the post-processor, which would trim the spaces off the offsets, so that a
+    token of spaces alone would seem to begin where the next piece does.
     """
     state = json.loads(serialized)
-    _hide_special(state["model"], {token["content"] for token in state["added_tokens"] if token["special"]})
-    state["added_tokens"] = [
-        token for token in state["added_tokens"] if not token["special"] and token["content"] != DEFAULT_IMAGE_TOKEN
-    ]
+    hidden = {token["content"] for token in state["added_tokens"] if token["special"]} | {DEFAULT_IMAGE_TOKEN}
+    _hide(state["model"], hidden)
+    for token in state["added_tokens"]:
+        if token["content"] in hidden:
+            token |= {"content": f"{_UNTYPABLE}{token['content']}", "normalized": False}
     state["post_processor"] = state["truncation"] = state["padding"] = None
     opening = Tokenizer.from_str(json.dumps(state))
     changed = _without_prefix(state, first_only=True)
@@ -346,7 +348,7 @@ def _plain_twins(serialized: str) -> tuple[Tokenizer, Tokenizer, Tokenizer]:
     return opening, inner, Tokenizer.from_str(json.dumps(state)) if changed else inner
 
 
-def _hide_special(model: dict[str, Any], special: set[str]) -> None:
+def _hide(model: dict[str, Any], special: set[str]) -> None:
     """Takes from a serialized model (BPE, Unigram, WordPiece, WordLevel) all that makes a special token out of
     characters, in place.
 

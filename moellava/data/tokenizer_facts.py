@@ -112,12 +112,13 @@ def fit_of(tokenizer: PreTrainedTokenizerBase, version: str) -> Fit:
     try:
         renderer = renderer_for(version, tokenizer)
         terminator = renderer.terminator
-        pieces = renderer.pieces(PROBE[:2] if is_plain(renderer) else PROBE, has_media=has_image)
+        texts = renderer.texts(PROBE[:2] if is_plain(renderer) else PROBE, has_media=has_image)
     except UserError as error:
         return Fit(version, "", [], False, str(error))
     ids = engine_for(tokenizer).encode([Piece(terminator)]).ids[len(leading_ids(tokenizer)) :]
-    encoded = engine_for(tokenizer).encode(pieces, renderer.places_media(has_image))
-    wrong = mask_problem(tokenizer, pieces, encoded)
+    places = renderer.places_media(has_image)
+    encoded = [(pieces, engine_for(tokenizer).encode(pieces, places)) for pieces, _ in texts]
+    wrong = next(filter(None, (mask_problem(tokenizer, *pair) for pair in encoded)), None)
     single = len(ids) == 1 and (ids[0] in tokenizer.all_special_ids or ids[0] in _special_ids(tokenizer))
     if wrong:
         return Fit(version, terminator, ids, False, wrong)

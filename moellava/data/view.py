@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from moellava.conversation import Piece
-from moellava.data.encoder import Encoder
+from moellava.data.encoder import Encoder, Example
 from moellava.data.masking import Encoded, MaskEngine, Stretch, engine_for
 from moellava.data.media import MediaFiles
 
@@ -93,7 +93,7 @@ class View:
     """A record as its model reads it.
 
     Attributes:
-        record: its name.
+        record: its name, and the answer that is trained where each is a sample of its own.
         version: the template.
         tokens: what stays, in order.
         counts: text tokens, images, videos, the tokens of both, supervised tokens, and positions in the model.
@@ -107,13 +107,35 @@ class View:
     cut: dict[str, int] | None = None
 
 
-def view_of(
+def views_of(
     encoder: Encoder, record: dict[str, Any], name: str, files: MediaFiles, max_length: int | None = None
+) -> list[View]:
+    """The views of a record's samples, mostly one, cut to `max_length` positions as `--overlong truncate` does. Raises:
+    see `Encoder.examples`."""
+    wholes = encoder.examples(record, name, files)
+    cut = wholes if max_length is None else encoder.examples(record, name, files, max_length=max_length)
+    return [
+        _view_of(encoder, record, name, files, answer, whole, kept)
+        for (answer, whole), (_, kept) in zip(wholes, cut, strict=True)
+    ]
+
+
+def _view_of(
+    encoder: Encoder,
+    record: dict[str, Any],
+    name: str,
+    files: MediaFiles,
+    answer: int | None,
+    whole: Example,
+    kept: Example,
 ) -> View:
-    """A record's view, cut to `max_length` positions as `--overlong truncate` does. Raises: see `Encoder.encode`."""
-    whole = encoder.encode(record, name, files)
-    kept = whole if max_length is None else encoder.encode(record, name, files, max_length=max_length)
-    pieces, places = encoder.pieces(record, name, files), encoder.places_media(record)
+    """The view of a sample.
+
+    Args:
+        answer: number of the answer that it trains; None: all of them.
+        whole, kept: the sample, and what is kept of it.
+    """
+    pieces, places = encoder.pieces(record, name, files, answer=answer), encoder.places_media(record)
     spelled = tokens_of(encoder.tokenizer, pieces, places, encoder.image_ids)
     tokens = [
         Token(index, label, token.text, token.special)
@@ -124,7 +146,8 @@ def view_of(
     if kept.cut:
         end = len(kept.ids)
         cut = counts_of(whole.ids[end:], whole.labels[end:], whole.length - kept.length)
-    return View(name, encoder.version, tokens, counts, cut)
+    called = name if answer is None else f"{name}, answer {answer}"
+    return View(called, encoder.version, tokens, counts, cut)
 
 
 def counts_of(ids: Sequence[int], labels: Sequence[int], positions: int) -> dict[str, int]:

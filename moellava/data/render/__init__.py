@@ -1,7 +1,7 @@
 """Conversations -> pieces of text with their trained flags: by a template of ours, or by a Jinja chat template."""
 
 from moellava.data.render.chat import ChatRenderer
-from moellava.data.render.renderer import Renderer, turns_of
+from moellava.data.render.renderer import AnswersApartError, Renderer, turns_of, up_to
 from moellava.data.render.templates import TemplateRenderer, renderer_for
 
-__all__ = ["ChatRenderer", "Renderer", "TemplateRenderer", "renderer_for", "turns_of"]
+__all__ = ["AnswersApartError", "ChatRenderer", "Renderer", "TemplateRenderer", "renderer_for", "turns_of", "up_to"]
