@@ -233,6 +233,15 @@ class MaskEngine:
             return _image_cuts(text, image_ids)
         return ((text, None),)
 
+    def without_swallowed(self, text: str) -> str:
+        """A text without the spaces that special tokens in it swallow."""
+        for content, token in self._rules.items():
+            if token.rstrip:
+                text = re.sub(f"({re.escape(content)})[{_SPACES}]+", r"\1", text)
+            if token.lstrip:
+                text = re.sub(f"[{_SPACES}]+(?={re.escape(content)})", "", text)
+        return text
+
     def tokenize(self, stretch: Stretch) -> tuple[list[int], list[Span]]:
         """The ids of a stretch of text and the characters (begin, end) that each stands for.
 

@@ -147,8 +147,9 @@ def mask_problem(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], en
             expected[-1] += piece.text
         elif expected[-1] and piece.text:
             expected.append("")
-    expected = [_comparable(text) for text in expected if text]
-    found = [_comparable(text) for text in trained_texts(tokenizer, encoded)]
+    engine = engine_for(tokenizer)
+    expected = [_comparable(engine.without_swallowed(text)) for text in expected if text]
+    found = [_comparable(engine.without_swallowed(text)) for text in trained_texts(tokenizer, encoded)]
     if found == expected:
         return None
     for number, (one, other) in enumerate(zip(expected, found, strict=False)):

@@ -12,6 +12,8 @@ exist only where the template writes them; typed in a message, they are text.
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +22,8 @@ from moellava.conversation import Origin, Piece
 from moellava.data.records import MEDIA_TAG, Source
 from moellava.data.render.chat_template import ChatTemplate, Content
 from moellava.data.render.renderer import Renderer, turns_of
-from moellava.data.render.spans import chat_pieces, chat_terminator
+from moellava.data.render.spans import chat_pieces, chat_terminator, is_sound
+from moellava.log import get_logger
 
 Part = tuple[str, str]
 """('text', the text), ('image', '') or ('video', '')."""
@@ -39,7 +42,7 @@ class ChatRenderer(Renderer):
 
     def __init__(self, source: Any, template: str | None = None, in_parts: bool = False):
         self.source = source
-        self._rendered_by = ChatTemplate(source, source.chat_template if template is None else template, in_parts)
+        self._rendered_by = settled(source, source.chat_template if template is None else template, in_parts)
         self.template = self._rendered_by.chat_template
         self.in_parts = in_parts
         self.keeps_tags = not in_parts
@@ -79,6 +82,44 @@ class ChatRenderer(Renderer):
         if piece.origin is not Origin.TEMPLATE:
             return piece
         return piece._replace(text=numbered.sub(self.source.image_token, piece.text))
+
+
+def settled(source: Any, template: Any, in_parts: bool) -> ChatTemplate:
+    """A chat template as it is trained on: without the reasoning that prompts would open and plain answers lack, where
+    answers otherwise do not go on from their prompts (Nemotron's, DeepSeek's)."""
+    found = ChatTemplate(source, template, in_parts)
+    text = found.chat_template or ""
+    if is_sound(found):
+        return found
+    for changed in without_reasoning(text):
+        quiet = ChatTemplate(source, changed, in_parts)
+        if is_sound(quiet):
+            _say_once(text)
+            return quiet
+    return found
+
+
+def without_reasoning(template: str) -> list[str]:
+    """Ways to keep a chat template from opening a reasoning in its prompts: the switch that it has for that, or taking
+    out what opens it."""
+    off = "".join(f"{{%- set {name} = false %}}\n" for name in SWITCHES if re.search(rf"\b{name}\b", template))
+    before, prompt, behind = template.rpartition("add_generation_prompt")
+    unopened = before + prompt + _OPENER.sub("", behind)
+    return [changed for changed in (f"{off}{template}", unopened) if changed != template]
+
+
+SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates let reasoning be switched off."""
+
+_OPENER = re.compile(r"<think>(\\n|\n)?")
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(template: str) -> None:
+    get_logger(__name__).info(
+        "The chat template opens a reasoning in its prompts, which its answers here do not go on with: it is trained, "
+        "asked and saved without that."
+    )
 
 
 def _part(name: str, text: str) -> dict[str, str]:

@@ -30,6 +30,12 @@ _LISTED = "[{'type': 'text', 'text': "
 """How a template begins that prints a list of parts instead of going through it."""
 
 
+NO_TEMPLATE = (
+    "--version chat_template needs a tokenizer with a chat template and this one has none: name one of our "
+    "templates instead, or add a chat_template.jinja to its folder"
+)
+
+
 def chosen_template(templates: Any) -> str | None:
     """The template that conversations are rendered by, of a folder that has one or several; None of one without.
 

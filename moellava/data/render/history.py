@@ -86,7 +86,7 @@ class Seals:
         return [piece for piece in found if piece.text]
 
 
-def last_answer_pieces(template: ChatTemplate, turns: Turns, opens: bool, after: str) -> list[Piece]:
+def last_answer_pieces(template: ChatTemplate, turns: Turns, opens: bool, after: str, unwritten: str) -> list[Piece]:
     """A conversation whose last answer alone is trained, or none of its answers where what opens the next follows.
 
     Args:
@@ -94,6 +94,7 @@ def last_answer_pieces(template: ChatTemplate, turns: Turns, opens: bool, after:
         turns: what is said; the last one answers, or asks where `opens`.
         opens: whether what opens the next answer follows.
         after: what stands behind what ends an answer.
+        unwritten: what ends an answer without being in the text.
 
     Raises:
         DataError: the answer does not go on from its prompt, or something of it or of a question is left out.
@@ -116,11 +117,17 @@ def last_answer_pieces(template: ChatTemplate, turns: Turns, opens: bool, after:
     # A prompt may open the answer with its own first word, <think> for one.
     opening = len(prompt.rstrip()) - len(prompt.split()[-1]) if prompt.split() else 0
     _require(_said(turns)[-1][1], seals.opened(whole[opening:end]), "the answer")
-    return [*seals.pieces(prompt, False), *seals.pieces(whole[len(prompt) : end], True), *seals.pieces(after, False)]
+    answer = whole[len(prompt) : end] + unwritten
+    return [*seals.pieces(prompt, False), *seals.pieces(answer, True), *seals.pieces(after, False)]
 
 
-def marked_pieces(template: ChatTemplate, turns: Turns) -> list[Piece]:
+def marked_pieces(template: ChatTemplate, turns: Turns, last_only: bool = False) -> list[Piece]:
     """A conversation in one text, trained where its template marks answers.
+
+    Args:
+        template: renders, and has marks.
+        turns: what is said.
+        last_only: whether the last answer alone is trained, and those before it may be shortened.
 
     Raises:
         DataError: other marks than answers, or something of an answer or a question is left out.
@@ -132,9 +139,11 @@ def marked_pieces(template: ChatTemplate, turns: Turns) -> list[Piece]:
         raise DataError(f"the chat template marks {len(spans)} answers of {len(answers)} by {{% generation %}}")
     pieces: list[Piece] = []
     position = 0
-    for (begin, end), answer in zip(spans, answers, strict=True):
-        _require(answer, seals.opened(text[begin:end]), "an answer")
-        pieces += [*seals.pieces(text[position:begin], False), *seals.pieces(text[begin:end], True)]
+    for number, ((begin, end), answer) in enumerate(zip(spans, answers, strict=True), start=1):
+        trained = not last_only or number == len(answers)
+        if trained:
+            _require(answer, seals.opened(text[begin:end]), "an answer")
+        pieces += [*seals.pieces(text[position:begin], False), *seals.pieces(text[begin:end], trained)]
         position = end
     pieces += seals.pieces(text[position:], False)
     _require_in_order([said for role, said in _said(turns) if role != "assistant"], seals.opened(text))

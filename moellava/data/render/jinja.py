@@ -11,8 +11,11 @@ import json
 
 from transformers import PreTrainedTokenizerBase
 
-from moellava.constants import CHAT_TEMPLATE
+from moellava.constants import CHAT_TEMPLATE, DEFAULT_IMAGE_TOKEN
 from moellava.conversation import Conversation, SeparatorStyle, conv_templates
+from moellava.data.render.chat import ChatRenderer
+from moellava.data.render.chat_template import NO_TEMPLATE
+from moellava.errors import UserError
 
 _CONTENT = """{%- macro said(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
@@ -59,13 +62,45 @@ _LLAMA_2 = """{%- for message in messages -%}
 """
 
 
+_IN_PARTS = "{#- Messages in parts become text, <image> for an image, as in training. -#}\n"
+"""Opens a template that `for_parts` has changed."""
+
+_TURNS = """{%- set spoken = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message.content is string or message.content is not iterable -%}
+{%- set spoken.messages = spoken.messages + [message] -%}
+{%- else -%}
+{%- set spoken.messages = spoken.messages + [dict(message, content=said_in_parts(message.content))] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = spoken.messages %}
+"""
+
+
 def saved_chat_template(version: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a folder trained with `version` carries: that template as Jinja, or the tokenizer's own for 'chat_template'.
+    """What a folder trained with `version` carries: that template as Jinja, or the tokenizer's own for 'chat_template',
+    as it is trained on, which also takes messages in parts.
 
     Raises:
         UnknownNameError: no such template.
+        UserError: the tokenizer has none of its own.
     """
-    return str(tokenizer.chat_template) if version == CHAT_TEMPLATE else jinja_of(version)
+    if version != CHAT_TEMPLATE:
+        return jinja_of(version)
+    template = ChatRenderer(tokenizer).template
+    if not template:
+        raise UserError(NO_TEMPLATE)
+    return for_parts(template)
+
+
+def for_parts(template: str) -> str:
+    """A chat template over texts that takes messages in parts as well, with `<image>` where an image stands."""
+    if template.startswith(_IN_PARTS):
+        return template
+    macro = _CONTENT.replace("said(", "said_in_parts(").replace(
+        "{{ IMAGE }}", f"{{{{ {_literal(DEFAULT_IMAGE_TOKEN)} }}}}"
+    )
+    return _IN_PARTS + macro + _TURNS + template
 
 
 def jinja_of(version: str) -> str:

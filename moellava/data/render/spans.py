@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from moellava.conversation import Origin, Piece
-from moellava.data.render.chat_template import ChatTemplate, Content, Turns, parting, texts_of
+from moellava.data.render.chat_template import NO_TEMPLATE, ChatTemplate, Content, Turns, parting, texts_of
 from moellava.data.render.history import last_answer_pieces, marked_pieces
 from moellava.data.render.renderer import AnswersApartError, only_last
 from moellava.errors import DataError, UserError
@@ -82,8 +82,6 @@ def chat_pieces(
     except UserError as error:
         if not is_sound(template):
             raise UserError(f"{name}: {error}") from error
-        if template.is_marked and not opens:
-            raise DataError(f"{name}: {error}") from error
         pieces = _apart(template, said, name, opens, last_only, error)
     return only_last(pieces) if last_only else pieces
 
@@ -92,7 +90,7 @@ def _framed(
     template: ChatTemplate, turns: Turns, shape: tuple[PartTypes | None, ...], opens: bool, has_system: bool
 ) -> list[Piece]:
     """A conversation whose texts the template only sets in a frame. Raises UserError where it does more."""
-    slots, after = _structure(template, shape, opens, has_system)
+    slots, after, unwritten = _structure(template, shape, opens, has_system)
     said = [(role, isinstance(content, str), text) for role, content in turns for text in texts_of(content)]
     pieces = []
     for slot, (role, is_whole, text) in zip(slots, said, strict=True):
@@ -106,7 +104,7 @@ def _framed(
             Piece(slot.ending, True),
         ]
     pieces = [piece for piece in [*pieces, Piece(after)] if piece.text]
-    rendered, ours = template.render(turns, opens), "".join(piece.text for piece in pieces)
+    rendered, ours = template.render(turns, opens) + unwritten, "".join(piece.text for piece in pieces)
     if rendered != ours:
         raise UserError(f"the chat template rewrites what is said: {parting(ours, rendered)}")
     return pieces
@@ -121,8 +119,11 @@ def _apart(
         reason: why the whole conversation cannot be had in one text.
     """
     try:
-        after = "" if opens else _structure(template, (None, None), False)[1]
-        pieces = last_answer_pieces(template, turns, opens, after)
+        if template.is_marked and not opens:
+            pieces = marked_pieces(template, turns, last_only=True)
+        else:
+            _, after, unwritten = _structure(template, (None, None), False)
+            pieces = last_answer_pieces(template, turns, opens, after, unwritten)
     except UserError as error:
         raise DataError(f"{name}: {reason}") from error
     if opens or last_only or sum(role == "assistant" for role, _ in turns) == 1:
@@ -139,7 +140,10 @@ def chat_terminator(template: ChatTemplate) -> str:
         question, answer = (str(_stand_in(number, None)) for number in ("0", "1"))
         pieces = marked_pieces(template, [("user", question), ("assistant", answer)])
         trained = "".join(piece.text for piece in pieces if piece.trained)
-        return _ending(template, trained[trained.index(answer.strip()) + len(answer.strip()) :].removeprefix(_EDGE))
+        ending = _ending(template, trained.partition(answer.strip())[2].removeprefix(_EDGE))
+        if not ending:
+            raise UserError("the chat template marks answers without what ends them: a model would never stop")
+        return ending
     return _structure(template, (None, None), False)[0][1].ending
 
 
@@ -172,8 +176,9 @@ def _structure(
     shape: tuple[PartTypes | None, ...],
     opens: bool,
     has_system: bool = False,
-) -> tuple[tuple[Slot, ...], str]:
-    """Where the texts of messages stand, and the text after the last one; found with stand-ins for them.
+) -> tuple[tuple[Slot, ...], str, str]:
+    """Where the texts of messages stand, and the text after the last one; found with stand-ins for them. Third, what
+    ends the last answer without being in the text (see `_closing`), mostly nothing.
 
     Args:
         template: renders.
@@ -182,15 +187,12 @@ def _structure(
         has_system: whether a system prompt opens the conversation.
     """
     if not template.chat_template:
-        raise UserError(
-            "--version chat_template needs a tokenizer with a chat template and this one has none: name one of our "
-            "templates instead, or add a chat_template.jinja to its folder"
-        )
+        raise UserError(NO_TEMPLATE)
     turns = [("assistant" if n % 2 else "user", _stand_in(str(n), types)) for n, types in enumerate(shape)]
     if has_system:
         turns = [("system", _stand_in("system", None)), *turns]
     whole = template.render(turns, opens)
-    slots, position = [], 0
+    slots, position, unwritten = [], 0, ""
     for number, (role, content) in enumerate(turns):
         for text in texts_of(content):
             place, end = _place(whole, text.strip(), position, f"message {number} of {len(turns)}")
@@ -201,8 +203,9 @@ def _structure(
                 raise UserError(f"the chat template opens answer {number} elsewhere than where it stands: {whole!r}")
             keeps = whole[place] == _EDGE, whole[end - 1] == _EDGE
             slots.append(Slot(whole[position:begin], whole[begin:place], ending, *keeps))
-            position = end + len(ending)
-    return tuple(slots), whole[position:]
+            unwritten = "" if whole.startswith(ending, end) else ending
+            position = end + len(ending) - len(unwritten)
+    return tuple(slots), whole[position:], unwritten
 
 
 def _place(whole: str, stand_in: str, position: int, what: str) -> tuple[int, int]:
@@ -221,7 +224,7 @@ def _around_answer(
     opening = _difference(whole, template.render(turns[:number], True), f"the prompt of answer {number}")
     upto = template.render(turns[: number + 1], False)
     _difference(whole, upto, f"the text up to answer {number}")
-    return len(opening) if opening else place, _ending(template, upto[end:])
+    return len(opening) if opening else place, _ending(template, upto[end:]) or _closing(template)
 
 
 def _difference(whole: str, prefix: str, what: str) -> str:
@@ -229,16 +232,31 @@ def _difference(whole: str, prefix: str, what: str) -> str:
     if not whole.startswith(prefix):
         raise UserError(
             f"the chat template is not prefix-stable, so that answers cannot be told from the rest: {what} is not the "
-            f"beginning of the whole conversation; {parting(prefix, whole)}"
+            f"beginning of the whole conversation; {parting(prefix, whole)}. A variant of it that sets answers between "
+            "{% generation %} and {% endgeneration %} says itself what is trained"
         )
     return prefix
 
 
 def _ending(template: ChatTemplate, tail: str) -> str:
     """What of the text behind an answer ends it: up to its first special token, or else all of it."""
-    special = sorted(template.special, key=len, reverse=True)
-    found = re.search("|".join(map(re.escape, special)), tail) if special else None
-    ending = tail[: found.end()] if found else tail
-    if not ending:
+    found = _first_special(template, tail)
+    return tail[: found.end()] if found else tail
+
+
+def _closing(template: ChatTemplate) -> str:
+    """The special token that opens a question, and so ends the answer before it, where a template ends an answer with
+    nothing (GLM's: generation stops at `<|user|>`). Raises UserError where there is none either."""
+    asked, said, more = (str(_stand_in(number, None)) for number in "012")
+    whole = template.render([("user", asked), ("assistant", said), ("user", more)], False)
+    between = whole.partition(said.strip())[2].partition(more.strip())[0].removeprefix(_EDGE)
+    found = _first_special(template, between)
+    if found is None:
         raise UserError("the chat template ends an answer with nothing: a model trained on it would never stop")
-    return ending
+    return between[: found.end()]
+
+
+def _first_special(template: ChatTemplate, text: str) -> re.Match[str] | None:
+    """Where a text spells its first special token."""
+    special = sorted(template.special, key=len, reverse=True)
+    return re.search("|".join(map(re.escape, special)), text) if special else None
