@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from moellava.constants import (
+    CHAT_TEMPLATE,
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
@@ -24,13 +25,14 @@ from moellava.constants import (
     VIDEO_TOKEN_INDEX,
 )
 from moellava.conversation import Origin, Piece
+from moellava.data.agreement import disagreement
 from moellava.data.embedded import TO_FILES, is_embedded
 from moellava.data.masking import engine_for
 from moellava.data.media import MediaFiles, with_frames
 from moellava.data.records import MODALITIES, Medium, media_of, paths_of, tags_of, trained_answers
 from moellava.data.render import AnswersApartError, Renderer, up_to
 from moellava.data.video import Clip
-from moellava.errors import DataError
+from moellava.errors import DataError, UserError
 
 PLACEHOLDERS = {"image": IMAGE_TOKEN_INDEX, "video": VIDEO_TOKEN_INDEX}
 """What stands for an image and for a video in `input_ids`."""
@@ -141,6 +143,7 @@ class Encoder:
         self.renderer = renderer
         self.reader = reader
         self.image_ids = tuple(image_ids)
+        self._is_agreed = renderer.version != CHAT_TEMPLATE  # a template of ours has no other reader to agree with
 
     @property
     def version(self) -> str:
@@ -178,6 +181,7 @@ class Encoder:
             UserError: the template cannot be masked.
         """
         files = files or MediaFiles()
+        self._require_agreement()
         record = record if answer is None else record_up_to(record, answer)
         media = media_of(record)
         pieces, modalities = self._rendered(record, media, name, files, opens, answer is not None)
@@ -256,6 +260,13 @@ class Encoder:
                 pieces[number] = piece._replace(text=text)
                 found += modalities
         return pieces, found
+
+    def _require_agreement(self) -> None:
+        """Raises UserError where plain transformers would read other ids than are trained. See `disagreement`."""
+        problem = None if self._is_agreed else disagreement(self.tokenizer, self.renderer)
+        if problem:
+            raise UserError(f"--version {self.version}: {problem}.")
+        self._is_agreed = True
 
     def _check(self, record: dict[str, Any], media: Sequence[Medium], name: str, files: MediaFiles) -> None:
         """Raises DataError for what this model cannot be given."""

@@ -91,7 +91,7 @@ _UNTYPABLE = "\uffff"
 Part = tuple[str, Sequence[int] | None]
 """Text, and the fixed ids it stands for; None where it is to be tokenized."""
 
-_SPACES = "".join(map(chr, (*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B)))) + (
+SPACES = "".join(map(chr, (*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B)))) + (
     "\u2028\u2029\u202f\u205f\u3000"
 )
 """What tokenizers take for spaces beside a token (Unicode's White_Space)."""
@@ -143,7 +143,7 @@ class Stretch:
 
     def without_trailing_spaces(self) -> Stretch:
         """The stretch without the spaces at its end."""
-        text = self.text.rstrip(_SPACES)
+        text = self.text.rstrip(SPACES)
         trained = [(begin, min(end, len(text))) for begin, end in self.trained if begin < len(text)]
         return Stretch(text, trained, self.ids, self.start)
 
@@ -172,7 +172,7 @@ class MaskEngine:
         self.leading = leading_ids(tokenizer)
         added = tokenizer.added_tokens_decoder
         self.special = {token.content: index for index, token in added.items() if token.special}
-        self._rules = {token.content: token for token in added.values() if token.special}
+        self.rules = {token.content: token for token in added.values() if token.special}
         spelled = sorted(self.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, spelled))) if spelled else None
         self._twins = _plain_twins(tokenizer.backend_tokenizer.to_str())
@@ -207,12 +207,12 @@ class MaskEngine:
         for piece_text, trained, origin in pieces:
             for text, fixed in self._parts(piece_text, origin, has_image, image_ids):
                 if fixed is None:
-                    text = text.lstrip(_SPACES) if swallows else text
+                    text = text.lstrip(SPACES) if swallows else text
                     if text:
                         current.append(text, trained, joins=unbroken)
                         swallows = False
                     continue
-                rule = None if fixed is image_ids else self._rules[text]
+                rule = None if fixed is image_ids else self.rules[text]
                 if rule is not None and rule.lstrip:
                     current = current.without_trailing_spaces()
                 if current.text:
@@ -232,15 +232,6 @@ class MaskEngine:
         if has_image and origin is Origin.QUESTION and DEFAULT_IMAGE_TOKEN in text:
             return _image_cuts(text, image_ids)
         return ((text, None),)
-
-    def without_swallowed(self, text: str) -> str:
-        """A text without the spaces that special tokens in it swallow."""
-        for content, token in self._rules.items():
-            if token.rstrip:
-                text = re.sub(f"({re.escape(content)})[{_SPACES}]+", r"\1", text)
-            if token.lstrip:
-                text = re.sub(f"[{_SPACES}]+(?={re.escape(content)})", "", text)
-        return text
 
     def tokenize(self, stretch: Stretch) -> tuple[list[int], list[Span]]:
         """The ids of a stretch of text and the characters (begin, end) that each stands for.
@@ -275,7 +266,7 @@ class MaskEngine:
         parts: list[Part] = []
         begin = 0
         for match in self._special.finditer(text) if self._special else ():
-            if not _may_stand(self._rules[match.group()], text, match.span()):
+            if not _may_stand(self.rules[match.group()], text, match.span()):
                 continue
             parts += [(text[begin : match.start()], None), (match.group(), (self.special[match.group()],))]
             begin = match.end()

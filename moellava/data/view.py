@@ -170,7 +170,7 @@ def trained_texts(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[
     The first word of a run keeps the space in front of it, which a decoder would drop: a run is decoded together with
     the text before it, and theirs is taken away.
     """
-    special = set(engine_for(tokenizer).special.values())
+    special = set(tokenizer.added_tokens_decoder)  # a decoder sets spaces behind those that are not special, too
     runs = [""]
     pairs = zip(encoded.ids, encoded.labels, strict=True)
     for is_text, part in groupby(pairs, key=lambda pair: pair[0] >= 0 and pair[0] not in special):

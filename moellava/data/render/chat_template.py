@@ -11,7 +11,8 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from moellava.data.render.volatile import frozen
+from moellava.data.render.own import own_template
+from moellava.data.render.volatile import require_steady
 from moellava.errors import UserError
 
 Content = str | Sequence[Mapping[str, str]]
@@ -36,33 +37,6 @@ NO_TEMPLATE = (
 )
 
 
-def chosen_template(templates: Any) -> str | None:
-    """The template that conversations are rendered by, of a folder that has one or several; None of one without.
-
-    Args:
-        templates: a template, name -> template, or a list of `{"name": …, "template": …}`.
-
-    Raises:
-        UserError: several of which none is called 'default', or none that is text.
-    """
-    if not templates:
-        return None
-    if isinstance(templates, str):
-        return templates
-    if isinstance(templates, list | tuple):
-        entries = [entry for entry in templates if isinstance(entry, dict)]
-        templates = {str(entry.get("name")): entry.get("template") for entry in entries}
-    named = templates if isinstance(templates, dict) else {}
-    chosen = next(iter(named.values())) if len(named) == 1 else named.get("default")
-    if not isinstance(chosen, str):
-        names = ", ".join(map(repr, named)) or repr(templates)[:80]
-        raise UserError(
-            f"the folder has several chat templates ({names}) and none called 'default': write the one that is wanted "
-            "into its chat_template.jinja, and take the others out"
-        )
-    return chosen
-
-
 class ChatTemplate:
     """A chat template over the special tokens of its tokenizer.
 
@@ -72,12 +46,13 @@ class ChatTemplate:
         in_parts: whether every message is a list of parts.
 
     Raises:
-        UserError: see `chosen_template` and `frozen`.
+        UserError: see `require_steady`.
     """
 
     def __init__(self, source: Any, chat_template: Any, in_parts: bool = False):
         self.source = source
-        self.chat_template = frozen(chosen_template(chat_template))
+        self.chat_template = own_template(chat_template)
+        require_steady(self.chat_template or "")
         self.in_parts = in_parts
         self.added_tokens_decoder = getattr(source, "tokenizer", source).added_tokens_decoder
 

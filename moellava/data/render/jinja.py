@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from moellava.constants import CHAT_TEMPLATE, DEFAULT_IMAGE_TOKEN
 from moellava.conversation import Conversation, SeparatorStyle, conv_templates
 from moellava.data.render.chat import ChatRenderer
-from moellava.data.render.chat_template import NO_TEMPLATE
 from moellava.errors import UserError
 
 _CONTENT = """{%- macro said(content) -%}
@@ -62,24 +61,26 @@ _LLAMA_2 = """{%- for message in messages -%}
 """
 
 
-_IN_PARTS = "{#- Messages in parts become text, <image> for an image, as in training. -#}\n"
-"""Opens a template that `for_parts` has changed."""
-
-_TURNS = """{%- set spoken = namespace(messages=[]) -%}
+_PARTS = (
+    _CONTENT.replace("IMAGE", json.dumps(DEFAULT_IMAGE_TOKEN))
+    + """{%- set in_text = namespace(messages=[]) -%}
 {%- for message in messages -%}
-{%- if message.content is string or message.content is not iterable -%}
-{%- set spoken.messages = spoken.messages + [message] -%}
+{%- if message.content is string or message.content is none or message.content is not defined -%}
+{%- set in_text.messages = in_text.messages + [message] -%}
 {%- else -%}
-{%- set spoken.messages = spoken.messages + [dict(message, content=said_in_parts(message.content))] -%}
+{%- set in_text.messages = in_text.messages + [dict(message, content=said(message.content))] -%}
 {%- endif -%}
 {%- endfor -%}
-{%- set messages = spoken.messages %}
+{%- set messages = in_text.messages -%}
 """
+)
+"""Stands before a template for texts: messages in parts become texts with tags."""
 
 
 def saved_chat_template(version: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a folder trained with `version` carries: that template as Jinja, or the tokenizer's own for 'chat_template',
-    as it is trained on, which also takes messages in parts.
+    """What a folder trained with `version` carries: that template as Jinja, or the tokenizer's own for 'chat_template'.
+
+    The tokenizer's own is as it is trained on, and takes lists of parts as well here: most are written for texts alone.
 
     Raises:
         UnknownNameError: no such template.
@@ -87,20 +88,10 @@ def saved_chat_template(version: str, tokenizer: PreTrainedTokenizerBase) -> str
     """
     if version != CHAT_TEMPLATE:
         return jinja_of(version)
-    template = ChatRenderer(tokenizer).template
-    if not template:
-        raise UserError(NO_TEMPLATE)
-    return for_parts(template)
-
-
-def for_parts(template: str) -> str:
-    """A chat template over texts that takes messages in parts as well, with `<image>` where an image stands."""
-    if template.startswith(_IN_PARTS):
-        return template
-    macro = _CONTENT.replace("said(", "said_in_parts(").replace(
-        "{{ IMAGE }}", f"{{{{ {_literal(DEFAULT_IMAGE_TOKEN)} }}}}"
-    )
-    return _IN_PARTS + macro + _TURNS + template
+    own = ChatRenderer(tokenizer).template
+    if own is None:
+        raise UserError("--version chat_template needs a tokenizer with a chat template, and this one has none.")
+    return own if own.startswith(_PARTS) else _PARTS + own
 
 
 def jinja_of(version: str) -> str:

@@ -76,6 +76,7 @@ def chat_pieces(
     said = turns if system is None else [("system", system), *turns]
     try:
         if template.is_marked and not opens:
+            chat_terminator(template)  # an answer that nothing ends is no answer to learn
             pieces = marked_pieces(template, said)
         else:
             pieces = _framed(template, said, shape, opens, system is not None)
@@ -134,6 +135,7 @@ def _apart(
 _ORIGINS = {"system": Origin.SYSTEM, "user": Origin.QUESTION, "assistant": Origin.ANSWER}
 
 
+@lru_cache(maxsize=64)
 def chat_terminator(template: ChatTemplate) -> str:
     """What ends an answer in a chat template. Raises UserError: see `chat_pieces`."""
     if template.is_marked:

@@ -59,5 +59,5 @@ def test_a_system_message_replaces_the_system_text(tokenizer):
 
 def test_the_version_chat_template_keeps_the_tokenizers_own(tokenizer):
     tokenizer.chat_template = "{{ messages[0].content }}"
-    assert saved_chat_template("chat_template", tokenizer) == "{{ messages[0].content }}"
+    assert saved_chat_template("chat_template", tokenizer).endswith("{{ messages[0].content }}")
     assert saved_chat_template("qwen", tokenizer) == jinja_of("qwen")
