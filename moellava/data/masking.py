@@ -178,6 +178,10 @@ class MaskEngine:
         self._twins = _plain_twins(tokenizer.backend_tokenizer.to_str())
         self._template_cuts = lru_cache(maxsize=CACHED_TEXTS)(self._cut_template)
         self._untrained = lru_cache(maxsize=CACHED_TEXTS)(self._tokenize_ids)
+        inside = [self._tokenize_ids("a", start) for start in (Start.INNER, Start.JOINED)]
+        self.guard = inside[1] if inside[0] == inside[1] else []
+        """Ids to decode in front of a text that follows a special token, lest the space that it begins with be taken
+        for one that this tokenizer has put there; none where it puts one."""
 
     def encode(
         self, pieces: Iterable[Piece], has_image: bool = False, image_ids: Sequence[int] = (IMAGE_TOKEN_INDEX,)

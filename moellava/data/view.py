@@ -170,15 +170,19 @@ def trained_texts(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[
     The first word of a run keeps the space in front of it, which a decoder would drop: a run is decoded together with
     the text before it, and theirs is taken away.
     """
-    special = set(tokenizer.added_tokens_decoder)  # a decoder sets spaces behind those that are not special, too
-    runs = [""]
+    engine, added = engine_for(tokenizer), set(tokenizer.added_tokens_decoder)  # special or not, they cut a text
+    runs, before = [""], list(engine.leading)
     pairs = zip(encoded.ids, encoded.labels, strict=True)
-    for is_text, part in groupby(pairs, key=lambda pair: pair[0] >= 0 and pair[0] not in special):
-        for text, trained in (_decoded if is_text else _named)(tokenizer, list(part)):
+    for is_text, group in groupby(pairs, key=lambda pair: pair[0] >= 0 and pair[0] not in added):
+        part = list(group)
+        inside = before[-1:] not in ([], engine.leading) and before[-1] >= 0
+        guard = engine.guard if inside else []
+        for text, trained in _decoded(tokenizer, part, guard) if is_text else _named(tokenizer, part):
             if trained:
                 runs[-1] += text
             elif runs[-1]:
                 runs.append("")
+        before = [index for index, _ in part]
     return [run for run in runs if run]
 
 
@@ -188,10 +192,13 @@ def _named(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[int, int]])
     return [(DEFAULT_IMAGE_TOKEN if index < 0 else tokenizer.decode([index]), trained) for index, trained in found]
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
-    """(decoded text, trained) of each run of (id, label) in text that nothing cuts; a label goes before its id."""
+def _decoded(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[int, int]], guard: Sequence[int]
+) -> list[tuple[str, bool]]:
+    """(decoded text, trained) of each run of (id, label) in text that nothing cuts; a label goes before its id. For
+    `guard` see `MaskEngine.guard`."""
     ids = [index if label == IGNORE_INDEX else label for index, label in pairs]
     trained = [label != IGNORE_INDEX for _, label in pairs]
     borders = [n for n in range(1, len(pairs)) if trained[n] != trained[n - 1]]
-    texts = ["", *(tokenizer.decode(ids[:end]) for end in [*borders, len(ids)])]
+    texts = [tokenizer.decode([*guard, *ids[:end]]) for end in [0, *borders, len(ids)]]
     return [(texts[n + 1][len(texts[n]) :], trained[begin]) for n, begin in enumerate([0, *borders])]

@@ -168,11 +168,11 @@ def _require(said: str, text: str, what: str) -> None:
 def _require_in_order(said: Sequence[str], text: str) -> None:
     """Raises DataError unless a text holds all that was said, in order and up to white space."""
     rest, position = _bare(text), 0
-    for words in map(_bare, said):
-        place = rest.find(words, position)
+    for words in said:
+        place = rest.find(_bare(words), position)
         if place < 0:
             raise DataError(f"the chat template leaves out, rewrites or reorders a message: {words[:80]!r}")
-        position = place + len(words)
+        position = place + len(_bare(words))
 
 
 def _bare(text: str) -> str:

@@ -126,7 +126,7 @@ def _apart(
             _, after, unwritten = _structure(template, (None, None), False)
             pieces = last_answer_pieces(template, turns, opens, after, unwritten)
     except UserError as error:
-        raise DataError(f"{name}: {reason}") from error
+        raise DataError(f"{name}: {error}") from error
     if opens or last_only or sum(role == "assistant" for role, _ in turns) == 1:
         return pieces
     raise AnswersApartError(f"{name}: {reason}")

@@ -23,11 +23,6 @@ LLAMA = (
     "{{ bos_token + '[INST] ' + message.content | trim + ' [/INST]' }}"
     "{% else %}{{ ' ' + message.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-THINKING = CHATML.replace(
-    "+ message.content",
-    "+ ('<think>\n\n</think>\n\n' if message.role == 'assistant' and loop.last else '') + message.content",
-)
-
 CONVERSATION = [
     {"from": "human", "value": "<image>\nWhat is <|im_end|>? "},
     {"from": "gpt", "value": " a cat <|im_end|>"},
@@ -84,7 +79,6 @@ def test_a_template_that_strips_messages_and_spells_bos(tokenizers, with_templat
     ("template", "reason"),
     [
         (None, "none.*chat_template.jinja"),
-        (THINKING, "not prefix-stable.*think"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "ends an answer with nothing"),
         ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "leaves out, repeats or reorders"),
         ("{{ raise_exception('system role missing') }}", "system role missing"),
