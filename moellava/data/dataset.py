@@ -23,6 +23,7 @@ from moellava.log import get_logger
 OVERLONG = ("error", "drop", "truncate")
 BAD_FILES = ("error", "skip")
 COUNTS = ("records", "skip_listed", "bad_files", "dropped", "truncated", "split", "samples")
+"""What is counted; `split`, the records whose answers are samples each, only where there are any."""
 
 
 class Verdict(NamedTuple):
@@ -156,7 +157,8 @@ class SupervisedDataset(Dataset):
         remain."""
         lost = len({self._kept[index] for index in self.unreadable})
         samples = self._counts["samples"] - len(self.unreadable)
-        return self._counts | {"bad_files": self._counts["bad_files"] + lost, "samples": samples}
+        counts = self._counts | {"bad_files": self._counts["bad_files"] + lost, "samples": samples}
+        return {name: count for name, count in counts.items() if count or name != "split"}
 
     def leave_out(self, unreadable: Mapping[int, str]) -> None:
         """Counts samples, and says why, whose blanks have come up: here, or in another process."""

@@ -38,7 +38,6 @@ def test_samples(make, make_record):
         "bad_files": 0,
         "dropped": 0,
         "truncated": 0,
-        "split": 0,
         "samples": 3,
     }
 

@@ -30,6 +30,9 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _LISTED = "[{'type': 'text', 'text': "
 """How a template begins that prints a list of parts instead of going through it."""
 
+_PRINTED = ("{'type': 'text'", '{"type": "text"')
+"""What such a template writes."""
+
 
 NO_TEMPLATE = (
     "--version chat_template needs a tokenizer with a chat template and this one has none: name one of our "
@@ -108,6 +111,11 @@ class ChatTemplate:
                 # Llama 3.2's template wants a system prompt as text, and prints a list as one.
                 text = apply([{"role": "system", "content": turns[0][1]}, *messages[1:]])
         return text
+
+    def require_parts(self, text: str) -> None:
+        """Raises UserError where a rendering shows that the template prints lists of parts, being one for texts."""
+        if self.in_parts and any(listed in text for listed in _PRINTED):
+            raise UserError("the chat template prints messages in parts as lists, being one for texts")
 
     def _messages(self, turns: Turns) -> list[dict[str, Any]]:
         return [{"role": role, "content": self._content(content)} for role, content in turns]

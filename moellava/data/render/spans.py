@@ -141,6 +141,7 @@ def chat_terminator(template: ChatTemplate) -> str:
     if template.is_marked:
         question, answer = (str(_stand_in(number, None)) for number in ("0", "1"))
         pieces = marked_pieces(template, [("user", question), ("assistant", answer)])
+        template.require_parts("".join(piece.text for piece in pieces))
         trained = "".join(piece.text for piece in pieces if piece.trained)
         ending = _ending(template, trained.partition(answer.strip())[2].removeprefix(_EDGE))
         if not ending:
@@ -194,6 +195,7 @@ def _structure(
     if has_system:
         turns = [("system", _stand_in("system", None)), *turns]
     whole = template.render(turns, opens)
+    template.require_parts(whole)
     slots, position, unwritten = [], 0, ""
     for number, (role, content) in enumerate(turns):
         for text in texts_of(content):

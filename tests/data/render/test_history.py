@@ -206,3 +206,13 @@ def test_noncharacters_in_a_message_stay(encoder_of, make_record):
     every = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     with pytest.raises(DataError, match="Record 7"):
         encoder.examples(make_record("x", *said, every, "c"), "Record 7")
+
+
+def test_a_template_for_texts_does_not_print_lists(tokenizers):
+    for template in (
+        OPENED.replace("m.content", "m.content | string"),
+        MARKED.replace("m.content", "m.content | tojson"),
+    ):
+        renderer = ChatRenderer(tokenizers["qwen"], template, in_parts=True)
+        with pytest.raises(UserError, match="prints messages in parts as lists, being one for texts"):
+            renderer.pieces([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], has_media=False)
