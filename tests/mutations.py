@@ -58,8 +58,8 @@ MASKING = (
     Mutation(
         "typed-special-tokens-are-real",
         "data/masking.py",
-        'if not token["special"] and token["content"] != DEFAULT_IMAGE_TOKEN',
-        'if token["content"] != DEFAULT_IMAGE_TOKEN',
+        'hidden = {token["content"] for token in state["added_tokens"] if token["special"]} | {DEFAULT_IMAGE_TOKEN}',
+        "hidden = {DEFAULT_IMAGE_TOKEN}",
         "Who types </s> into a question ends the turn.",
         ("data/test_masking.py",),
     ),
