@@ -20,7 +20,7 @@ def require_steady(template: str) -> None:
         return
     try:
         tree = Environment(extensions=[loopcontrols]).parse(_MARKS.sub("", template))
-    except TemplateSyntaxError:
+    except (TemplateSyntaxError, RecursionError):
         return
     called = {call.node.name for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.Name)}
     filters = {used.name for used in tree.find_all(nodes.Filter)}
