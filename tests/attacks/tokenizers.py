@@ -125,6 +125,9 @@ RULES: dict[str, list[dict[str, Any]]] = {
 }
 """Special tokens that are added to a vocabulary."""
 
+REFUSED = ("for single words", "normalized")
+"""Rules under which text beside a special token can make it none, so that the template that they go with is refused."""
+
 
 def write_folder(folder: Path, model: Path, tokens: list[dict[str, Any]], **settings: Any) -> Path:
     """A folder of SentencePiece's vocabulary and added tokens."""
@@ -232,12 +235,14 @@ class Crossing:
         try:
             self.outcome.counts[self._verdict(turns, talk == "typed")] += 1
         except UserError as error:
-            self._named(called, str(error))
+            self._named(called, str(error), name == "chat" and not self.name.startswith(REFUSED))
         except Exception:  # noqa: BLE001  # a traceback is what the attack looks for
             self.outcome.failures.append(f"{called}: {traceback.format_exc()}")
 
-    def _named(self, called: str, message: str) -> None:
-        if "template" in message:
+    def _named(self, called: str, message: str, must_act: bool) -> None:
+        if must_act:
+            self.outcome.failures.append(f"{called}: refused, though sound: {message}")
+        elif "template" in message:
             self.outcome.counts["named"] += 1
         else:
             self.outcome.failures.append(f"{called}: not named: {message}")

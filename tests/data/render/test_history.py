@@ -100,6 +100,15 @@ def test_each_answer_has_the_history_that_it_has_when_it_is_given(encoder_of, ta
         assert example.length == len(example.ids) + 3 * len(example.media)
 
 
+def test_an_answer_is_trained_in_its_own_sample_alone(encoder_of, make_record):
+    """Also where the history before it could be had in one text with it."""
+    encoder = encoder_of(LAST_THINKS.replace("loop.last and '</think>' not in m.content", "false"))
+    said = ["p", "a", "q", "b", "r", "<think>\nx\n</think>\n\nc", "s", "d"]
+    examples = encoder.examples(make_record("x", *said))
+    wanted = ["a<|im_end|>", "b<|im_end|>", "<think>\nx\n</think>\n\nc<|im_end|>", "d<|im_end|>"]
+    assert [trained(encoder, example) for _, example in examples] == wanted
+
+
 def test_ids_are_those_of_the_tokenizer_with_that_history(encoder_of):
     encoder = encoder_of(LAST_THINKS)
     said = ["why?", "<think>\nso\n</think>\n\nbecause", "ok", "bye"]
