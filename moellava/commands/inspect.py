@@ -22,7 +22,7 @@ from moellava.data.media_reader import blank
 from moellava.data.records import load_records, problem_of_turns, tags_of
 from moellava.data.tokenizer_facts import Facts, facts_of
 from moellava.data.tokenizers import load_tokenizer
-from moellava.data.view import View, colored, view_of
+from moellava.data.view import View, colored, views_of
 from moellava.errors import UserError
 from moellava.log import printable
 from moellava.vlm import open_encoder
@@ -153,10 +153,10 @@ def _show(args: argparse.Namespace, encoder: Encoder, color: bool) -> int:
         problem = problem_of_turns(record["conversations"]) or encoder.renderer.problem(record)
         if problem:
             raise UserError(f"{name} {problem}")
-        view = view_of(encoder, record, name, files, args.max_length)
-        if args.json:
-            print(printable(json.dumps(_as_json(view), ensure_ascii=False)))
-        else:
-            print(_as_text(view, color, args.ids))
-        status |= view.counts["supervised_tokens"] == 0
+        for view in views_of(encoder, record, name, files, args.max_length):
+            if args.json:
+                print(printable(json.dumps(_as_json(view), ensure_ascii=False)))
+            else:
+                print(_as_text(view, color, args.ids))
+            status |= view.counts["supervised_tokens"] == 0
     return status

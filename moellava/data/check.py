@@ -22,8 +22,8 @@ class CheckReport:
         counts: files, records, records with images, with videos and with neither, images and videos named, their
             files, turns.
         problems: in the order of the files.
-        lengths: positions of each sound record in the model, if there was an encoder; none where a broken file decides
-            them.
+        lengths: positions of each sample in the model, if there was an encoder; none where a broken file decides them.
+            A record is a sample, or each of its answers is (see `Encoder.examples`).
         notices: what was read and means nothing.
     """
 
@@ -54,15 +54,23 @@ def check(
     records, problems = read_records(paths, skip, roles)
     report = CheckReport(_counts(paths, records, problems), problems, notices=records.notices)
     broken = files.problems(chain.from_iterable(map(media_of, records)), in_full=True)
+    split = 0
     for index in range(len(records)):
         record, name, key = records[index], records.name(index), records.key(index)
         bad = [medium for medium in media_of(record) if medium in broken]
         texts = [f"{name}: {broken[medium]}" for medium in bad]
         if encoder is not None and not any(map(encoder.looks_at, bad)):
-            length, problem = _measure(encoder, record, name, files, max_length)
-            texts += [problem] if problem else []
-            report.lengths.append(length)
+            lengths, found = _measure(encoder, record, name, files, max_length)
+            texts += found
+            report.lengths += lengths
+            split += len(lengths) > 1
         report.problems += [Problem(key, text) for text in texts]
+    if split:
+        report.counts["split"] = split
+        report.notices.append(
+            f"the chat template rewrites earlier turns: each answer of {split} records is a sample of its own, with "
+            "the history that it has when it is given"
+        )
     return report
 
 
@@ -84,17 +92,19 @@ def _counts(paths: Sequence[str], records: Records, problems: list[Problem]) -> 
 
 def _measure(
     encoder: Encoder, record: dict, name: str, files: MediaFiles, max_length: int | None
-) -> tuple[int, str | None]:
-    """Positions that a record takes, and what is wrong with it as a sample."""
+) -> tuple[list[int], list[str]]:
+    """Positions that the samples of a record take, and what is wrong with them."""
     problem = encoder.renderer.problem(record)
     if problem:
-        return 0, f"{name} {problem}"
+        return [0], [f"{name} {problem}"]
     try:
-        example = encoder.encode(record, name, files)
+        examples = [example for _, example in encoder.examples(record, name, files)]
     except DataError as error:
-        return 0, "; ".join(text if name in text else f"{name}: {text}" for text in error.problems)
-    if not example.is_trained:
-        return example.length, f"{name} has no answer to train on"
-    if max_length is not None and example.length > max_length:
-        return example.length, f"{name} takes {example.length} positions, more than {max_length}"
-    return example.length, None
+        return [0], ["; ".join(text if name in text else f"{name}: {text}" for text in error.problems)]
+    lengths = [example.length for example in examples]
+    if not any(example.is_trained for example in examples):
+        return lengths, [f"{name} has no answer to train on"]
+    longest = max(lengths)
+    if max_length is not None and longest > max_length:
+        return lengths, [f"{name} takes {longest} positions, more than {max_length}"]
+    return lengths, []

@@ -22,11 +22,12 @@ from moellava.log import get_logger
 
 OVERLONG = ("error", "drop", "truncate")
 BAD_FILES = ("error", "skip")
-COUNTS = ("records", "skip_listed", "bad_files", "dropped", "truncated", "samples")
+COUNTS = ("records", "skip_listed", "bad_files", "dropped", "truncated", "split", "samples")
+"""What is counted; `split`, the records whose answers are samples each, only where there are any."""
 
 
 class Verdict(NamedTuple):
-    """What became of a record.
+    """What became of a record, or of one of its answers where each is a sample.
 
     Attributes:
         problems: why it cannot be trained on; any is an error.
@@ -35,6 +36,7 @@ class Verdict(NamedTuple):
         length: positions that it takes in the model.
         modalities: what it shows.
         cut: whether its end was cut.
+        answer: number of the answer; None for the whole record.
     """
 
     problems: Sequence[str] = ()
@@ -43,10 +45,16 @@ class Verdict(NamedTuple):
     length: int = 0
     modalities: frozenset[str] = frozenset()
     cut: bool = False
+    answer: int | None = None
+
+
+WHOLE = -1
+"""Stands for a whole record where the number of an answer might stand."""
 
 
 class SupervisedDataset(Dataset):
-    """Samples of a vision-language model, from validated records.
+    """Samples of a vision-language model, from validated records: a record is one, or each of its answers is, where the
+    chat template rewrites earlier turns (see `Encoder.examples`).
 
     Args:
         records: of `load_records`.
@@ -66,7 +74,7 @@ class SupervisedDataset(Dataset):
         lengths: positions that each sample takes in the model.
         shows_media: whether each sample has an image or a video.
         modalities: what the samples show, all together.
-        unreadable: number of a record -> its file's problem, of files that proved damaged only when they were decoded.
+        unreadable: sample -> its file's problem, of files that proved damaged only when they were decoded.
 
     Raises:
         DataError: with one line for every problem of every record.
@@ -98,6 +106,7 @@ class SupervisedDataset(Dataset):
         self.unreadable: dict[int, str] = {}
         self._counts = dict.fromkeys(COUNTS, 0) | {"records": len(records), "skip_listed": records.skipped}
         self._kept = array("q")
+        self._answers = array("q")
         self._lengths = array("q")
         self._shows_media = array("b")
         self._seen: set[str] = set()
@@ -115,15 +124,18 @@ class SupervisedDataset(Dataset):
         Raises:
             BadFileError: a file has become unreadable.
         """
-        number = self._kept[index]
+        number, answer = self._kept[index], self._answers[index]
         record, name = self.records[number], self.records.name(number)
+        limit = self.max_length if self.overlong == "truncate" else None
         try:
-            example = self._encode(record, name)
+            example = self.encoder.encode(
+                record, name, self.files, max_length=limit, answer=None if answer == WHOLE else answer
+            )
             media = opened(example.media, self.encoder, self.files)
         except BadFileError as error:
             why = f"{name}: {error}"
             if self.bad_files == "skip":
-                return blank_sample(self.encoder, name, {number: why})
+                return blank_sample(self.encoder, name, {index: why})
             raise BadFileError(f"{why} (`moellava check-data` lists all such files)") from error
         return sample_of(example, media, name)
 
@@ -140,33 +152,37 @@ class SupervisedDataset(Dataset):
         return tuple(modality for modality in MODALITIES if modality in self._seen)
 
     def report(self) -> dict[str, int]:
-        """Counts of `COUNTS`: records read, left out by the skip list, left out for a bad file, dropped because too
-        long or with nothing left to train on, cut; and the samples that remain."""
-        lost = len(self.unreadable)
-        changed = {"bad_files": self._counts["bad_files"] + lost, "samples": self._counts["samples"] - lost}
-        return self._counts | changed
+        """Counts of `COUNTS`: records read, left out by the skip list, left out for a bad file; samples dropped because
+        too long or with nothing left to train on, cut; records whose answers are samples each; and the samples that
+        remain."""
+        lost = len({self._kept[index] for index in self.unreadable})
+        samples = self._counts["samples"] - len(self.unreadable)
+        counts = self._counts | {"bad_files": self._counts["bad_files"] + lost, "samples": samples}
+        return {name: count for name, count in counts.items() if count or name != "split"}
 
     def leave_out(self, unreadable: Mapping[int, str]) -> None:
-        """Counts records, and says why, whose blank samples have come up: here, or in another process."""
-        for number, why in unreadable.items():
-            if number not in self.unreadable:
+        """Counts samples, and says why, whose blanks have come up: here, or in another process."""
+        for index, why in unreadable.items():
+            if index not in self.unreadable:
                 get_logger().warning("skipped: %s", why)
-                self.unreadable[number] = why
+                self.unreadable[index] = why
 
     def _scan(self, takes_media: bool, workers: int) -> None:
         """Validates every record and keeps the indices and lengths of those that are trained on."""
         broken = self._broken_files(takes_media)
 
-        def look(number: int) -> Verdict:
+        def look(number: int) -> list[Verdict]:
             record, name = self.records[number], self.records.name(number)
             bad = [f"{name}: {broken[medium]}" for medium in media_of(record) if medium in broken]
-            return self._bad(bad) if bad else self._judge(record, name)
+            return [self._bad(bad)] if bad else self._judge(record, name)
 
-        verdicts = shared(range(len(self.records)), lambda numbers: mapped(look, numbers, workers))
-        for number, verdict in enumerate(verdicts):
-            self._take(number, verdict)
+        judged = shared(range(len(self.records)), lambda numbers: mapped(look, numbers, workers))
+        for number, verdicts in enumerate(judged):
+            self._counts["split"] += any(verdict.answer is not None for verdict in verdicts)
+            for verdict in verdicts:
+                self._take(number, verdict)
         self._counts["samples"] = len(self._kept)
-        problems = [problem for verdict in verdicts for problem in verdict.problems]
+        problems = [problem for verdicts in judged for verdict in verdicts for problem in verdict.problems]
         if not problems and not self._kept:
             problems.append(f"no sample remains: {self._counts}")
         if problems:
@@ -179,6 +195,7 @@ class SupervisedDataset(Dataset):
             self._counts[verdict.left_out] += 1
         elif not verdict.problems:
             self._kept.append(number)
+            self._answers.append(WHOLE if verdict.answer is None else verdict.answer)
             self._lengths.append(verdict.length)
             self._shows_media.append(bool(verdict.modalities))
             self._seen |= verdict.modalities
@@ -198,30 +215,39 @@ class SupervisedDataset(Dataset):
         """What becomes of a record whose files are not sound."""
         return Verdict(left_out="bad_files", why=problems[0]) if self.bad_files == "skip" else Verdict(problems)
 
-    def _judge(self, record: dict[str, Any], name: str) -> Verdict:
+    def _judge(self, record: dict[str, Any], name: str) -> list[Verdict]:
         """What becomes of a record whose files are sound."""
         problem = self.encoder.renderer.problem(record)
         if problem:
-            return Verdict([f"{name} {problem}"])
+            return [Verdict([f"{name} {problem}"])]
+        limit = self.max_length if self.overlong == "truncate" else None
         try:
-            example = self._encode(record, name)
+            examples = self.encoder.examples(record, name, self.files, max_length=limit)
         except DataError as error:
             problems = [text if name in text else f"{name}: {text}" for text in error.problems]
-            return self._bad(problems) if isinstance(error, BadFileError) else Verdict(problems)
+            return [self._bad(problems) if isinstance(error, BadFileError) else Verdict(problems)]
+        if not examples:
+            return [Verdict([nothing_to_train(record, name)])]
+        return [self._measured(record, name, answer, example) for answer, example in examples]
+
+    def _measured(self, record: dict[str, Any], name: str, answer: int | None, example: Example) -> Verdict:
+        """What becomes of a sample, by its length."""
         too_long = self.max_length is not None and example.length > self.max_length
         if too_long and self.overlong == "error":
+            which = "" if answer is None else f", up to its answer {answer},"
             limit = f"--model_max_length is {self.max_length} (see --overlong)"
-            return Verdict([f"{name} takes {example.length} positions but {limit}"])
+            return Verdict([f"{name}{which} takes {example.length} positions but {limit}"])
         if not example.is_trained and not (example.cut or too_long):
-            return Verdict([f'{name} has no answer to train on: "{record["conversations"][0]["value"][:80]}"'])
+            return Verdict([nothing_to_train(record, name)])
         if too_long or not example.is_trained:
-            return Verdict(left_out="dropped")
+            return Verdict(left_out="dropped", answer=answer)
         shown = frozenset("image" if self.encoder.in_frames else medium.modality for medium in example.media)
-        return Verdict(length=example.length, modalities=shown, cut=bool(example.cut))
+        return Verdict(length=example.length, modalities=shown, cut=bool(example.cut), answer=answer)
 
-    def _encode(self, record: dict[str, Any], name: str) -> Example:
-        limit = self.max_length if self.overlong == "truncate" else None
-        return self.encoder.encode(record, name, self.files, max_length=limit)
+
+def nothing_to_train(record: dict[str, Any], name: str) -> str:
+    """The message for a record that would train nothing."""
+    return f'{name} has no answer to train on: "{record["conversations"][0]["value"][:80]}"'
 
 
 def opened(media: Sequence[Medium], encoder: Encoder, files: MediaFiles) -> list[Any]:
@@ -250,7 +276,7 @@ def blank_sample(encoder: Encoder, name: str, unreadable: dict[int, str]) -> dic
     """What stands for a record that cannot be shown: one token, which nothing is trained on, and no image.
 
     A batch keeps its size by it, and a process its number of batches. The losses of routers see the token, as they see
-    those of a question. `unreadable` travels to the trainer in the sample and its batch: the number of the record ->
+    those of a question. `unreadable` travels to the trainer in the sample and its batch: the number of the sample ->
     why. See `SupervisedDataset.leave_out`.
     """
     example = Example([encoder.tokenizer.eos_token_id], [IGNORE_INDEX])

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from moellava.constants import (
+    CHAT_TEMPLATE,
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
@@ -24,13 +25,14 @@ from moellava.constants import (
     VIDEO_TOKEN_INDEX,
 )
 from moellava.conversation import Origin, Piece
+from moellava.data.agreement import disagreement
 from moellava.data.embedded import TO_FILES, is_embedded
 from moellava.data.masking import engine_for
 from moellava.data.media import MediaFiles, with_frames
-from moellava.data.records import Medium, media_of, trained_answers
-from moellava.data.render import Renderer
+from moellava.data.records import MODALITIES, Medium, media_of, paths_of, tags_of, trained_answers
+from moellava.data.render import AnswersApartError, Renderer, up_to
 from moellava.data.video import Clip
-from moellava.errors import DataError
+from moellava.errors import DataError, UserError
 
 PLACEHOLDERS = {"image": IMAGE_TOKEN_INDEX, "video": VIDEO_TOKEN_INDEX}
 """What stands for an image and for a video in `input_ids`."""
@@ -141,6 +143,7 @@ class Encoder:
         self.renderer = renderer
         self.reader = reader
         self.image_ids = tuple(image_ids)
+        self._is_agreed = renderer.version != CHAT_TEMPLATE  # a template of ours has no other reader to agree with
 
     @property
     def version(self) -> str:
@@ -160,6 +163,7 @@ class Encoder:
         *,
         opens: bool = False,
         max_length: int | None = None,
+        answer: int | None = None,
     ) -> Example:
         """Ids, labels and media of a record.
 
@@ -169,16 +173,21 @@ class Encoder:
             files: where media lie, and the frames of a video; None: paths are as the record writes them.
             opens: whether what opens the next answer follows, the human having the last word.
             max_length: positions beyond which the end is cut, before an image or a video that does not fit whole.
+            answer: number of the answer that the record is encoded up to, and that alone is trained; None: all of it.
 
         Raises:
+            AnswersApartError: its template rewrites earlier turns, so that each answer is an example. See `examples`.
             DataError: the record cannot be rendered, or its template shows other media than it has.
             UserError: the template cannot be masked.
         """
         files = files or MediaFiles()
+        self._require_agreement()
+        record = record if answer is None else record_up_to(record, answer)
         media = media_of(record)
-        pieces, modalities = self._rendered(record, media, name, files, opens)
+        pieces, modalities = self._rendered(record, media, name, files, opens, answer is not None)
         encoded = engine_for(self.tokenizer).encode(pieces, self.places_media(record), self.image_ids)
-        encoded.silence(trained_answers(record["conversations"]))
+        if answer is None and not opens:
+            encoded.silence(trained_answers(record["conversations"]))
         ids = marked(encoded.ids, self.reader.placeholder_id, modalities) if modalities else encoded.ids
         spans = self._spans(media, files)
         for modality, placeholder in PLACEHOLDERS.items():
@@ -188,18 +197,45 @@ class Encoder:
         end, length, shown_media = fitting(ids, spans, max_length, self._around)
         return Example(ids[:end], encoded.labels[:end], shown_media, length, len(ids) - end)
 
+    def examples(
+        self, record: dict[str, Any], name: str = "the record", files: MediaFiles | None = None, **options: Any
+    ) -> list[tuple[int | None, Example]]:
+        """All that a record trains: itself, or an example for each trained answer where the template rewrites earlier
+        turns; with the number of that answer, None for the whole record. Arguments and errors: see `encode`."""
+        try:
+            return [(None, self.encode(record, name, files, **options))]
+        except AnswersApartError:
+            trained = trained_answers(record["conversations"])
+            return [
+                (number, self.encode(record, name, files, answer=number, **options))
+                for number, is_trained in enumerate(trained)
+                if is_trained
+            ]
+
     def places_media(self, record: dict[str, Any]) -> bool:
         """Whether media tags in the questions of a record are placeholders, that the mask engine puts there."""
         return self.renderer.keeps_tags and self.renderer.places_media(bool(media_of(record)))
 
     def pieces(
-        self, record: dict[str, Any], name: str = "the record", files: MediaFiles | None = None, opens: bool = False
+        self,
+        record: dict[str, Any],
+        name: str = "the record",
+        files: MediaFiles | None = None,
+        opens: bool = False,
+        answer: int | None = None,
     ) -> list[Piece]:
-        """A record, rendered; the join of the pieces is the prompt as text. Raises: see `encode`."""
-        return self._rendered(record, media_of(record), name, files or MediaFiles(), opens)[0]
+        """A record, rendered; the join of the pieces is the prompt as text. Arguments and errors: see `encode`."""
+        record = record if answer is None else record_up_to(record, answer)
+        return self._rendered(record, media_of(record), name, files or MediaFiles(), opens, answer is not None)[0]
 
     def _rendered(
-        self, record: dict[str, Any], media: Sequence[Medium], name: str, files: MediaFiles, opens: bool
+        self,
+        record: dict[str, Any],
+        media: Sequence[Medium],
+        name: str,
+        files: MediaFiles,
+        opens: bool,
+        last_only: bool,
     ) -> tuple[list[Piece], list[str]]:
         """Pieces, and the modalities of the placeholders that the template itself has written, in order."""
         self._check(record, media, name, files)
@@ -207,7 +243,12 @@ class Encoder:
         if self.in_frames and videos:
             source = with_frames(source, [files.frames_of(video) for video in videos])
         pieces = self.renderer.pieces(
-            source, has_media=bool(media), name=name, opens=opens, system=record.get("system_prompt")
+            source,
+            has_media=bool(media),
+            name=name,
+            opens=opens,
+            system=record.get("system_prompt"),
+            last_only=last_only,
         )
         if self.renderer.keeps_tags:
             return pieces, []
@@ -219,6 +260,13 @@ class Encoder:
                 pieces[number] = piece._replace(text=text)
                 found += modalities
         return pieces, found
+
+    def _require_agreement(self) -> None:
+        """Raises UserError where plain transformers would read other ids than are trained. See `disagreement`."""
+        problem = None if self._is_agreed else disagreement(self.tokenizer, self.renderer)
+        if problem:
+            raise UserError(f"--version {self.version}: {problem}.")
+        self._is_agreed = True
 
     def _check(self, record: dict[str, Any], media: Sequence[Medium], name: str, files: MediaFiles) -> None:
         """Raises DataError for what this model cannot be given."""
@@ -262,6 +310,16 @@ class Encoder:
         """Ids that stand before and behind an image's placeholder and belong to it."""
         lead = self.image_ids.index(IMAGE_TOKEN_INDEX)
         return lead, len(self.image_ids) - lead - 1
+
+
+def record_up_to(record: dict[str, Any], answer: int) -> dict[str, Any]:
+    """A record that ends with one of its answers, counted from 0, and shows what its questions up to there show."""
+    source = up_to(record["conversations"], answer)
+    if not media_of(record):
+        return record | {"conversations": source}
+    tags = tags_of(source)
+    shown = {name: paths_of(record, name)[: tags.count(name)] for name in MODALITIES if record.get(name)}
+    return record | {"conversations": source} | shown
 
 
 def marked(ids: Iterable[int], carrier: int, modalities: Sequence[str]) -> list[int]:

@@ -91,7 +91,7 @@ _UNTYPABLE = "\uffff"
 Part = tuple[str, Sequence[int] | None]
 """Text, and the fixed ids it stands for; None where it is to be tokenized."""
 
-_SPACES = "".join(map(chr, (*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B)))) + (
+SPACES = "".join(map(chr, (*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B)))) + (
     "\u2028\u2029\u202f\u205f\u3000"
 )
 """What tokenizers take for spaces beside a token (Unicode's White_Space)."""
@@ -143,7 +143,7 @@ class Stretch:
 
     def without_trailing_spaces(self) -> Stretch:
         """The stretch without the spaces at its end."""
-        text = self.text.rstrip(_SPACES)
+        text = self.text.rstrip(SPACES)
         trained = [(begin, min(end, len(text))) for begin, end in self.trained if begin < len(text)]
         return Stretch(text, trained, self.ids, self.start)
 
@@ -172,12 +172,16 @@ class MaskEngine:
         self.leading = leading_ids(tokenizer)
         added = tokenizer.added_tokens_decoder
         self.special = {token.content: index for index, token in added.items() if token.special}
-        self._rules = {token.content: token for token in added.values() if token.special}
+        self.rules = {token.content: token for token in added.values() if token.special}
         spelled = sorted(self.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, spelled))) if spelled else None
         self._twins = _plain_twins(tokenizer.backend_tokenizer.to_str())
         self._template_cuts = lru_cache(maxsize=CACHED_TEXTS)(self._cut_template)
         self._untrained = lru_cache(maxsize=CACHED_TEXTS)(self._tokenize_ids)
+        inside = [self._tokenize_ids("a", start) for start in (Start.INNER, Start.JOINED)]
+        self.guard = inside[1] if inside[0] == inside[1] else []
+        """Ids to decode in front of a text that follows a special token, lest the space that it begins with be taken
+        for one that this tokenizer has put there; none where it puts one."""
 
     def encode(
         self, pieces: Iterable[Piece], has_image: bool = False, image_ids: Sequence[int] = (IMAGE_TOKEN_INDEX,)
@@ -207,12 +211,12 @@ class MaskEngine:
         for piece_text, trained, origin in pieces:
             for text, fixed in self._parts(piece_text, origin, has_image, image_ids):
                 if fixed is None:
-                    text = text.lstrip(_SPACES) if swallows else text
+                    text = text.lstrip(SPACES) if swallows else text
                     if text:
                         current.append(text, trained, joins=unbroken)
                         swallows = False
                     continue
-                rule = None if fixed is image_ids else self._rules[text]
+                rule = None if fixed is image_ids else self.rules[text]
                 if rule is not None and rule.lstrip:
                     current = current.without_trailing_spaces()
                 if current.text:
@@ -266,7 +270,7 @@ class MaskEngine:
         parts: list[Part] = []
         begin = 0
         for match in self._special.finditer(text) if self._special else ():
-            if not _may_stand(self._rules[match.group()], text, match.span()):
+            if not _may_stand(self.rules[match.group()], text, match.span()):
                 continue
             parts += [(text[begin : match.start()], None), (match.group(), (self.special[match.group()],))]
             begin = match.end()
@@ -330,14 +334,16 @@ def _straddled(offsets: list[Span], trained: list[Span]) -> int | None:
 def _plain_twins(serialized: str) -> tuple[Tokenizer, Tokenizer, Tokenizer]:
     """Three copies of a tokenizer for plain text, by `Start`. They differ in where they put a space before a word.
 
-    Left out are special tokens, `<image>` among them however it was added, and the post-processor, which would trim the
-    spaces off the offsets, so that a token of spaces alone would seem to begin where the next piece does.
+    Special tokens, and `<image>` however it was added, get names that no text spells. None is left out: the ids of the
+    tokens behind it would move. Left out is the post-processor, which would trim the spaces off the offsets, so that a
+    token of spaces alone would seem to begin where the next piece does.
     """
     state = json.loads(serialized)
-    _hide_special(state["model"], {token["content"] for token in state["added_tokens"] if token["special"]})
-    state["added_tokens"] = [
-        token for token in state["added_tokens"] if not token["special"] and token["content"] != DEFAULT_IMAGE_TOKEN
-    ]
+    hidden = {token["content"] for token in state["added_tokens"] if token["special"]} | {DEFAULT_IMAGE_TOKEN}
+    _hide(state["model"], hidden)
+    for token in state["added_tokens"]:
+        if token["content"] in hidden:
+            token |= {"content": f"{_UNTYPABLE}{token['content']}", "normalized": False}
     state["post_processor"] = state["truncation"] = state["padding"] = None
     opening = Tokenizer.from_str(json.dumps(state))
     changed = _without_prefix(state, first_only=True)
@@ -346,7 +352,7 @@ def _plain_twins(serialized: str) -> tuple[Tokenizer, Tokenizer, Tokenizer]:
     return opening, inner, Tokenizer.from_str(json.dumps(state)) if changed else inner
 
 
-def _hide_special(model: dict[str, Any], special: set[str]) -> None:
+def _hide(model: dict[str, Any], special: set[str]) -> None:
     """Takes from a serialized model (BPE, Unigram, WordPiece, WordLevel) all that makes a special token out of
     characters, in place.
 

@@ -40,7 +40,8 @@ def preprocess(
         image_ids: what one image becomes.
 
     Returns:
-        `input_ids` and `labels`: LongTensors [L] each, one per conversation that is kept.
+        `input_ids` and `labels`: LongTensors [L] each, one per conversation that is kept, or one per trained answer of
+        it where the chat template rewrites earlier turns.
 
     Raises:
         DataError: a conversation that is malformed, too long (`overlong="error"`), or has nothing left to train on.
@@ -51,17 +52,17 @@ def preprocess(
     batch: dict[str, list[torch.Tensor]] = {"input_ids": [], "labels": []}
     for number, source in enumerate(sources):
         name = f"conversation {number}"
-        encoded = encode_conversation(source, tokenizer, version, has_image, image_ids, name)
-        if max_length is not None and len(encoded.ids) > max_length:
-            if overlong == "error":
-                raise DataError(f"{name} has {len(encoded.ids)} ids but at most {max_length} are allowed")
-            if overlong == "drop":
-                continue
-            encoded = Encoded(encoded.ids[:max_length], encoded.labels[:max_length])
-        if not encoded.is_trained:
-            raise DataError(nothing_supervised(name, source, max_length))
-        batch["input_ids"].append(as_tensor(encoded.ids))
-        batch["labels"].append(as_tensor(encoded.labels))
+        for encoded in encode_conversation(source, tokenizer, version, has_image, image_ids, name):
+            if max_length is not None and len(encoded.ids) > max_length:
+                if overlong == "error":
+                    raise DataError(f"{name} has {len(encoded.ids)} ids but at most {max_length} are allowed")
+                if overlong == "drop":
+                    continue
+                encoded = Encoded(encoded.ids[:max_length], encoded.labels[:max_length])
+            if not encoded.is_trained:
+                raise DataError(nothing_supervised(name, source, max_length))
+            batch["input_ids"].append(as_tensor(encoded.ids))
+            batch["labels"].append(as_tensor(encoded.labels))
     return batch
 
 
@@ -72,13 +73,19 @@ def encode_conversation(
     has_image: bool,
     image_ids: Sequence[int] = (IMAGE_TOKEN_INDEX,),
     name: str = "the conversation",
-) -> Encoded:
-    """Ids and labels of one conversation, at full length. Arguments and errors: see `preprocess`."""
+) -> list[Encoded]:
+    """Ids and labels of one conversation, at full length: one text, or one for each trained answer. Arguments and
+    errors: see `preprocess`."""
     renderer = renderer_for(version, tokenizer)
-    pieces = renderer.pieces(source, has_media=has_image, name=name)
-    encoded = engine_for(tokenizer).encode(pieces, renderer.places_media(has_image), image_ids)
-    encoded.silence(trained_answers(source))
-    return encoded
+    texts, trained = renderer.texts(source, has_media=has_image, name=name), trained_answers(source)
+    found = []
+    for pieces, answers in texts:
+        if len(texts) > 1 and not trained[answers[0]]:
+            continue
+        encoded = engine_for(tokenizer).encode(pieces, renderer.places_media(has_image), image_ids)
+        encoded.silence([trained[number] for number in answers])
+        found.append(encoded)
+    return found
 
 
 def as_tensor(numbers: Sequence[int]) -> torch.Tensor:

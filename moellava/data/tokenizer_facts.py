@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import CHAT_TEMPLATE, DEFAULT_IMAGE_TOKEN
 from moellava.conversation import Origin, Piece, conv_templates
-from moellava.data.masking import Encoded, engine_for
+from moellava.data.agreement import disagreement
+from moellava.data.masking import SPACES, Encoded, MaskEngine, engine_for
 from moellava.data.render import Renderer, TemplateRenderer, renderer_for
 from moellava.data.tokenizers import leading_ids, spec_for
 from moellava.data.view import trained_texts
@@ -117,12 +121,15 @@ def fit_of(tokenizer: PreTrainedTokenizerBase, version: str) -> Fit:
     try:
         renderer = renderer_for(version, tokenizer)
         terminator = renderer.terminator
-        pieces = renderer.pieces(PROBE[:2] if is_plain(renderer) else PROBE, has_media=has_image)
+        texts = renderer.texts(PROBE[:2] if is_plain(renderer) else PROBE, has_media=has_image)
     except UserError as error:
         return Fit(version, "", [], False, False, str(error))
     ids = engine_for(tokenizer).encode([Piece(terminator)]).ids[len(leading_ids(tokenizer)) :]
-    encoded = engine_for(tokenizer).encode(pieces, renderer.places_media(has_image))
-    wrong = mask_problem(tokenizer, pieces, encoded)
+    places = renderer.places_media(has_image)
+    encoded = [(pieces, engine_for(tokenizer).encode(pieces, places)) for pieces, _ in texts]
+    wrong = next(filter(None, (mask_problem(tokenizer, *pair) for pair in encoded)), None)
+    if wrong is None and version == CHAT_TEMPLATE:
+        wrong = disagreement(tokenizer, renderer)
     single = len(ids) == 1 and (ids[0] in tokenizer.all_special_ids or ids[0] in _special_ids(tokenizer))
     if wrong:
         return Fit(version, terminator, ids, False, False, wrong)
@@ -161,13 +168,7 @@ def mask_problem(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], en
         pieces: the conversation.
         encoded: the ids and labels that `MaskEngine.encode` has made of them, as training gets them.
     """
-    expected = [""]
-    for piece in pieces:
-        if piece.trained:
-            expected[-1] += piece.text
-        elif expected[-1] and piece.text:
-            expected.append("")
-    expected = [_comparable(text) for text in expected if text]
+    expected = [_comparable(text) for text in _trained_runs(engine_for(tokenizer), pieces)]
     found = [_comparable(text) for text in trained_texts(tokenizer, encoded)]
     if found == expected:
         return None
@@ -175,6 +176,23 @@ def mask_problem(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], en
         if one != other:
             return f"answer {number} should be trained as {one!r}, but the labels decode to {other!r}"
     return f"{len(expected)} answers should be trained, but the labels decode to {len(found)}"
+
+
+def _trained_runs(engine: MaskEngine, pieces: Sequence[Piece]) -> list[str]:
+    """The unbroken trained stretches of a rendering, without the spaces that special tokens of its template swallow."""
+    chars = [(char, piece.trained, piece.origin is Origin.TEMPLATE) for piece in pieces for char in piece.text]
+    text = "".join(char for char, _, _ in chars)
+    dropped: set[int] = set()
+    for content, token in engine.rules.items():
+        left, right = (f"[{SPACES}]*" if swallows else "" for swallows in (token.lstrip, token.rstrip))
+        spaces = f"{left}({re.escape(content)}){right}"
+        for match in re.finditer(spaces, text):
+            begin, end = match.span(1)
+            if all(is_template for _, _, is_template in chars[begin:end]):
+                dropped |= {*range(match.start(), begin), *range(end, match.end())}
+    kept = [(char, trained) for number, (char, trained, _) in enumerate(chars) if number not in dropped]
+    runs = groupby(kept, key=itemgetter(1))
+    return ["".join(char for char, _ in run) for trained, run in runs if trained]
 
 
 def _comparable(text: str) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX
 from moellava.conversation import Piece
-from moellava.data.encoder import Encoder
+from moellava.data.encoder import Encoder, Example
 from moellava.data.masking import Encoded, MaskEngine, Stretch, engine_for
 from moellava.data.media import MediaFiles
 from moellava.log import printable
@@ -95,7 +95,7 @@ class View:
     """A record as its model reads it.
 
     Attributes:
-        record: its name.
+        record: its name, and the answer that is trained where each is a sample of its own.
         version: the template.
         tokens: what stays, in order.
         counts: text tokens, images, videos, the tokens of both, supervised tokens, and positions in the model.
@@ -109,13 +109,35 @@ class View:
     cut: dict[str, int] | None = None
 
 
-def view_of(
+def views_of(
     encoder: Encoder, record: dict[str, Any], name: str, files: MediaFiles, max_length: int | None = None
+) -> list[View]:
+    """The views of a record's samples, mostly one, cut to `max_length` positions as `--overlong truncate` does. Raises:
+    see `Encoder.examples`."""
+    wholes = encoder.examples(record, name, files)
+    cut = wholes if max_length is None else encoder.examples(record, name, files, max_length=max_length)
+    return [
+        _view_of(encoder, record, name, files, answer, whole, kept)
+        for (answer, whole), (_, kept) in zip(wholes, cut, strict=True)
+    ]
+
+
+def _view_of(
+    encoder: Encoder,
+    record: dict[str, Any],
+    name: str,
+    files: MediaFiles,
+    answer: int | None,
+    whole: Example,
+    kept: Example,
 ) -> View:
-    """A record's view, cut to `max_length` positions as `--overlong truncate` does. Raises: see `Encoder.encode`."""
-    whole = encoder.encode(record, name, files)
-    kept = whole if max_length is None else encoder.encode(record, name, files, max_length=max_length)
-    pieces, places = encoder.pieces(record, name, files), encoder.places_media(record)
+    """The view of a sample.
+
+    Args:
+        answer: number of the answer that it trains; None: all of them.
+        whole, kept: the sample, and what is kept of it.
+    """
+    pieces, places = encoder.pieces(record, name, files, answer=answer), encoder.places_media(record)
     spelled = tokens_of(encoder.tokenizer, pieces, places, encoder.image_ids)
     tokens = [
         Token(index, label, token.text, token.special)
@@ -126,7 +148,8 @@ def view_of(
     if kept.cut:
         end = len(kept.ids)
         cut = counts_of(whole.ids[end:], whole.labels[end:], whole.length - kept.length)
-    return View(name, encoder.version, tokens, counts, cut)
+    called = name if answer is None else f"{name}, answer {answer}"
+    return View(called, encoder.version, tokens, counts, cut)
 
 
 def counts_of(ids: Sequence[int], labels: Sequence[int], positions: int) -> dict[str, int]:
@@ -149,15 +172,19 @@ def trained_texts(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[
     The first word of a run keeps the space in front of it, which a decoder would drop: a run is decoded together with
     the text before it, and theirs is taken away.
     """
-    special = set(engine_for(tokenizer).special.values())
-    runs = [""]
+    engine, added = engine_for(tokenizer), set(tokenizer.added_tokens_decoder)  # special or not, they cut a text
+    runs, before = [""], list(engine.leading)
     pairs = zip(encoded.ids, encoded.labels, strict=True)
-    for is_text, part in groupby(pairs, key=lambda pair: pair[0] >= 0 and pair[0] not in special):
-        for text, trained in (_decoded if is_text else _named)(tokenizer, list(part)):
+    for is_text, group in groupby(pairs, key=lambda pair: pair[0] >= 0 and pair[0] not in added):
+        part = list(group)
+        inside = before[-1:] not in ([], engine.leading) and before[-1] >= 0
+        guard = engine.guard if inside else []
+        for text, trained in _decoded(tokenizer, part, guard) if is_text else _named(tokenizer, part):
             if trained:
                 runs[-1] += text
             elif runs[-1]:
                 runs.append("")
+        before = [index for index, _ in part]
     return [run for run in runs if run]
 
 
@@ -167,10 +194,13 @@ def _named(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[int, int]])
     return [(DEFAULT_IMAGE_TOKEN if index < 0 else tokenizer.decode([index]), trained) for index, trained in found]
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
-    """(decoded text, trained) of each run of (id, label) in text that nothing cuts; a label goes before its id."""
+def _decoded(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[int, int]], guard: Sequence[int]
+) -> list[tuple[str, bool]]:
+    """(decoded text, trained) of each run of (id, label) in text that nothing cuts; a label goes before its id. For
+    `guard` see `MaskEngine.guard`."""
     ids = [index if label == IGNORE_INDEX else label for index, label in pairs]
     trained = [label != IGNORE_INDEX for _, label in pairs]
     borders = [n for n in range(1, len(pairs)) if trained[n] != trained[n - 1]]
-    texts = ["", *(tokenizer.decode(ids[:end]) for end in [*borders, len(ids)])]
+    texts = [tokenizer.decode([*guard, *ids[:end]]) for end in [0, *borders, len(ids)]]
     return [(texts[n + 1][len(texts[n]) :], trained[begin]) for n, begin in enumerate([0, *borders])]

@@ -132,11 +132,13 @@ def settle_template(processor: Any, architecture: Architecture, text_model_type:
         )
     processor.chat_template = own or recorded
     try:
-        stops = ChatRenderer(processor, processor.chat_template, in_parts=True).ends_with_special_token
+        renderer = ChatRenderer(processor, processor.chat_template, in_parts=True)
+        stops = renderer.ends_with_special_token
         problem = "ends answers with no special token, so that a model trained on it would never stop"
     except UserError as error:
         stops, problem = False, str(error)
     if stops:
+        processor.chat_template = renderer.template  # as it is trained on
         return
     if recorded is None or recorded == processor.chat_template:
         raise UserError(f"The chat template of {architecture.name} cannot be trained on: it {problem}.")

@@ -59,7 +59,7 @@ def video_of(frames: int) -> Video:
 
 def test_a_record_without_a_model(counted, talk):
     example = counted.encode(talk)
-    wanted = encode_conversation(talk["conversations"], counted.tokenizer, "phi", has_image=True)
+    [wanted] = encode_conversation(talk["conversations"], counted.tokenizer, "phi", has_image=True)
     assert (example.ids, example.labels) == (wanted.ids, wanted.labels)
     assert example.ids.count(IMAGE) == 2 and example.is_trained and example.cut == 0
     assert example.media == [Medium("image", "a.png"), Medium("image", "sub/b.jpg")], "no file is looked at"

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.conversation import Origin, Piece, conv_templates
 from moellava.data.encoder import CountedImages, Encoder
-from moellava.data.masking import engine_for, labels_of
+from moellava.data.masking import Encoded, engine_for, labels_of
 from moellava.data.preprocess import encode_conversation
 from moellava.data.render import TemplateRenderer
 from moellava.data.tokenizer_facts import mask_problem
@@ -41,6 +41,12 @@ def conversations(draw, text=plain_texts, most_rounds: int = 3) -> list[dict[str
     return [{"from": role, "value": value} for pair in turns for role, value in pair]
 
 
+def encoded_whole(*args, **options) -> Encoded:
+    """A conversation of a template that has one text for all answers."""
+    [encoded] = encode_conversation(*args, **options)
+    return encoded
+
+
 def is_plain(version: str) -> bool:
     return TemplateRenderer(version).is_plain
 
@@ -56,7 +62,7 @@ def turns_for(version: str, conversation: list[dict[str, str]]) -> list[dict[str
 def test_the_labels_decode_to_the_answers_and_their_terminators(tokenizers, name, version, conversation):
     turns = turns_for(version, conversation)
     pieces = TemplateRenderer(version).pieces(turns, has_media=False)
-    encoded = encode_conversation(turns, tokenizers[name], version, has_image=False)
+    encoded = encoded_whole(turns, tokenizers[name], version, has_image=False)
     assert mask_problem(tokenizers[name], pieces, encoded) is None
 
 
@@ -66,9 +72,9 @@ def test_the_labels_decode_to_the_answers_and_their_terminators(tokenizers, name
 @given(conversation=conversations(text=texts))
 def test_typed_special_tokens_are_text(tokenizers, name, version, conversation):
     tokenizer, turns = tokenizers[name], turns_for(version, conversation)
-    ids = encode_conversation(turns, tokenizer, version, has_image=False).ids
+    ids = encoded_whole(turns, tokenizer, version, has_image=False).ids
     silent = [{**turn, "value": "x"} for turn in turns]
-    expected = encode_conversation(silent, tokenizer, version, has_image=False).ids
+    expected = encoded_whole(silent, tokenizer, version, has_image=False).ids
     special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     for text, index in special.items():
         assert ids.count(index) == expected.count(index), text
@@ -84,10 +90,10 @@ def test_another_turn_never_changes_what_came_before(tokenizers, name, version, 
         conversation = conversation[:2]
     conversation[0]["value"] = "<image>" * images + conversation[0]["value"]
     tokenizer = tokenizers[name]
-    whole = encode_conversation(conversation, tokenizer, version, images > 0)
+    whole = encoded_whole(conversation, tokenizer, version, images > 0)
     assert whole.ids.count(IMAGE_TOKEN_INDEX) == images
     for end in range(2, len(conversation), 2):
-        part = encode_conversation(conversation[:end], tokenizer, version, images > 0)
+        part = encoded_whole(conversation[:end], tokenizer, version, images > 0)
         assert whole.ids[: len(part.ids)] == part.ids
         assert whole.labels[: len(part.labels)] == part.labels
 
@@ -141,7 +147,7 @@ def test_wrapped_images(golden_tokenizers):
     tokenizer = load_tokenizer(golden_tokenizers / "phi")
     image, start, end = place_image_token(tokenizer, 51200, ("<image>", "<im_start>", "<im_end>"))
     turns = [{"from": "human", "value": "<image>\nhi <im_start>"}, {"from": "gpt", "value": "<im_end>"}]
-    ids = encode_conversation(turns, tokenizer, "phi", True, (start, IMAGE_TOKEN_INDEX, end)).ids
+    ids = encoded_whole(turns, tokenizer, "phi", True, (start, IMAGE_TOKEN_INDEX, end)).ids
     where = ids.index(IMAGE_TOKEN_INDEX)
     assert ids[where - 1 : where + 2] == [start, IMAGE_TOKEN_INDEX, end]
     assert ids.count(start) == ids.count(end) == 1
@@ -150,11 +156,11 @@ def test_wrapped_images(golden_tokenizers):
 
 def test_the_engine_follows_tokens_that_are_added(golden_tokenizers):
     tokenizer = load_tokenizer(golden_tokenizers / "mistral")
-    before = encode_conversation(
+    before = encoded_whole(
         [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], tokenizer, "openchat", False
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end_of_turn|>"]})
-    after = encode_conversation(
+    after = encoded_whole(
         [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], tokenizer, "openchat", False
     )
     assert after.ids[-1] == 32000 == after.labels[-1]

@@ -18,7 +18,7 @@ from moellava.data.media import MediaFiles
 from moellava.data.records import Medium, media_of
 from moellava.data.render.jinja import jinja_of
 from moellava.data.video import read_video
-from moellava.data.view import view_of
+from moellava.data.view import views_of
 from moellava.errors import DataError
 from moellava.mm_utils import pixel_values
 
@@ -161,9 +161,9 @@ def test_inspect_shows_a_video_as_its_frames(rows, data_file, golden_tokenizers,
 
 def test_inspect_cuts_a_video_as_training_does(rows, encoder, tokenizers, image_tree, clips):
     reads, files = encoder("phi", tokenizers["phi"], CountedImages(PATCHES)), MediaFiles(image_tree, clips, FRAMES)
-    whole = view_of(reads, rows[0], "the record", files).counts
+    whole = views_of(reads, rows[0], "the record", files)[0].counts
     for limit in range(whole["positions"] - 20, whole["positions"]):
-        view = view_of(reads, rows[0], "the record", files, limit)
+        [view] = views_of(reads, rows[0], "the record", files, limit)
         assert view.cut is not None
         assert (view.counts["images"], view.cut["images"]) in [(FRAMES, 0), (0, FRAMES)]
         assert view.counts["positions"] <= limit

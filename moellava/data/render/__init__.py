@@ -2,9 +2,9 @@
 
 from moellava.data.render.chat import ChatRenderer
 from moellava.data.render.limits import limit_templates
-from moellava.data.render.renderer import Renderer, turns_of
+from moellava.data.render.renderer import AnswersApartError, Renderer, turns_of, up_to
 from moellava.data.render.templates import TemplateRenderer, renderer_for
 
-__all__ = ["ChatRenderer", "Renderer", "TemplateRenderer", "renderer_for", "turns_of"]
+__all__ = ["AnswersApartError", "ChatRenderer", "Renderer", "TemplateRenderer", "renderer_for", "turns_of", "up_to"]
 
 limit_templates()

@@ -6,20 +6,24 @@ with stand-ins for its texts, which shows where the template puts media, and the
     question  <image>\\nWhat is it?               parts   image, "What is it?"
     rendered  USER: <image>\\n|·Message0part1x·   pieces  USER: <image>\\n (the template's), What is it? (plain text)
 
-So special tokens and placeholders exist only where the template writes them; typed in a message, they are text.
+Where a template rewrites what is said, `history.py` renders the real texts instead. So special tokens and placeholders
+exist only where the template writes them; typed in a message, they are text.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from moellava.constants import CHAT_TEMPLATE
 from moellava.conversation import Origin, Piece
 from moellava.data.records import MEDIA_TAG, Source
+from moellava.data.render.chat_template import ChatTemplate, Content
 from moellava.data.render.renderer import Renderer, turns_of
-from moellava.data.render.spans import Content, chat_pieces, chat_terminator
+from moellava.data.render.spans import chat_pieces, chat_terminator, is_sound
+from moellava.log import get_logger
 
 Part = tuple[str, str]
 """('text', the text), ('image', '') or ('video', '')."""
@@ -38,11 +42,11 @@ class ChatRenderer(Renderer):
 
     def __init__(self, source: Any, template: str | None = None, in_parts: bool = False):
         self.source = source
-        self.template = source.chat_template if template is None else template
+        self._rendered_by = settled(source, source.chat_template if template is None else template, in_parts)
+        self.template = self._rendered_by.chat_template
         self.in_parts = in_parts
         self.keeps_tags = not in_parts
         self.shows_videos = in_parts
-        self._rendered_by = ChatTemplate(self.source, self.template, in_parts)
 
     @property
     def terminator(self) -> str:
@@ -52,8 +56,8 @@ class ChatRenderer(Renderer):
     def ends_with_special_token(self) -> bool:
         """Whether an answer ends with a special token, without which generation would not stop. Raises UserError where
         the template cannot be masked."""
-        ending, added = self.terminator, self._rendered_by.added_tokens_decoder
-        return any(token.special and token.content in ending for token in added.values())
+        ending = self.terminator
+        return any(token in ending for token in self._rendered_by.special)
 
     def pieces(
         self,
@@ -63,12 +67,13 @@ class ChatRenderer(Renderer):
         name: str = "the conversation",
         opens: bool = False,
         system: str | None = None,
+        last_only: bool = False,
     ) -> list[Piece]:
         said = turns_of(source, name)
         turns: Sequence[tuple[str, Content]] = said
         if self.in_parts:
             turns = [(role, text if role != "user" else message_in_parts(text, has_media)) for role, text in said]
-        pieces = chat_pieces(self._rendered_by, turns, name, opens, system)
+        pieces = chat_pieces(self._rendered_by, turns, name, opens, system, last_only)
         numbered = getattr(self.source, "numbered", None)
         return [self._unnumbered(piece, numbered) for piece in pieces] if numbered else pieces
 
@@ -79,48 +84,42 @@ class ChatRenderer(Renderer):
         return piece._replace(text=numbered.sub(self.source.image_token, piece.text))
 
 
-class ChatTemplate:
-    """A chat template with what `spans.py` asks of a tokenizer.
-
-    Args:
-        source: see `ChatRenderer`.
-        chat_template: in Jinja.
-        in_parts: whether every message is a list of parts.
-    """
-
-    def __init__(self, source: Any, chat_template: Any, in_parts: bool = False):
-        self.source = source
-        self.chat_template = chat_template
-        self.in_parts = in_parts
-        self.added_tokens_decoder = getattr(source, "tokenizer", source).added_tokens_decoder
-
-    def apply_chat_template(
-        self, messages: Sequence[dict[str, Any]], tokenize: bool = False, add_generation_prompt: bool = False
-    ) -> str:
-        """Text of messages whose content is a text or a list of parts.
-
-        Raises:
-            ValueError: the template cannot render them.
-        """
-        render = functools.partial(
-            self.source.apply_chat_template,
-            chat_template=self.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=tokenize,
-        )
-        turns = [turn | {"content": self._content(turn["content"])} for turn in messages]
-        rendered = render(turns)
-        if messages[0]["role"] == "system" and _LISTED in rendered:
-            # Llama 3.2's template wants a system prompt as text, and prints a list as one.
-            rendered = render([messages[0], *turns[1:]])
-        return rendered
-
-    def _content(self, content: Content) -> Content:
-        return [_part("text", content)] if self.in_parts and isinstance(content, str) else content
+def settled(source: Any, template: Any, in_parts: bool) -> ChatTemplate:
+    """A chat template as it is trained on: without the reasoning that prompts would open and plain answers lack, where
+    answers otherwise do not go on from their prompts (Nemotron's, DeepSeek's)."""
+    found = ChatTemplate(source, template, in_parts)
+    text = found.chat_template or ""
+    if is_sound(found):
+        return found
+    for changed in without_reasoning(text):
+        quiet = ChatTemplate(source, changed, in_parts)
+        if is_sound(quiet):
+            _say_once(text)
+            return quiet
+    return found
 
 
-_LISTED = "[{'type': 'text', 'text': "
-"""How a template begins that prints a list of parts instead of going through it."""
+def without_reasoning(template: str) -> list[str]:
+    """Ways to keep a chat template from opening a reasoning in its prompts: the switch that it has for that, or taking
+    out what opens it."""
+    off = "".join(f"{{%- set {name} = false %}}\n" for name in SWITCHES if re.search(rf"\b{name}\b", template))
+    before, prompt, behind = template.rpartition("add_generation_prompt")
+    unopened = before + prompt + _OPENER.sub("", behind)
+    return [changed for changed in (f"{off}{template}", unopened) if changed != template]
+
+
+SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates let reasoning be switched off."""
+
+_OPENER = re.compile(r"<think>(\\n|\n)?")
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(template: str) -> None:
+    get_logger(__name__).info(
+        "The chat template opens a reasoning in its prompts, which its answers here do not go on with: it is trained, "
+        "asked and saved without that."
+    )
 
 
 def _part(name: str, text: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moellava.constants import CHAT_TEMPLATE, DEFAULT_IMAGE_TOKEN
 from moellava.conversation import Conversation, SeparatorStyle, conv_templates
+from moellava.data.render.chat import ChatRenderer
 from moellava.errors import UserError
 
 _CONTENT = """{%- macro said(content) -%}
@@ -79,7 +80,7 @@ _PARTS = (
 def saved_chat_template(version: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """What a folder trained with `version` carries: that template as Jinja, or the tokenizer's own for 'chat_template'.
 
-    The tokenizer's own takes lists of parts as well here: most are written for texts alone.
+    The tokenizer's own is as it is trained on, and takes lists of parts as well here: most are written for texts alone.
 
     Raises:
         UnknownNameError: no such template.
@@ -87,7 +88,7 @@ def saved_chat_template(version: str, tokenizer: PreTrainedTokenizerBase) -> str
     """
     if version != CHAT_TEMPLATE:
         return jinja_of(version)
-    own = tokenizer.chat_template
+    own = ChatRenderer(tokenizer).template
     if own is None:
         raise UserError("--version chat_template needs a tokenizer with a chat template, and this one has none.")
     return own if own.startswith(_PARTS) else _PARTS + own

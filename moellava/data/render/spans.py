@@ -2,8 +2,8 @@
 
 A conversation is rendered up to each answer, with the generation prompt, and once more with the answer: what was added
 is the answer, from the point where generation would begin, and what ends it. That is sound only if every rendering is a
-prefix of the next. A template for which it is not (one that drops earlier reasoning, say, or repeats a message) is
-refused, with the place where the renderings part.
+prefix of the next. Where it is not, because a template drops earlier reasoning, say, each answer is rendered with its
+own history (`history.py`); a template that repeats or loses messages is refused, with the place where renderings part.
 """
 
 from __future__ import annotations
@@ -11,26 +11,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
-
-from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
+from typing import NamedTuple
 
 from moellava.conversation import Origin, Piece
+from moellava.data.render.chat_template import NO_TEMPLATE, ChatTemplate, Content, Turns, parting, texts_of
+from moellava.data.render.history import last_answer_pieces, marked_pieces
+from moellava.data.render.renderer import AnswersApartError, only_last
 from moellava.errors import DataError, UserError
 
 _EDGE = "\u2003"
 """Whitespace around a stand-in message: a template that strips messages strips it, and no template writes it itself."""
 
-Content = str | Sequence[Mapping[str, str]]
-"""A message: text, or parts such as `{"type": "image"}` and `{"type": "text", "text": …}`."""
-
 PartTypes = tuple[str, ...]
 """What the parts of a message are: 'text', 'image', 'video'."""
-
-Turns = Sequence[tuple[str, Content]]
-"""(role, message) in turn; roles are 'user' and 'assistant', after a 'system' if need be, and an answer is text or one
-part of text."""
 
 
 class Slot(NamedTuple):
@@ -57,32 +50,48 @@ class Slot(NamedTuple):
 
 
 def chat_pieces(
-    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
     turns: Turns,
     name: str = "the conversation",
     opens: bool = False,
     system: str | None = None,
+    last_only: bool = False,
 ) -> list[Piece]:
-    """A conversation as its tokenizer's chat template renders it, with the trained flags.
+    """A conversation as its chat template renders it, with the trained flags.
 
     Args:
-        tokenizer: has a chat template.
+        template: renders.
         turns: alternating, the user first.
         name: of the record, for messages.
         opens: whether what opens the next answer follows, the user having the last word.
         system: a system prompt that opens the conversation; None leaves that to the template.
+        last_only: whether the last answer alone is trained, with the history that it has when it is given.
 
     Raises:
-        UserError: no chat template, or one that is not prefix-stable.
+        UserError: no chat template, or one that cannot be masked.
+        AnswersApartError: the template rewrites earlier turns, so that each answer has a history of its own.
         DataError: the template rewrites what this conversation says, or cannot be masked for one of its shape.
     """
     shape = tuple(None if isinstance(content, str) else part_types(content) for _, content in turns)
-    if system is not None:
-        turns = [("system", system), *turns]
+    said = turns if system is None else [("system", system), *turns]
     try:
-        slots, after = _structure(tokenizer, tokenizer.chat_template, shape, opens, system is not None)
+        if template.is_marked and not opens:
+            chat_terminator(template)  # an answer that nothing ends is no answer to learn
+            pieces = marked_pieces(template, said)
+        else:
+            pieces = _framed(template, said, shape, opens, system is not None)
     except UserError as error:
-        raise (DataError if is_sound(tokenizer) else UserError)(f"{name}: {error}") from error
+        if not is_sound(template):
+            raise UserError(f"{name}: {error}") from error
+        pieces = _apart(template, said, name, opens, last_only, error)
+    return only_last(pieces) if last_only else pieces
+
+
+def _framed(
+    template: ChatTemplate, turns: Turns, shape: tuple[PartTypes | None, ...], opens: bool, has_system: bool
+) -> list[Piece]:
+    """A conversation whose texts the template only sets in a frame. Raises UserError where it does more."""
+    slots, after, unwritten = _structure(template, shape, opens, has_system)
     said = [(role, isinstance(content, str), text) for role, content in turns for text in texts_of(content)]
     pieces = []
     for slot, (role, is_whole, text) in zip(slots, said, strict=True):
@@ -96,26 +105,55 @@ def chat_pieces(
             Piece(slot.ending, True),
         ]
     pieces = [piece for piece in [*pieces, Piece(after)] if piece.text]
-    rendered = _render(tokenizer, turns, opens)
-    ours = "".join(piece.text for piece in pieces)
+    rendered, ours = template.render(turns, opens) + unwritten, "".join(piece.text for piece in pieces)
     if rendered != ours:
-        raise DataError(f"{name}: the chat template rewrites what is said: {_parting(ours, rendered)}")
+        raise UserError(f"the chat template rewrites what is said: {parting(ours, rendered)}")
     return pieces
+
+
+def _apart(
+    template: ChatTemplate, turns: Turns, name: str, opens: bool, last_only: bool, reason: UserError
+) -> list[Piece]:
+    """A conversation whose template does more than set its texts in a frame, up to its last answer.
+
+    Args:
+        reason: why the whole conversation cannot be had in one text.
+    """
+    try:
+        if template.is_marked and not opens:
+            pieces = marked_pieces(template, turns, last_only=True)
+        else:
+            _, after, unwritten = _structure(template, (None, None), False)
+            pieces = last_answer_pieces(template, turns, opens, after, unwritten)
+    except UserError as error:
+        raise DataError(f"{name}: {error}") from error
+    if opens or last_only or sum(role == "assistant" for role, _ in turns) == 1:
+        return pieces
+    raise AnswersApartError(f"{name}: {reason}")
 
 
 _ORIGINS = {"system": Origin.SYSTEM, "user": Origin.QUESTION, "assistant": Origin.ANSWER}
 
 
-def chat_terminator(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What ends an answer in the tokenizer's chat template. Raises UserError: see `chat_pieces`."""
-    slots, _ = _structure(tokenizer, tokenizer.chat_template, (None, None), False)
-    return slots[1].ending
+@lru_cache(maxsize=64)
+def chat_terminator(template: ChatTemplate) -> str:
+    """What ends an answer in a chat template. Raises UserError: see `chat_pieces`."""
+    if template.is_marked:
+        question, answer = (str(_stand_in(number, None)) for number in ("0", "1"))
+        pieces = marked_pieces(template, [("user", question), ("assistant", answer)])
+        template.require_parts("".join(piece.text for piece in pieces))
+        trained = "".join(piece.text for piece in pieces if piece.trained)
+        ending = _ending(template, trained.partition(answer.strip())[2].removeprefix(_EDGE))
+        if not ending:
+            raise UserError("the chat template marks answers without what ends them: a model would never stop")
+        return ending
+    return _structure(template, (None, None), False)[0][1].ending
 
 
-def is_sound(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a question and its answer can be masked in the tokenizer's chat template."""
+def is_sound(template: ChatTemplate) -> bool:
+    """Whether a question and its answer can be masked in a chat template."""
     try:
-        return bool(chat_terminator(tokenizer))
+        return bool(chat_terminator(template))
     except UserError:
         return False
 
@@ -123,11 +161,6 @@ def is_sound(tokenizer: PreTrainedTokenizerBase) -> bool:
 def part_types(parts: Sequence[Mapping[str, str]]) -> PartTypes:
     """The `PartTypes` of a message."""
     return tuple(part["type"] for part in parts)
-
-
-def texts_of(content: Content) -> list[str]:
-    """The texts of a message, in order."""
-    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
 def _stand_in(number: str, types: PartTypes | None) -> Content:
@@ -142,43 +175,41 @@ def _stand_in(number: str, types: PartTypes | None) -> Content:
 
 @lru_cache(maxsize=256)
 def _structure(
-    tokenizer: PreTrainedTokenizerBase,
-    template: Any,
+    template: ChatTemplate,
     shape: tuple[PartTypes | None, ...],
     opens: bool,
     has_system: bool = False,
-) -> tuple[tuple[Slot, ...], str]:
-    """Where the texts of messages stand, and the text after the last one; found with stand-ins for them.
+) -> tuple[tuple[Slot, ...], str, str]:
+    """Where the texts of messages stand, and the text after the last one; found with stand-ins for them. Third, what
+    ends the last answer without being in the text (see `_closing`), mostly nothing.
 
     Args:
-        tokenizer: renders.
-        template: only tells apart the states of a tokenizer whose template is changed.
+        template: renders.
         shape: for each message the types of its parts, None for plain text.
         opens: see `chat_pieces`.
         has_system: whether a system prompt opens the conversation.
     """
-    if not template:
-        raise UserError(
-            "--version chat_template needs a tokenizer with a chat template and this one has none: name one of our "
-            "templates instead, or add a chat_template.jinja to its folder"
-        )
+    if not template.chat_template:
+        raise UserError(NO_TEMPLATE)
     turns = [("assistant" if n % 2 else "user", _stand_in(str(n), types)) for n, types in enumerate(shape)]
     if has_system:
         turns = [("system", _stand_in("system", None)), *turns]
-    whole = _render(tokenizer, turns, opens)
-    slots, position = [], 0
+    whole = template.render(turns, opens)
+    template.require_parts(whole)
+    slots, position, unwritten = [], 0, ""
     for number, (role, content) in enumerate(turns):
         for text in texts_of(content):
             place, end = _place(whole, text.strip(), position, f"message {number} of {len(turns)}")
             begin, ending = place, ""
             if role == "assistant":
-                begin, ending = _around_answer(tokenizer, turns, number, whole, place, end)
+                begin, ending = _around_answer(template, turns, number, whole, place, end)
             if not position <= begin <= place:
                 raise UserError(f"the chat template opens answer {number} elsewhere than where it stands: {whole!r}")
             keeps = whole[place] == _EDGE, whole[end - 1] == _EDGE
             slots.append(Slot(whole[position:begin], whole[begin:place], ending, *keeps))
-            position = end + len(ending)
-    return tuple(slots), whole[position:]
+            unwritten = "" if whole.startswith(ending, end) else ending
+            position = end + len(ending) - len(unwritten)
+    return tuple(slots), whole[position:], unwritten
 
 
 def _place(whole: str, stand_in: str, position: int, what: str) -> tuple[int, int]:
@@ -191,13 +222,13 @@ def _place(whole: str, stand_in: str, position: int, what: str) -> tuple[int, in
 
 
 def _around_answer(
-    tokenizer: PreTrainedTokenizerBase, turns: Turns, number: int, whole: str, place: int, end: int
+    template: ChatTemplate, turns: Turns, number: int, whole: str, place: int, end: int
 ) -> tuple[int, str]:
     """Where generation of answer `number` would begin, and what ends it. Raises UserError if prefixes differ."""
-    opening = _difference(whole, _render(tokenizer, turns[:number], True), f"the prompt of answer {number}")
-    upto = _render(tokenizer, turns[: number + 1], False)
+    opening = _difference(whole, template.render(turns[:number], True), f"the prompt of answer {number}")
+    upto = template.render(turns[: number + 1], False)
     _difference(whole, upto, f"the text up to answer {number}")
-    return len(opening) if opening else place, _ending(tokenizer, upto[end:])
+    return len(opening) if opening else place, _ending(template, upto[end:]) or _closing(template)
 
 
 def _difference(whole: str, prefix: str, what: str) -> str:
@@ -205,32 +236,31 @@ def _difference(whole: str, prefix: str, what: str) -> str:
     if not whole.startswith(prefix):
         raise UserError(
             f"the chat template is not prefix-stable, so that answers cannot be told from the rest: {what} is not the "
-            f"beginning of the whole conversation; {_parting(prefix, whole)}"
+            f"beginning of the whole conversation; {parting(prefix, whole)}. A variant of it that sets answers between "
+            "{% generation %} and {% endgeneration %} says itself what is trained"
         )
     return prefix
 
 
-def _ending(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
+def _ending(template: ChatTemplate, tail: str) -> str:
     """What of the text behind an answer ends it: up to its first special token, or else all of it."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    found = re.search("|".join(map(re.escape, sorted(special, key=len, reverse=True))), tail) if special else None
-    ending = tail[: found.end()] if found else tail
-    if not ending:
+    found = _first_special(template, tail)
+    return tail[: found.end()] if found else tail
+
+
+def _closing(template: ChatTemplate) -> str:
+    """The special token that opens a question, and so ends the answer before it, where a template ends an answer with
+    nothing (GLM's: generation stops at `<|user|>`). Raises UserError where there is none either."""
+    asked, said, more = (str(_stand_in(number, None)) for number in "012")
+    whole = template.render([("user", asked), ("assistant", said), ("user", more)], False)
+    between = whole.partition(said.strip())[2].partition(more.strip())[0].removeprefix(_EDGE)
+    found = _first_special(template, between)
+    if found is None:
         raise UserError("the chat template ends an answer with nothing: a model trained on it would never stop")
-    return ending
+    return between[: found.end()]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, turns: Turns, opens: bool) -> str:
-    messages = [{"role": role, "content": content} for role, content in turns]
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"the chat template cannot render {len(turns)} alternating messages: {error}") from error
-
-
-def _parting(one: str, other: str) -> str:
-    """Where two texts part, for an error message."""
-    same = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return (
-        f"after {one[max(0, same - 30) : same]!r} one has {one[same : same + 40]!r}, other {other[same : same + 40]!r}"
-    )
+def _first_special(template: ChatTemplate, text: str) -> re.Match[str] | None:
+    """Where a text spells its first special token."""
+    special = sorted(template.special, key=len, reverse=True)
+    return re.search("|".join(map(re.escape, special)), text) if special else None

@@ -10,7 +10,7 @@ from moellava.constants import CHAT_TEMPLATE, DEFAULT_IMAGE_TOKEN
 from moellava.conversation import Conversation, Piece, SeparatorStyle, conv_templates
 from moellava.data.records import MODALITIES, Source, media_of, paths_of
 from moellava.data.render.chat import ChatRenderer
-from moellava.data.render.renderer import Renderer, turns_of
+from moellava.data.render.renderer import Renderer, only_last, turns_of
 
 
 class TemplateRenderer(Renderer):
@@ -47,13 +47,14 @@ class TemplateRenderer(Renderer):
         name: str = "the conversation",
         opens: bool = False,
         system: str | None = None,
+        last_only: bool = False,
     ) -> list[Piece]:
         conversation = self.filled(source, has_media, name)
         if system is not None:
             conversation = conversation.with_system(system)
         if opens:
             conversation.append_message(conversation.roles[1], None)
-        return conversation.pieces()
+        return only_last(conversation.pieces()) if last_only else conversation.pieces()
 
     def filled(self, source: Source, has_media: bool = False, name: str = "the conversation") -> Conversation:
         """The template with a conversation in it. Raises DataError: see `turns_of`."""

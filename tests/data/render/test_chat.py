@@ -8,6 +8,7 @@ from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.data.encoder import CountedImages, Encoder
 from moellava.data.preprocess import preprocess
 from moellava.data.render import ChatRenderer
+from moellava.data.render.chat_template import ChatTemplate
 from moellava.data.render.spans import chat_pieces, chat_terminator
 from moellava.errors import DataError, UserError
 
@@ -22,11 +23,6 @@ LLAMA = (
     "{{ bos_token + '[INST] ' + message.content | trim + ' [/INST]' }}"
     "{% else %}{{ ' ' + message.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-THINKING = CHATML.replace(
-    "+ message.content",
-    "+ ('<think>\n\n</think>\n\n' if message.role == 'assistant' and loop.last else '') + message.content",
-)
-
 CONVERSATION = [
     {"from": "human", "value": "<image>\nWhat is <|im_end|>? "},
     {"from": "gpt", "value": " a cat <|im_end|>"},
@@ -76,14 +72,13 @@ def test_a_template_that_strips_messages_and_spells_bos(tokenizers, with_templat
     batch = preprocess([CONVERSATION], tokenizer, version="chat_template", has_image=True)
     assert batch["input_ids"][0].tolist().count(1) == 2, "one BOS for each question, none from the tokenizer"
     assert supervised(batch, tokenizer) == "a cat <|im_end|> </s> assistant </s>"
-    assert chat_terminator(tokenizer) == " </s>"
+    assert chat_terminator(ChatTemplate(tokenizer, tokenizer.chat_template)) == " </s>"
 
 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
         (None, "none.*chat_template.jinja"),
-        (THINKING, "not prefix-stable.*think"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "ends an answer with nothing"),
         ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "leaves out, repeats or reorders"),
         ("{{ raise_exception('system role missing') }}", "system role missing"),
@@ -102,8 +97,8 @@ def test_a_template_that_rewrites_words_is_refused_by_record(tokenizers, with_te
     )
     tokenizer = with_template(tokenizers["qwen"], template)
     with pytest.raises(DataError, match="Record 7.*rewrites.*dog"):
-        chat_pieces(tokenizer, [("user", "q"), ("assistant", "a cat")], "Record 7")
-    assert chat_pieces(tokenizer, [("user", "q"), ("assistant", "a bird")])
+        chat_pieces(ChatTemplate(tokenizer, template), [("user", "q"), ("assistant", "a cat")], "Record 7")
+    assert chat_pieces(ChatTemplate(tokenizer, template), [("user", "q"), ("assistant", "a bird")])
 
 
 SYSTEMS = [

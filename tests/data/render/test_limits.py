@@ -9,7 +9,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import chat_template_utils
 
 from moellava.conversation import conv_templates
-from moellava.data.render import spans
+from moellava.data.render.chat_template import ChatTemplate
 from moellava.data.render.jinja import jinja_of
 from moellava.errors import UserError
 
@@ -67,16 +67,13 @@ SECONDS = 20
 
 
 class Rendering:
-    """What `spans.py` asks of a tokenizer, by transformers' own function."""
+    """What `ChatTemplate` asks of a tokenizer, by transformers' own function."""
 
     added_tokens_decoder: dict = {}
 
-    def __init__(self, template: str):
-        self.chat_template = template
-
-    def apply_chat_template(self, messages, tokenize=False, add_generation_prompt=False):
+    def apply_chat_template(self, messages, chat_template, tokenize=False, add_generation_prompt=False):
         (text,), _ = chat_template_utils.render_jinja_template(
-            conversations=[messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt
+            conversations=[messages], chat_template=chat_template, add_generation_prompt=add_generation_prompt
         )
         return text
 
@@ -85,16 +82,16 @@ class Rendering:
 def test_a_hostile_template_is_named_in_seconds(name):
     began = time.monotonic()
     with pytest.raises(UserError, match="the chat template cannot render 4 alternating messages: "):
-        spans._render(Rendering(HOSTILE[name]), TURNS, opens=False)
+        ChatTemplate(Rendering(), HOSTILE[name]).render(TURNS, opens=False)
     assert time.monotonic() - began < SECONDS
 
 
 @pytest.mark.parametrize("version", sorted(conv_templates))
 def test_templates_render_as_they_do_without_limits(version, monkeypatch):
-    limited = spans._render(Rendering(jinja_of(version)), TURNS, opens=True)
+    limited = ChatTemplate(Rendering(), jinja_of(version)).render(TURNS, opens=True)
     monkeypatch.setattr(chat_template_utils, "ImmutableSandboxedEnvironment", ImmutableSandboxedEnvironment)
     chat_template_utils._compile_jinja_template.cache_clear()
-    assert limited == spans._render(Rendering(jinja_of(version)), TURNS, opens=True)
+    assert limited == ChatTemplate(Rendering(), jinja_of(version)).render(TURNS, opens=True)
     chat_template_utils._compile_jinja_template.cache_clear()
 
 
@@ -106,10 +103,10 @@ def test_what_templates_do_with_loops_and_filters_is_unchanged():
         "{%- for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% else %}none{% endfor %}"
         "{%- for x in [] %}{% else %}nothing{% endfor %}{% set s %}a{{ 1 }}{% endset %}{{ s|trim }}"
     )
-    said = spans._render(Rendering(text), TURNS[:2], opens=False)
+    said = ChatTemplate(Rendering(), text).render(TURNS[:2], opens=False)
     assert said == '0False2USERWha11True2ASSISTANTA d1user,assistant{"a": [1]}007   1a1nothinga1'
 
 
 def test_a_long_conversation_is_within_the_limits():
     turns = [("user" if number % 2 == 0 else "assistant", "word " * 2000) for number in range(200)]
-    assert len(spans._render(Rendering(jinja_of("v1")), turns, opens=False)) > 1_900_000
+    assert len(ChatTemplate(Rendering(), jinja_of("v1")).render(turns, opens=False)) > 1_900_000
