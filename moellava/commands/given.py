@@ -24,24 +24,19 @@ class Idle(NamedTuple):
     why: str
 
 
-def given_values(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """Names and values of the flags that stand on a command line, also where they have the value that they have without."""
+def given_values(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Names and values of the flags that stand on a command line, be they the defaults or not."""
     bare = copy.deepcopy(parser)
     for action in bare._actions:
         action.default = argparse.SUPPRESS
     return vars(bare.parse_args(argv))
 
 
-def refuse_idle(parser: argparse.ArgumentParser, argv: Sequence[str], idle: Iterable[Idle]) -> None:
+def refuse_idle(parser: argparse.ArgumentParser, argv: Sequence[str] | None, idle: Iterable[Idle]) -> None:
     """Raises UserError, a line for each flag that was given and that nothing would read."""
     given = given_values(parser, argv)
     spelled = {action.dest: (action.option_strings or [action.dest])[0] for action in parser._actions}
-    lines = [
-        f"{spelled[name]} {given[name]}: {rule.why}"
-        for rule in idle
-        if rule.applies
-        for name in rule.flags
-        if name in given
-    ]
+    unread = [(name, rule.why) for rule in idle if rule.applies for name in rule.flags if name in given]
+    lines = [f"{spelled[name]} {given[name]}: {why}" for name, why in unread]
     if lines:
         raise UserError("\n".join(lines))

@@ -140,9 +140,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-OF_FILES = ("image_folder", "video_folder", "num_frames", "records", "limit", "user_key", "assistant_key")
-OF_FILES += ("confine_media", *MEDIA_LIMITS)
+OF_RECORDS = ("image_folder", "video_folder", "num_frames", "records", "limit", "user_key", "assistant_key")
+OF_FILES = (*OF_RECORDS, "confine_media", *MEDIA_LIMITS)
 OF_VIEWS = ("tokens_per_image", "max_length", "ids", "color")
+"""Flags that are read where records come from files, and where any are shown."""
 
 
 def idle_flags(args: argparse.Namespace) -> list[Idle]:

@@ -10,6 +10,7 @@ import pytest
 from moellava.cli import COMMANDS, main
 from moellava.moe import MoESpec
 from tests import tiny
+from tests.attacks.flags import attacks
 
 ACTS: dict[str, str] = {
     "chat": "model-path image-file video-file question version max-new-tokens temperature top-p top-k num-beams "
@@ -108,3 +109,9 @@ def test_a_model_says_itself_how_many_positions_an_image_takes(folder, data_file
     for command in ("inspect", "check-data"):
         assert main([command, *words]) == 2
         assert "--tokens-per-image 9: the model in" in capsys.readouterr().err
+
+
+def test_all_bad_combinations_are_named(tmp_path):
+    outcome = attacks(True, tmp_path)["combinations of flags"]
+    assert not outcome.failures
+    assert outcome.counts["named"] >= 40

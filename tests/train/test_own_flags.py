@@ -22,11 +22,11 @@ from moellava.data.records import Problem, load_records
 from moellava.data.skip_lists import write_skip_list
 from moellava.errors import UserError
 from moellava.moe import MoESpec, upcycle
-from moellava.train.arguments import ARGUMENT_CLASSES, parse_arguments
+from moellava.train.arguments import ARGUMENT_CLASSES, DataArguments, parse_arguments
 from moellava.train.assemble import assemble
 from moellava.train.hf_flags import hf_names
 from moellava.train.stages import freeze_all_but, stage_of
-from moellava.train.train import make_dataset, make_trainer, read_data
+from moellava.train.train import make_dataset, make_trainer, read_data, tell_idle_media_flags
 from moellava.train.trainer import StageTrainer
 from tests import tiny
 from tests.processes import Flags, words_of
@@ -341,3 +341,22 @@ def test_all_records_may_be_read_before_step_0(trainer_of, monkeypatch):
     assert read == []
     trainer_of(lazy_preprocess=False)
     assert read == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "modalities", "told"),
+    [
+        (
+            {"image_folder": "f", "num_frames": 3},
+            {"image"},
+            ["--num_frames 3 does nothing: .* no videos"],
+        ),
+        ({"image_folder": "f", "video_folder": "v"}, {"video"}, ["--image_folder f does nothing"]),
+        ({"image_folder": "f", "confine_media": True}, set(), ["--image_folder f", "--confine_media True"]),
+        ({"image_folder": "f"}, {"video"}, []),
+    ],
+)
+def test_flags_about_media_that_no_record_shows_are_told(flags, modalities, told, caplog):
+    tell_idle_media_flags(DataArguments(**flags), modalities)
+    assert len(caplog.messages) == len(told)
+    assert all(re.search(words, said) for words, said in zip(told, caplog.messages, strict=True))
