@@ -315,6 +315,11 @@ def open_vlm(
     """
     where = device_named(device) if device is not None else default_device()
     manifest = read_folder(path, flag, base=base, patterns=model_files(trust_remote_code))
+    if base is not None and not manifest.is_published:
+        raise UserError(
+            f"--model-base {base} belongs to published projectors and adapters, but {flag} {path} is complete by "
+            "itself. Leave the flag out."
+        )
     vlm = build(describe(manifest, trust_remote_code), dtype or default_dtype(where), f"{flag} {path}")
     if version is not None:
         vlm.settle(version)

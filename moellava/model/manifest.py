@@ -135,11 +135,6 @@ def read_folder(
     check_files(folder)
     below = None if base is None else _read_base(base)
     manifest = Manifest(folder, str(name), flag, checked_config(folder, flag), below)
-    if base is not None and not manifest.is_published:
-        raise UserError(
-            f"--model-base {base} belongs to published projectors and adapters, but {flag} {name} is complete by "
-            "itself. Leave the flag out."
-        )
     if not manifest.is_published:
         return manifest
     return replace(manifest, tower=read_folder(tower_name(manifest.config), "the config's image tower", near=folder))
