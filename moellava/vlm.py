@@ -315,6 +315,11 @@ def open_vlm(
     """
     where = device_named(device) if device is not None else default_device()
     manifest = read_folder(path, flag, base=base, patterns=model_files(trust_remote_code))
+    if base is not None and not manifest.is_published:
+        raise UserError(
+            f"--model-base {base} belongs to published projectors and adapters, but {flag} {path} is complete by "
+            "itself. Leave the flag out."
+        )
     vlm = build(describe(manifest, trust_remote_code), dtype or default_dtype(where), f"{flag} {path}")
     if version is not None:
         vlm.settle(version)
@@ -324,13 +329,19 @@ def open_vlm(
     return vlm
 
 
-def open_encoder(path: str | Path, *, version: str | None = None, tokens_per_image: int = 1, flag: str) -> Encoder:
+TOKENS_PER_IMAGE = 576
+"""Positions of an image where no model says it: those of CLIP ViT-L/14 at 336 pixels."""
+
+
+def open_encoder(
+    path: str | Path, *, version: str | None = None, tokens_per_image: int | None = None, flag: str
+) -> Encoder:
     """What encodes records for a folder, without its weights: as its model reads them, or as a tokenizer alone would.
 
     Args:
         path: a vision-language model, or a language model or tokenizer that one is to be made of.
         version: conversation template; None: the one that the folder names.
-        tokens_per_image: positions of an image, where the folder is no vision-language model.
+        tokens_per_image: positions of an image, where the folder is no vision-language model; None: 576.
         flag: what named the folder.
 
     Raises:
@@ -340,6 +351,11 @@ def open_encoder(path: str | Path, *, version: str | None = None, tokens_per_ima
     check_files(folder)
     manifest = read_folder(path, flag) if (folder / CONFIG).is_file() else None
     if manifest is not None and holds_vlm(manifest):
+        if tokens_per_image is not None:
+            raise UserError(
+                f"--tokens-per-image {tokens_per_image}: the model in {flag} {path} says itself how many positions an "
+                "image takes. Leave the flag out."
+            )
         description = describe(manifest)
         tokenizer, processor = description.inputs()
         if tokenizer is None:
@@ -354,7 +370,7 @@ def open_encoder(path: str | Path, *, version: str | None = None, tokens_per_ima
         )
     with opening(f"{flag} {path}"):
         tokenizer = load_tokenizer(folder, version)
-    return Encoder(tokenizer, renderer_for(version, tokenizer), CountedImages(tokens_per_image))
+    return Encoder(tokenizer, renderer_for(version, tokenizer), CountedImages(tokens_per_image or TOKENS_PER_IMAGE))
 
 
 def compose(llm: str | Path, image_tower: str, options: Composition, dtype: torch.dtype = torch.float32) -> VLM:

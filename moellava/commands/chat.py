@@ -17,6 +17,9 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from moellava.commands.given import Idle, refuse_idle
+from moellava.commands.records import MEDIA_LIMITS, add_limit_flags, limits_of
+from moellava.data.images import USUAL_LIMITS, Limits
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.records import Medium
 from moellava.data.video import Video
@@ -57,7 +60,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, help="of the sampling")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps … (the best there is)")
+    add_limit_flags(parser)
     return parser
+
+
+def idle_flags(args: argparse.Namespace) -> list[Idle]:
+    """Flags that the others leave nothing to do. A conversation may show files at any time."""
+    asks_once = args.question is not None
+    return [
+        Idle(["seed"], args.temperature == 0, "nothing is drawn at --temperature 0"),
+        Idle(["num_frames"], asks_once and not args.video_file, "is about videos: give --video-file"),
+        Idle(MEDIA_LIMITS, asks_once and not (args.video_file or args.image_file), "is about images and videos"),
+    ]
 
 
 class Chat:
@@ -67,12 +81,13 @@ class Chat:
         vlm: the model.
         sampling: how it chooses tokens.
         num_frames: frames that stand for a video.
+        limits: how large an image or a frame may be.
     """
 
-    def __init__(self, vlm: VLM, sampling: Sampling, num_frames: int = NUM_FRAMES):
+    def __init__(self, vlm: VLM, sampling: Sampling, num_frames: int = NUM_FRAMES, limits: Limits = USUAL_LIMITS):
         self.vlm = vlm
         self.sampling = sampling
-        self.files = MediaFiles(num_frames=num_frames)
+        self.files = MediaFiles(num_frames=num_frames, limits=limits)
         self.reset()
 
     def reset(self) -> None:
@@ -167,14 +182,17 @@ def paths_in(line: str) -> list[str]:
 
 def main(argv: list[str]) -> int:
     """Entry point of the command."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     require_frames(args.num_frames, "--num-frames")
+    limits = limits_of(args)
     device = device_named(args.device) if args.device is not None else None
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+    refuse_idle(parser, argv, idle_flags(args))
     disable_progress_bar()  # an answer is not preceded by a bar about the weights,
     set_verbosity_error()  # nor by remarks on the config
     vlm = open_vlm(args.model_path, base=args.model_base, device=device, version=args.version)
-    chat = Chat(vlm, sampling, args.num_frames)
+    chat = Chat(vlm, sampling, args.num_frames, limits)
     chat.show(args.image_file, args.video_file)
     if args.question is not None:
         say(chat.ask(args.question))

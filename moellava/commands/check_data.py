@@ -5,23 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 
+from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.numbers import count
-from moellava.commands.records import DATA_HELP, add_confine_flag, add_role_flags, roles_of
+from moellava.commands.records import DATA_HELP, add_confine_flag, add_limit_flags, add_role_flags, limits_of, roles_of
 from moellava.data.check import CheckReport, check
-from moellava.data.images import USUAL_LIMITS, Limits
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.skip_lists import read_skip_list, write_skip_list
-from moellava.errors import UserError
 from moellava.files import require_output
 from moellava.log import printable
 from moellava.vlm import open_encoder
-
-LIMITS: tuple[tuple[str, int | float, str], ...] = (
-    ("--max-image-pixels", USUAL_LIMITS.pixels, "width × height of the largest image, or frame of a video"),
-    ("--max-image-side", USUAL_LIMITS.side, "longest side of an image or frame, in pixels"),
-    ("--max-aspect-ratio", USUAL_LIMITS.aspect_ratio, "longer side of an image or frame by its shorter one"),
-)
-"""Flags of `Limits`: name, default, help."""
 
 
 def _report(found: CheckReport, skip_list: str | None) -> str:
@@ -45,16 +37,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-folder", help="what the image paths in the records are relative to")
     parser.add_argument("--video-folder", help="what the video paths are relative to (default: --image-folder)")
     parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"frames of a video (default: {NUM_FRAMES})")
-    for name, default, text in LIMITS:
-        parser.add_argument(name, type=type(default), default=default, help=f"{text} (default: {default})")
+    add_limit_flags(parser)
     parser.add_argument(
         "--tokenizer", "--model-path", help="folder or hub id of a tokenizer or model; also checks lengths and masks"
     )
     parser.add_argument("--version", help="template, with --tokenizer (default: the model's)")
     parser.add_argument("--max-length", type=count, help="positions that a record may take, with --tokenizer")
-    parser.add_argument(
-        "--tokens-per-image", type=count, default=576, help="positions of an image, without a model (576)"
-    )
+    parser.add_argument("--tokens-per-image", type=count, help="positions of an image, without a model (576)")
     parser.add_argument("--skip-list", help="write the keys of all records that have a problem to this file")
     parser.add_argument("--known", help="a skip list whose records are left out of the check")
     add_role_flags(parser)
@@ -63,11 +52,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def idle_flags(args: argparse.Namespace) -> list[Idle]:
+    """Flags that the others leave nothing to do."""
+    needed = ("version", "max_length", "tokens_per_image")
+    return [Idle(needed, not args.tokenizer, "is read with --tokenizer alone: which tokenizer is it for?")]
+
+
 def main(argv: list[str]) -> int:
     """Prints all problems and counts. Exit status 1 if there is a problem."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    refuse_idle(parser, argv, idle_flags(args))
     require_frames(args.num_frames, "--num-frames")
-    limits = Limits(args.max_image_pixels, args.max_image_side, args.max_aspect_ratio)
+    limits = limits_of(args)
     if args.skip_list:
         require_output(args.skip_list, "--skip-list")
     known = read_skip_list(args.known) if args.known else None
@@ -76,8 +73,6 @@ def main(argv: list[str]) -> int:
         encoder = open_encoder(
             args.tokenizer, version=args.version, tokens_per_image=args.tokens_per_image, flag="--tokenizer"
         )
-    elif args.version:
-        raise UserError(f"--version {args.version} is read with --tokenizer alone: which tokenizer is it for?")
     found = check(
         args.data,
         MediaFiles(args.image_folder, args.video_folder, args.num_frames, limits, args.confine_media),

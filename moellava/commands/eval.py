@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import moellava.eval.easy_vqa  # noqa: F401  (registers the benchmark)
+from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.numbers import count
 from moellava.eval.benchmarks import BENCHMARKS, shuffle_images
 from moellava.eval.scoring import answers_of, report
@@ -33,7 +34,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Runs the command. A wrong flag is a UserError before the model loads."""
-    args = parser().parse_args(argv)
+    flags = parser()
+    args = flags.parse_args(argv)
+    unused = args.limit is None and not args.shuffle_images
+    refuse_idle(flags, argv, [Idle(["seed"], unused, "is read with --limit or --shuffle-images alone")])
     check(args)
     benchmark = BENCHMARKS[args.benchmark]()
     questions = benchmark.questions()

@@ -13,8 +13,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.numbers import count
-from moellava.commands.records import DATA_HELP, add_confine_flag, add_role_flags, roles_of
+from moellava.commands.records import (
+    DATA_HELP,
+    MEDIA_LIMITS,
+    add_confine_flag,
+    add_limit_flags,
+    add_role_flags,
+    limits_of,
+    roles_of,
+)
 from moellava.constants import IMAGE_TOKEN_INDEX, MODALITIES, ROLES, VIDEO_TOKEN_INDEX
 from moellava.data.encoder import Encoder
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
@@ -119,22 +128,40 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--conversation", nargs="+", metavar="TEXT", help="question, answer, … instead of files")
     parser.add_argument("--records", type=int, nargs="+", help="numbers of records, from 0")
     parser.add_argument("--limit", type=count, default=3, help="records shown without --records (default: 3)")
-    parser.add_argument(
-        "--tokens-per-image", type=count, default=576, help="positions of an image, without a model (576)"
-    )
+    parser.add_argument("--tokens-per-image", type=count, help="positions of an image, without a model (576)")
     parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"images of a video (default: {NUM_FRAMES})")
     parser.add_argument("--max-length", type=count, help="positions; show what is cut beyond them")
     add_role_flags(parser)
     add_confine_flag(parser)
+    add_limit_flags(parser)
     parser.add_argument("--ids", action="store_true", help="show the ids, too")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON, a line per record")
     return parser
 
 
+OF_RECORDS = ("image_folder", "video_folder", "num_frames", "records", "limit", "user_key", "assistant_key")
+OF_FILES = (*OF_RECORDS, "confine_media", *MEDIA_LIMITS)
+OF_VIEWS = ("tokens_per_image", "max_length", "ids", "color")
+"""Flags that are read where records come from files, and where any are shown."""
+
+
+def idle_flags(args: argparse.Namespace) -> list[Idle]:
+    """Flags that the others leave nothing to do."""
+    facts = not args.data and not args.conversation
+    return [
+        Idle([*OF_FILES, *OF_VIEWS], facts, "is about records: give files, or --conversation"),
+        Idle(["data", *OF_FILES], args.conversation, "is about files, and --conversation takes their place"),
+        Idle(["limit"], args.records and args.data, "is for records that --records does not name"),
+        Idle(["ids", "color"], args.json and not facts, "is about text, and --json prints all in its own way"),
+    ]
+
+
 def main(argv: list[str]) -> int:
     """Prints views of records, or the facts of a tokenizer. Exit status 1 if a mask shown trains nothing."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    refuse_idle(parser, argv, idle_flags(args))
     require_frames(args.num_frames, "--num-frames")
     if not args.data and not args.conversation:
         facts = facts_of(load_tokenizer(args.tokenizer, args.version), args.tokenizer)
@@ -148,7 +175,8 @@ def main(argv: list[str]) -> int:
 
 
 def _show(args: argparse.Namespace, encoder: Encoder, color: bool) -> int:
-    status, files = 0, MediaFiles(args.image_folder, args.video_folder, args.num_frames, confined=args.confine_media)
+    status, folders = 0, (args.image_folder, args.video_folder)
+    files = MediaFiles(*folders, args.num_frames, limits_of(args), args.confine_media)
     for record, name in _chosen(args):
         problem = problem_of_turns(record["conversations"]) or encoder.renderer.problem(record)
         if problem:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 
+from moellava.commands.given import Idle, refuse_idle
 from moellava.lmm.architecture import ARCHITECTURES, SUPPORTED_MODELS, SupportedModel
 from moellava.log import printable
 from moellava.model.families import FAMILIES
@@ -71,5 +72,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--family", help="of one architecture only")
     parser.add_argument("--markdown", action="store_true", help="as docs/SUPPORTED_MODELS.md")
     args = parser.parse_args(argv)
+    refuse_idle(parser, argv, [Idle(["family"], args.markdown, "--markdown writes the whole page")])
     print(printable(markdown() if args.markdown else text(args.family)), end="" if args.markdown else "\n")
     return 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from moellava.commands.given import Idle, refuse_idle
 from moellava.convert.verify import FAILED, PASSED, UNDECIDED, verify
 from moellava.errors import UserError
 from moellava.files import DIGESTS, digest_problems, read_digests, write_digests
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         "--update", action="store_true", help="with --files: the files are right as they are; note their digests anew"
     )
     args = parser.parse_args(argv)
+    refuse_idle(parser, argv, [Idle(["atol"], args.files, "is about tensors, and --files compares files")])
     if args.update and not args.files:
         raise UserError("--update notes the digests of files: give --files with it.")
     return compare_files(args.dir, args.update) if args.files else compare_tensors(args.dir, args.atol)

@@ -57,6 +57,11 @@ def assemble(
     manifest, architecture = start_of(model_args)
     is_vlm = architecture is not None or holds_vlm(manifest)
     manifest.require_start()
+    if model_args.trust_remote_code and not (architecture and architecture.remote_code):
+        raise UserError(
+            f"--trust_remote_code True, but {manifest.called} needs no code of its own, and none would run. Leave the "
+            "flag out."
+        )
     refuse_wrong_start(manifest, is_vlm, stage, model_args, moe_args)
     if moe_args.moe_enable and not manifest.is_sparse:
         moe_args.spec()  # what contradicts itself is told before gigabytes are read
@@ -149,11 +154,6 @@ def refuse_wrong_start(
     source, is_llm = manifest.called, not is_vlm
     if manifest.holds == TOWER:
         raise UserError(f"{source} is a vision tower. Give it as --image_tower, beside an LLM.")
-    if is_llm and model_args.trust_remote_code:
-        raise UserError(
-            f"--trust_remote_code True, but {source} is a language model, which is composed with no code of its own. "
-            "Leave the flag out."
-        )
     if is_llm and not model_args.image_tower:
         raise UserError(
             f"{source} is a language model without a vision tower: add --image_tower, "

@@ -102,7 +102,7 @@ CONFLICTS: list[Rule] = [
         "--ep_size {moe.ep_size} does not divide the {processes} processes of this run.",
     ),
     (
-        lambda f: not f.moe.moe_enable and f.moe.given(),
+        lambda f: not f.moe.moe_enable and (f.moe.moe_preset or f.moe.given()),
         "MoE flags need --moe_enable True; without it they would do nothing: {sparse}.",
     ),
     (
@@ -130,7 +130,7 @@ CONFLICTS: list[Rule] = [
     ),
     (
         lambda f: f.training.eval_strategy != "no" and not f.data.eval_data_path,
-        "--eval_strategy {training.eval_strategy} needs --eval_data_path.",
+        "--eval_strategy {training.eval_strategy.value} needs --eval_data_path.",
     ),
     (
         lambda f: f.data.eval_data_path and f.training.eval_strategy == "no" and not f.training.eval_on_start,
@@ -207,7 +207,8 @@ ADAPTER_CONFLICTS: list[Rule] = [
 def find_conflicts(flags: Flags) -> list[str]:
     """Every contradiction between flags, one line each; empty when there is none."""
     rules = CONFLICTS + ADAPTER_CONFLICTS if flags.adapts else CONFLICTS
-    sparse = " ".join(f"--{name} {value}" for name, value in given_options(flags.moe).items())
+    preset = {"moe_preset": flags.moe.moe_preset} if flags.moe.moe_preset else {}
+    sparse = " ".join(f"--{name} {value}" for name, value in (preset | given_options(flags.moe)).items())
     known = flags._asdict() | {"processes": flags.processes, "sparse": sparse}
     found = [message.format(**known) for broken, message in rules if broken(flags)]
     return found + idle_adapter_flags(flags)

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ def begin(
     masters = None if args.deepspeed else raise_trained(vlm.model, training_dtype(args))
     records = read_data(model_args, data_args)
     datasets = {name: make_dataset(found, vlm, data_args, args) for name, found in zip(DATASETS, records, strict=True)}
+    tell_idle_media_flags(data_args, {shown for one in datasets.values() if one for shown in one.modalities})
     contents = contents_of(model_args, data_args, args, records)
     check_contents(output_dir, contents)
     if is_rank_zero():
@@ -190,6 +192,19 @@ def media_files(data_args: DataArguments) -> MediaFiles:
     """Where the images and videos of the records lie."""
     folders = (data_args.image_folder, data_args.video_folder)
     return MediaFiles(*folders, data_args.num_frames, data_args.limits(), data_args.confine_media)
+
+
+def tell_idle_media_flags(data_args: DataArguments, modalities: set[str]) -> None:
+    """Warns of flags about images or videos of which the records show none."""
+    both = {"image", "video"}
+    readers = {"image_folder": both, "video_folder": {"video"}, "num_frames": {"video"}, "confine_media": both}
+    if data_args.video_folder is not None:
+        readers["image_folder"] = {"image"}
+    default = {item.name: item.default for item in fields(data_args)}
+    for name, read in readers.items():
+        value = getattr(data_args, name)
+        if value != default[name] and not modalities & read:
+            logger.warning("--%s %s does nothing: the records show no %ss", name, value, " or ".join(sorted(read)))
 
 
 def make_dataset(

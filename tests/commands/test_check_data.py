@@ -93,4 +93,4 @@ def test_a_tokenizer_alone_needs_a_template(golden_tokenizers, data_file, make_r
 
 def test_a_template_without_a_tokenizer_is_refused(data_file, make_record, capsys):
     assert main(["check-data", str(data_file([make_record(1, "q", "a")])), "--version", "phi"]) == 2
-    assert "--version phi is read with --tokenizer alone" in capsys.readouterr().err
+    assert "--version phi: is read with --tokenizer alone" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def test_a_models_folder_names_template_and_image_size(folder_without_weights, c
     assert main(asked) == 0
     out = capsys.readouterr().out
     assert "--version phi" in out and "1 images, 5 image tokens" in out
-    assert main([*asked, "--version", "v1", "--tokens-per-image", "99"]) == 0
+    assert main([*asked, "--version", "v1"]) == 0
     out = capsys.readouterr().out
     assert "--version v1" in out and "1 images, 5 image tokens" in out
     (folder_without_weights / "processor_config.json").unlink()

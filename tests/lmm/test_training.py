@@ -120,7 +120,7 @@ def test_a_template_of_ours_takes_the_place_of_the_models_own(version, run):
 
 def test_no_code_of_its_own_runs_in_a_language_model(released_flags, parts):
     flags = released_flags(None, model_local_path=None, model_name_or_path=parts / "lm", image_tower=parts / "tower")
-    with pytest.raises(UserError, match="--trust_remote_code True, but .* is a language model"):
+    with pytest.raises(UserError, match="--trust_remote_code True, but .* needs no code of its own"):
         train_here(flags | {"trust_remote_code": True})
 
 

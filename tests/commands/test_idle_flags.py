@@ -1,0 +1,117 @@
+"""Every flag of every subcommand is judged: it acts whatever stands beside it, or where it would not, it is refused."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+import pytest
+
+from moellava.cli import COMMANDS, main
+from moellava.moe import MoESpec
+from tests import tiny
+from tests.attacks.flags import attacks
+
+ACTS: dict[str, str] = {
+    "chat": "model-path image-file video-file question version max-new-tokens temperature top-p top-k num-beams "
+    "repetition-penalty device",
+    "check-data": "data image-folder video-folder num-frames max-image-pixels max-image-side max-aspect-ratio "
+    "tokenizer skip-list known user_key assistant_key confine_media json",
+    "inspect": "tokenizer version conversation json",
+    "convert-data": "data output image-folder skip-list user_key assistant_key",
+    "verify": "dir files",
+    "upcycle": "model-path output-dir shard-size moe_preset",
+    "export": "model-path output-dir",
+    "merge-lora": "model-path adapter output-dir trust_remote_code",
+    "models": "markdown",
+    "eval": "model-path benchmark shuffle-images limit batch-size output",
+}
+"""Command -> flags that are always read. Those of `MoESpec` are judged in tests/train/test_reconcile.py."""
+
+IDLE: dict[str, dict[str, str]] = {
+    "chat": {
+        "num-frames": "--model-path m --question hi --num-frames 8",
+        "max-image-pixels": "--model-path m --question hi --max-image-pixels 9",
+        "max-image-side": "--model-path m --question hi --max-image-side 9",
+        "max-aspect-ratio": "--model-path m --question hi --max-aspect-ratio 9",
+        "seed": "--model-path m --seed 1",
+        "model-base": "--model-path {folder} --model-base {folder}",
+    },
+    "check-data": {
+        "version": "d.json --version v1",
+        "max-length": "d.json --max-length 5",
+        "tokens-per-image": "d.json --tokens-per-image 576",
+    },
+    "inspect": {
+        "data": "d.json --tokenizer t --conversation a b",
+        "image-folder": "--tokenizer t --image-folder f",
+        "video-folder": "--tokenizer t --conversation a b --video-folder f",
+        "num-frames": "--tokenizer t --num-frames 8",
+        "max-image-pixels": "--tokenizer t --max-image-pixels 9",
+        "max-image-side": "--tokenizer t --max-image-side 9",
+        "max-aspect-ratio": "--tokenizer t --max-aspect-ratio 9",
+        "records": "--tokenizer t --records 0",
+        "limit": "d.json --tokenizer t --records 0 --limit 3",
+        "tokens-per-image": "--tokenizer t --tokens-per-image 5",
+        "max-length": "--tokenizer t --max-length 5",
+        "user_key": "--tokenizer t --user_key human",
+        "assistant_key": "--tokenizer t --conversation a b --assistant_key gpt",
+        "confine_media": "--tokenizer t --confine_media",
+        "ids": "d.json --tokenizer t --json --ids",
+        "color": "--tokenizer t --color auto",
+    },
+    "verify": {"atol": "{folder} --files --atol 1e-4", "update": "{folder} --update"},
+    "models": {"family": "--markdown --family llava-1.5"},
+    "eval": {"seed": "--model-path m --seed 0"},
+}
+"""Command -> flag -> words with which it would do nothing."""
+
+
+def flags_of(command: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """What a command's parser takes, without its help; those of `MoESpec` left out."""
+    found: list[argparse.ArgumentParser] = []
+
+    def catch(parser, *args, **kwargs):
+        found.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", catch)
+    with pytest.raises(SystemExit):
+        main([command])
+    names = {(action.option_strings or [action.dest])[0].lstrip("-") for action in found[0]._actions}
+    return names - {"h"} - ({item.name for item in fields(MoESpec)} if command == "upcycle" else set())
+
+
+@pytest.fixture(scope="module")
+def folder(parts, tmp_path_factory):
+    """What a stage has left."""
+    folder = tmp_path_factory.mktemp("idle") / "composed"
+    tiny.compose_tiny(parts / "lm", parts / "tower", "qwen").save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_of_a_command_is_judged_once(command, monkeypatch):
+    judged = [*ACTS[command].split(), *IDLE.get(command, {})]
+    assert sorted(judged) == sorted(flags_of(command, monkeypatch))
+
+
+@pytest.mark.parametrize(("command", "flag"), [(command, flag) for command in IDLE for flag in IDLE[command]])
+def test_a_flag_that_would_do_nothing_is_refused_by_name(command, flag, folder, capsys):
+    words = IDLE[command][flag].format(folder=folder).split()
+    assert main([command, *words]) == 2
+    said = capsys.readouterr().err
+    assert flag in said and "Traceback" not in said
+
+
+def test_a_model_says_itself_how_many_positions_an_image_takes(folder, data_file, make_record, capsys):
+    words = [str(data_file([make_record("a", "hi", "ho")])), "--tokenizer", str(folder), "--tokens-per-image", "9"]
+    for command in ("inspect", "check-data"):
+        assert main([command, *words]) == 2
+        assert "--tokens-per-image 9: the model in" in capsys.readouterr().err
+
+
+def test_all_bad_combinations_are_named(tmp_path):
+    outcome = attacks(True, tmp_path)["combinations of flags"]
+    assert not outcome.failures
+    assert outcome.counts["named"] >= 40
