@@ -91,6 +91,7 @@ def run(words: Sequence[str], timeout: float = 280, **options) -> Finished:
         finally:
             kill_session(process.pid)  # a launcher that is stopped leaves its ranks behind
     assert process.returncode or not shared_memory_of(words)
+    assert CRASH not in stderr, f"{shlex.join(words)} crashes:\n{around(stderr, CRASH)}"
     return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
 
@@ -139,6 +140,16 @@ def signal_session(leader: int, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):  # it may end by itself meanwhile
             if os.getsid(process) == leader:
                 os.kill(process, number)
+
+
+CRASH = "Fatal Python error"
+"""How Python's fault handler begins; no test asks for a crash of the interpreter."""
+
+
+def around(text: str, mark: str, before: int = 4000, after: int = 12000) -> str:
+    """The part of a long text about the first place of a mark."""
+    at = text.index(mark)
+    return text[max(at - before, 0) : at + after]
 
 
 WORKER = """

@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import constants
 from transformers import set_seed
 
@@ -244,11 +245,12 @@ def report(assembled: Assembled, stage: Stage, args: TrainingArguments) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `train.py`: a user's mistake is one message on the first process, and exit status 2;
     a run that a signal has stopped ends with 143 or 130."""
+    code = 0
     try:
         train(*parse_arguments(sys.argv[1:] if argv is None else argv))
-    except Stopped as stopped:
+    except Stopped as stopped:  # by all processes, after the same step
         logger.warning("%s", stopped)
-        return stopped.exit_code
+        code = stopped.exit_code
     except UserError as error:
         if not is_rank_zero():
             time.sleep(SECONDS_FOR_RANK_ZERO)
@@ -257,7 +259,16 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             os._exit(2)
         return 2
-    return 0
+    leave_group()
+    return code
+
+
+def leave_group() -> None:
+    """Ends the process group of a run that all processes have finished: one that is left to the end of the interpreter
+    closes its connections while others still read from them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
