@@ -24,7 +24,7 @@ from moellava.commands.records import (
     limits_of,
     roles_of,
 )
-from moellava.constants import IMAGE_TOKEN_INDEX, MODALITIES, ROLES, VIDEO_TOKEN_INDEX
+from moellava.constants import DEFAULT_VIDEO_TOKEN, IMAGE_TOKEN_INDEX, MODALITIES, ROLES, VIDEO_TOKEN_INDEX
 from moellava.data.encoder import Encoder
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.media_reader import blank
@@ -140,18 +140,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-OF_RECORDS = ("image_folder", "video_folder", "num_frames", "records", "limit", "user_key", "assistant_key")
+OF_RECORDS = ("image_folder", "video_folder", "records", "limit", "user_key", "assistant_key")
 OF_FILES = (*OF_RECORDS, "confine_media", *MEDIA_LIMITS)
-OF_VIEWS = ("tokens_per_image", "max_length", "ids", "color")
+OF_VIEWS = ("tokens_per_image", "num_frames", "max_length", "ids", "color")
 """Flags that are read where records come from files, and where any are shown."""
 
 
 def idle_flags(args: argparse.Namespace) -> list[Idle]:
     """Flags that the others leave nothing to do."""
     facts = not args.data and not args.conversation
+    videos = any(DEFAULT_VIDEO_TOKEN in text for text in args.conversation or ())
     return [
         Idle([*OF_FILES, *OF_VIEWS], facts, "is about records: give files, or --conversation"),
         Idle(["data", *OF_FILES], args.conversation, "is about files, and --conversation takes their place"),
+        Idle(["num_frames"], args.conversation and not videos, "is about videos: type <video> in --conversation"),
         Idle(["limit"], args.records and args.data, "is for records that --records does not name"),
         Idle(["ids", "color"], args.json and not facts, "is about text, and --json prints all in its own way"),
     ]

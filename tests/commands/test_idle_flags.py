@@ -46,7 +46,7 @@ IDLE: dict[str, dict[str, str]] = {
         "data": "d.json --tokenizer t --conversation a b",
         "image-folder": "--tokenizer t --image-folder f",
         "video-folder": "--tokenizer t --conversation a b --video-folder f",
-        "num-frames": "--tokenizer t --num-frames 8",
+        "num-frames": "--tokenizer t --conversation a b --num-frames 8",
         "max-image-pixels": "--tokenizer t --max-image-pixels 9",
         "max-image-side": "--tokenizer t --max-image-side 9",
         "max-aspect-ratio": "--tokenizer t --max-aspect-ratio 9",
