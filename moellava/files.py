@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +112,7 @@ def read_config(folder: Path, flag: str) -> dict[str, Any]:
 
 
 NO_FILE = "no such file"
+IS_FOLDER = "is a folder, not a file"
 
 
 def file_problem(path: str | Path) -> str | None:
@@ -124,7 +126,7 @@ def file_problem(path: str | Path) -> str | None:
     except ValueError as error:  # a null character
         return str(error)
     if stat.S_ISDIR(mode):
-        return "is a folder, not a file"
+        return IS_FOLDER
     if not stat.S_ISREG(mode):
         return "is a pipe or a device, not a file"
     return None if os.access(path, os.R_OK) else "permission denied"
@@ -141,20 +143,41 @@ def file_digest(path: str | Path) -> str:
 
 def require_output(path: str | Path, flag: str) -> Path:
     """A path that a file can be written to, which is found out before the work. Raises UserError, naming the flag."""
-    path = Path(path)
-    problem = file_problem(path)
-    if problem == NO_FILE:
-        folder = path.parent
-        problem = file_problem(folder)
-        if problem == "is a folder, not a file":
-            problem = None if os.access(folder, os.W_OK) else "permission denied"
-        else:
-            problem = f"there is no folder {folder}"
-    elif problem is None and not os.access(path, os.W_OK):
-        problem = "permission denied"
+    problem = file_problem(path) if str(path) else "no file is named"
+    if problem in (None, NO_FILE):
+        problem = problem_of_writing(Path(path).parent)
     if problem:
         raise UserError(f"{flag} {path} cannot be written: {problem}")
-    return path
+    return Path(path)
+
+
+def require_new_folder(name: str | Path, flag: str) -> Path:
+    """A folder that is not there yet, or empty, and can be written, which is found out before the work.
+
+    Raises:
+        UserError: it holds something, or cannot be written; the message names the flag.
+    """
+    folder, problem = Path(name), file_problem(name) if str(name) else "no folder is named"
+    if problem == IS_FOLDER and (held := sorted(os.listdir(folder))):
+        what = "a model" if CONFIG in held else f"files ({', '.join(held[:3])}{', …' * (len(held) > 3)})"
+        raise UserError(f"{flag} {folder} already holds {what}. Choose another folder, or remove it.")
+    if problem in (IS_FOLDER, NO_FILE):
+        problem = problem_of_writing(next(place for place in (folder, *folder.absolute().parents) if place.exists()))
+    if problem:
+        raise UserError(f"{flag} {folder} cannot be written: {problem}")
+    return folder
+
+
+def problem_of_writing(folder: Path) -> str | None:
+    """Why no file can be made in a folder, found out by making one; None if it can."""
+    problem = file_problem(folder)
+    if problem != IS_FOLDER:
+        return f"there is no folder {folder}" if problem == NO_FILE else f"{folder} is not a folder"
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return str(error.strerror)
 
 
 @contextmanager

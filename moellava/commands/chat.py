@@ -9,6 +9,7 @@ python -m moellava.serve.cli --model-path DIR --image-file cat.png
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -105,7 +106,7 @@ class Chat:
     def show(self, images: Sequence[str] = (), videos: Sequence[str] = ()) -> None:
         """Adds files to the next question. Raises BadFileError for one that cannot be read; nothing is added then."""
         opened: dict[str, list[Any]] = {
-            modality: [self.files.read(Medium(modality, str(Path(path).expanduser()))) for path in paths]
+            modality: [self.files.read(Medium(modality, os.path.expanduser(path))) for path in paths]
             for modality, paths in (("image", images), ("video", videos))
         }
         self.pending += opened["image"]
@@ -170,7 +171,7 @@ def converse(chat: Chat) -> None:
 def paths_in(line: str) -> list[str]:
     """The files that a line names: quoted as in a shell, or one alone as it is. Raises UserError where none is."""
     try:
-        if Path(line).expanduser().is_file():
+        if os.path.isfile(os.path.expanduser(line)):
             return [line]
         paths = shlex.split(line)
     except (ValueError, OSError) as error:  # a quote that stays open; a name that is too long

@@ -6,8 +6,8 @@ import argparse
 import json
 
 from moellava.commands.given import Idle, refuse_idle
-from moellava.commands.numbers import count
 from moellava.commands.records import DATA_HELP, add_confine_flag, add_limit_flags, add_role_flags, limits_of, roles_of
+from moellava.commands.values import count
 from moellava.data.check import CheckReport, check
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.skip_lists import read_skip_list, write_skip_list

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import moellava.eval.easy_vqa  # noqa: F401  (registers the benchmark)
 from moellava.commands.given import Idle, refuse_idle
-from moellava.commands.numbers import count
+from moellava.commands.values import count
 from moellava.eval.benchmarks import BENCHMARKS, shuffle_images
 from moellava.eval.scoring import answers_of, report
-from moellava.files import require_output
+from moellava.files import require_output, write_json
 from moellava.log import printable
 from moellava.vlm import open_vlm
 
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--seed", type=int, default=0, help="of --shuffle-images and --limit (default 0)")
     flags.add_argument("--limit", type=count, help="score only so many questions, drawn at random (default: all)")
     flags.add_argument("--batch-size", type=count, default=256, help="questions answered at once (default 256)")
-    flags.add_argument("--output", type=Path, help="JSON file for the score, prompt, settings and versions")
+    flags.add_argument("--output", help="JSON file for the score, prompt, settings and versions")
     return flags
 
 
@@ -54,8 +54,8 @@ def main(argv: list[str]) -> int:
     scored = report(benchmark, questions, answers, vlm=vlm, settings=settings(args))
     result = {**scored, "seconds": seconds}
     print(printable(summary(result)))
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.output is not None:
+        write_json(Path(args.output), result)
     return 0
 
 
@@ -63,7 +63,8 @@ def check(args: argparse.Namespace) -> None:
     """Raises UserError for a flag that cannot be met."""
     BENCHMARKS[args.benchmark]
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError, ValueError):  # what stands in the way is named next
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         require_output(args.output, "--output")
 
 

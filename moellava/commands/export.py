@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from moellava.convert.export import write_published
-from moellava.errors import UserError
+from moellava.files import require_new_folder
 from moellava.log import printable
 from moellava.model.families import FAMILIES
 from moellava.model.manifest import read_folder
@@ -21,11 +20,10 @@ def main(argv: list[str] | None = None) -> int:
         epilog=f"Families: {', '.join(FAMILIES)}.",
     )
     parser.add_argument("--model-path", required=True, help="a folder of stage 2 or 3")
-    parser.add_argument("--output-dir", required=True, type=Path, help="the folder to write")
+    parser.add_argument("--output-dir", required=True, help="the folder to write; it must be new, or empty")
     args = parser.parse_args(argv)
-    if (args.output_dir / "config.json").exists():
-        raise UserError(f"--output-dir {args.output_dir} already holds a model. Choose another folder.")
+    target = require_new_folder(args.output_dir, "--output-dir")
     read_folder(args.model_path, "--model-path").require_start()
-    write_published(open_vlm(args.model_path, device="cpu"), args.output_dir)
-    print(printable(f"wrote {args.output_dir}"))
+    write_published(open_vlm(args.model_path, device="cpu"), target)
+    print(printable(f"wrote {target}"))
     return 0

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from moellava.commands.given import Idle, refuse_idle
-from moellava.commands.numbers import count
 from moellava.commands.records import (
     DATA_HELP,
     MEDIA_LIMITS,
@@ -24,6 +23,7 @@ from moellava.commands.records import (
     limits_of,
     roles_of,
 )
+from moellava.commands.values import count
 from moellava.constants import DEFAULT_VIDEO_TOKEN, IMAGE_TOKEN_INDEX, MODALITIES, ROLES, VIDEO_TOKEN_INDEX
 from moellava.data.encoder import Encoder
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from moellava.commands.values import amount, count
 from moellava.constants import ROLES
 from moellava.data.images import USUAL_LIMITS, Limits
 
@@ -42,7 +43,8 @@ def add_limit_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `LIMITS`, spelled with hyphens, or as train.py has them."""
     for name, default, text in LIMITS:
         spellings = (name, "--" + name[2:].replace("-", "_"))
-        parser.add_argument(*spellings, type=type(default), default=default, help=f"{text} (default: {default})")
+        number = amount if isinstance(default, float) else count
+        parser.add_argument(*spellings, type=number, default=default, help=f"{text} (default: {default})")
 
 
 def limits_of(args: argparse.Namespace) -> Limits:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from moellava.commands.numbers import amount
+from moellava.commands.values import amount
 from moellava.convert.upcycle_folder import upcycle_folder
-from moellava.errors import UserError
+from moellava.files import require_new_folder
 from moellava.log import printable
 from moellava.model.manifest import read_folder
 from moellava.moe import MoESpec
@@ -22,9 +21,7 @@ GIGABYTE = 10**9
 def main(argv: list[str]) -> int:
     """Runs the command; the certificate goes to stdout and into the new folder."""
     arguments = parse(argv)
-    target = Path(arguments.output_dir)
-    if (target / "config.json").exists():
-        raise UserError(f"--output-dir {target} already holds a model. Choose another folder, or remove it.")
+    target = require_new_folder(arguments.output_dir, "--output-dir")
     spec = MoESpec.from_preset(arguments.moe_preset, **given_options(arguments))
     source = read_folder(arguments.model_path, "--model-path")
     certificate = upcycle_folder(source, target, spec, int(arguments.shard_size * GIGABYTE))
@@ -38,7 +35,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command's flags: its own, and one for each option of `MoESpec`."""
     parser = HfArgumentParser(MoESpecFlags, prog="moellava upcycle", description=__doc__, formatter_class=FlagHelp)
     parser.add_argument("--model-path", required=True, help="dense folder: of stage 2, released, or published")
-    parser.add_argument("--output-dir", required=True, help="new folder")
+    parser.add_argument("--output-dir", required=True, help="the folder to write; it must be new, or empty")
     parser.add_argument("--shard-size", type=amount, default=4.0, help="largest file of the new folder, in GB")
     parser.add_argument(
         "--moe_preset", "--moe-preset", default="today", help="'moe-llava': the original's routing and loss"

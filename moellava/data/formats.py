@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from moellava.data.record_keys import brief_text
 from moellava.data.tables import arrow_rows, dataset_rows, parquet_rows
 from moellava.errors import DataError
-from moellava.files import NO_FILE, file_problem
+from moellava.files import IS_FOLDER, NO_FILE, file_problem
 
 HEAD = 16
 """Bytes at a file's beginning that tell its format."""
@@ -103,7 +103,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_folder(path: Path) -> bool:
-    return file_problem(path) == "is a folder, not a file"
+    return file_problem(path) == IS_FOLDER
 
 
 def _head(path: Path) -> bytes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,7 +88,9 @@ class Prompts:
         self.ending = Ending(self.vlm.tokenizer, self.vlm.encoder.renderer.terminator, self.vlm.model.generation_config)
 
     def example(self, request: Request) -> Example:
-        """A request as its model reads it. Raises UserError where no room is left for an answer."""
+        """A request as its model reads it. Raises UserError for what is none, or leaves no room for an answer."""
+        if not isinstance(request, Request):
+            raise UserError(f"{request!r:.80} is a {type(request).__name__}, not a Request(question, images=[…])")
         example = self.vlm.encoder.encode(request.record, NAME, self.files, opens=True)
         if example.length >= self.vlm.context_length:
             raise UserError(
@@ -152,8 +154,14 @@ def answer(
     Raises:
         UserError: an option means nothing, or the model cannot be asked here.
     """
+    if isinstance(requests, Request | str | Mapping) or not isinstance(requests, Sequence):
+        raise UserError(f"requests is a {type(requests).__name__}: give a list of them.")
+    if unknown := sorted(options.keys() - {option.name for option in fields(Sampling)}):
+        raise UserError(f"{', '.join(unknown)}: no option of Sampling, nor of answer.")
+    if sampling is not None and options:
+        raise UserError(f"{', '.join(options)}: given beside sampling, which says how tokens are chosen.")
     sampling = sampling or Sampling(**options)
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"batch_size is {batch_size!r}: at least 1 request runs at a time.")
     prompts = Prompts(vlm)
     answers: dict[int, Answer] = {}

@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from queue import SimpleQueue
 from typing import Any
 
@@ -33,19 +34,20 @@ FIXED = {
 }
 """What a folder's generation_config.json must not decide, for what comes back would be another thing."""
 
-RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (lambda value: value >= 1, "an answer has at least one token"),
-    "temperature": (lambda value: 0 <= value < math.inf, "use 0 for the likeliest token, or more to sample"),
-    "top_p": (lambda value: 0 < value <= 1, "use a share of probability above 0, at most 1"),
-    "seed": (lambda value: value is None or -(2**63) <= value < 2**64, "use an integer of 64 bits"),
-    "top_k": (lambda value: value >= 0, "use a number of tokens, or 0 for all"),
-    "num_beams": (lambda value: value >= 1, "use 1 for no beam search, or more"),
+RANGES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "max_new_tokens": (Integral, lambda value: value >= 1, "an answer has a whole number of tokens, at least one"),
+    "temperature": (Real, lambda value: 0 <= value < math.inf, "use 0 for the likeliest token, or more to sample"),
+    "top_p": (Real, lambda value: 0 < value <= 1, "use a share of probability above 0, at most 1"),
+    "seed": (Integral, lambda value: -(2**63) <= value < 2**64, "use an integer of 64 bits"),
+    "top_k": (Integral, lambda value: value >= 0, "use a whole number of tokens, or 0 for all"),
+    "num_beams": (Integral, lambda value: value >= 1, "use 1 for no beam search, or a larger whole number"),
     "repetition_penalty": (
-        lambda value: value is None or 0 < value < math.inf,
+        Real,
+        lambda value: 0 < value < math.inf,
         "use 1 for none, more than 1 against repetition",
     ),
 }
-"""Field of `Sampling` -> whether a value means something (NaN never does), and what does."""
+"""Field of `Sampling` -> its type, whether a value means something (NaN never does), and what does."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,13 @@ class Sampling:
     repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
-        for name, (means_something, advice) in RANGES.items():
-            if not means_something(getattr(self, name)):
-                raise UserError(f"{name} is {getattr(self, name)}: {advice}.")
+        optional = {option.name for option in fields(self) if option.default is None}
+        for name, (number, means_something, advice) in RANGES.items():
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, number) or not means_something(value):
+                raise UserError(f"{name} is {value!r}: {advice}.")
         for name, idle in {"top_p": 1, "top_k": 0}.items():
             if self.temperature == 0 and getattr(self, name) != idle:
                 raise UserError(

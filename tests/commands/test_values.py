@@ -8,7 +8,7 @@ import importlib
 import pytest
 
 from moellava.cli import COMMANDS
-from moellava.commands.numbers import amount, count
+from moellava.commands.values import amount, count
 
 
 def parsers():

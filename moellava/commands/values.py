@@ -1,4 +1,4 @@
-"""Numbers of flags: each range once, as argparse takes it."""
+"""Values of flags: each range once, as argparse takes it."""
 
 from __future__ import annotations
 
@@ -23,3 +23,10 @@ def amount(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: a number above 0 is needed")
     return number
+
+
+def truth(text: str) -> bool:
+    """True or False. Raises ArgumentTypeError: see `count`."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text}: True or False is needed")
+    return text.lower() == "true"

@@ -1,0 +1,11 @@
+"""Wrong questions, options, lines and outputs. See `answers.py`."""
+
+from moellava.cli import COMMANDS
+from tests.attacks.answers import WORK, attacks
+
+
+def test_a_share_of_what_is_asked_wrongly_is_named(tmp_path):
+    assert WORK.keys() == COMMANDS.keys()
+    outcomes = attacks(False, tmp_path)
+    assert [failure for outcome in outcomes.values() for failure in outcome.failures] == []
+    assert all(outcome.counts["named"] for outcome in outcomes.values())
