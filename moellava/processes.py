@@ -36,3 +36,22 @@ def joined_over_processes(known: dict[Key, Value]) -> dict[Key, Value]:
     parts: list[dict[Key, Value]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, known)
     return {key: value for part in parts for key, value in part.items()}
+
+
+def of_rank_zero(value: Value) -> Value:
+    """What the first process has, on all of them; they come here together."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def leave_group() -> None:
+    """Ends the process group of a run that all processes have finished, and come here together.
+
+    One that is left to the interpreter's end closes its connections while other processes may still read from them.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()

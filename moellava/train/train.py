@@ -15,7 +15,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import constants
 from transformers import set_seed
 
@@ -24,11 +23,13 @@ from moellava.adapters.lora import trainable_parameters
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.media import MediaFiles
 from moellava.data.records import Records, load_records
+from moellava.data.render.own import begin_on, day
 from moellava.data.skip_lists import SkipList, read_skip_list
 from moellava.errors import UserError, message_of
 from moellava.log import get_logger, is_rank_zero
 from moellava.model.manifest import read_folder
 from moellava.moe import enable_gradient_checkpointing
+from moellava.processes import leave_group, of_rank_zero
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments, parse_arguments
 from moellava.train.assemble import Assembled, assemble, start_of, training_dtype
 from moellava.train.checkpoint import (
@@ -68,6 +69,7 @@ def train(
         UserError: before the first step, for whatever in flags, data or folders would make the run wrong.
     """
     refuse_zero3_experts(args.deepspeed, moe_args.moe_enable)
+    begin_on(of_rank_zero(day()))  # processes may start on both sides of midnight
     stage, output_dir = stage_of(model_args, moe_args), Path(args.output_dir)
     with locked(output_dir) if is_rank_zero() else nullcontext():
         identity = run_identity(stage.name, (model_args, data_args, moe_args, args), args.world_size)
@@ -261,14 +263,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     leave_group()
     return code
-
-
-def leave_group() -> None:
-    """Ends the process group of a run that all processes have finished: one that is left to the end of the interpreter
-    closes its connections while others still read from them."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
