@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import os
@@ -10,6 +11,7 @@ from contextlib import suppress
 
 from moellava.errors import UserError
 from moellava.log import printable
+from moellava.plugins import FLAG, load_installed, load_plugin
 
 COMMANDS = {
     "chat": ("moellava.commands.chat", "talk to a model about images"),
@@ -33,7 +35,8 @@ CLOSED_PIPE = 141
 def usage() -> str:
     """The list of subcommands, one a line."""
     lines = [f"  {name:12} {help_line}" for name, (_, help_line) in COMMANDS.items()]
-    return "usage: moellava COMMAND …\n\n" + "\n".join(lines) + "\n\n`moellava COMMAND --help` explains one."
+    plugins = "Each takes --plugin FILE.py: code that registers templates, projectors … (docs/PLUGINS.md)."
+    return "\n".join(["usage: moellava COMMAND …", "", *lines, "", "`moellava COMMAND --help` explains one.", plugins])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +67,18 @@ def _run(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         print(printable(f"moellava: unknown command {argv[0]!r}\n\n{usage()}"), file=sys.stderr)
         return 2
-    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(with_plugins(argv[1:]))
+
+
+def with_plugins(argv: list[str]) -> list[str]:
+    """Runs the files of `--plugin FILE`, which every subcommand takes; returns the other words. Raises UserError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog="moellava")
+    parser.add_argument(FLAG, action="append", default=[])
+    known, rest = parser.parse_known_args(argv)
+    load_installed()
+    for file in known.plugin:
+        load_plugin(file)
+    return rest
 
 
 def _refused(argv: list[str], error: Exception) -> int:

@@ -37,8 +37,9 @@ from moellava.model.manifest import Manifest, read_folder
 from moellava.model.parts import Keywords, parts_of
 from moellava.model.published import describe_published
 from moellava.model.saving import save_pretrained_folder
-from moellava.model.section import Section, note, section_of
+from moellava.model.section import Section, note, note_plugins, section_of
 from moellava.moe import MoESpec, convert_engine
+from moellava.plugins import require_plugins
 
 PROBE_TOKENS = 12
 PROBE_PIXELS = 56
@@ -272,6 +273,8 @@ def describe(
             f"{manifest.called} is {manifest.holds}, no vision-language model. Stage 1 composes one of a "
             "language model and a vision tower: train.py --model_name_or_path LLM --image_tower TOWER --version plain"
         )
+    if manifest.section is not None:
+        require_plugins(manifest.section.plugins or (), manifest.folder, trust_remote_code)
     with opening(manifest.called):
         if manifest.is_published:
             return describe_published(manifest)
@@ -283,6 +286,7 @@ def build(description: Description, dtype: torch.dtype, source: str = "this mode
     """The model of a description, in evaluation mode on the CPU. Raises UserError: see `describe`."""
     tokenizer, processor = description.inputs()  # first: a file that is missing is told before gigabytes are read
     model = description.load(dtype)
+    note_plugins(model.config)
     return VLM(model, tokenizer, processor, description.keywords, description.architecture, source)
 
 

@@ -17,6 +17,7 @@ FLOORS = [
     {"constants", "errors", "log", "processes"},
     {"registry"},
     {"files"},
+    {"plugins"},
     {"conversation"},
     {"data"},
     {"mm_utils"},

@@ -27,11 +27,12 @@ from moellava.model.build import class_of, on_meta
 from moellava.model.description import Description
 from moellava.model.extended import as_extended
 from moellava.model.saving import INDEX, STAGING, folder_page, remove_old_weights
-from moellava.model.section import note
+from moellava.model.section import Section, note, note_plugins, section_of
 from moellava.model.weights import Place, locate, weight_files
 from moellava.moe import MoESpec
 from moellava.moe.decoder import decoder_layers, mlp_names
 from moellava.moe.upcycle import expert_stream
+from moellava.plugins import write_plugins
 
 logger = get_logger(__name__)
 
@@ -157,6 +158,7 @@ def convert_files(source: Path, target: Path, config: PretrainedConfig, spec: Mo
         for file in source.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name not in NOT_COPIED:
                 shutil.copy2(file, staging / file.name)
+        write_plugins((section_of(new_config) or Section()).plugins or (), staging)
         new_config.save_pretrained(staging)
         (staging / "README.md").write_text(folder_page(new_config), encoding="utf-8")
         names = {file.name for file in staging.iterdir()}
@@ -178,6 +180,7 @@ def sparse_config(config: PretrainedConfig, spec: MoESpec) -> PretrainedConfig:
     sparse = type(config).from_dict(config.to_dict())
     sparse.moe = spec.to_config()
     note(sparse, stage="moe")
+    note_plugins(sparse)
     sparse = as_extended(sparse)
     sparse.architectures = [class_of(sparse).__name__]
     return sparse

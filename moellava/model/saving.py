@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from moellava.files import flush, staged
 from moellava.model.extended import extend_in_place, extension_of
 from moellava.model.section import Section, note, section_of
+from moellava.plugins import write_plugins
 
 STAGING = ".saving-model"
 MAX_SHARD_SIZE = "4GB"
@@ -66,6 +67,7 @@ def save_pretrained_folder(
             forget_last_call(tokenizer)
             processor.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
+            write_plugins((section_of(model.config) or Section()).plugins or (), staging)
             (staging / "README.md").write_text(folder_page(model.config), encoding="utf-8")
             names = {file.name for file in staging.iterdir()}
     except SafetensorError as error:
@@ -149,6 +151,11 @@ def folder_page(config: Any) -> str:
         "    moellava chat --model-path . --image-file IMAGE",
         "",
     ]
+    if section.plugins:
+        lines += [
+            f"It was made with plug-ins, Python that runs with `--plugin` alone: {', '.join(section.plugins)}.",
+            "",
+        ]
     if why:
         lines += [
             f"This folder needs moellava: {'; '.join(why)}. Plain transformers refuses it, by design.",

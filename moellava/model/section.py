@@ -11,13 +11,17 @@ from typing import Any
 
 from moellava.constants import CHAT_TEMPLATE
 from moellava.errors import UserError
+from moellava.plugins import PLUGINS
 
 KEY = "moellava"
 
 FORMAT = 2
 """Version of the section. In 1 a released model's `architecture` was called `lmm_family`."""
 
-TYPES: dict[str, type] = {"use_im_start_end": bool, "image_token_ids": list, "head_bias": bool, "softcap": float}
+TYPES: dict[str, type] = {
+    **{"use_im_start_end": bool, "image_token_ids": list, "head_bias": bool, "softcap": float},
+    "plugins": list,
+}
 """Field -> type, of those that are no texts."""
 
 OLD_NAMES = {"lmm_family": "architecture"}
@@ -40,6 +44,7 @@ class Section:
         head_bias: whether the language-model head has a bias.
         softcap: s, where logits are s · tanh(logits / s); None: they are not capped.
         chat_template: the language model's own, in Jinja, which a stage with another template keeps for the next.
+        plugins: names of the plug-ins that it was made with; the folder carries copies of those that are files.
     """
 
     version: str = CHAT_TEMPLATE
@@ -54,6 +59,7 @@ class Section:
     head_bias: bool = False
     softcap: float | None = None
     chat_template: str | None = None
+    plugins: list[str] | None = None
 
     def put(self, config: Any) -> None:
         """Writes the section into a config."""
@@ -85,3 +91,10 @@ def note(config: Any, **changes: Any) -> Section:
     section = (section_of(config) or Section()).but(**changes)
     section.put(config)
     return section
+
+
+def note_plugins(config: Any) -> None:
+    """Notes in the section of a config which plug-ins have run: they may have a share in its model."""
+    section = section_of(config) or Section()
+    if names := sorted({*(section.plugins or ()), *PLUGINS}):
+        note(config, plugins=names)

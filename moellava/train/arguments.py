@@ -22,6 +22,7 @@ from moellava.errors import UserError
 from moellava.lmm.supported_models import SUPPORTED_MODELS
 from moellava.moe.flags import FlagHelp
 from moellava.moe.spec import PRESETS, MoESpec, MoESpecFlags, given_options
+from moellava.plugins import load_installed, load_plugin
 from moellava.train.conflicts import Flags, find_conflicts
 from moellava.train.deepspeed.extensions import leave_out_shared_memory
 from moellava.train.deepspeed.launch import stand_alone
@@ -68,6 +69,11 @@ class ModelArguments(ReleasedArguments):
     version: str | None = _flag(
         "Conversation template: plain for stage 1; v1, qwen, phi, stablelm … after it. Unset: the folder's own, or, "
         "where it has none or stage 1's, the one that goes with the language model."
+    )
+    plugin: list[str] | None = _flag(
+        "Python files that register templates, tokenizers, families, projectors or architectures (docs/PLUGINS.md).",
+        None,
+        nargs="+",
     )
     force_version: bool = _flag("Take --version although it does not fit the tokenizer or the stage.", False)
     image_tower: str | None = _flag("Folder or hub id of a CLIP or SigLIP tower; with a language model only.")
@@ -331,6 +337,9 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoE
         UserError: unknown flags, flags that are not served, values out of range, and conflicts, by name.
     """
     given = given_flags(argv)
+    load_installed()
+    for file in given.get("plugin") or ():
+        load_plugin(file)
     if problems := find_problems(given, defaults()):
         raise UserError("\n".join(problems))
     model = construct(ModelArguments, given)

@@ -57,7 +57,8 @@ def assemble(
     manifest, architecture = start_of(model_args)
     is_vlm = architecture is not None or holds_vlm(manifest)
     manifest.require_start()
-    if model_args.trust_remote_code and not (architecture and architecture.remote_code):
+    has_code = (architecture and architecture.remote_code) or (manifest.section and manifest.section.plugins)
+    if model_args.trust_remote_code and not has_code:
         raise UserError(
             f"--trust_remote_code True, but {manifest.called} needs no code of its own, and none would run. Leave the "
             "flag out."

@@ -55,6 +55,7 @@ WITHOUT_EFFECT: dict[str, str] = {
         (
             *("model_name_or_path", "model_local_path", "image_tower", "pretrain_mm_mlp_adapter", "data_path"),
             *("eval_data_path", "image_folder", "video_folder", "skip_list", "user_key", "assistant_key", "deepspeed"),
+            "plugin",
         ),
         _CONTENT,
     ),

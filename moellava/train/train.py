@@ -187,6 +187,7 @@ def contents_of(
         folders |= folders_of("--image_tower", read_folder(model_args.image_tower, "--image_tower"))
     if model_args.pretrain_mm_mlp_adapter:
         folders["--pretrain_mm_mlp_adapter"] = Path(model_args.pretrain_mm_mlp_adapter)
+    folders |= {f"--plugin {Path(file).name}": Path(file) for file in model_args.plugin or ()}
     data = dict(zip(("--data_path", "--eval_data_path"), records, strict=True))
     return run_contents(folders, data, media_files(data_args), args.deepspeed)
 

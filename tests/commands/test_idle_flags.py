@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 
+from moellava import cli
 from moellava.cli import COMMANDS, main
 from moellava.moe import MoESpec
 from tests import tiny
@@ -75,6 +76,7 @@ def flags_of(command: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
         found.append(parser)
         raise SystemExit
 
+    monkeypatch.setattr(cli, "with_plugins", lambda argv: argv)  # --plugin is every command's: tests/test_plugins.py
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", catch)
     with pytest.raises(SystemExit):
         main([command])

@@ -265,6 +265,7 @@ AS_IT_IS: dict[str, tuple[str, ...]] = {
 
 ELSEWHERE = {
     "model_id": "lmm/test_loaders.py",
+    "plugin": "test_plugins.py",
     "q_lora": "lmm/test_adapters.py",
     "bits": "adapters/test_lora.py",
     "double_quant": "adapters/test_lora.py",
