@@ -1,8 +1,8 @@
 """Every stage script trains for two steps on tiny models, each stage from the folder of the one before.
 
 The flags are the scripts' own but for sizes and paths, which environment variables set. Phi-2's third script runs as a
-user would start it, `deepspeed` launcher and two processes included. The others run without DeepSpeed in one process a
-family, because fifteen launches would take most of CI's time; the launcher with all stages is tested in tests/train.
+user would start it, `deepspeed` launcher and two processes included. The others run without DeepSpeed in one process,
+because twenty launches would take most of CI's time; the launcher with all stages is tested in tests/train.
 """
 
 from __future__ import annotations
@@ -45,19 +45,21 @@ def records(tmp_path_factory, pictures) -> dict[str, Path]:
     }
 
 
-@pytest.fixture
-def tiny_environment(tiny_base, tokenizer_folder, clip_tower, pictures, tmp_path):
-    """family -> the variables that make its recipe tiny."""
+@pytest.fixture(scope="module")
+def tiny_environment(tiny_base, tokenizer_folder, clip_tower, pictures, tmp_path_factory):
+    """family -> the variables that make its recipe tiny; its stages' folders lie in OUTPUT_ROOT."""
 
     def base(family: str) -> Path:
-        return tiny_base(family) if family not in CHAT_BASES else chat_base(family, tokenizer_folder, tmp_path / "base")
+        if family not in CHAT_BASES:
+            return tiny_base(family)
+        return chat_base(family, tokenizer_folder, tmp_path_factory.mktemp("base") / family)
 
     def settings(family: str) -> dict[str, str]:
         return {
             "MODEL": str(base(family)),
             "TOWER": str(clip_tower),
             "IMAGE_FOLDER": str(pictures[0].parent),
-            "OUTPUT_ROOT": str(tmp_path),
+            "OUTPUT_ROOT": str(tmp_path_factory.mktemp(family)),
             "BATCH": "2",
             "ACCUMULATION": "1",
             "MAX_LENGTH": "128",
@@ -110,21 +112,33 @@ def run_script(script: Path, *flags: str, **variables: str) -> None:
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", TEMPLATES)
-def test_every_script_trains(family, tiny_environment, records, pictures, tmp_path):
-    folder = ROOT / "scripts" / "v1" / family
-    launched = ["finetune_moe"] if family == "phi2" else []
-    settings = {script: tiny_environment(family) | {"DATA": str(records[script])} for script in STAGES}
+LAUNCHED = ("phi2", "finetune_moe")
+"""The script that runs as a user would start it."""
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_environment, records) -> dict[str, Path]:
+    """family -> the root of its stages' folders."""
+    settings = {family: tiny_environment(family) for family in TEMPLATES}
     alone = {"LAUNCHER": "python", "ZERO": "none"}
+    scripts = {
+        (family, script): ROOT / "scripts" / "v1" / family / f"{script}.sh" for family in settings for script in STAGES
+    }
+    data = {script: {"DATA": str(path)} for script, path in records.items()}
     run_together(
         [
-            stage_command(folder / f"{script}.sh", "--max_steps", "2", **settings[script], **alone)
-            for script in STAGES
-            if script not in launched
+            stage_command(path, "--max_steps", "2", **settings[family], **data[script], **alone)
+            for (family, script), path in scripts.items()
+            if (family, script) != LAUNCHED
         ]
     )
-    for script in launched:
-        port = f"--master_port {free_port()}"
-        run_script(folder / f"{script}.sh", "--max_steps", "2", LAUNCHER_FLAGS=port, **settings[script])
-    check_folders(tmp_path, family, pictures)
+    family, script = LAUNCHED
+    port = f"--master_port {free_port()}"
+    run_script(scripts[LAUNCHED], "--max_steps", "2", LAUNCHER_FLAGS=port, **settings[family], **data[script])
+    return {family: Path(values["OUTPUT_ROOT"]) for family, values in settings.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_every_script_trains(family, trained, pictures):
+    check_folders(trained[family], family, pictures)
