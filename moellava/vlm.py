@@ -38,6 +38,7 @@ from moellava.model.parts import Keywords, parts_of
 from moellava.model.published import describe_published
 from moellava.model.saving import save_pretrained_folder
 from moellava.model.section import Section, note, note_plugins, section_of
+from moellava.model.weights import require_sizes, shapes_in
 from moellava.moe import MoESpec, convert_engine
 from moellava.plugins import require_plugins
 
@@ -285,6 +286,7 @@ def describe(
 def build(description: Description, dtype: torch.dtype, source: str = "this model") -> VLM:
     """The model of a description, in evaluation mode on the CPU. Raises UserError: see `describe`."""
     tokenizer, processor = description.inputs()  # first: a file that is missing is told before gigabytes are read
+    require_sizes(description.config, shapes_in(description.folder), source)
     model = description.load(dtype)
     note_plugins(model.config)
     return VLM(model, tokenizer, processor, description.keywords, description.architecture, source)

@@ -14,6 +14,7 @@ from moellava.model.build import on_meta
 from moellava.model.description import Description
 from moellava.model.manifest import Manifest
 from moellava.model.offload import run_from_disk
+from moellava.model.weights import require_sizes, shapes_in
 from moellava.moe import MoESpec
 from moellava.moe.certificate import Certificate, compare, dense_logits, forward_of, upcycle_certified
 from moellava.vlm import build, collator_of, describe, encoder_of, probes_of
@@ -47,6 +48,7 @@ def upcycle_folder(source: Manifest, target: Path, spec: MoESpec, shard_bytes: i
 def stream(description: Description, target: Path, spec: MoESpec, shard_bytes: int) -> Certificate:
     """Converts and certifies file by file."""
     config, architecture = description.config, description.architecture
+    require_sizes(config, shapes_in(description.folder), str(description.folder))
     dtype, sparse = config.dtype or torch.float32, sparse_config(config, spec)
     on_meta(sparse)  # a decoder that cannot be cut into experts says so before anything is computed
     encoder = encoder_of(*description.inputs(), config, architecture)

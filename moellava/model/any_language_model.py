@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     LlavaConfig,
     PretrainedConfig,
@@ -23,6 +24,7 @@ from moellava.model.families import FAMILIES
 from moellava.model.manifest import Manifest
 from moellava.model.probes import FAILURES, Anatomy, CannotComposeError, anatomy_of
 from moellava.model.section import note
+from moellava.model.weights import require_sizes, shapes_in
 
 logger = get_logger(__name__)
 
@@ -85,6 +87,8 @@ def open_causal_lm(llm: Manifest, dtype: torch.dtype) -> Any:
     that do not fit its config."""
     with quietly():
         try:
+            config = AutoConfig.from_pretrained(llm.folder, trust_remote_code=False)
+            require_sizes(config, shapes_in(llm.folder), llm.called)
             model, info = AutoModelForCausalLM.from_pretrained(
                 llm.folder, dtype=dtype, trust_remote_code=False, **REPORT
             )

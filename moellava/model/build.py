@@ -18,6 +18,7 @@ from moellava.model.hooks import hang_hooks
 from moellava.model.projectors import parse_projector
 from moellava.model.projectors.layers import pin_identities
 from moellava.model.section import section_of
+from moellava.model.weights import require_sizes
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 """Older names of what is `rope_parameters` today; Hugging Face still reads them, though they are no fields any more."""
@@ -58,6 +59,7 @@ def build(config: PretrainedConfig, state: Mapping[str, torch.Tensor], dtype: to
         UserError: a tensor is missing, of another shape, or has no place.
     """
     config = as_extended(config) if extension_of(config).reasons else config
+    require_sizes(config, [tuple(tensor.shape) for tensor in state.values()], source)
     with quietly():
         model, info = model_class(config).from_pretrained(
             None, config=config, state_dict=dict(state), dtype=dtype, trust_remote_code=False, **REPORT

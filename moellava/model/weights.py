@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,6 +50,48 @@ def shards_of(index: Path) -> list[Path]:
             "folder comes from."
         )
     return [index.parent / shard for shard in names]
+
+
+def shapes_in(folder: Path) -> list[tuple[int, ...]]:
+    """The shapes of a folder's tensors, out of the headers of its safetensors; [] where it has none."""
+    shapes = []
+    for path in weight_files(folder) if has_weights(folder) else []:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as handle:
+                shapes += [tuple(handle.get_slice(name).get_shape()) for name in handle.keys()]  # noqa: SIM118
+    return shapes
+
+
+DEPTHS = ("num_hidden_layers", "num_layers", "depth")
+"""What configs call the number of layers of a part."""
+
+
+def require_sizes(config: Any, shapes: Collection[tuple[int, ...]], called: str) -> None:
+    """Looks whether a config can be that of some weights, before memory is taken for what it describes.
+
+    One that has lost a part of itself means its class's defaults there, which are a model of 7 billion parameters.
+
+    Args:
+        config: of a model.
+        shapes: of its tensors; none: nothing can be told.
+        called: how messages name the folder.
+
+    Raises:
+        UserError: no tensor is as wide as its language model, or there are fewer tensors than layers.
+    """
+    width, parts = getattr(config.get_text_config(), "hidden_size", None), [config, config.get_text_config()]
+    parts += [getattr(config, name) for name in config.sub_configs]
+    wrong = []
+    if isinstance(width, int) and not any(width in shape for shape in shapes):
+        wrong.append(f"hidden_size is {width}, but no tensor is that wide")
+    for layers in {getattr(part, name, None) for part in parts for name in DEPTHS}:
+        if isinstance(layers, int) and layers > len(shapes):
+            wrong.append(f"{layers} layers, but there are {len(shapes)} tensors")
+    if shapes and wrong:
+        raise UserError(
+            f"{called}: config.json does not describe the weights beside it ({'; '.join(wrong)}). One of them is "
+            "damaged, or of another model: fetch them anew."
+        )
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -260,6 +260,29 @@ def damaged(path: Path, chance: random.Random) -> Iterator[tuple[str, bytes | No
             yield f"all {name}", json.dumps(dict.fromkeys(raw, value)).encode(), ()
             chosen = chance.choice(sorted(raw))
             yield f"{chosen} {name}", json.dumps({**raw, chosen: value}).encode(), ()
+    if path.name == "config.json":
+        for place in places_in(json.loads(content)):
+            for name, value in (("lost", None), ("huge", 10**300)):
+                yield f"{'.'.join(place)} {name}", json.dumps(changed(json.loads(content), place, value)).encode(), ()
+
+
+def places_in(raw: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where the values of an object lie, those of objects in it too."""
+    for name, value in raw.items():
+        yield (*above, name)
+        if isinstance(value, dict):
+            yield from places_in(value, (*above, name))
+
+
+def changed(raw: dict[str, Any], place: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """The same object with another value at a place; None: without it."""
+    within = raw
+    for name in place[:-1]:
+        within = within[name]
+    within[place[-1]] = value
+    if value is None:
+        del within[place[-1]]
+    return raw
 
 
 def attack(layout: Layout, sound: Path, chance: random.Random) -> Iterator[tuple[str, Callable[[Path], None], Any]]:

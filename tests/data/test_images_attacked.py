@@ -235,7 +235,12 @@ def test_limits_are_flags_of_check_data(tmp_path, data_file, make_record, capsys
     assert main([*words, "--max-image-pixels", "1000"]) == 1
     assert "a.png: 48 × 32 pixels, but --max_image_pixels is 1000" in capsys.readouterr().out
     assert main([*words, "--max-image-side", "40"]) == main([*words, "--max-aspect-ratio", "1.2"]) == 1
-    assert main([*words, "--max-aspect-ratio", "nan"]) == 2
+    for nothing in ("nan", "inf", "0", "-1"):
+        with pytest.raises(SystemExit):
+            main([*words, "--max-aspect-ratio", nothing])
+        assert (
+            f"--max_aspect_ratio: {nothing}: a number above 0 is needed" in capsys.readouterr().err
+        )
 
 
 # -- damage --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from moellava.constants import CHAT_TEMPLATE
 from moellava.model.section import FORMAT, Section, note, section_of
 
 FULL = Section(
+    plugins=["mine.py"],
     version="v1",
     stage="finetune",
     architecture="llava-1.5",

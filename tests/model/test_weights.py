@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from moellava.errors import UserError
 from moellava.model.weights import read_file, read_tensors, weight_files
 from tests.processes import run_python
+from tests.tiny import compose_tiny, reopen
 
 
 class Evil:
@@ -110,3 +111,22 @@ def test_a_checkpoint_is_mapped_and_not_copied(checkpoints, tokenizer_folder, tm
     torch.save(state, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(raw))
     run_python(MEMORY, folder, tokenizer_folder)
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        (lambda raw: raw.pop("text_config"), "hidden_size is 4096, but no tensor is that wide"),
+        (lambda raw: raw["text_config"].update(num_hidden_layers=10**9), "1000000000 layers, but there are"),
+        (lambda raw: raw["vision_config"].update(num_hidden_layers=10**9), "1000000000 layers, but there are"),
+    ],
+)
+def test_a_config_without_its_sizes_takes_no_memory(lost, words, make_base, clip_tower, tmp_path):
+    """A folder without digests: what its class's defaults would be is 7 billion parameters, drawn at random."""
+    compose_tiny(make_base("llama").folder, clip_tower, "v1").save(tmp_path / "folder")
+    (tmp_path / "folder" / "digests.json").unlink()
+    raw = json.loads((tmp_path / "folder" / "config.json").read_text())
+    lost(raw)
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=f"config.json does not describe the weights beside it .*{words}"):
+        reopen(tmp_path / "folder")
