@@ -34,8 +34,11 @@ GOLDEN = Path(__file__).parent / "golden"
 QUICK_CASES = {
     "lmm/test_adapters.py": "qwen2.5-vl",
     "lmm/test_chat.py": "llava-1.5|gemma3",
+    "lmm/test_collators.py": "qwen2.5-vl|llava-1.5|gemma3|smolvlm|paligemma",
     "lmm/test_conformance.py": "llava-1.5|llava-onevision|gemma3|phi3-v|llama-3.2-vision",
     "lmm/test_families_train.py": "llama-3.2-vision|phi3-v",
+    "lmm/test_golden_rows.py": "qwen2.5-vl|qwen-vl|llava-1.5|gemma3|llama-3.2-vision|internvl|phi3-v|smolvlm",
+    "lmm/test_released_folders.py": "qwen2.5-vl|llava-1.5|gemma3|phi3-v",
     "lmm/test_training.py": "v1|llava-1.5",
     "lmm/test_videos.py": "llava-onevision|internvl|gemma3",
     "commands/test_inspect.py": "mistral|phi",
