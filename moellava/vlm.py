@@ -7,7 +7,7 @@ asks which of them it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -379,16 +379,19 @@ def open_encoder(
     return Encoder(tokenizer, renderer_for(version, tokenizer), CountedImages(tokens_per_image or TOKENS_PER_IMAGE))
 
 
-def compose(llm: str | Path, image_tower: str, options: Composition, dtype: torch.dtype = torch.float32) -> VLM:
+def compose(
+    llm: str | Path, image_tower: str | Sequence[str], options: Composition, dtype: torch.dtype = torch.float32
+) -> VLM:
     """A vision-language model of a language model and a tower, whose projector has learnt nothing yet.
 
     Args:
-        llm, image_tower: folders or hub ids.
+        llm, image_tower: folders or hub ids; of several towers, the features are joined.
         options: how they are put together.
         dtype: of all weights.
 
     Raises:
         UserError: see `describe_parts`.
     """
-    manifest, tower = read_folder(llm, "--model_name_or_path"), read_folder(image_tower, "--image_tower")
-    return build(describe_parts(manifest, tower, options), dtype, str(llm))
+    names = [image_tower] if isinstance(image_tower, str) else image_tower
+    manifest, towers = read_folder(llm, "--model_name_or_path"), [read_folder(name, "--image_tower") for name in names]
+    return build(describe_parts(manifest, towers, options), dtype, str(llm))

@@ -6,7 +6,7 @@ stage of ours has left, or other code that writes Hugging Face's LLaVA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,19 +34,21 @@ from moellava.model.description import Description
 from moellava.model.extended import PREFIX
 from moellava.model.families import Family, registered_family
 from moellava.model.integrity import opening
+from moellava.model.joined_towers import JoinedTowersConfig
 from moellava.model.manifest import Manifest
 from moellava.model.parts import LLAVA
 from moellava.model.projectors import ProjectorSpec, parse_projector
 from moellava.model.projectors.layers import initial_weights
 from moellava.model.section import Section, note, section_of
+from moellava.model.tower_images import JoinedImageProcessor, composed_image_processor, joined, tower_image_processor
 from moellava.model.towers import (
     check_select_layer,
     complete_processor,
-    composed_image_processor,
+    composed_tower,
+    counting,
     projector_sizes,
     select_strategy,
     tower_config,
-    tower_image_processor,
     tower_tensors,
 )
 from moellava.model.weights import read_tensors
@@ -66,7 +68,7 @@ class Composition:
         version: the conversation template that the folder will name.
         image_projector_type: a name by one of the patterns in `PROJECTORS`.
         mm_vision_select_layer: index of the tower's hidden states (-1: the last layer's, before any final norm).
-        mm_vision_select_feature: patch, or cls_patch to keep the class token.
+        mm_vision_select_feature: patch, cls_patch to keep the class token, or full to keep all tokens.
         image_aspect_ratio: square, or pad to pad images to a square first.
         use_im_start_end: also add tokens that stand before and after an image.
     """
@@ -79,12 +81,12 @@ class Composition:
     use_im_start_end: bool = False
 
 
-def describe_parts(llm: Manifest, tower: Manifest, options: Composition) -> Description:
+def describe_parts(llm: Manifest, towers: Sequence[Manifest], options: Composition) -> Description:
     """A vision-language model whose projector has learnt nothing yet.
 
     Args:
         llm: the language model's folder.
-        tower: CLIP or SigLIP.
+        towers: folders of vision models. Of several, the features are joined patch by patch.
         options: how they are put together.
 
     Raises:
@@ -92,8 +94,11 @@ def describe_parts(llm: Manifest, tower: Manifest, options: Composition) -> Desc
     """
     projector = parse_projector(options.image_projector_type)
     family = registered_family(llm.config)
-    with opening(tower.called):
-        vision = tower_config(tower.config, tower.called)
+    configs = []
+    for tower in towers:
+        with opening(tower.called):
+            configs.append(tower_config(tower.config, tower.called))
+    vision = composed_tower(configs, options.mm_vision_select_feature, projector)
     check_select_layer(vision, options.mm_vision_select_layer)
     strategy = select_strategy(vision, options.mm_vision_select_feature)
     with opening(llm.called):
@@ -104,7 +109,7 @@ def describe_parts(llm: Manifest, tower: Manifest, options: Composition) -> Desc
         family=None if family is None else family.name,
         image_aspect_ratio=options.image_aspect_ratio,
         image_projector_type=options.image_projector_type,
-        image_tower=tower.name,
+        image_tower=" + ".join(tower.name for tower in towers),
         use_im_start_end=options.use_im_start_end,
     ).put(config)
 
@@ -112,14 +117,30 @@ def describe_parts(llm: Manifest, tower: Manifest, options: Composition) -> Desc
         drawn = initial_weights(projector, projector_sizes(vision, text.hidden_size, strategy))
         words = own_tensors(llm, config, dtype) if family is None else language_model_tensors(llm, family)
         return words | {
-            **under("model.vision_tower", tower_tensors(tower.folder, vision, dtype)),
+            **vision_tensors(towers, vision, configs, dtype),
             **under("model.multi_modal_projector", drawn),
         }
 
     with opening(llm.called):
         tokenizer = load_tokenizer(llm.folder, options.version)
     note(config, chat_template=tokenizer.chat_template)
-    return describe_new(llm, tower, config, tokenizer, text.vocab_size, tensors)
+    return describe_new(llm, towers, config, tokenizer, text.vocab_size, tensors)
+
+
+def vision_tensors(
+    towers: Sequence[Manifest], vision: PretrainedConfig, configs: Sequence[PretrainedConfig], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The weights of all towers under the composed model's names.
+
+    Args:
+        vision: the composed model's vision config.
+        configs: of each tower.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for number, (tower, config) in enumerate(zip(towers, configs, strict=True)):
+        inside = f".towers.{number}" if isinstance(vision, JoinedTowersConfig) else ""
+        state |= under(f"model.vision_tower{inside}", tower_tensors(tower.folder, config, dtype))
+    return state
 
 
 def version_for(llm: Manifest) -> str:
@@ -130,7 +151,7 @@ def version_for(llm: Manifest) -> str:
 
 def describe_new(
     source: Manifest,
-    tower: Manifest,
+    towers: Sequence[Manifest],
     config: LlavaConfig,
     tokenizer: PreTrainedTokenizerFast | None,
     rows: int,
@@ -140,7 +161,7 @@ def describe_new(
 
     Args:
         source: the folder of the language model.
-        tower: where the image processor lies.
+        towers: where the image processors lie.
         config: its section gains the ids of the image tokens now, and what is particular to the head with the tensors.
         tokenizer: gains the image tokens; None: there is none.
         rows: of the embedding, below which no image token is placed.
@@ -165,7 +186,10 @@ def describe_new(
     def inputs() -> tuple[Any, Any]:
         if tokenizer is None:
             return None, None
-        image_processor = tower_image_processor(tower.folder, config.vision_config)
+        vision = config.vision_config
+        configs = vision.configs if isinstance(vision, JoinedTowersConfig) else [vision]
+        pairs = zip(towers, configs, strict=True)
+        image_processor = joined([tower_image_processor(tower.folder, one) for tower, one in pairs])
         return tokenizer, make_processor(image_processor, tokenizer, config)
 
     return Description(source.folder, config, LLAVA, inputs, load, streams=False)
@@ -206,7 +230,9 @@ def open_processor(folder: Path, tokenizer: Any) -> Any:
     """The processor of a folder, around a tokenizer that is open: its `from_pretrained` would open another one first,
     which takes longer than all the rest."""
     settings, _ = LlavaProcessor.get_processor_dict(folder)
-    image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    own = (settings.get("image_processor") or {}).get("image_processor_type")
+    cls: Any = JoinedImageProcessor if own == JoinedImageProcessor.__name__ else AutoImageProcessor
+    image_processor = cls.from_pretrained(folder, trust_remote_code=False)
     return LlavaProcessor.from_args_and_dict([image_processor, tokenizer], settings)
 
 
@@ -312,15 +338,11 @@ def make_processor(
     """
     section = section_of(config) or Section()
     vision, strategy = config.vision_config, config.vision_feature_select_strategy
-    # The processor counts patches and this number, which is negative where the projector gives fewer tokens.
     projector = parse_projector(section.image_projector_type or "mlp2x_gelu")
     sizes = projector_sizes(vision, config.text_config.hidden_size, strategy)
-    patches = (vision.image_size // vision.patch_size) ** 2 - (strategy == "default")
     return LlavaProcessor(
-        image_processor=composed_image_processor(image_processor, section.image_aspect_ratio, vision),
+        image_processor=composed_image_processor(image_processor, section.image_aspect_ratio),
         tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=projector.tokens(sizes) - patches,
+        **counting(vision, strategy, projector.tokens(sizes)),
         chat_template=saved_chat_template(section.version, tokenizer),
     )

@@ -1,4 +1,4 @@
-"""What Hugging Face's classes lack, as a subclass of any of them: MoE layers, another projector, a head of its own.
+"""What Hugging Face's classes lack, as a subclass of any of them: MoE layers, other projectors, towers and heads.
 
 An extended folder must not open silently wrong in plain transformers, which would drop the weights that it does not
 know. So its `config.json` gives `moellava_…` for the `model_type` of the model **and** of its text config: the Auto
@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from moellava.errors import UserError
+from moellava.model.joined_towers import JoinedTowersConfig
 from moellava.model.projectors import ProjectorSpec, parse_projector
 from moellava.model.section import Section, section_of
 from moellava.model.towers import projector_sizes
@@ -67,12 +68,14 @@ class Extension:
         projector: one that is more than two linear layers.
         head_bias: whether the language-model head has a bias.
         softcap: see `CappedHead`; None: the logits are not capped.
+        towers: of towers that Hugging Face's class reads otherwise.
         moe: the options of its MoE layers.
     """
 
     projector: ProjectorSpec | None = None
     head_bias: bool = False
     softcap: float | None = None
+    towers: JoinedTowersConfig | None = None
     moe: MoESpec | None = None
 
     @property
@@ -85,6 +88,8 @@ class Extension:
             found.append("its language-model head has a bias, which LlavaForConditionalGeneration lacks")
         if self.softcap is not None:
             found.append(f"its logits are capped at {self.softcap}, which LlavaForConditionalGeneration does not do")
+        if self.towers is not None:
+            found.append(self.towers.reason)
         if self.projector is not None:
             found.append(f"its projector is {self.projector.name}, which LlavaForConditionalGeneration lacks")
         return found
@@ -95,11 +100,12 @@ def extension_of(config: PretrainedConfig) -> Extension:
     section = section_of(config) or Section()
     named = section.image_projector_type
     projector = None if named is None else parse_projector(named)
-    moe = getattr(config, "moe", None)
+    moe, vision = getattr(config, "moe", None), getattr(config, "vision_config", None)
     return Extension(
         projector=projector if projector is not None and projector.is_extended else None,
         head_bias=section.head_bias,
         softcap=section.softcap,
+        towers=vision if isinstance(vision, JoinedTowersConfig) else None,
         moe=MoESpec.from_config(moe) if moe else None,
     )
 

@@ -12,7 +12,7 @@ from moellava.errors import UserError
 from moellava.files import CONFIG, MODEL_FILES, read_config, resolve_folder
 from moellava.model.integrity import check_digests, check_files
 from moellava.model.section import Section, section_of
-from moellava.model.towers import TOWERS
+from moellava.model.towers import is_tower
 
 LANGUAGE_MODEL, TOWER, VLM = "a language model", "a vision tower", "a vision-language model"
 """What a folder may hold."""
@@ -61,8 +61,7 @@ class Manifest:
     @cached_property
     def holds(self) -> str:
         """`LANGUAGE_MODEL`, `TOWER` or `VLM`, by its config."""
-        model_type = self.config.get("model_type", "")
-        if model_type in TOWERS or model_type in {tower.full_model_type for tower in TOWERS.values()}:
+        if self.section is None and not self.is_published and is_tower(str(self.config.get("model_type", ""))):
             return TOWER
         is_vlm = self.section is not None or self.is_published or any(name in self.config for name in VISION_FIELDS)
         return VLM if is_vlm else LANGUAGE_MODEL

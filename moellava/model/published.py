@@ -37,7 +37,8 @@ from moellava.model.manifest import Manifest
 from moellava.model.projectors import layers, parse_projector
 from moellava.model.published_lora import is_lora, lora_tensors
 from moellava.model.section import Section, section_of
-from moellava.model.towers import ASPECT_RATIOS, tower_config, tower_prefix, tower_tensors
+from moellava.model.tower_images import ASPECT_RATIOS
+from moellava.model.towers import tower_config, tower_prefix, tower_tensors
 from moellava.model.weights import has_weights, read_file, read_tensors
 
 TOWER_KEY = re.compile(r"(?:model|transformer)\.(?:image_tower\.image_tower|vision_tower\.vision_tower)\.(.+)")
@@ -72,7 +73,7 @@ def describe_published(manifest: Manifest) -> Description:
     rows = max(config.text_config.vocab_size, 0 if tokenizer is None else len(tokenizer))
     return describe_new(
         manifest,
-        tower,
+        [tower],
         config,
         tokenizer,
         rows,

@@ -76,7 +76,9 @@ class ModelArguments(ReleasedArguments):
         nargs="+",
     )
     force_version: bool = _flag("Take --version although it does not fit the tokenizer or the stage.", False)
-    image_tower: str | None = _flag("Folder or hub id of a CLIP or SigLIP tower; with a language model only.")
+    image_tower: list[str] | None = _flag(
+        "Folder or hub id of a vision model; with a language model only. Of two, the features are joined by patches."
+    )
     image_projector_type: str | None = _flag(
         "Name of the projector; docs/CUSTOM.md lists them. Unset: the folder's, or linear."
     )
@@ -84,7 +86,7 @@ class ModelArguments(ReleasedArguments):
         "Hidden state of the tower that is read: -1 is the last, -2 the one before. Unset: the folder's, or -1."
     )
     mm_vision_select_feature: str | None = _flag(
-        "patch (without the class token) or cls_patch. Unset: the folder's, or patch."
+        "patch (without class and register tokens), cls_patch or full. Unset: the folder's, or patch."
     )
     mm_use_im_start_end: bool | None = _flag(
         "Enclose each image in <im_start> and <im_end>, two trained tokens. Unset: as the folder does, or not."

@@ -114,7 +114,7 @@ def composed(
     llm: Manifest, stage: Stage, model_args: ModelArguments, data_args: DataArguments, dtype: torch.dtype
 ) -> VLM:
     """A language model and a tower, put together."""
-    assert model_args.image_tower is not None  # refuse_wrong_start has asked for it
+    assert model_args.image_tower  # refuse_wrong_start has asked for it
     options = Composition(
         version=model_args.version or usual_template(llm, stage),
         image_projector_type=model_args.image_projector_type or "linear",
@@ -123,9 +123,10 @@ def composed(
         image_aspect_ratio=data_args.image_aspect_ratio or "square",
         use_im_start_end=bool(model_args.mm_use_im_start_end),
     )
-    tower = read_folder(model_args.image_tower, "--image_tower")
-    tower.require_start()
-    return build(describe_parts(llm, tower, options), dtype, llm.called)
+    towers = [read_folder(name, "--image_tower") for name in model_args.image_tower]
+    for tower in towers:
+        tower.require_start()
+    return build(describe_parts(llm, towers, options), dtype, llm.called)
 
 
 def usual_template(llm: Manifest, stage: Stage) -> str:
@@ -167,7 +168,7 @@ def refuse_wrong_start(
         )
     if not is_llm and model_args.image_tower:
         raise UserError(
-            f"--image_tower {model_args.image_tower} conflicts with {source}, which has a tower "
+            f"--image_tower {' '.join(model_args.image_tower)} conflicts with {source}, which has a tower "
             "already. Leave --image_tower out."
         )
     learnt = not is_llm or model_args.pretrain_mm_mlp_adapter

@@ -11,6 +11,7 @@ from moellava.data.tokenizer_facts import PLAIN, facts_of, fit_of, fitting_versi
 from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.model.families import FAMILIES
+from moellava.model.towers import selected_features
 from moellava.moe import MoESpec, change_spec
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments
 from moellava.train.stages import PRETRAIN, Stage
@@ -50,12 +51,12 @@ def reconcile(vlm: VLM, stage: Stage, model_args: ModelArguments, data_args: Dat
 def composition(vlm: VLM, model_args: ModelArguments) -> list[tuple[str, Any, Any]]:
     """(flag, what was given, what the model was put together with) of what stays as it is."""
     section, config = vlm.section, vlm.model.config
-    strategies = {"default": "patch", "full": "cls_patch"}
-    feature = strategies.get(getattr(config, "vision_feature_select_strategy", ""))
+    given = model_args.mm_vision_select_feature
+    features = selected_features(config) if hasattr(config, "vision_feature_select_strategy") else (None,)
     return [
         ("image_projector_type", model_args.image_projector_type, section.image_projector_type),
         ("mm_vision_select_layer", model_args.mm_vision_select_layer, getattr(config, "vision_feature_layer", None)),
-        ("mm_vision_select_feature", model_args.mm_vision_select_feature, feature),
+        ("mm_vision_select_feature", given, given if given in features else features[0]),
         ("mm_use_im_start_end", model_args.mm_use_im_start_end, section.use_im_start_end),
     ]
 

@@ -183,8 +183,9 @@ def contents_of(
 ) -> dict[str, Any]:
     """What a run reads, by content. See `run_contents`."""
     folders = folders_of("the model", start_of(model_args)[0])
-    if model_args.image_tower:
-        folders |= folders_of("--image_tower", read_folder(model_args.image_tower, "--image_tower"))
+    for number, name in enumerate(model_args.image_tower or [], start=1):
+        flag = "--image_tower" if number == 1 else f"--image_tower ({number})"
+        folders |= folders_of(flag, read_folder(name, "--image_tower"))
     if model_args.pretrain_mm_mlp_adapter:
         folders["--pretrain_mm_mlp_adapter"] = Path(model_args.pretrain_mm_mlp_adapter)
     folders |= {f"--plugin {Path(file).name}": Path(file) for file in model_args.plugin or ()}

@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel
+from transformers import AutoModel, CLIPConfig, CLIPModel
 
 from moellava.errors import UnknownNameError, UserError
 from moellava.model.manifest import read_folder
+from moellava.model.tower_images import composed_image_processor, tower_image_processor
 from moellava.model.towers import (
-    TOWERS,
     check_select_layer,
-    composed_image_processor,
     select_strategy,
     tower_config,
-    tower_image_processor,
     tower_tensors,
     tower_tokens,
 )
@@ -32,7 +30,7 @@ def config_of(folder):
 def tower_of(folder):
     """The tower of a folder with its weights."""
     config = config_of(folder)
-    model = TOWERS[config.model_type].model(config).eval()
+    model = AutoModel.from_config(config).eval()
     model.load_state_dict(tower_tensors(folder, config, torch.float32))
     return model
 
@@ -70,7 +68,7 @@ def test_a_tower_without_class_token_has_no_cls_patch(siglip_tower):
     config = config_of(siglip_tower)
     with pytest.raises(UserError, match="no class token"):
         select_strategy(config, "cls_patch")
-    with pytest.raises(UserError, match="'cls' is unknown. Known: patch, cls_patch"):
+    with pytest.raises(UserError, match="'cls' is unknown. Known: patch, cls_patch, full"):
         select_strategy(config, "cls")
     with pytest.raises(UserError, match="choose from -4 to 3"):
         check_select_layer(config, -5)
@@ -92,23 +90,23 @@ def test_pad_keeps_the_whole_image_and_square_is_the_towers_own(tower_type, requ
     config = config_of(folder)
     own = tower_image_processor(folder, config)
     wide = picture(60, 20)
-    square = composed_image_processor(own, "square", config)
+    square = composed_image_processor(own, "square")
     assert square is own
-    pad = composed_image_processor(own, "pad", config)
+    pad = composed_image_processor(own, "pad")
     side = Image.new("RGB", (60, 60), tuple(int(255 * channel) for channel in own.image_mean))
     side.paste(wide, (0, 20))
     wanted = own(side, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pad(wide, return_tensors="pt")["pixel_values"], wanted)
-    back = composed_image_processor(pad, "square", config)
+    back = composed_image_processor(pad, "square")
     torch.testing.assert_close(
         back(wide, return_tensors="pt")["pixel_values"], own(wide, return_tensors="pt")["pixel_values"]
     )
     with pytest.raises(UserError, match="'anyres' is unknown. Known: square, pad"):
-        composed_image_processor(own, "anyres", config)
+        composed_image_processor(own, "anyres")
 
 
 def test_what_is_no_tower_is_refused(tmp_path, make_base, clip_tower):
-    with pytest.raises(UnknownNameError, match="'llama' model, not a known vision tower. Known: clip_vision_model"):
+    with pytest.raises(UnknownNameError, match="'llama' model, not a known vision tower. Known: the vision models"):
         config_of(make_base("llama").folder)
     with pytest.raises(UserError, match="no such folder"):
         config_of(tmp_path / "nowhere")
