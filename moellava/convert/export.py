@@ -16,7 +16,9 @@ from moellava.model.build import ROPE_FIELDS
 from moellava.model.families import Family, family_of
 from moellava.model.projectors import parse_projector
 from moellava.model.projectors.layers import to_published
+from moellava.model.published import MERGED
 from moellava.model.section import Section, section_of
+from moellava.model.tiles import ANYRES, NEWLINE
 from moellava.model.towers import tower_prefix
 from moellava.moe import MoESpec, gather_moe_state_dict, moe_layers
 from moellava.vlm import VLM
@@ -92,6 +94,9 @@ def published_config(model: Any) -> dict[str, Any]:
         "tokenizer_padding_side": "right",
         "use_mm_proj": True,
     }
+    if section.image_aspect_ratio == ANYRES:
+        grids = [[wide, high] for high, wide in model.config.image_grid_pinpoints]
+        fields |= {"image_grid_pinpoints": grids, "mm_patch_merge_type": MERGED}
     if layers:
         fields["moe"] = published_moe(
             [module.n_experts for _, module in layers], [i for i, _ in layers], layers[0][1].spec
@@ -147,6 +152,8 @@ def published_state(model: Any, raw: Mapping[str, Any]) -> dict[str, torch.Tenso
         if key.startswith("model.vision_tower."):
             name = key.removeprefix("model.vision_tower.").removeprefix(prefix)
             result[f"{inner}.image_tower.image_tower.vision_model.{name}"] = tensor
+        elif key == NEWLINE:
+            result[f"{inner}.image_newline"] = tensor
         elif key.startswith("model.multi_modal_projector."):
             theirs = to_published(key.removeprefix("model.multi_modal_projector."), projector)
             if theirs is not None:

@@ -61,7 +61,7 @@ def build(config: PretrainedConfig, state: Mapping[str, torch.Tensor], dtype: to
     config = as_extended(config) if extension_of(config).reasons else config
     require_sizes(config, [tuple(tensor.shape) for tensor in state.values()], source)
     with quietly():
-        model, info = model_class(config).from_pretrained(
+        model, info = class_of(config).from_pretrained(
             None, config=config, state_dict=dict(state), dtype=dtype, trust_remote_code=False, **REPORT
         )
     check_loaded(info, source)

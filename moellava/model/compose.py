@@ -17,6 +17,7 @@ from transformers import (
     BaseImageProcessor,
     GenerationConfig,
     LlavaConfig,
+    LlavaNextConfig,
     LlavaProcessor,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -36,11 +37,26 @@ from moellava.model.families import Family, registered_family
 from moellava.model.integrity import opening
 from moellava.model.joined_towers import JoinedTowersConfig
 from moellava.model.manifest import Manifest
-from moellava.model.parts import LLAVA
 from moellava.model.projectors import ProjectorSpec, parse_projector
 from moellava.model.projectors.layers import initial_weights
 from moellava.model.section import Section, note, section_of
-from moellava.model.tower_images import JoinedImageProcessor, composed_image_processor, joined, tower_image_processor
+from moellava.model.tiles import (
+    ANYRES,
+    LAYOUTS,
+    NEWLINE,
+    layout_of,
+    new_newline,
+    parse_pinpoints,
+    tiled_config,
+    tiling_image_processor,
+)
+from moellava.model.tower_images import (
+    JoinedImageProcessor,
+    canvas_of,
+    composed_image_processor,
+    joined,
+    tower_image_processor,
+)
 from moellava.model.towers import (
     check_select_layer,
     complete_processor,
@@ -69,7 +85,8 @@ class Composition:
         image_projector_type: a name by one of the patterns in `PROJECTORS`.
         mm_vision_select_layer: index of the tower's hidden states (-1: the last layer's, before any final norm).
         mm_vision_select_feature: patch, cls_patch to keep the class token, or full to keep all tokens.
-        image_aspect_ratio: square, or pad to pad images to a square first.
+        image_aspect_ratio: square; pad to pad images to a square first; or anyres to cut them into tiles.
+        image_grid_pinpoints: grids of tiles, see `parse_pinpoints`; None: those of LLaVA-1.6.
         use_im_start_end: also add tokens that stand before and after an image.
     """
 
@@ -78,6 +95,7 @@ class Composition:
     mm_vision_select_layer: int = -1
     mm_vision_select_feature: str = "patch"
     image_aspect_ratio: str = "square"
+    image_grid_pinpoints: str | None = None
     use_im_start_end: bool = False
 
 
@@ -103,7 +121,9 @@ def describe_parts(llm: Manifest, towers: Sequence[Manifest], options: Compositi
     strategy = select_strategy(vision, options.mm_vision_select_feature)
     with opening(llm.called):
         text = own_config(llm) if family is None else text_config(family, family.text_config(llm.config))
-    config = llava_config(vision, text, projector, strategy, options.mm_vision_select_layer)
+    config: Any = llava_config(vision, text, projector, strategy, options.mm_vision_select_layer)
+    if options.image_aspect_ratio == ANYRES:
+        config = tiled_config(config, projector, pinpoints_of(options, vision))
     Section(
         version=options.version,
         family=None if family is None else family.name,
@@ -116,6 +136,8 @@ def describe_parts(llm: Manifest, towers: Sequence[Manifest], options: Compositi
     def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         drawn = initial_weights(projector, projector_sizes(vision, text.hidden_size, strategy))
         words = own_tensors(llm, config, dtype) if family is None else language_model_tensors(llm, family)
+        if isinstance(config, LlavaNextConfig):
+            words[NEWLINE] = new_newline(config, dtype)
         return words | {
             **vision_tensors(towers, vision, configs, dtype),
             **under("model.multi_modal_projector", drawn),
@@ -125,6 +147,12 @@ def describe_parts(llm: Manifest, towers: Sequence[Manifest], options: Compositi
         tokenizer = load_tokenizer(llm.folder, options.version)
     note(config, chat_template=tokenizer.chat_template)
     return describe_new(llm, towers, config, tokenizer, text.vocab_size, tensors)
+
+
+def pinpoints_of(options: Composition, vision: PretrainedConfig) -> list[tuple[int, int]] | None:
+    """The grids of tiles that were named, in pixels; None: those of LLaVA-1.6."""
+    named = options.image_grid_pinpoints
+    return None if named is None else parse_pinpoints(named, canvas_of(vision)[0])
 
 
 def vision_tensors(
@@ -192,7 +220,7 @@ def describe_new(
         image_processor = joined([tower_image_processor(tower.folder, one) for tower, one in pairs])
         return tokenizer, make_processor(image_processor, tokenizer, config)
 
-    return Description(source.folder, config, LLAVA, inputs, load, streams=False)
+    return Description(source.folder, config, layout_of(config).keywords, inputs, load, streams=False)
 
 
 def describe_composed(manifest: Manifest) -> Description:
@@ -202,9 +230,10 @@ def describe_composed(manifest: Manifest) -> Description:
         UserError: another class, a projector that none of our names describes, or no tokenizer or processor.
     """
     model_type = str(manifest.config.get("model_type", "")).removeprefix(PREFIX)
-    if model_type != LlavaConfig.model_type:
+    if model_type not in LAYOUTS:
         raise UserError(f"{manifest.folder} is a {model_type!r} model, which no stage of ours writes.")
     config = open_config(manifest.folder, manifest.config)
+    layout = layout_of(config)
     if manifest.section is None:
         adopted(config, manifest).put(config)
 
@@ -214,7 +243,7 @@ def describe_composed(manifest: Manifest) -> Description:
         if section is not None and section.chat_template and section.version != CHAT_TEMPLATE:
             tokenizer.chat_template = section.chat_template  # the file beside it is the stage's own template
         try:
-            processor = open_processor(manifest.folder, tokenizer)
+            processor = open_processor(manifest.folder, tokenizer, layout.processor)
         except OSError as error:
             raise UserError(
                 f"{manifest.called} holds no processor: copy processor_config.json (of older folders, "
@@ -223,17 +252,20 @@ def describe_composed(manifest: Manifest) -> Description:
         complete_processor(processor, config)
         return tokenizer, processor
 
-    return Description(manifest.folder, config, LLAVA, inputs, lambda dtype: read(manifest.folder, config, dtype))
+    def load(dtype: torch.dtype) -> Any:
+        return read(manifest.folder, config, dtype)
+
+    return Description(manifest.folder, config, layout.keywords, inputs, load)
 
 
-def open_processor(folder: Path, tokenizer: Any) -> Any:
+def open_processor(folder: Path, tokenizer: Any, processor_class: Any = LlavaProcessor) -> Any:
     """The processor of a folder, around a tokenizer that is open: its `from_pretrained` would open another one first,
     which takes longer than all the rest."""
-    settings, _ = LlavaProcessor.get_processor_dict(folder)
+    settings, _ = processor_class.get_processor_dict(folder)
     own = (settings.get("image_processor") or {}).get("image_processor_type")
     cls: Any = JoinedImageProcessor if own == JoinedImageProcessor.__name__ else AutoImageProcessor
     image_processor = cls.from_pretrained(folder, trust_remote_code=False)
-    return LlavaProcessor.from_args_and_dict([image_processor, tokenizer], settings)
+    return processor_class.from_args_and_dict([image_processor, tokenizer], settings)
 
 
 def adopted(config: PretrainedConfig, manifest: Manifest) -> Section:
@@ -329,8 +361,8 @@ def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
 
 def make_processor(
     image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig
-) -> LlavaProcessor:
-    """Hugging Face's LLaVA processor, which makes of images and prompts just what training reads.
+) -> Any:
+    """The processor of Hugging Face's LLaVA or LLaVA-NeXT, which makes of images and prompts just what training reads.
 
     Args:
         image_processor: the tower's own, or that of a composed model.
@@ -340,8 +372,12 @@ def make_processor(
     vision, strategy = config.vision_config, config.vision_feature_select_strategy
     projector = parse_projector(section.image_projector_type or "mlp2x_gelu")
     sizes = projector_sizes(vision, config.text_config.hidden_size, strategy)
-    return LlavaProcessor(
-        image_processor=composed_image_processor(image_processor, section.image_aspect_ratio),
+    if isinstance(config, LlavaNextConfig):
+        images: Any = tiling_image_processor(image_processor, config)
+    else:
+        images = composed_image_processor(image_processor, section.image_aspect_ratio)
+    return layout_of(config).processor(
+        image_processor=images,
         tokenizer=tokenizer,
         **counting(vision, strategy, projector.tokens(sizes)),
         chat_template=saved_chat_template(section.version, tokenizer),

@@ -6,28 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from moellava.errors import UserError
 from moellava.files import read_config
 from moellava.model.integrity import check_digests, check_files
 from moellava.model.published import EMBEDDINGS, STAGE_1_FILE, projector_tensors
 from moellava.model.section import Section, section_of
+from moellava.model.tiles import IMAGE_NEWLINE
 from moellava.model.weights import read_file, read_tensors
 
 
-def load_projector(model: Any, projector: nn.Module, path: str | Path) -> None:
-    """Copies a projector into a composed model, and with it what `<im_start>` and `<im_end>` have learnt.
+def load_projector(model: Any, path: str | Path) -> None:
+    """Copies a projector into a composed model, and with it what `<im_start>` and `<im_end>`, and the ends of rows of
+    tiles, have learnt.
 
     Args:
         model: the model.
-        projector: its projector.
         path: an `mm_projector.bin` of LLaVA or MoE-LLaVA, or a folder of any stage, ours or theirs.
 
     Raises:
         UserError: there is no projector, it has another shape than the model's, or only one of the two uses the tokens.
     """
-    path = Path(path)
+    path, projector = Path(path), model.model.multi_modal_projector
     if path.is_dir() and (path / STAGE_1_FILE).is_file():
         path = path / STAGE_1_FILE
     if path.is_dir():
@@ -50,6 +50,10 @@ def load_projector(model: Any, projector: nn.Module, path: str | Path) -> None:
             f"it holds {shapes}, but the model's projector is {wanted}."
         )
     projector.load_state_dict(found, strict=False)
+    newline = next((tensor for name, tensor in tensors.items() if name.endswith(IMAGE_NEWLINE)), None)
+    if newline is not None and hasattr(model.model, IMAGE_NEWLINE):
+        with torch.no_grad():
+            model.model.image_newline.copy_(newline)
     copy_image_tokens(model, learnt_image_tokens(path, tensors), path)
 
 

@@ -1,10 +1,11 @@
 """Folders that LLaVA and MoE-LLaVA wrote, in and out, without their code.
 
-Such a folder is the language model's own checkpoint with three things added, all under its inner module's name
+Such a folder is the language model's own checkpoint with a few things added, all under its inner module's name
 (`model.`, or `transformer.` for Qwen-1):
 
     image_tower.image_tower.…  or  vision_tower.vision_tower.…       the tower
     mm_projector.image_spatial_proj.{0,2}.…  or  mm_projector.{0,2}.… the projector
+    image_newline                                                    what ends a row of patches (LLaVA-1.6)
     layers.I.mlp.deepspeed_moe.experts.deepspeed_experts.E.…         expert E of a sparse layer, named as the MLP is
     layers.I.mlp.deepspeed_moe.gate.wg.weight                        its router
     layers.I.mlp.mlp.…  and  layers.I.mlp.coefficient.…              residual MoE: the MLP beside the experts, the mixer
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import LlavaConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from moellava.data.tokenizers import TOKENIZER_FILES, load_tokenizer
 from moellava.errors import UserError
@@ -37,13 +38,15 @@ from moellava.model.manifest import Manifest
 from moellava.model.projectors import layers, parse_projector
 from moellava.model.published_lora import is_lora, lora_tensors
 from moellava.model.section import Section, section_of
-from moellava.model.tower_images import ASPECT_RATIOS
+from moellava.model.tiles import ANYRES, NEWLINE, WAYS, parse_pinpoints, tiled_config
+from moellava.model.tower_images import canvas_of
 from moellava.model.towers import tower_config, tower_prefix, tower_tensors
 from moellava.model.weights import has_weights, read_file, read_tensors
 
 TOWER_KEY = re.compile(r"(?:model|transformer)\.(?:image_tower\.image_tower|vision_tower\.vision_tower)\.(.+)")
 PROJECTOR_KEY = re.compile(r"(?:.*\.)?mm_projector\.(?:image_spatial_proj\.)?(.+)")
 OUR_PROJECTOR_KEY = re.compile(r"(?:model\.)?multi_modal_projector\.(.+)")
+NEWLINE_KEY = re.compile(r"(?:model|transformer)\.image_newline")
 EXPERT_KEY = re.compile(r"(.+\.mlp)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)")
 ROUTER_KEY = re.compile(r".+\.(\d+)\.mlp\.deepspeed_moe\.gate\.wg\.(.+)")
 RESIDUAL_KEY = re.compile(r"(.+\.mlp)\.mlp\.(.+)")
@@ -149,6 +152,8 @@ def from_published(
         raw: the published config.
         prefix: what the installed transformers puts before the names of this tower's tensors.
     """
+    if NEWLINE_KEY.fullmatch(key):
+        return {NEWLINE: tensor}
     if match := TOWER_KEY.fullmatch(key):
         return {f"model.vision_tower.{prefix}{match[1].removeprefix('vision_model.')}": tensor}
     if match := PROJECTOR_KEY.fullmatch(key):
@@ -177,14 +182,29 @@ def projector_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     return found
 
 
-def composed_config(manifest: Manifest, tower: Manifest, family: Family) -> LlavaConfig:
+MERGED = "spatial_unpad"
+"""How LLaVA-1.6 puts the features of tiles together, which is all that Hugging Face's LLaVA-NeXT does."""
+
+
+def published_grids(manifest: Manifest, side: int) -> list[tuple[int, int]]:
+    """The grids of a published config, in pixels. Raises UserError where tiles are put together in another way."""
+    merged = manifest.config.get("mm_patch_merge_type") or "flat"
+    if merged != MERGED:
+        raise UserError(
+            f"{manifest.folder} puts the features of tiles together as {merged!r} (mm_patch_merge_type), which is not "
+            f"known here. Known: {MERGED}."
+        )
+    return parse_pinpoints(manifest.config.get("image_grid_pinpoints") or "", side)
+
+
+def composed_config(manifest: Manifest, tower: Manifest, family: Family) -> Any:
     """A published config as that of a composed model. Raises UserError where that has no such thing."""
     raw = manifest.config
     aspect_ratio = raw.get("image_aspect_ratio") or "square"
-    if aspect_ratio not in ASPECT_RATIOS:
+    if aspect_ratio not in WAYS:
         raise UserError(
-            f"{manifest.folder} cuts images into tiles (image_aspect_ratio {aspect_ratio!r}): that is LLaVA-1.6. "
-            "Open its Hugging Face conversion (llava-hf/…) by its model id instead."
+            f"{manifest.folder} shows images in a way that is not known here (image_aspect_ratio {aspect_ratio!r}). "
+            f"Known: {', '.join(WAYS)}."
         )
     vision = tower_config(tower.config, tower.called)
     name = raw.get("image_projector_type") or raw.get("mm_projector_type") or "linear"
@@ -193,7 +213,9 @@ def composed_config(manifest: Manifest, tower: Manifest, family: Family) -> Llav
     strategy = "full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default"
     text = text_config(family, (family.published_text_config or family.text_config)(raw))
     projector, layer = parse_projector(name), raw.get("mm_vision_select_layer", -2)
-    config = llava_config(vision, text, projector, strategy, layer)
+    config: Any = llava_config(vision, text, projector, strategy, layer)
+    if aspect_ratio == ANYRES:
+        config = tiled_config(config, projector, published_grids(manifest, canvas_of(vision)[0]))
     Section(
         version=family.version,
         family=family.name,

@@ -77,7 +77,7 @@ def assemble(
         refuse_template(vlm, stage, model_args, usual_template(manifest, stage))
     choose_attention(vlm.model, model_args.attn_implementation)
     if model_args.pretrain_mm_mlp_adapter:
-        load_projector(vlm.model, vlm.parts["projector"][0], model_args.pretrain_mm_mlp_adapter)
+        load_projector(vlm.model, model_args.pretrain_mm_mlp_adapter)
     certificate = sparsify(vlm, moe_args) if moe_args.moe_enable else None
     # Adapters before the engine, which marks whatever parameters its experts have.
     adapter = adapt(vlm, model_args, moe_args, args) if args.lora_enable or model_args.use_vision_lora else None
@@ -121,6 +121,7 @@ def composed(
         mm_vision_select_layer=-1 if model_args.mm_vision_select_layer is None else model_args.mm_vision_select_layer,
         mm_vision_select_feature=model_args.mm_vision_select_feature or "patch",
         image_aspect_ratio=data_args.image_aspect_ratio or "square",
+        image_grid_pinpoints=data_args.image_grid_pinpoints,
         use_im_start_end=bool(model_args.mm_use_im_start_end),
     )
     towers = [read_folder(name, "--image_tower") for name in model_args.image_tower]

@@ -118,8 +118,12 @@ CONFLICTS: list[Rule] = [
         "--overlong {data.overlong}: choose error, drop or truncate.",
     ),
     (
-        lambda f: f.data.image_aspect_ratio not in (None, "square", "pad"),
-        "--image_aspect_ratio {data.image_aspect_ratio}: choose square or pad.",
+        lambda f: f.data.image_aspect_ratio not in (None, "square", "pad", "anyres"),
+        "--image_aspect_ratio {data.image_aspect_ratio}: choose square, pad or anyres.",
+    ),
+    (
+        lambda f: f.data.image_grid_pinpoints and f.model.image_tower and f.data.image_aspect_ratio != "anyres",
+        "--image_grid_pinpoints {data.image_grid_pinpoints} needs --image_aspect_ratio anyres.",
     ),
     (lambda f: f.data.num_frames < 1, "--num_frames {data.num_frames}: a video is at least 1 frame."),
     (lambda f: f.data.bad_files not in ("error", "skip"), "--bad_files {data.bad_files}: choose error or skip."),

@@ -11,6 +11,8 @@ from moellava.data.tokenizer_facts import PLAIN, facts_of, fit_of, fitting_versi
 from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.model.families import FAMILIES
+from moellava.model.tiles import parse_pinpoints
+from moellava.model.tower_images import canvas_of
 from moellava.model.towers import selected_features
 from moellava.moe import MoESpec, change_spec
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments
@@ -27,7 +29,7 @@ def reconcile(vlm: VLM, stage: Stage, model_args: ModelArguments, data_args: Dat
         UserError: a template that does not fit, or a flag that says otherwise than the folder of what cannot change.
     """
     vlm.require_tokenizer()
-    for flag, given, own in composition(vlm, model_args):
+    for flag, given, own in composition(vlm, model_args, data_args):
         if given not in (None, own):
             raise UserError(
                 f"--{flag} {given}, but {vlm.source} was put together with "
@@ -48,12 +50,16 @@ def reconcile(vlm: VLM, stage: Stage, model_args: ModelArguments, data_args: Dat
     logger.info("Template %s (%s), images %s", version, origin, vlm.section.image_aspect_ratio)
 
 
-def composition(vlm: VLM, model_args: ModelArguments) -> list[tuple[str, Any, Any]]:
+def composition(vlm: VLM, model_args: ModelArguments, data_args: DataArguments) -> list[tuple[str, Any, Any]]:
     """(flag, what was given, what the model was put together with) of what stays as it is."""
     section, config = vlm.section, vlm.model.config
     given = model_args.mm_vision_select_feature
     features = selected_features(config) if hasattr(config, "vision_feature_select_strategy") else (None,)
+    grids, named = getattr(config, "image_grid_pinpoints", None), data_args.image_grid_pinpoints
+    if named is not None and grids is not None:
+        named = [list(pair) for pair in parse_pinpoints(named, canvas_of(config.vision_config)[0])]
     return [
+        ("image_grid_pinpoints", named, grids),
         ("image_projector_type", model_args.image_projector_type, section.image_projector_type),
         ("mm_vision_select_layer", model_args.mm_vision_select_layer, getattr(config, "vision_feature_layer", None)),
         ("mm_vision_select_feature", given, given if given in features else features[0]),

@@ -238,9 +238,7 @@ def test_limits_are_flags_of_check_data(tmp_path, data_file, make_record, capsys
     for nothing in ("nan", "inf", "0", "-1"):
         with pytest.raises(SystemExit):
             main([*words, "--max-aspect-ratio", nothing])
-        assert (
-            f"--max_aspect_ratio: {nothing}: a number above 0 is needed" in capsys.readouterr().err
-        )
+        assert f"--max_aspect_ratio: {nothing}: a number above 0 is needed" in capsys.readouterr().err
 
 
 # -- damage --------------------------------------------------------------------------------------------------------

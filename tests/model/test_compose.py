@@ -122,7 +122,7 @@ def test_the_same_seed_draws_the_same_projector(make_base, clip_tower):
         ({"image_projector_type": "identity"}, "identity needs equal widths.*16.*32"),
         ({"mm_vision_select_layer": -9}, "--mm_vision_select_layer -9: the tower has 3 layers"),
         ({"mm_vision_select_feature": "cls"}, "Known: patch, cls_patch"),
-        ({"image_aspect_ratio": "anyres"}, "Known: square, pad"),
+        ({"image_aspect_ratio": "round"}, "Known: square, pad"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options, message, make_base, clip_tower):

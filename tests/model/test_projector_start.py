@@ -12,8 +12,7 @@ from tests.tiny import compose_tiny
 
 
 def load_projector(vlm: VLM, path) -> None:
-    (projector,) = vlm.parts["projector"]
-    projector_start.load_projector(vlm.model, projector, path)
+    projector_start.load_projector(vlm.model, path)
 
 
 def projector_of(vlm: VLM) -> dict[str, torch.Tensor]:

@@ -178,6 +178,7 @@ VALUES: dict[str, tuple[object, Flags]] = {
     "confine_media": (True, {"data_path": "{root}/out.json"}),
     "num_frames": (2, {"data_path": "{root}/clip.json"}),
     "image_aspect_ratio": ("pad", {}),
+    "image_grid_pinpoints": ("(1x1),...,(2x2)", {}),
     "is_multimodal": (False, {}),
     "overlong": ("drop", {"model_max_length": 200}),
     "bad_files": ("skip", {"data_path": "{root}/torn.json"}),
@@ -240,6 +241,8 @@ REFUSED: dict[str, dict[str, str]] = {
     "video_folder": everywhere("nowhere/clip.mp4: no such video file"),
     "confine_media": everywhere("outside.png"),
     "image_aspect_ratio": {"released": "--image_aspect_ratio pad: .* is a released model"},
+    "image_grid_pinpoints": {"parts": "--image_grid_pinpoints .* needs --image_aspect_ratio anyres"}
+    | dict.fromkeys((*FOLDERS, "released"), "--image_grid_pinpoints .* was put together with"),
     "is_multimodal": everywhere("--is_multimodal False"),
     "max_image_pixels": everywhere("--max_image_pixels"),
     "max_image_side": everywhere("--max_image_side"),
