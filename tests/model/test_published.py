@@ -280,7 +280,7 @@ def test_a_stage_1_folder_needs_its_language_model(tmp_path, make_base, checkpoi
             {"model_type": "llava_bloom"},
             "No language model family reads published checkpoints of model_type 'llava_bloom'",
         ),
-        ({"image_aspect_ratio": "anyres"}, "cuts images into tiles"),
+        ({"image_aspect_ratio": "anyres"}, "puts the features of tiles together as 'flat'"),
         ({"mm_video_tower": "LanguageBind/LanguageBind_Video"}, "has a video tower"),
         ({"mm_image_tower": "nobody/nothing"}, "the config's image tower nobody/nothing: there is no such folder"),
         ({"image_projector_type": "simple_in1_out1"}, "Unknown projector 'simple_in1_out1'"),
