@@ -322,3 +322,6 @@ for _name, _template in {
     "v1_mmtag": conv_llava_v1_mmtag,
 }.items():
     conv_templates.register(_name, _template)
+
+default_conversation: Conversation = conv_vicuna_v1
+"""What `preprocess` takes where no template is named, as in LLaVA, whose guides set it. Commands always name theirs."""

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T]):
-    """A read-only mapping that grows only through `register`, and changes only through `replace`.
+    """A read-only mapping that grows only through `register` (or `registry[name] = value`), and changes only through `replace`.
 
     Args:
         noun: what an entry is, in the words of an error message ('template', 'family').
@@ -28,6 +28,10 @@ class Registry(Mapping[str, T]):
             raise ValueError(f"{self.noun} {name!r} is registered twice")
         self._entries[name] = value
         return value
+
+    def __setitem__(self, name: str, value: T) -> None:
+        """The same as `register`, as the guides of LLaVA and MoE-LLaVA write it."""
+        self.register(name, value)
 
     def replace(self, name: str, value: T) -> T:
         """Puts another value in the place of an entry's and returns it. Raises UnknownNameError if there is none."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from moellava import conversation
 from moellava.constants import IMAGE_TOKEN_INDEX
 from moellava.data.masking import Encoded, engine_for
 from moellava.data.records import Source, trained_answers
@@ -22,7 +23,7 @@ def preprocess(
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    version: str,
+    version: str | None = None,
     has_image: bool = False,
     max_length: int | None = None,
     overlong: str = "truncate",
@@ -33,7 +34,8 @@ def preprocess(
     Args:
         sources: conversations; a leading answer without a question is left out, as LLaVA does.
         tokenizer: of `load_tokenizer`.
-        version: a name of `conv_templates`, or 'chat_template' for the tokenizer's own.
+        version: a name of `conv_templates`, or 'chat_template' for the tokenizer's own; None: that of
+            `conversation.default_conversation`, which LLaVA's guides set.
         has_image: whether `<image>` in human messages stands for an image; else it is text. In `plain` it always does.
         max_length: the longest sample, in ids, an image counting as `len(image_ids)`.
         overlong: what happens to a longer one: 'truncate' cuts its end, 'drop' leaves it out, 'error' raises.
@@ -49,6 +51,7 @@ def preprocess(
     """
     if overlong not in OVERLONG:
         raise ValueError(f"overlong is {overlong!r} but must be one of {', '.join(OVERLONG)}")
+    version = version or conversation.default_conversation.version
     batch: dict[str, list[torch.Tensor]] = {"input_ids": [], "labels": []}
     for number, source in enumerate(sources):
         name = f"conversation {number}"

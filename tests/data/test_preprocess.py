@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
+from moellava import conversation
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.data import preprocess as module
 from moellava.data.preprocess import preprocess
 from moellava.errors import DataError, UnknownNameError
+from moellava.mm_utils import tokenizer_image_token
 
 TURNS = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "one two three four"}]
 ROWS = ["plain", "v1", "llama_2", "qwen", "phi", "stablelm", "mistral", "openchat", "minicpm", "mpt"]
@@ -99,3 +103,35 @@ def test_malformed_conversations_are_errors(tokenizers, turns, message):
 def test_an_unknown_version_is_an_error(tokenizers):
     with pytest.raises(UnknownNameError, match="'phi3'.*Known: .*stablelm"):
         preprocess([TURNS], tokenizers["phi"], version="phi3")
+
+
+def test_the_names_of_the_guide_work(tokenizers, monkeypatch):
+    """The table 'In the guide → here' of docs/CUSTOM.md, from top to bottom."""
+    tokenizer = tokenizers["stablelm"]
+    assert tokenizer.added_tokens_encoder["<|reg0|>"] == tokenizer.unk_token_id
+    mine = conversation.Conversation(
+        system="Be brief.",
+        roles=("USER", "ASSISTANT"),
+        version="from-the-guide",
+        messages=(),
+        offset=0,
+        sep_style=conversation.SeparatorStyle.TWO,
+        sep=" ",
+        sep2="<|endoftext|>",
+    )
+    monkeypatch.setattr(conversation.conv_templates, "_entries", dict(conversation.conv_templates))
+    conversation.conv_templates["from-the-guide"] = mine
+    with pytest.raises(ValueError, match="registered twice"):
+        conversation.conv_templates["from-the-guide"] = mine
+    sources = [[{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]]
+    named = preprocess(sources, tokenizer, version="from-the-guide")
+    usual = preprocess(sources, tokenizer)
+    assert usual["input_ids"][0].tolist() == preprocess(sources, tokenizer, version="v1")["input_ids"][0].tolist()
+    monkeypatch.setattr(conversation, "default_conversation", mine)
+    found = preprocess(sources, tokenizer, has_image=False)
+    assert found["labels"][0].tolist() == named["labels"][0].tolist() != usual["labels"][0].tolist()
+    for name in ("v1", "qwen", "phi", "stablelm"):
+        assert callable(getattr(module, f"preprocess_{name}"))
+    assert tokenizer_image_token("<image>\nhi", tokenizer)[0] == -200
+    for family in ("stablelm", "qwen", "phi", "mistral", "llama"):
+        assert importlib.import_module(f"moellava.model.language_model.llava_{family}_moe")
