@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T]):
-    """A read-only mapping that grows only through `register` (or `registry[name] = value`), and changes only through `replace`.
+    """A mapping that grows only through `register` (or `registry[name] = value`), and changes only through `replace`.
 
     Args:
         noun: what an entry is, in the words of an error message ('template', 'family').
