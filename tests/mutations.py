@@ -591,6 +591,50 @@ PROBING = (
     ),
 )
 
+TRUST = (
+    Mutation(
+        "damaged-weights-are-a-start",
+        "model/integrity.py",
+        "    problems = digest_problems(folder, recorded)",
+        "    problems = dict[str, str]()",
+        "A run starts from weights of which a byte has flipped, and writes them out again with new digests.",
+        ("model/test_integrity.py",),
+    ),
+    Mutation(
+        "a-folders-plug-in-runs-unasked",
+        "plugins.py",
+        "        elif name not in PLUGINS and not trust_remote_code:",
+        "        elif name not in PLUGINS and False:",
+        "Python that lies in a folder from elsewhere runs as soon as the folder is opened.",
+        ("test_plugins.py",),
+    ),
+    Mutation(
+        "media-from-anywhere",
+        "data/media.py",
+        "        if self.confined and not within(path, folder):",
+        "        if self.confined and False:",
+        "--confine_media lets records read any file of the machine.",
+        ("data/test_media.py",),
+    ),
+    Mutation(
+        "images-of-any-size",
+        "data/images.py",
+        "                limits.check(image.size, str(path))",
+        "                pass",
+        "One image of 1 x 10,000 pixels, and the run takes gigabytes.",
+        ("data/test_images_attacked.py",),
+    ),
+    Mutation(
+        "config-of-another-model",
+        "model/weights.py",
+        "    if shapes and wrong:",
+        "    if shapes and False:",
+        "A config.json that has lost a part of itself takes the memory of 7 billion parameters, drawn at random.",
+        ("model/test_weights.py",),
+    ),
+)
+
+
 MUTATIONS = (
     *MASKING,
     *PROBING,
@@ -603,4 +647,5 @@ MUTATIONS = (
     *RESUMING,
     *STAGES,
     *ANSWERING,
+    *TRUST,
 )
