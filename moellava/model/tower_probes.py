@@ -175,7 +175,7 @@ def states_of(model: Any, pixels: Tensor) -> tuple[Tensor, ...]:
         states = model(pixels, return_dict=True, output_hidden_states=True).hidden_states
     except FAILURES as error:
         raise CannotBeTowerError(f"it does not run on pixels alone: {first_line(error)}") from error
-    if not isinstance(states, tuple) or len(states) < 2:
+    if not isinstance(states, tuple) or len(states) < 2 or not all(isinstance(state, Tensor) for state in states):
         raise CannotBeTowerError("it gives no hidden states, from which LLaVA takes its features")
     shapes = list(dict.fromkeys(tuple(state.shape) for state in states))
     if any(len(shape) != 3 for shape in shapes):
