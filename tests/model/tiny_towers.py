@@ -1,4 +1,4 @@
-"""Every vision model of transformers as a tiny one: the few config fields that make it so, and the verdicts, as data."""
+"""Every vision model of transformers as a tiny one: the few config fields that make it so, as data."""
 
 from __future__ import annotations
 
@@ -58,6 +58,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 """Fields of a config beside `COMMON`, by `model_type`."""
 
 
+OWN_CLASSES = {"metaclip_2_vision_model": hf.MetaClip2VisionModel}
+"""Classes that AutoModel does not know, of models that are towers all the same."""
+
 AS_THEY_ARE = {"dots3_note_vision_encoder", "florence_vision", "molmo2_vision"}
 """Models that are refused before they are built, and whose configs take none of the common sizes."""
 
@@ -84,7 +87,8 @@ def tiny_config(model_type: str, **fields: Any) -> hf.PretrainedConfig:
 def tiny_vision_model(model_type: str, **fields: Any) -> torch.nn.Module:
     """A random one, every parameter moved, so that norms, biases and scales of layers are not all ones and zeros."""
     torch.manual_seed(2)
-    model = hf.AutoModel.from_config(tiny_config(model_type, **fields)).eval()
+    config = tiny_config(model_type, **fields)
+    model = OWN_CLASSES.get(model_type, hf.AutoModel.from_config)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
