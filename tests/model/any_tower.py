@@ -28,7 +28,7 @@ from moellava.model.probes import FAILURES, first_line
 from moellava.model.towers import tower_config, tower_shape
 from moellava.vlm import VLM, compose
 from tests import tiny
-from tests.model.tiny_towers import SIDE, tiny_config, tiny_vision_model, vision_models
+from tests.model.tiny_towers import tiny_config, tiny_vision_model, vision_models
 
 CLOSE = 1e-5
 """How far features and logits may be off, as a fraction of the largest."""
@@ -60,7 +60,7 @@ class Row:
 def write_tower(folder: Path, model_type: str, **fields: Any) -> Path:
     """A tiny vision model with an image processor beside it."""
     tiny_vision_model(model_type, **fields).save_pretrained(folder)
-    side = fields.get("image_size", SIDE)
+    side = tiny_config(model_type, **fields).image_size
     hf.SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
     return folder
 

@@ -31,7 +31,7 @@ GROWING = {"hidden_sizes": [8, 16], "depths": [1, 1], "image_size": 64, "patch_s
 HEADS = {"num_attention_heads": [1, 2, 5, 8]}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("swin", "swinv2", "swin2sr", "donut-swin", "maskformer-swin"), STAGES),
+    **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin"), STAGES),
     **dict.fromkeys(("convnext", "convnextv2"), GROWING | {"num_stages": 2}),
     "dinov3_convnext": GROWING,
     **dict.fromkeys(("pvt", "pvt_v2", "segformer", "glpn"), HEADS | {"image_size": 64}),
@@ -42,7 +42,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "efficientnet": {"image_size": 64, "hidden_dim": 2560},
     "focalnet": {"embed_dim": 8, "depths": [1, 1], "focal_levels": [1, 1], "focal_windows": [3, 3]}
     | {"image_size": 32, "patch_size": 4},
-    "granite_docling_vision": {"hidden_size": 128},
+    "granite_docling_vision": {"hidden_size": 128, "image_size": 128, "patch_size": 16},
     "hiera": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "num_query_pool": 1}
     | {"image_size": [32, 32], "patch_size": [7, 7]},
     "levit": {"hidden_sizes": [8, 16, 24], "num_attention_heads": [1, 2, 2], "depths": [1, 1, 1], "image_size": 64}
@@ -53,6 +53,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "backbone_config": {"model_type": "sam3_vit_model", "hidden_size": 16, "image_size": SIDE}
         | {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "patch_size": 14}
     },
+    "swin2sr": STAGES | {"patch_size": 1, "window_size": 4, "embed_dim": 16},
     "yolos": {"image_size": [SIDE, SIDE], "num_detection_tokens": 5},
 }
 """Fields of a config beside `COMMON`, by `model_type`."""
