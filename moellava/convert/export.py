@@ -26,6 +26,9 @@ from moellava.vlm import VLM
 WEIGHTS = "pytorch_model.bin"
 STAGING = ".exporting"
 
+PUBLISHED_TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""`model_type` of the towers that LLaVA's code opens."""
+
 SPARSE_KEY = re.compile(r"model\.language_model\.(layers\.\d+\.mlp)\.(experts\.\d+|shared)\.(.+)")
 ROUTING_KEY = re.compile(r"model\.language_model\.layers\.(\d+)\.mlp\.(router|coefficient)\.(.+)")
 
@@ -77,6 +80,9 @@ def published_config(model: Any) -> dict[str, Any]:
     section = section_of(model.config) or Section()
     if section.head_bias:
         raise UserError("This model's head has a bias, which folders of LLaVA and MoE-LLaVA lack.")
+    tower = model.config.vision_config.model_type
+    if tower not in PUBLISHED_TOWERS:
+        raise UserError(f"LLaVA's code knows towers of CLIP and SigLIP, and this model's is {tower}.")
     layers = moe_layers(model)
     full = model.config.vision_feature_select_strategy == "full"
     fields = family.their_config(flat_rope(model.config.text_config.to_dict()))

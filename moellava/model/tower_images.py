@@ -102,7 +102,7 @@ def tower_image_processor(folder: Path, config: PretrainedConfig) -> BaseImagePr
     side = shape_of(config).side
     beside = folder / SETTINGS
     settings = read_object(beside) if beside.is_file() else {}
-    named = DEFAULTS.get(config.model_type) or class_named(settings) or usual_class(config.model_type)
+    named = class_named(settings) or DEFAULTS.get(config.model_type) or usual_class(config.model_type)
     if named is not None:
         own = named(**settings) if settings else sized(named(), side)
         if gives_squares(own, side):

@@ -84,11 +84,12 @@ def _shape_of(config_class: Any, fields: str) -> TowerShape:
     check_signature(config)
     side_of(config)
     shallow = copy.deepcopy(config)
-    try:
-        shallow.num_hidden_layers = 1
-        return look(random_model(shallow))
-    except (*FAILURES, StrictDataclassError, CannotBeTowerError):  # what says a thing of each layer cannot be cut
-        return look(random_model(config))
+    with torch.device("cpu"):  # also while another model is put together on the meta device
+        try:
+            shallow.num_hidden_layers = 1
+            return look(random_model(shallow))
+        except (*FAILURES, StrictDataclassError, CannotBeTowerError):  # what says a thing of each layer cannot be cut
+            return look(random_model(config))
 
 
 def check_signature(config: PretrainedConfig) -> None:
@@ -110,22 +111,20 @@ def check_signature(config: PretrainedConfig) -> None:
 
 
 def random_model(config: PretrainedConfig) -> nn.Module:
-    """A vision model with random weights, in evaluation mode. The same wherever it is called: also while another model
-    is put together on the meta device, and the global seed stays as it is.
+    """A vision model with random weights, in evaluation mode; the global seed stays as it is.
 
     Raises:
         CannotBeTowerError: AutoModel, by which LLaVA builds its tower, builds none.
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]):
             model = AutoModel.from_config(config, trust_remote_code=False)
     except FAILURES as error:
         raise CannotBeTowerError(f"AutoModel builds no model for it: {first_line(error)}") from error
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, device="cpu")
-            parameter.copy_(DEVIATION * noise)
+            parameter.copy_(DEVIATION * torch.randn(parameter.shape, generator=generator))
     return model.float().eval()
 
 
@@ -175,7 +174,7 @@ def states_of(model: Any, pixels: Tensor) -> tuple[Tensor, ...]:
         states = model(pixels, return_dict=True, output_hidden_states=True).hidden_states
     except FAILURES as error:
         raise CannotBeTowerError(f"it does not run on pixels alone: {first_line(error)}") from error
-    if not isinstance(states, tuple) or len(states) < 2:
+    if not isinstance(states, tuple) or len(states) < 2 or not all(isinstance(state, Tensor) for state in states):
         raise CannotBeTowerError("it gives no hidden states, from which LLaVA takes its features")
     shapes = list(dict.fromkeys(tuple(state.shape) for state in states))
     if any(len(shape) != 3 for shape in shapes):

@@ -17,10 +17,12 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
+    AutoConfig,
     AutoModel,
     CLIPVisionConfig,
     MetaClip2VisionConfig,
     PretrainedConfig,
+    PreTrainedModel,
 )
 
 from moellava.errors import UnknownNameError, UserError
@@ -51,11 +53,9 @@ SELECT_FEATURES = ("patch", "cls_patch", "full")
 
 def is_tower(model_type: str) -> bool:
     """Whether transformers' class of a type is a vision model, or an image-text model with two separate halves."""
-    if model_type not in CONFIG_MAPPING:
+    if model_type not in CONFIG_MAPPING or holds_language_model(CONFIG_MAPPING[model_type]):
         return False
     config = CONFIG_MAPPING[model_type]
-    if config in MODEL_FOR_CAUSAL_LM_MAPPING or config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return False
     if config in SAME_AS or is_whole(config):
         return True
     try:
@@ -64,6 +64,11 @@ def is_tower(model_type: str) -> bool:
         return model is not None and PIXELS in list(inspect.signature(model.forward).parameters)[1:2]
     except FAILURES:  # of a library that it needs and that is not installed
         return False
+
+
+def holds_language_model(config: Any) -> bool:
+    """Whether transformers has a class that writes text for a config class."""
+    return config in MODEL_FOR_CAUSAL_LM_MAPPING or config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def is_whole(config: Any) -> bool:
@@ -79,7 +84,7 @@ def tower_config(raw: Mapping[str, Any], source: str) -> PretrainedConfig:
         CannotBeTowerError: one that gives no row of patches, with the reason that a probe found.
     """
     model_type = str(raw.get("model_type"))
-    if not is_tower(model_type):
+    if model_type not in CONFIG_MAPPING or holds_language_model(CONFIG_MAPPING[model_type]):
         raise UnknownNameError(
             f"{source} is a {model_type!r} model, not a known vision tower. Known: the vision models of transformers "
             "that give a row of patches, and the image-text models around them, such as clip, siglip, dinov2, "
@@ -130,16 +135,12 @@ def tower_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
     """The weights of a tower by their names in its class. Raises UserError where some are missing that its features
     need, or where the whole tower gives something else than its config said."""
     weight_files(folder)
-    model, info = MODEL_MAPPING[type(config)].from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
+    model, info = open_tower(folder, config, dtype)
     try:
-        needed = read_parameters(model.eval())
+        needed = read_parameters(model)
+        around = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if needed & set(info["missing_keys"]) and is_whole(type(around)):
+            model, info = open_tower(None, config, dtype, half_of(folder, config, dtype))
     except CannotBeTowerError as error:
         raise CannotBeTowerError(f"{folder} ({config.model_type}) cannot be a tower: {error}.") from error
     wrong = sorted(needed & set(info["missing_keys"])) + sorted(str(key) for key in info["mismatched_keys"])
@@ -149,6 +150,34 @@ def tower_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
     if unread:
         logger.info("%s lacks %s, which no feature depends on.", folder, ", ".join(unread[:5]))
     return model.state_dict()
+
+
+def open_tower(
+    folder: Path | None, config: PretrainedConfig, dtype: torch.dtype, state: Mapping[str, torch.Tensor] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """A tower by its own class, which knows what its tensors are called on disk, and what did not fit.
+
+    Args:
+        folder: of its weights, or of those of the image-text model around it.
+        state: its weights in place of a folder's.
+    """
+    model, info = MODEL_MAPPING[type(config)].from_pretrained(
+        folder,
+        config=config,
+        state_dict=None if state is None else dict(state),
+        dtype=dtype,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    return model.eval(), info
+
+
+def half_of(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of the vision half of an image-text model, whose class names them otherwise than the half's own."""
+    whole = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    halves = [one for one in whole.modules() if isinstance(one, PreTrainedModel) and type(one.config) is type(config)]
+    return halves[0].state_dict() if halves else {}
 
 
 def read_parameters(model: Any) -> set[str]:

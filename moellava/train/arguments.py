@@ -286,7 +286,9 @@ def settle_released(model: ModelArguments) -> None:
     default = {f.name: f.default for f in fields(model)}
     for name in COMPOSED_ONLY:
         if getattr(model, name) != default[name]:
-            raise UserError(f"--{name} {getattr(model, name)} conflicts with --model_id and --model_local_path.")
+            given = getattr(model, name)
+            said = " ".join(given) if isinstance(given, list) else given
+            raise UserError(f"--{name} {said} conflicts with --model_id and --model_local_path.")
     if model.tune_mm_mlp_adapter:
         raise UserError(
             "--tune_mm_mlp_adapter True (stage 1) is for composed models. A released model's projector alone trains "

@@ -201,7 +201,8 @@ def test_code_of_a_folder_does_not_run_whoever_opens_it(name, opens, copy, clip_
 
 def tower_of(folder: Path) -> None:
     """Opens a tower as composing does."""
-    from moellava.model.towers import tower_config, tower_image_processor, tower_tensors
+    from moellava.model.tower_images import tower_image_processor
+    from moellava.model.towers import tower_config, tower_tensors
 
     manifest = read_folder(folder, "--image_tower")
     config = tower_config(manifest.config, manifest.called)

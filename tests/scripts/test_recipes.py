@@ -53,7 +53,7 @@ def test_flags_are_accepted_and_are_the_references(script):
     assert training.lr_scheduler_type == "cosine"
     assert training.model_max_length == 2048
     if stage != "finetune_moe":
-        assert model.image_tower == "openai/clip-vit-large-patch14-336"
+        assert model.image_tower == ["openai/clip-vit-large-patch14-336"]
         assert model.mm_vision_select_layer == -2
     else:
         assert (moe.num_experts, moe.top_k_experts, moe.capacity_factor, moe.moe_mode) == ([4], 2, 1.5, "sparse")

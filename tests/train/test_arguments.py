@@ -25,7 +25,7 @@ def test_spellings_of_older_releases_work():
     assert training.warmup_steps == 0.03
     assert training.activation_checkpointing
     assert training.activation_checkpointing_kwargs == {"use_reentrant": False}
-    assert model.image_tower == "clip"
+    assert model.image_tower == ["clip"]
 
 
 def test_every_conflict_is_named_in_one_error():
