@@ -55,11 +55,12 @@ def composition(vlm: VLM, model_args: ModelArguments, data_args: DataArguments) 
     section, config = vlm.section, vlm.model.config
     given = model_args.mm_vision_select_feature
     features = selected_features(config) if hasattr(config, "vision_feature_select_strategy") else (None,)
-    grids, named = getattr(config, "image_grid_pinpoints", None), data_args.image_grid_pinpoints
-    if named is not None and grids is not None:
-        named = [list(pair) for pair in parse_pinpoints(named, canvas_of(config.vision_config)[0])]
+    grids: Any = getattr(config, "image_grid_pinpoints", None)
+    asked: Any = data_args.image_grid_pinpoints
+    if asked is not None and grids is not None:
+        asked = [list(pair) for pair in parse_pinpoints(asked, canvas_of(config.vision_config)[0])]
     return [
-        ("image_grid_pinpoints", named, grids),
+        ("image_grid_pinpoints", asked, grids),
         ("image_projector_type", model_args.image_projector_type, section.image_projector_type),
         ("mm_vision_select_layer", model_args.mm_vision_select_layer, getattr(config, "vision_feature_layer", None)),
         ("mm_vision_select_feature", given, given if given in features else features[0]),
