@@ -624,14 +624,6 @@ TRUST = (
         "One image of 1 x 10,000 pixels, and the run takes gigabytes.",
         ("data/test_images_attacked.py",),
     ),
-    Mutation(
-        "config-of-another-model",
-        "model/weights.py",
-        "    if shapes and wrong:",
-        "    if shapes and False:",
-        "A config.json that has lost a part of itself takes the memory of 7 billion parameters, drawn at random.",
-        ("model/test_weights.py",),
-    ),
 )
 
 
