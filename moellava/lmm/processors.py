@@ -30,6 +30,8 @@ NEEDED = (SETTINGS, ("tokenizer.json", "tokenizer.model", "vocab.json"), ("token
 
 VIDEO = "video_processor"
 
+WANTED = "torchvision"
+
 
 def load_processor(folder: Path, architecture: Architecture, model_type: str) -> Any:
     """The processor of a folder.
@@ -37,12 +39,14 @@ def load_processor(folder: Path, architecture: Architecture, model_type: str) ->
     Args:
         folder: of the model.
         architecture: its own.
-        model_type: of its config.json, by which transformers knows the class of the processor.
+        model_type: of its config.json, by which transformers knows the class of the processor, unless the folder
+            itself says it.
 
     Raises:
         UserError: transformers has no processor for it; a file of it is missing, or a package that it needs.
     """
-    if model_type not in PROCESSOR_MAPPING_NAMES:
+    name = PROCESSOR_MAPPING_NAMES.get(model_type) or named_class(folder)
+    if name is None:
         raise UserError(
             f"transformers {transformers.__version__} has no processor for {model_type!r} models, of which {folder} is "
             f"one: give the entry of {architecture.name} a `remote_processor` (docs/ADD_A_MODEL.md)."
@@ -53,13 +57,23 @@ def load_processor(folder: Path, architecture: Architecture, model_type: str) ->
                 f"{folder} lacks {' and '.join(names)}: no processor can be built for {architecture.name}. Copy the "
                 "file from where the model comes from."
             )
-    cls = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
+    cls = getattr(transformers, name)
     try:
         if VIDEO in inspect.signature(cls.__init__).parameters and not is_torchvision_available():
             return without_torchvision(cls, folder, architecture.video or UNKNOWN)
         return cls.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ImportError, ValueError, AttributeError) as error:
+        if not is_torchvision_available() and WANTED in str(error).lower():
+            raise UserError(
+                f"The processor of {folder}, a {name}, needs torchvision: pip install torchvision"
+            ) from error
         raise UserError(f"The processor of {folder} cannot be built: {error}") from error
+
+
+def named_class(folder: Path) -> str | None:
+    """The processor class that a folder's settings name, if transformers has it."""
+    said = (read_json(folder / file).get("processor_class") for file in (*SETTINGS, "tokenizer_config.json"))
+    return next((name for name in said if name and hasattr(transformers, name)), None)
 
 
 def without_torchvision(cls: Any, folder: Path, recipe: FrameRecipe) -> Any:

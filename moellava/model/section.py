@@ -17,7 +17,13 @@ KEY = "moellava"
 FORMAT = 2
 """Version of the section. In 1 a released model's `architecture` was called `lmm_family`."""
 
-TYPES: dict[str, type] = {"use_im_start_end": bool, "image_token_ids": list, "head_bias": bool, "softcap": float}
+TYPES: dict[str, type] = {
+    "use_im_start_end": bool,
+    "image_token_ids": list,
+    "head_bias": bool,
+    "softcap": float,
+    "parts": dict,
+}
 """Field -> type, of those that are no texts."""
 
 OLD_NAMES = {"lmm_family": "architecture"}
@@ -39,6 +45,7 @@ class Section:
         image_token_ids: ids of `<image>` and, if they are used, of those two.
         head_bias: whether the language-model head has a bias.
         softcap: s, where logits are s · tanh(logits / s); None: they are not capped.
+        parts: of a released model that no entry names, where its parts are; field of `Keywords` -> beginnings of names.
         chat_template: the language model's own, in Jinja, which a stage with another template keeps for the next.
     """
 
@@ -53,6 +60,7 @@ class Section:
     image_token_ids: list[int] | None = None
     head_bias: bool = False
     softcap: float | None = None
+    parts: dict[str, list[str]] | None = None
     chat_template: str | None = None
 
     def put(self, config: Any) -> None:

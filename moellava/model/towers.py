@@ -143,7 +143,8 @@ def complete_processor(processor: Any, config: PretrainedConfig) -> None:
     vision: Any = getattr(config, "vision_config", None)
     if getattr(processor, "patch_size", 0) is None and getattr(vision, "model_type", None) in TOWERS:
         processor.patch_size = vision.patch_size
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        # VipLlava's config says nothing of it: it drops the class token.
+        processor.vision_feature_select_strategy = getattr(config, "vision_feature_select_strategy", "default")
         processor.num_additional_image_tokens = TOWERS[vision.model_type].class_tokens
 
 
