@@ -25,7 +25,7 @@ FLOORS = [
     {"lmm"},
     {"vlm"},
     {"serve", "adapters"},
-    {"convert"},
+    {"convert", "doctor"},
     {"train"},
     {"eval"},
     {"commands"},

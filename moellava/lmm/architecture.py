@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from moellava.errors import UnknownNameError, UserError
 from moellava.lmm.video_processors import FrameRecipe
@@ -216,7 +216,13 @@ def registered(manifest: Manifest) -> Architecture | None:
 def holds_vlm(manifest: Manifest) -> bool:
     """Whether a folder is a vision-language model's. That of a registered architecture is, whatever its config.json
     has for fields."""
-    return manifest.holds == VLM or registered(manifest) is not None
+    return manifest.holds == VLM or registered(manifest) is not None or is_released(manifest)
+
+
+def is_released(manifest: Manifest) -> bool:
+    """Whether transformers opens the folder for images and text, and not as a language model or a tower."""
+    model_type = undisguised(manifest.config)["model_type"]
+    return has_class(model_type) and CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def has_class(model_type: str) -> bool:

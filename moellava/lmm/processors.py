@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils.import_utils import is_torchvision_available
 
@@ -29,6 +29,8 @@ NEEDED = (SETTINGS, ("tokenizer.json", "tokenizer.model", "vocab.json"), ("token
 """Of each of these, a folder has at least one file: settings, vocabulary, and which of its tokens are special."""
 
 VIDEO = "video_processor"
+
+AUDIO = "feature_extractor"
 
 WANTED = "torchvision"
 
@@ -81,7 +83,9 @@ def without_torchvision(cls: Any, folder: Path, recipe: FrameRecipe) -> Any:
     known = inspect.signature(cls.__init__).parameters
     raw = read_json(folder / SETTINGS[0])
     options = {name: value for name, value in raw.items() if name in known and not isinstance(value, dict)}
-    image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    parts = {"image_processor": AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)}
+    if AUDIO in known:
+        parts[AUDIO] = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
     template = folder / "chat_template.jinja"
     if template.is_file():
         options["chat_template"] = template.read_text(encoding="utf-8")
@@ -90,7 +94,7 @@ def without_torchvision(cls: Any, folder: Path, recipe: FrameRecipe) -> Any:
     return build_without_torchvision(
         cls,
         recipe,
-        image_processor=image_processor,
+        **parts,
         tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         video_settings=video_settings_of(folder, recipe),
         **options,

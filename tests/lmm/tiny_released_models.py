@@ -17,9 +17,14 @@ from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_M
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as IMAGE_PROCESSORS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES as PROCESSORS
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES as VIDEO_PROCESSORS
+from transformers.utils.import_utils import is_torchvision_available
 
+from moellava.data.media_reader import placeholder_of
+from moellava.lmm.architecture import ARCHITECTURES
 from moellava.lmm.processors import VIDEO, build_without_torchvision
 from moellava.lmm.video_processors import UNKNOWN
+from tests.lmm.tiny import NATIVE, TINY
 from tests.model.tiny_language_models import COMMON as TEXT
 from tests.model.tiny_language_models import OVERRIDES as TEXT_OVERRIDES
 
@@ -45,7 +50,40 @@ VISION: dict[str, Any] = {
 LARGEST = 10_000_000
 """Parameters of a model that is tiny."""
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+TILES = {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]}
+SQUARE = {"height": SIDE, "width": SIDE}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+MROPE = {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}}
+DAVIT = {"depths": [1] * 4, "embed_dim": [32] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4}
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "aya_vision": {"downsample_factor": 2, "vision_feature_layer": -1},
+    "chameleon": {"vocabulary_map": {"<image>": 4} | {f"IMGIMG{'A' * n}Z": 10 + n for n in range(1, 9)}}
+    | {"vq_config": {"base_channels": 32, "resolution": SIDE, "num_embeddings": 8, "embed_dim": 32}},
+    **dict.fromkeys(("cosmos3_edge", "glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl"), {"text_config": MROPE}),
+    "glm4v_moe": {"text_config": MROPE | {"head_dim": 16}},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}},
+    "got_ocr2": {"vision_config": {"image_size": 1024, "patch_size": 16, "global_attn_indexes": []}},
+    "ernie4_5_vl_moe": {
+        "text_config": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}, "moe_intermediate_size": [24, 24]}
+    },
+    "deepseek_ocr2": {"vision_config": {"sam_config": {"downsample_channels": [32, 32], "global_attn_indexes": [1]}}}
+    | {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_key_value_heads": 4, "moe_intermediate_size": 24}},
+    "dots3_note": {"text_config": {"per_layer_config": None}},
+    "florence2": {"vision_config": DAVIT | {"projection_dim": 32}},
+    "gemma3n": {"text_config": {"intermediate_size": [48, 48], "activation_sparsity_pattern": [0.0, 0.0]}},
+    "granite4_vision": TILES
+    | {"vision_config": {"hidden_size": 64}}
+    | {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
+    "granite_docling": {"vision_config": {"image_size": 56, "deepstack_visual_indexes": [0]}},
+    "idefics3": {"scale_factor": 2},
+    "janus": {"vq_config": {"base_channels": 32, "num_embeddings": 8, "embed_dim": 8, "projection_dim": 32}},
+    "minicpmv4_6": {"insert_layer_id": 0},
+    "minicpmv4_7": {"insert_layer_id": 0},
+    "ovis2": {"vision_config": {"vocab_size": 32, "num_visual_indicator_tokens": 5, "hidden_stride": 1}},
+    "qianfan_ocr": {"downsample_ratio": 0.5},
+    "vipllava": {"vision_feature_layers": [-2, -1]},
+}
 """`model_type` -> fields of its config beside those; of a config inside it, by its name."""
 
 TOKENS = {
@@ -67,7 +105,7 @@ MARKS = (
     "<|begin_of_video|> <|end_of_video|> <fake_token_around_image> <global-img> <end_of_utterance> <row_1_col_1> "
     "<IMG_ATOM> <IMG_START> <IMG_END> <IMG_GRID> <IMG_COL> <IMG_ROW> <|image_start|> <|image_end|> <|img_thumbnail|> "
     "<|patch|> <|media_pad|> <eoss> <racm3:break> <|python_tag|> <|extra_201|> <TILE_GLOBAL> <im_patch> <im_start> "
-    "<im_end> <patch_newline>"
+    "<im_end> <patch_newline> |SPEAKER| |NEWLINE|"
 )
 """Further special tokens, which processors know by their spelling."""
 
@@ -101,7 +139,7 @@ def write_tokenizer(folder: Path) -> Path:
 
 def chat_template(processor: Any) -> str:
     """One that ends turns with the end-of-sequence token and writes the processor's own placeholders."""
-    shown = f"{{%- if part.type == 'image' %}}{{{{ {processor.image_token!r} }}}}"
+    shown = f"{{%- if part.type == 'image' %}}{{{{ {placeholder_of(processor)!r} }}}}"
     if getattr(processor, "video_token", None):
         shown += f"{{%- elif part.type == 'video' %}}{{{{ {processor.video_token!r} }}}}"
     return (
@@ -112,18 +150,47 @@ def chat_template(processor: Any) -> str:
     )
 
 
-def tiny_config(model_type: str, tokenizer: Any) -> Any:
-    """A tiny config of the class."""
-    config_class = hf.CONFIG_MAPPING[model_type]
+def tiny_config(model_type: str, processor: Any) -> Any:
+    """A tiny config of the class, whose tokens are those of a processor."""
+    config_class, tokenizer = hf.CONFIG_MAPPING[model_type], processor.tokenizer
+    if model_type in REGISTERED:
+        row = REGISTERED[model_type]
+        ids = {name: tokenizer.convert_tokens_to_ids(getattr(tokenizer, token)) for token, name in row.fields.items()}
+        return row.tiny_config(len(tokenizer), **ids)
     raw = config_class().to_dict()
     shrink(raw, "", len(tokenizer))
-    own = OVERRIDES.get(model_type, {})
-    update(raw, own)
-    for name in raw:
+    update(raw, OVERRIDES.get(model_type, {}))
+    for name, text in TOKEN_OF.get(model_type, {}).items():
+        raw[name] = tokenizer.convert_tokens_to_ids(text)
+    for name in raw.keys() - TOKEN_OF.get(model_type, {}).keys():
         stem = name.removesuffix("_id").removesuffix("_index")
         if stem in TOKENS and name != stem:
-            raw[name] = tokenizer.convert_tokens_to_ids(TOKENS[stem])
+            shown = getattr(processor, f"{stem}_id", None) or getattr(tokenizer, f"{stem}_id", None)
+            raw[name] = shown or tokenizer.convert_tokens_to_ids(TOKENS[stem])
     return config_class.from_dict(raw)
+
+
+TOKEN_OF: dict[str, dict[str, Any]] = {
+    "ovis2": {
+        "image_token_id": "<IMG_ATOM>",
+        "visual_indicator_token_ids": ["<IMG_START>", "<IMG_END>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>"],
+    },
+    "got_ocr2": {"image_token_id": "<imgpad>"},
+}
+"""`model_type` -> fields of its config for tokens that its processor has no name for."""
+
+TOKENS_OF: dict[str, dict[str, str]] = {
+    "cohere_compass": {
+        "image_token": "<|IMAGE_PAD|>",
+        "video_token": "<|VIDEO_PAD|>",
+        "vision_start_token": "<|VISION_START|>",
+        "vision_end_token": "<|VISION_END|>",
+    },
+}
+"""`model_type` -> what its tokenizer calls tokens whose spelling its processor knows."""
+
+REGISTERED = {ARCHITECTURES[name].model_type: TINY[name] for name in NATIVE}
+"""Types that have entries: their tests' own rows."""
 
 
 def update(raw: dict[str, Any], own: dict[str, Any]) -> None:
@@ -144,51 +211,126 @@ def shrink(raw: dict[str, Any], name: str, rows: int) -> None:
             raw[field] = value
     if "vocab_size" in raw and not is_vision:
         raw["vocab_size"] = rows
-    own = TEXT_OVERRIDES.get(raw.get("model_type", ""), {})
+    own = TEXT_OVERRIDES.get(raw.get("model_type") or "", {})
     update(raw, {field: value for field, value in own.items() if field in raw})
+    if "mrope_section" in (raw.get("rope_parameters") or {}):
+        raw["rope_parameters"] |= {"mrope_section": [2, 1, 1]}
+    raw.pop("per_layer_config", None)
     layers = raw.get("num_hidden_layers")
-    if isinstance(layers, int) and isinstance(raw.get("layer_types"), list):
-        raw["layer_types"] = raw["layer_types"][:layers] if len(raw["layer_types"]) >= layers else None
+    for field in ("layer_types", "mlp_layer_types"):
+        if isinstance(layers, int) and isinstance(raw.get(field), list):
+            raw[field] = raw[field][-layers:] if len(raw[field]) >= layers else None
     for field, value in raw.items():
-        if isinstance(value, dict) and field.endswith("config"):
+        if isinstance(value, dict) and (field.endswith("config") or "model_type" in value):
             shrink(value, field, rows)
 
 
-def tiny_processor(model_type: str, tokenizer: Any) -> Any:
+def tiny_processor(model_type: str, folder: Path) -> Any:
+    """A processor of the class, of parts and with a chat template, over the tokenizer of a folder."""
+    named = TOKENS | TOKENS_OF.get(model_type, {})
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder, extra_special_tokens=named)
+    if model_type in PLAIN_TOKENS:
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder, extra_special_tokens={})
+    processor = (
+        REGISTERED[model_type].processor(tokenizer) if model_type in REGISTERED else of_parts(model_type, tokenizer)
+    )
+    processor.chat_template = chat_template(processor)
+    return processor
+
+
+def of_parts(model_type: str, tokenizer: Any) -> Any:
     """A processor of the class, of parts."""
-    name = PROCESSORS.get(model_type) or PROCESSOR_OF[model_type]
-    cls = getattr(hf, name)
+    cls = getattr(hf, PROCESSORS.get(model_type) or PROCESSOR_OF[model_type])
     known = inspect.signature(cls.__init__).parameters
     parts: dict[str, Any] = {"tokenizer": tokenizer}
     if "image_processor" in known:
         parts["image_processor"] = image_processor(model_type)
     if "feature_extractor" in known:
-        parts["feature_extractor"] = getattr(hf, EXTRACTORS[model_type])()
+        parts["feature_extractor"] = getattr(hf, EXTRACTORS.get(model_type) or EXTRACTOR_OF[model_type])()
+    if "qformer_tokenizer" in known:
+        parts["qformer_tokenizer"] = copy.deepcopy(tokenizer)
     parts |= PROCESSOR_OPTIONS.get(model_type, {})
-    if VIDEO in known:
-        processor = build_without_torchvision(cls, UNKNOWN, video_settings={}, **parts)
-    else:
-        processor = cls(**parts)
-    processor.chat_template = chat_template(processor)
-    return processor
+    if VIDEO not in known:
+        return cls(**parts)
+    settings = VIDEO_OPTIONS.get(model_type, {})
+    if not is_torchvision_available():
+        return build_without_torchvision(cls, UNKNOWN, video_settings=settings, **parts)
+    return cls(**parts, video_processor=getattr(hf, VIDEO_PROCESSORS[model_type])(**settings))
 
 
-PROCESSOR_OF: dict[str, str] = {}
+PLAIN_TOKENS = ("instructblip", "instructblipvideo")
+"""Types whose processors add a token of their own to a tokenizer that has no name for it."""
+
+PROCESSOR_OF = {
+    "cosmos3_omni": "Qwen3VLProcessor",
+    "fast_vlm": "LlavaProcessor",
+    "kosmos-2": "Kosmos2Processor",
+    "kosmos-2.5": "Kosmos2_5Processor",
+    "glm_ocr": "Glm46VProcessor",
+    "glmga": "Glm46VProcessor",
+    "qwen2_5_omni_thinker": "Qwen2_5OmniProcessor",
+    "qwen3_omni_moe_thinker": "Qwen3OmniMoeProcessor",
+}
 """`model_type` -> its processor's class, where transformers' table has none."""
 
-PROCESSOR_OPTIONS: dict[str, dict[str, Any]] = {}
+PROCESSOR_OPTIONS: dict[str, dict[str, Any]] = {
+    "aya_vision": {"patch_size": PATCH, "img_size": SIDE, "downsample_factor": 2},
+    "chameleon": {"image_seq_length": 4},
+    "deepseek_vl": {"num_image_tokens": 4},
+    "granite4_vision": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "downsample_rate": "1/2"}
+    | {"num_additional_image_tokens": 1},
+    "granite_docling": {"image_seq_len": 4},
+    "idefics2": {"image_seq_len": 64},
+    "idefics3": {"image_seq_len": 1},
+    "janus": {"num_image_tokens": 4},
+    "ovis2": {"image_seq_length": 4},
+    "qianfan_ocr": {"image_seq_length": 1},
+    "vipllava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+    "video_llava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+}
 """`model_type` -> further arguments of its processor."""
 
-IMAGE_OPTIONS: dict[str, dict[str, Any]] = {}
+IMAGE_OPTIONS: dict[str, dict[str, Any]] = {
+    "aya_vision": {"max_patches": 2},
+    "deepseek_ocr2": {"size": {"height": 64, "width": 64}, "tile_size": 64},
+    "granite4_vision": TILES,
+    "granite_docling": {"size": {"height": 56, "width": 56}},
+    "ovis2": {"max_patches": 2},
+    "qianfan_ocr": {"max_patches": 2},
+}
 """`model_type` -> further arguments of its image processor."""
+
+IMAGE_PROCESSOR_OF = {
+    "diffusion_gemma": "Gemma4ImageProcessorPil",
+    "fast_vlm": "CLIPImageProcessorPil",
+    "glm4v_moe": "Glm4vImageProcessorPil",
+    "glm_ocr": "Glm46VImageProcessorPil",
+    "qwen2_5_omni_thinker": "Qwen2VLImageProcessorPil",
+    "qwen3_omni_moe_thinker": "Qwen2VLImageProcessorPil",
+    "qwen3_vl_moe": "Qwen2VLImageProcessorPil",
+}
+"""`model_type` -> the class of its image processor, where transformers' table has none."""
+
+EXTRACTOR_OF = {
+    "diffusion_gemma": "Gemma4AudioFeatureExtractor",
+    "qwen2_5_omni_thinker": "WhisperFeatureExtractor",
+    "qwen3_omni_moe_thinker": "WhisperFeatureExtractor",
+}
+"""`model_type` -> the class of what hears for it, where transformers' table has none."""
+
+VIDEO_OPTIONS: dict[str, dict[str, Any]] = {
+    "minicpmv4_6": {"slice_mode": False, "downsample_mode": "16x"},
+    "minicpmv4_7": {"slice_mode": False, "downsample_mode": "16x"},
+}
+"""`model_type` -> settings of its video processor."""
 
 
 def image_processor(model_type: str) -> Any:
     """Its image processor for Pillow, in small sizes. Raises ImportError where there is none."""
-    names = IMAGE_PROCESSORS.get(model_type) or {}
-    if "pil" not in names:
-        raise ImportError(f"{names.get('torchvision')} needs torchvision")
-    cls = getattr(hf, names["pil"])
+    names = IMAGE_PROCESSORS.get(model_type) or {"pil": IMAGE_PROCESSOR_OF.get(model_type)}
+    if "pil" not in names and not is_torchvision_available():
+        raise ImportError(f"{names['torchvision']} needs torchvision: pip install torchvision")
+    cls = getattr(hf, names.get("pil") or names["torchvision"])
     default = cls()
     options: dict[str, Any] = {}
     size, crop = getattr(default, "size", None), getattr(default, "crop_size", None)
@@ -211,10 +353,10 @@ def small(size: dict[str, int], is_cropped: bool) -> dict[str, int]:
     return dict.fromkeys(size, 2 * SIDE if set(size) == {"longest_edge"} else SIDE)
 
 
-def tiny_released_model(model_type: str, tokenizer: Any) -> torch.nn.Module:
+def tiny_released_model(model_type: str, processor: Any) -> torch.nn.Module:
     """A random one, every parameter moved, so that norms and biases are not all ones and zeros."""
     torch.manual_seed(1)
-    config, cls = tiny_config(model_type, tokenizer), getattr(hf, CLASSES[model_type])
+    config, cls = tiny_config(model_type, processor), getattr(hf, CLASSES[model_type])
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in cls(copy.deepcopy(config)).parameters())
     if size > LARGEST:
