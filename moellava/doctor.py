@@ -23,6 +23,7 @@ from moellava.errors import UserError
 from moellava.model.build import on_meta
 from moellava.model.description import Description
 from moellava.model.extended import extension_of
+from moellava.model.integrity import opening
 from moellava.model.manifest import Manifest
 from moellava.model.vision_probes import on_paper
 from moellava.moe.decoder import at_hand, decoder_layers, mlp_names
@@ -48,6 +49,7 @@ class Diagnosis:
     """What was found out about a folder.
 
     Attributes:
+        called: how the folder was named.
         model: the class that opens it.
         model_type: of its config.json.
         architecture: the registered one, 'composed', or the `model_type`.
@@ -66,6 +68,7 @@ class Diagnosis:
         problems: why it cannot be trained; empty where it can.
     """
 
+    called: str = ""
     model: str = ""
     model_type: str = ""
     architecture: str = ""
@@ -90,7 +93,8 @@ class Diagnosis:
     def tried(self, make: Callable[[], Found]) -> Found | None:
         """What a function gives; None where it refuses, and the reason among the problems."""
         try:
-            return make()
+            with opening(self.called):
+                return make()
         except UserError as error:
             if str(error) not in self.problems:
                 self.problems.append(str(error))
@@ -103,7 +107,7 @@ def diagnose(manifest: Manifest) -> Diagnosis:
     Args:
         manifest: of the folder: released, composed, or published by LLaVA.
     """
-    found = Diagnosis(model_type=str(manifest.config.get("model_type")))
+    found = Diagnosis(called=manifest.called, model_type=str(manifest.config.get("model_type")))
     found.tried(manifest.require_start)
     description = found.tried(lambda: describe(manifest))
     if description is None:

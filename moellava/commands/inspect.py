@@ -195,8 +195,8 @@ def idle_flags(args: argparse.Namespace) -> list[Idle]:
 
 
 def main(argv: list[str]) -> int:
-    """Prints views of records, what can be done with a model, or the facts of a tokenizer. Exit status 1 if a mask shown
-    trains nothing, or a model cannot be trained."""
+    """Prints views of records, what can be done with a model, or the facts of a tokenizer. Exit status 1 if a mask
+    shown trains nothing, or a model cannot be trained."""
     parser = _parser()
     args = parser.parse_args(argv)
     refuse_idle(parser, argv, idle_flags(args))

@@ -17,6 +17,7 @@ No weights are needed: on paper, every parameter is one zero, spread out over it
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -137,7 +138,7 @@ def _reached(model: Any, decoder: nn.Module, batch: Mapping[str, Tensor]) -> tup
     ]
     try:
         with torch.enable_grad(), quietly():
-            model(**{name: value.clone() for name, value in batch.items()}, use_cache=False)
+            model(**copy.deepcopy(dict(batch)), use_cache=False)
     except _Arrived:
         return _leaves(_tensors(given)), called
     except FAILURES as error:

@@ -87,7 +87,7 @@ def check(model_type: str, tokenizer: Path, folder: Path) -> Row:
         return row
     try:
         row.found = diagnose(read_folder(folder / "hub", "--model_local_path"))
-        row.reason = "; ".join(row.found.problems).replace(f"--model_local_path {folder / 'hub'} ", "")
+        row.reason = "; ".join(row.found.problems).replace(f"--model_local_path {folder / 'hub'}", "").strip()
         if not row.reason:
             _train(row, folder)
     except FAILURES as error:

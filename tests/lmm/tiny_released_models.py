@@ -21,6 +21,7 @@ from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPI
 from transformers.utils.import_utils import is_torchvision_available
 
 from moellava.data.media_reader import placeholder_of
+from moellava.errors import UserError
 from moellava.lmm.architecture import ARCHITECTURES
 from moellava.lmm.processors import VIDEO, build_without_torchvision
 from moellava.lmm.video_processors import UNKNOWN
@@ -69,12 +70,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "deepseek_ocr2": {"vision_config": {"sam_config": {"downsample_channels": [32, 32], "global_attn_indexes": [1]}}}
     | {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_key_value_heads": 4, "moe_intermediate_size": 24}},
-    "dots3_note": {"text_config": {"per_layer_config": None}},
+    "deepseek_vl_hybrid": {"high_res_vision_config": {"image_size": 1024, "patch_size": 16, "global_attn_indexes": []}},
+    "diffusion_gemma": {"text_config": {"top_k_experts": 2, "vocab_size_per_layer_input": 512}},
+    "dots3_note": {"text_config": {"head_dim": 16, "swa_head_dim": 16}},
+    "emu3": {
+        "vocabulary_map": {"<|extra_200|>": 5, "<image>": 4} | {f"<|visual token {n:06}|>": 10 + n for n in range(8)}
+    }
+    | {"vq_config": {"base_channels": 32, "codebook_size": 8, "embed_dim": 4, "z_channels": 4}},
+    "gemma4": {"text_config": {"vocab_size_per_layer_input": 512}},
+    "gemma4_unified": {"text_config": {"vocab_size_per_layer_input": 512}},
+    "llama4": {"vision_config": {"projector_input_dim": 32, "projector_output_dim": 32}},
+    "t5gemma2": {"encoder": {"mm_tokens_per_image": 4}},
     "florence2": {"vision_config": DAVIT | {"projection_dim": 32}},
     "gemma3n": {"text_config": {"intermediate_size": [48, 48], "activation_sparsity_pattern": [0.0, 0.0]}},
     "granite4_vision": TILES
     | {"vision_config": {"hidden_size": 64}}
-    | {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
+    | {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1, 2, 3, 4]}
+    | {"text_config": {"num_hidden_layers": 6}},
     "granite_docling": {"vision_config": {"image_size": 56, "deepstack_visual_indexes": [0]}},
     "idefics3": {"scale_factor": 2},
     "janus": {"vq_config": {"base_channels": 32, "num_embeddings": 8, "embed_dim": 8, "projection_dim": 32}},
@@ -94,6 +106,7 @@ TOKENS = {
         *("vision_start_token", "vision_end_token", "start_image_token", "end_image_token", "context_image_token"),
         *("slice_start_token", "slice_end_token", "image_id_start_token", "image_id_end_token", "image_wrapper_token"),
         *("image_boundary_token", "eof_token", "img_line_break_token"),
+        *("vision_bos_token", "vision_eos_token", "audio_bos_token", "audio_eos_token"),
     )
 }
 """What processors ask their tokenizer for."""
@@ -105,7 +118,7 @@ MARKS = (
     "<|begin_of_video|> <|end_of_video|> <fake_token_around_image> <global-img> <end_of_utterance> <row_1_col_1> "
     "<IMG_ATOM> <IMG_START> <IMG_END> <IMG_GRID> <IMG_COL> <IMG_ROW> <|image_start|> <|image_end|> <|img_thumbnail|> "
     "<|patch|> <|media_pad|> <eoss> <racm3:break> <|python_tag|> <|extra_201|> <TILE_GLOBAL> <im_patch> <im_start> "
-    "<im_end> <patch_newline> |SPEAKER| |NEWLINE|"
+    "<im_end> <patch_newline> |SPEAKER| |NEWLINE| [IMG] [IMG_BREAK] [IMG_END]"
 )
 """Further special tokens, which processors know by their spelling."""
 
@@ -240,6 +253,8 @@ def tiny_processor(model_type: str, folder: Path) -> Any:
 
 def of_parts(model_type: str, tokenizer: Any) -> Any:
     """A processor of the class, of parts."""
+    if model_type in NONE_BUILT:
+        raise UserError(NONE_BUILT[model_type])
     cls = getattr(hf, PROCESSORS.get(model_type) or PROCESSOR_OF[model_type])
     known = inspect.signature(cls.__init__).parameters
     parts: dict[str, Any] = {"tokenizer": tokenizer}
@@ -255,8 +270,15 @@ def of_parts(model_type: str, tokenizer: Any) -> Any:
     settings = VIDEO_OPTIONS.get(model_type, {})
     if not is_torchvision_available():
         return build_without_torchvision(cls, UNKNOWN, video_settings=settings, **parts)
-    return cls(**parts, video_processor=getattr(hf, VIDEO_PROCESSORS[model_type])(**settings))
+    return cls(**parts, video_processor=getattr(hf, VIDEO_PROCESSORS[model_type]["torchvision"])(**settings))
 
+
+NONE_BUILT = {
+    "evolla": "It sees proteins, and no images.",
+    "mistral4": "It is a language model: transformers has no processor for it.",
+    "vision-encoder-decoder": "It is put together of two other models: transformers has no processor for it.",
+}
+"""Types that no processor for images and text is built for, and why."""
 
 PLAIN_TOKENS = ("instructblip", "instructblipvideo")
 """Types whose processors add a token of their own to a tokenizer that has no name for it."""
@@ -277,9 +299,11 @@ PROCESSOR_OPTIONS: dict[str, dict[str, Any]] = {
     "aya_vision": {"patch_size": PATCH, "img_size": SIDE, "downsample_factor": 2},
     "chameleon": {"image_seq_length": 4},
     "deepseek_vl": {"num_image_tokens": 4},
+    "deepseek_vl_hybrid": {"num_image_tokens": 4},
     "granite4_vision": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "downsample_rate": "1/2"}
     | {"num_additional_image_tokens": 1},
-    "granite_docling": {"image_seq_len": 4},
+    "granite_docling": {"image_seq_len": 1},
+    "t5gemma2": {"image_seq_length": 4},
     "idefics2": {"image_seq_len": 64},
     "idefics3": {"image_seq_len": 1},
     "janus": {"num_image_tokens": 4},
@@ -292,7 +316,9 @@ PROCESSOR_OPTIONS: dict[str, dict[str, Any]] = {
 
 IMAGE_OPTIONS: dict[str, dict[str, Any]] = {
     "aya_vision": {"max_patches": 2},
-    "deepseek_ocr2": {"size": {"height": 64, "width": 64}, "tile_size": 64},
+    "deepseek_ocr2": {"size": {"height": 1024, "width": 1024}, "tile_size": 768},
+    "got_ocr2": {"size": {"height": 1024, "width": 1024}},
+    "lfm2_vl": {"encoder_patch_size": PATCH, "tile_size": 2 * SIDE, "min_image_tokens": 1, "max_image_tokens": 4},
     "granite4_vision": TILES,
     "granite_docling": {"size": {"height": 56, "width": 56}},
     "ovis2": {"max_patches": 2},
@@ -312,6 +338,7 @@ IMAGE_PROCESSOR_OF = {
 """`model_type` -> the class of its image processor, where transformers' table has none."""
 
 EXTRACTOR_OF = {
+    "nemotron_h_omni": "ParakeetFeatureExtractor",
     "diffusion_gemma": "Gemma4AudioFeatureExtractor",
     "qwen2_5_omni_thinker": "WhisperFeatureExtractor",
     "qwen3_omni_moe_thinker": "WhisperFeatureExtractor",
@@ -319,6 +346,7 @@ EXTRACTOR_OF = {
 """`model_type` -> the class of what hears for it, where transformers' table has none."""
 
 VIDEO_OPTIONS: dict[str, dict[str, Any]] = {
+    "ernie4_5_vl_moe": {"font": "none"},
     "minicpmv4_6": {"slice_mode": False, "downsample_mode": "16x"},
     "minicpmv4_7": {"slice_mode": False, "downsample_mode": "16x"},
 }
