@@ -59,6 +59,7 @@ class Diagnosis:
         version: the template.
         masks: whether its answers can be told apart, each to its end.
         ending: what ends an answer.
+        ends: whether that is a special token, so that a model learns to stop.
         images: size in pixels -> tokens of an image.
         videos: tokens of `FRAMES` frames; None where a video is shown as its frames, as images.
         lora: part -> names of the linears that take an adapter, without where they stand, and how many there are.
@@ -78,6 +79,7 @@ class Diagnosis:
     version: str = ""
     masks: bool = False
     ending: str = ""
+    ends: bool = False
     images: dict[str, int] = field(default_factory=dict)
     videos: int | None = None
     lora: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -150,7 +152,7 @@ def _read(found: Diagnosis, description: Description, tokenizer: Any, processor:
     found.tried(lambda: _mask(found, encoder))
     reader = encoder.reader
     if not reader.needs_sizes:
-        found.images = {"any": reader.run_length(SIZES[0], 1)}
+        found.images = {"any size": reader.run_length(SIZES[0], 1)}
     else:
         lengths = {size: found.tried(partial(reader.run_length, size, 1)) for size in SIZES}
         found.images = {f"{size[0]}x{size[1]}": length for size, length in lengths.items() if length is not None}
@@ -164,6 +166,8 @@ def _mask(found: Diagnosis, encoder: Encoder) -> None:
     said = PROBE[:2] if is_plain(renderer) else PROBE
     record = {"conversations": said, "image": [blank("image")]}
     found.ending = renderer.terminator
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    found.ends = any(token in found.ending for token in special)
     for answer, _ in encoder.examples(record, "the probe"):
         pieces = encoder.pieces(record, "the probe", answer=answer)
         encoded = engine_for(tokenizer).encode(pieces, encoder.places_media(record), encoder.image_ids)

@@ -109,13 +109,14 @@ def diagnosis_text(found: Diagnosis) -> str:
     parts = [f"{part} {size:,}" for part, size in found.parts.items() if size]
     images = ", ".join(f"{size}: {tokens} tokens" for size, tokens in found.images.items())
     videos = "as their frames, an image each" if found.videos is None else f"{found.videos} tokens for 8 frames"
+    ends = "" if found.ends else ", which is text and no special token: a model learns to stop less well"
     lines = [
         ("class", f"{found.model or 'unknown'} (model type {found.model_type})"),
         ("architecture", f"{found.architecture}{', by probes' if found.by_probes else ''}" or "none"),
         ("parts", f"{', '.join(parts)}; {total:,} in all" if parts else "cannot be told apart"),
         ("each parameter once", "yes" if found.covered else "no"),
         ("template", f"--version {found.version}" if found.version else "none that can be used"),
-        ("masks", f"exactly; an answer ends with {found.ending!r}" if found.masks else "no"),
+        ("masks", f"exactly; an answer ends with {found.ending!r}{ends}" if found.masks else "no"),
         ("images", images or "cannot be read"),
         ("videos", videos if found.images else "cannot be read"),
         *((f"LoRA, {part}", _linears(kinds)) for part, kinds in found.lora.items()),

@@ -42,12 +42,24 @@ def keywords_of(config: PretrainedConfig, processor: Any, called: str) -> Keywor
     return keywords
 
 
-def probe_batch(processor: Any) -> dict[str, torch.Tensor]:
-    """A few words about an image, as inputs of a model, whatever its template. Raises UserError: see `MediaReader`."""
+def probe_batch(processor: Any, collator_class: type[MediaCollator] | None = None) -> dict[str, torch.Tensor]:
+    """A few words about an image, as inputs of a model, whatever its template. Raises UserError: see `MediaReader`.
+
+    Args:
+        processor: of the model.
+        collator_class: of its architecture; None: the one of all others.
+    """
     reader = MediaReader(processor)
     tokenizer = processor.tokenizer
     words = tokenizer("a picture", add_special_tokens=False).input_ids
     ids = torch.tensor([*words, IMAGE_TOKEN_INDEX, *words])
     sample = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE_INDEX), "media": [blank("image")]}
-    collator = MediaCollator(reader, tokenizer.pad_token_id or tokenizer.eos_token_id).of_prompts()
-    return collator([sample | {"record": "the probe"}])
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    collator = (collator_class or MediaCollator)(reader, end if pad is None else pad)
+    batch = collator.of_prompts()([sample | {"record": "the probe"}])
+    return {name: value.float() if is_real(value) else value for name, value in batch.items()}
+
+
+def is_real(value: Any) -> bool:
+    """Whether an input is a tensor of real numbers, in whatever precision its processor gives them."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -1,13 +1,14 @@
-"""Every class of transformers for images and text, opened, trained and saved without an entry of ours.
+"""Every class of transformers for images and text, opened, trained and saved, most of them without an entry of ours.
 
-python -m tests.lmm.any_released_model --all            the table of docs/SUPPORTED_MODELS.md
-python -m tests.lmm.any_released_model glm4v aria       some
+python -m tests.lmm.any_released_model --all            writes docs/SUPPORTED_MODELS.md; torchvision has to be installed
+python -m tests.lmm.any_released_model --page           writes its first tables anew, those of what is registered
+python -m tests.lmm.any_released_model glm4v aria       tries some
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import re
 import shutil
 import sys
 import tempfile
@@ -22,10 +23,12 @@ import transformers as hf
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
+from moellava.commands.models import markdown
 from moellava.constants import IGNORE_INDEX
 from moellava.data.dataset import sample_of
 from moellava.doctor import Diagnosis, diagnose
 from moellava.errors import UserError
+from moellava.lmm.any_released import is_real
 from moellava.model.manifest import read_folder
 from moellava.model.probes import FAILURES, first_line
 from moellava.moe import MoESpec, upcycle
@@ -47,6 +50,10 @@ PICTURE = Image.effect_mandelbrot((56, 56), (-3, -2.5, 2, 2.5), 9).convert("RGB"
 SAID = ("<image>\nWhat is it?", "A circle.")
 
 
+UNDECIDED = ("it does not run on a text", "cannot be opened")
+"""Refusals that may be due to the tiny sizes."""
+
+
 @dataclass
 class Row:
     """What became of a class.
@@ -54,18 +61,22 @@ class Row:
     Args:
         model_type: of its config.
         found: what the doctor says.
-        reason: why it cannot be built or trained.
+        reason: why it cannot be trained.
+        untried: why no tiny model of it was made.
         problems: what did not hold of what was said.
     """
 
     model_type: str
     found: Diagnosis | None = None
     reason: str = ""
+    untried: str = ""
     problems: list[str] = field(default_factory=list)
 
     @property
     def verdict(self) -> str:
         """In a word."""
+        if self.untried or any(words in self.reason for words in UNDECIDED):
+            return "undecided"
         return "refused" if self.reason else "fails" if self.problems else "trains"
 
 
@@ -83,16 +94,22 @@ def check(model_type: str, tokenizer: Path, folder: Path) -> Row:
         row.reason = str(error)
         return row
     except (*FAILURES, ArithmeticError, StrictDataclassError) as error:
-        row.reason = f"not built: {located(error)}"
+        row.untried = first_line(error)
         return row
     try:
         row.found = diagnose(read_folder(folder / "hub", "--model_local_path"))
-        row.reason = "; ".join(row.found.problems).replace(f"--model_local_path {folder / 'hub'}", "").strip()
+        row.reason = in_words(row.found.problems, folder / "hub")
         if not row.reason:
             _train(row, folder)
     except FAILURES as error:
         row.problems.append(located(error))
     return row
+
+
+def in_words(problems: list[str], folder: Path) -> str:
+    """What the doctor says, without the name of a folder that is gone."""
+    said = "; ".join(problems).replace(f"--model_local_path {folder}", "It").replace(str(folder), "It")
+    return said.partition(" A file of it is damaged")[0]
 
 
 def located(error: BaseException) -> str:
@@ -135,7 +152,8 @@ def batch_of(vlm: VLM) -> dict[str, torch.Tensor]:
     """A question about a picture, and its answer."""
     record = tiny.record("the record", *SAID, image=[PICTURE])
     sample = sample_of(vlm.encoder.encode(record, "the record"), [PICTURE], "the record")
-    return vlm.collator()([sample])
+    batch = vlm.collator()([sample])
+    return {name: value.float() if is_real(value) else value for name, value in batch.items()}
 
 
 def step(row: Row, vlm: VLM, batch: dict[str, Any]) -> None:
@@ -214,7 +232,7 @@ def table(rows: list[Row]) -> str:
     for row in sorted(rows, key=lambda row: (row.verdict, row.model_type)):
         images = ", ".join(str(count) for count in dict.fromkeys(row.found.images.values())) if row.found else ""
         ways = " | ".join(in_short(row.found.upcycles.get(name, "")) if row.found else "" for name in RECIPES)
-        said = "; ".join(filter(None, [row.reason, *row.problems]))
+        said = "; ".join(filter(None, [row.untried, row.reason, *row.problems])).replace("|", "\\|")
         lines.append(f"| {row.model_type} | {row.verdict} | {images} | {ways} | {said} |")
     return "\n".join(lines)
 
@@ -233,19 +251,51 @@ def in_short(verdict: str) -> str:
     return next((short for words, short in SHORT.items() if words in verdict), verdict)
 
 
+EVERY = """
+## Every class of transformers for images and text
+
+Below, each class of transformers 5.23 as a tiny random model with a processor of its parts: its parts found, its
+answers masked, trained for a few steps, saved, opened again here and in plain transformers, and upcycled in all layers
+by copies and by slices, saved and opened. Where an entry above names the class, it says where the parts are; of all
+others probes find it, and `--model_local_path` trains them as they are. *Undecided* are those whose tiny model could
+not be made, or does not run, in the sizes that the test gives it: what the doctor says of a real folder, decides.
+Some need torchvision (`pip install 'moellava[vision]'`), which the doctor says where it is missing.
+
+```bash
+python -m tests.lmm.any_released_model --all
+```
+
+"""
+"""What stands between the tables of what is registered and that of all classes."""
+
+PAGE = Path(__file__).parents[2] / "docs" / "SUPPORTED_MODELS.md"
+
+
+def page_rows() -> list[list[str]]:
+    """The cells of the page's table of all classes."""
+    lines = PAGE.read_text(encoding="utf-8").partition(EVERY)[2].splitlines()
+    rows = [re.split(r"(?<!\\\\)\|", line.strip()[1:-1]) for line in lines if line.startswith("| ")][1:]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
 def main() -> int:
     """Prints the table; 1 if anything that the doctor lets through does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_type", nargs="*")
     parser.add_argument("--all", action="store_true")
-    parser.add_argument("--json", action="store_true", help="what the doctor says of each, too")
+    parser.add_argument("--page", action="store_true", help="only what is registered, in its page")
     args = parser.parse_args()
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
+    if args.page:
+        kept = PAGE.read_text(encoding="utf-8").partition(EVERY)[2]
+        PAGE.write_text(markdown() + EVERY + kept, encoding="utf-8")
+        return 0
     rows = check_all(released_models() if args.all else args.model_type)
-    if args.json:
-        print(json.dumps([json.loads(row.found.to_json()) for row in rows if row.found], indent=1))
-    print(table(rows))
+    if args.all:
+        PAGE.write_text(markdown() + EVERY + table(rows) + "\n", encoding="utf-8")
+    else:
+        print(table(rows))
     print("\n" + ", ".join(f"{verdict}: {count}" for verdict, count in Counter(row.verdict for row in rows).items()))
     return int(any(row.problems for row in rows))
 

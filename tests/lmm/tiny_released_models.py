@@ -57,6 +57,9 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MROPE = {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}}
 DAVIT = {"depths": [1] * 4, "embed_dim": [32] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4}
 
+GEMMA4_VISION = {"model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+GEMMA4_VISION |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": PATCH}
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     "aya_vision": {"downsample_factor": 2, "vision_feature_layer": -1},
     "chameleon": {"vocabulary_map": {"<image>": 4} | {f"IMGIMG{'A' * n}Z": 10 + n for n in range(1, 9)}}
@@ -77,9 +80,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vocabulary_map": {"<|extra_200|>": 5, "<image>": 4} | {f"<|visual token {n:06}|>": 10 + n for n in range(8)}
     }
     | {"vq_config": {"base_channels": 32, "codebook_size": 8, "embed_dim": 4, "z_channels": 4}},
-    "gemma4": {"text_config": {"vocab_size_per_layer_input": 512}},
-    "gemma4_unified": {"text_config": {"vocab_size_per_layer_input": 512}},
-    "llama4": {"vision_config": {"projector_input_dim": 32, "projector_output_dim": 32}},
+    "gemma4": {"text_config": {"vocab_size_per_layer_input": 512}, "vision_config": GEMMA4_VISION},
+    "llama4": {"vision_config": {"projector_input_dim": 32, "projector_output_dim": 32} | {"intermediate_size": 128}},
     "t5gemma2": {"encoder": {"mm_tokens_per_image": 4}},
     "florence2": {"vision_config": DAVIT | {"projection_dim": 32}},
     "gemma3n": {"text_config": {"intermediate_size": [48, 48], "activation_sparsity_pattern": [0.0, 0.0]}},
@@ -121,6 +123,13 @@ MARKS = (
     "<im_end> <patch_newline> |SPEAKER| |NEWLINE| [IMG] [IMG_BREAK] [IMG_END]"
 )
 """Further special tokens, which processors know by their spelling."""
+
+
+def needs_torchvision(model_type: str) -> bool:
+    """Whether there is no processor of the class without torchvision."""
+    return model_type in ("mistral3", "mistral_large4") or set(IMAGE_PROCESSORS.get(model_type) or ()) == {
+        "torchvision"
+    }
 
 
 def released_models() -> list[str]:
@@ -270,7 +279,8 @@ def of_parts(model_type: str, tokenizer: Any) -> Any:
     settings = VIDEO_OPTIONS.get(model_type, {})
     if not is_torchvision_available():
         return build_without_torchvision(cls, UNKNOWN, video_settings=settings, **parts)
-    return cls(**parts, video_processor=getattr(hf, VIDEO_PROCESSORS[model_type]["torchvision"])(**settings))
+    video = VIDEO_PROCESSOR_OF.get(model_type) or VIDEO_PROCESSORS[model_type]["torchvision"]
+    return cls(**parts, video_processor=getattr(hf, video)(**settings))
 
 
 NONE_BUILT = {
@@ -308,6 +318,7 @@ PROCESSOR_OPTIONS: dict[str, dict[str, Any]] = {
     "idefics3": {"image_seq_len": 1},
     "janus": {"num_image_tokens": 4},
     "ovis2": {"image_seq_length": 4},
+    "mistral3": {"patch_size": PATCH, "spatial_merge_size": 2},
     "qianfan_ocr": {"image_seq_length": 1},
     "vipllava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
     "video_llava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
@@ -337,6 +348,15 @@ IMAGE_PROCESSOR_OF = {
 }
 """`model_type` -> the class of its image processor, where transformers' table has none."""
 
+VIDEO_PROCESSOR_OF = {
+    "diffusion_gemma": "Gemma4VideoProcessor",
+    "glm4v_moe": "Glm4vVideoProcessor",
+    "glm_ocr": "Glm46VVideoProcessor",
+    "qwen2_5_omni_thinker": "Qwen2VLVideoProcessor",
+    "qwen3_omni_moe_thinker": "Qwen2VLVideoProcessor",
+}
+"""`model_type` -> the class of its video processor, where transformers' table has none."""
+
 EXTRACTOR_OF = {
     "nemotron_h_omni": "ParakeetFeatureExtractor",
     "diffusion_gemma": "Gemma4AudioFeatureExtractor",
@@ -346,7 +366,7 @@ EXTRACTOR_OF = {
 """`model_type` -> the class of what hears for it, where transformers' table has none."""
 
 VIDEO_OPTIONS: dict[str, dict[str, Any]] = {
-    "ernie4_5_vl_moe": {"font": "none"},
+    "ernie4_5_vl_moe": {"font": "none", "draw_on_frames": False},
     "minicpmv4_6": {"slice_mode": False, "downsample_mode": "16x"},
     "minicpmv4_7": {"slice_mode": False, "downsample_mode": "16x"},
 }
@@ -354,10 +374,10 @@ VIDEO_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def image_processor(model_type: str) -> Any:
-    """Its image processor for Pillow, in small sizes. Raises ImportError where there is none."""
+    """Its image processor for Pillow, in small sizes. Raises UserError where there is none."""
     names = IMAGE_PROCESSORS.get(model_type) or {"pil": IMAGE_PROCESSOR_OF.get(model_type)}
     if "pil" not in names and not is_torchvision_available():
-        raise ImportError(f"{names['torchvision']} needs torchvision: pip install torchvision")
+        raise UserError(f"Its {names['torchvision']} needs torchvision: pip install torchvision")
     cls = getattr(hf, names.get("pil") or names["torchvision"])
     default = cls()
     options: dict[str, Any] = {}
