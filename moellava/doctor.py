@@ -123,7 +123,7 @@ def diagnose(manifest: Manifest) -> Diagnosis:
     if made is not None:
         _read(found, description, *made)
     model = None if keywords is None else found.tried(lambda: on_paper(config))
-    if model is not None:
+    if model is not None and keywords is not None:
         found.model = type(model).__name__
         _take_apart(found, VLM(model, None, None, keywords, architecture, manifest.called))
     _upcycle(found, config)

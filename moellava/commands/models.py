@@ -43,7 +43,8 @@ def row_of(model: SupportedModel) -> tuple[str, str, str, str]:
     """What the table says of a model."""
     architecture = model.architecture
     note = " (needs --trust_remote_code)" if architecture.remote_code else ""
-    parts = ", ".join(architecture.keywords.vision_encoder + architecture.keywords.vision_projector)
+    keywords = architecture.keywords
+    parts = ", ".join(keywords.vision_encoder + keywords.vision_projector) if keywords else "found by probes"
     return model.model_id, architecture.name + note, model.model_hf_path, parts
 
 

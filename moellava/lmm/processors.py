@@ -19,7 +19,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from moellava.errors import UserError
 from moellava.files import read_json
-from moellava.lmm.architecture import Architecture
+from moellava.lmm.architecture import ARCHITECTURES, Architecture
 from moellava.lmm.video_processors import AREAS, UNKNOWN, FrameProcessor, FrameRecipe
 
 SETTINGS = ("processor_config.json", "preprocessor_config.json")
@@ -28,7 +28,7 @@ SETTINGS = ("processor_config.json", "preprocessor_config.json")
 NEEDED = (SETTINGS, ("tokenizer.json", "tokenizer.model", "vocab.json"), ("tokenizer_config.json",))
 """Of each of these, a folder has at least one file: settings, vocabulary, and which of its tokens are special."""
 
-VIDEO = "video_processor"
+VIDEO, VIDEO_SETTINGS = "video_processor", "video_preprocessor_config.json"
 
 AUDIO = "feature_extractor"
 
@@ -62,7 +62,7 @@ def load_processor(folder: Path, architecture: Architecture, model_type: str) ->
     cls = getattr(transformers, name)
     try:
         if VIDEO in inspect.signature(cls.__init__).parameters and not is_torchvision_available():
-            return without_torchvision(cls, folder, architecture.video or UNKNOWN)
+            return without_torchvision(cls, folder, architecture.video or recipe_of(folder))
         return cls.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ImportError, ValueError, AttributeError) as error:
         if not is_torchvision_available() and WANTED in str(error).lower():
@@ -101,10 +101,17 @@ def without_torchvision(cls: Any, folder: Path, recipe: FrameRecipe) -> Any:
     )
 
 
+def recipe_of(folder: Path) -> FrameRecipe:
+    """What a folder's video processor does to frames, by the class that it names, where an entry knows it."""
+    own = read_json(folder / SETTINGS[0]).get(VIDEO) or read_json(folder / VIDEO_SETTINGS)
+    known = {entry.video.class_name: entry.video for entry in ARCHITECTURES.values() if entry.video}
+    return known.get(own.get("video_processor_type", ""), UNKNOWN)
+
+
 def video_settings_of(folder: Path, recipe: FrameRecipe) -> dict[str, Any]:
     """A video processor's settings, where transformers looks for them: a section or a file of their own, or else those
     that it shares with the image processor."""
-    own = read_json(folder / SETTINGS[0]).get(VIDEO) or read_json(folder / "video_preprocessor_config.json")
+    own = read_json(folder / SETTINGS[0]).get(VIDEO) or read_json(folder / VIDEO_SETTINGS)
     shared = read_json(folder / SETTINGS[1])
     return own or {name: value for name, value in shared.items() if name in (*recipe.defaults, *AREAS)}
 

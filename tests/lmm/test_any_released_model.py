@@ -12,7 +12,9 @@ import torch
 import transformers as hf
 
 from moellava.cli import main
+from moellava.data.video import Clip
 from moellava.errors import UserError
+from moellava.lmm import processors
 from moellava.lmm.any_released import probe_batch
 from moellava.lmm.architecture import ARCHITECTURES
 from moellava.model.manifest import read_folder
@@ -21,7 +23,7 @@ from moellava.model.vision_probes import PartsError, decoder_of, find_parts, on_
 from moellava.vlm import describe
 from tests import tiny
 from tests.lmm.any_released_model import check, check_all, page_rows, table, write
-from tests.lmm.tiny import NATIVE, reopen
+from tests.lmm.tiny import AREA, NATIVE, reopen
 from tests.lmm.tiny_released_models import (
     OVERRIDES,
     needs_torchvision,
@@ -33,7 +35,7 @@ from tests.lmm.tiny_released_models import (
 
 SLOW = pytest.mark.slow
 SAMPLE = ("glm46v", "janus", "blip", *(pytest.param(name, marks=SLOW) for name in ("aya_vision", "qwen3_5_moe")))
-"""A projector inside the tower, parts left over, no place for images; a projector beside the tower, a sparse decoder."""
+"""A projector inside the tower, parts left over, no place for images; a projector beside it, a sparse decoder."""
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +155,32 @@ def test_a_template_that_cannot_be_masked_stops_a_run(vipllava, tmp_path):
         describe(read_folder(tmp_path / "hub", "--model_local_path")).inputs()
 
 
-def test_a_processor_that_needs_torchvision_says_so(vipllava, tmp_path):
-    shutil.copytree(vipllava, tmp_path / "hub")
-    path = tmp_path / "hub" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "mistral3"}))
-    with pytest.raises(UserError, match="needs torchvision: pip install torchvision"):
-        describe(read_folder(tmp_path / "hub", "--model_local_path")).inputs()
+class Wanting:
+    """A processor class whose package is not there, as transformers has them."""
+
+    @classmethod
+    def from_pretrained(cls, folder, **options):
+        raise ImportError("LlavaProcessor requires the Torchvision library but it was not found")
+
+
+def test_a_processor_that_needs_torchvision_says_so(vipllava, monkeypatch):
+    monkeypatch.setattr(hf, "LlavaProcessor", Wanting)
+    monkeypatch.setattr(processors, "is_torchvision_available", lambda: False)
+    with pytest.raises(UserError, match="LlavaProcessor, needs torchvision: pip install torchvision"):
+        describe(read_folder(vipllava, "--model_local_path")).inputs()
+
+
+def test_videos_are_read_as_the_class_reads_them_that_a_folder_names(released_tokenizer, tmp_path, monkeypatch):
+    """Exaone's video processor is Qwen2-VL's, of which an entry knows what it does."""
+    monkeypatch.setattr(processors, "is_torchvision_available", lambda: False)
+    write("exaone4_5", released_tokenizer, tmp_path / "hub")
+    path = tmp_path / "hub" / "processor_config.json"
+    settings = json.loads(path.read_text())
+    settings["video_processor"] = {"video_processor_type": "Qwen2VLVideoProcessor"} | AREA
+    path.write_text(json.dumps(settings))
+    reader = reopen(tmp_path / "hub").reader
+    assert reader.reads_videos
+    assert reader.clip_length(Clip((56, 56), 8, 1.0, tuple(range(8)))) == 4 * 4, "four pairs of frames of 2 × 2 tokens"
 
 
 def test_inspect_shows_what_can_be_done_on_one_screen(vipllava, capsys):
