@@ -98,6 +98,13 @@ def test_probes_find_the_parts_that_entries_name(name, released_tokenizer):
     assert by_probes == by_entry
 
 
+def test_a_projector_inside_the_tower_is_what_stands_behind_its_blocks_but_for_norms(released_tokenizer):
+    processor = tiny_processor("glm46v", released_tokenizer)
+    found = find_parts(on_paper(tiny_config("glm46v", processor)), probe_batch(processor))
+    assert found.vision_projector == ("visual.merger", "visual.downsample")
+    assert {"visual.blocks", "visual.post_layernorm", "visual.post_conv_layernorm"} <= set(found.vision_encoder)
+
+
 @pytest.fixture(scope="module")
 def of_llava(released_tokenizer):
     """A LLaVA on paper, and its processor."""
