@@ -33,6 +33,7 @@ setup(
         "video": ["av>=15"],
         "data": ["datasets>=4", "pyarrow", "pyyaml"],
         "quant": ["bitsandbytes>=0.48"],
+        "vision": ["torchvision"],
         "smolvlm": ["num2words", "transformers>=5.23"],
         "demo": ["easy-vqa"],
         "test": [

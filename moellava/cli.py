@@ -15,7 +15,7 @@ from moellava.plugins import FLAG, load_installed, load_plugin
 
 COMMANDS = {
     "chat": ("moellava.commands.chat", "talk to a model about images"),
-    "inspect": ("moellava.commands.inspect", "records as the model sees them: text, tokens, mask, counts"),
+    "inspect": ("moellava.commands.inspect", "what can be done with a model; records as it sees them"),
     "check-data": ("moellava.commands.check_data", "every record and file of a data set"),
     "convert-data": ("moellava.commands.convert_data", "data files of any format -> LLaVA JSON Lines"),
     "verify": ("moellava.commands.verify", "recompute the golden.safetensors of a folder"),

@@ -356,8 +356,8 @@ SAVING = (
     Mutation(
         "head-of-its-own-lost",
         "model/saving.py",
-        "if model.config.get_text_config().tie_word_embeddings:",
-        "if not model.config.get_text_config().tie_word_embeddings:",
+        'if getattr(model.config.get_text_config(), "tie_word_embeddings", False):',
+        'if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):',
         "The folder lacks the head that was trained, or holds a tied one twice.",
         ("model/test_saving.py",),
     ),
@@ -557,6 +557,31 @@ ANSWERING = (
 )
 
 PROBING = (
+    Mutation(
+        "norms-of-the-tower-are-the-projectors",
+        "model/vision_probes.py",
+        "return reached - norms",
+        "return reached",
+        "Norms beside the encoder's blocks train with the projector, and rest with it.",
+        ("lmm/test_any_released_model.py",),
+    ),
+    Mutation(
+        "blocks-are-any-list-of-modules",
+        "model/vision_probes.py",
+        "min(outcomes, key",
+        "max(outcomes, key",
+        "Qwen3-VL's blocks train with its mergers where only the projector should.",
+        ("lmm/test_any_released_model.py",),
+    ),
+    Mutation(
+        "parts-found-too-late-to-be-saved",
+        "vlm.py",
+        "    keywords = description.keywords  # so is what cannot be taken apart; and the config learns of it\n"
+        "    model = description.load(dtype)\n",
+        "    model = description.load(dtype)\n    keywords = description.keywords\n",
+        "A model that cannot be taken apart is told after gigabytes are read, and its folder forgets its parts.",
+        ("lmm/test_any_released_model.py",),
+    ),
     Mutation(
         "softcap-not-looked-for",
         "model/probes.py",

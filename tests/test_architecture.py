@@ -26,7 +26,7 @@ FLOORS = [
     {"lmm"},
     {"vlm"},
     {"serve", "adapters"},
-    {"convert"},
+    {"convert", "doctor"},
     {"train"},
     {"eval"},
     {"commands"},

@@ -63,24 +63,6 @@ class Adapter:
         return group_of(name, self.keywords) == "language_model" and not name.startswith(HEAD)
 
 
-def covering(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[str]:
-    """Names of the largest modules, and of single parameters, that hold the given parameters and no others."""
-    wanted = {id(parameter) for parameter in parameters}
-
-    def walk(module: nn.Module, prefix: str) -> Iterator[str]:
-        below = list(module.parameters())
-        if below and all(id(parameter) in wanted for parameter in below):
-            yield prefix.removesuffix(".")
-            return
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in wanted:
-                yield prefix + name
-        for name, child in module.named_children():
-            yield from walk(child, f"{prefix}{name}.")
-
-    return list(walk(model, ""))
-
-
 def target_names(vlm: VLM, only_experts: bool) -> list[str]:
     """Names of the linears that get an adapter.
 

@@ -1,7 +1,8 @@
-"""`moellava inspect`: records as the model sees them, or what a tokenizer does.
+"""`moellava inspect`: records as the model sees them, what can be done with a model, or what a tokenizer does.
 
 With records or a conversation: the rendered text with the trained tokens in green (in «…» without colour), the ids, the
-counts of text, image and supervised tokens, and what is cut. With --tokenizer alone: what to know before training.
+counts of text, image and supervised tokens, and what is cut. With --model-path alone: whether the model can be trained,
+asked, upcycled, and why not. With --tokenizer alone: what to know of it before training.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ from moellava.data.records import load_records, problem_of_turns, tags_of
 from moellava.data.tokenizer_facts import Facts, facts_of
 from moellava.data.tokenizers import load_tokenizer
 from moellava.data.view import View, colored, views_of
+from moellava.doctor import Diagnosis, diagnose
 from moellava.errors import UserError
+from moellava.files import CONFIG, resolve_folder
+from moellava.lmm.architecture import holds_vlm
 from moellava.log import printable
+from moellava.model.manifest import Manifest, read_folder
 from moellava.vlm import open_encoder
 
 
@@ -98,6 +103,35 @@ def facts_text(facts: Facts) -> str:
     return "\n".join(lines)
 
 
+def diagnosis_text(found: Diagnosis) -> str:
+    """What can be done with a model, one line a question, then why it cannot be trained."""
+    total = sum(found.parts.values())
+    parts = [f"{part} {size:,}" for part, size in found.parts.items() if size]
+    images = ", ".join(f"{size}: {tokens} tokens" for size, tokens in found.images.items())
+    videos = "as their frames, an image each" if found.videos is None else f"{found.videos} tokens for 8 frames"
+    ends = "" if found.ends else ", which is text and no special token: a model learns to stop less well"
+    lines = [
+        ("class", f"{found.model or 'unknown'} (model type {found.model_type})"),
+        ("architecture", f"{found.architecture}{', by probes' if found.by_probes else ''}" or "none"),
+        ("parts", f"{', '.join(parts)}; {total:,} in all" if parts else "cannot be told apart"),
+        ("each parameter once", "yes" if found.covered else "no"),
+        ("template", f"--version {found.version}" if found.version else "none that can be used"),
+        ("masks", f"exactly; an answer ends with {found.ending!r}{ends}" if found.masks else "no"),
+        ("images", images or "cannot be read"),
+        ("videos", videos if found.images else "cannot be read"),
+        *((f"LoRA, {part}", _linears(kinds)) for part, kinds in found.lora.items()),
+        *((f"experts as {name}", verdict) for name, verdict in found.upcycles.items()),
+        ("plain transformers", "opens it" if found.plain else f"no: {found.plain_reason or 'it cannot be opened'}"),
+        ("trains", "no:" if found.problems else "yes"),
+    ]
+    return "\n".join([*(f"{name:26}{said}" for name, said in lines), *(f"  {why}" for why in found.problems)])
+
+
+def _linears(kinds: dict[str, int]) -> str:
+    """How many linears of each name take an adapter."""
+    return ", ".join(f"{count} {name}" for name, count in kinds.items()) or "none"
+
+
 def _present(facts: Facts) -> list[tuple[str, tuple[str, int]]]:
     return [(name, value) for name, value in facts.special.items() if value is not None]
 
@@ -121,7 +155,9 @@ def _chosen(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moellava inspect", description=__doc__)
     parser.add_argument("data", nargs="*", help=DATA_HELP)
-    parser.add_argument("--tokenizer", "--model-path", required=True, help="folder or hub id of a tokenizer or model")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model-path", help="folder or hub id of a model")
+    source.add_argument("--tokenizer", help="folder or hub id of a tokenizer, or of a model that has one")
     parser.add_argument("--image-folder", help="what the image paths in the records are relative to")
     parser.add_argument("--video-folder", help="what the video paths are relative to (default: --image-folder)")
     parser.add_argument("--version", help="template; 'chat_template' is the tokenizer's own (default: the model's)")
@@ -160,20 +196,41 @@ def idle_flags(args: argparse.Namespace) -> list[Idle]:
 
 
 def main(argv: list[str]) -> int:
-    """Prints views of records, or the facts of a tokenizer. Exit status 1 if a mask shown trains nothing."""
+    """Prints views of records, what can be done with a model, or the facts of a tokenizer. Exit status 1 if a mask
+    shown trains nothing, or a model cannot be trained."""
     parser = _parser()
     args = parser.parse_args(argv)
     refuse_idle(parser, argv, idle_flags(args))
     require_frames(args.num_frames, "--num-frames")
+    source = args.model_path or args.tokenizer
     if not args.data and not args.conversation:
-        facts = facts_of(load_tokenizer(args.tokenizer, args.version), args.tokenizer)
-        print(printable(facts.to_json() if args.json else facts_text(facts)))
-        return 0
-    encoder = open_encoder(
-        args.tokenizer, version=args.version, tokens_per_image=args.tokens_per_image, flag="--tokenizer"
-    )
+        return _examine(parser, argv, args, source)
+    flag = "--model-path" if args.model_path else "--tokenizer"
+    encoder = open_encoder(source, version=args.version, tokens_per_image=args.tokens_per_image, flag=flag)
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     return _show(args, encoder, color)
+
+
+def _examine(parser: argparse.ArgumentParser, argv: list[str], args: argparse.Namespace, source: str) -> int:
+    """Prints what can be done with a vision-language model, or the facts of a tokenizer."""
+    manifest = vlm_at(source, "--model-path") if args.model_path else None
+    if manifest is None:
+        facts = facts_of(load_tokenizer(source, args.version), source)
+        print(printable(facts.to_json() if args.json else facts_text(facts)))
+        return 0
+    refuse_idle(parser, argv, [Idle(["version"], True, "is for records; the folder's own template is looked at")])
+    found = diagnose(manifest)
+    print(printable(found.to_json() if args.json else diagnosis_text(found)))
+    return int(bool(found.problems))
+
+
+def vlm_at(source: str, flag: str) -> Manifest | None:
+    """The manifest of a vision-language model; None for a tokenizer or a language model."""
+    folder = resolve_folder(source, flag)
+    if not (folder / CONFIG).is_file():
+        return None
+    manifest = read_folder(source, flag)
+    return manifest if holds_vlm(manifest) else None
 
 
 def _show(args: argparse.Namespace, encoder: Encoder, color: bool) -> int:

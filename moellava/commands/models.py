@@ -14,13 +14,23 @@ HEADER = ("model id", "architecture", "on the hub", "parts: vision encoder, proj
 
 PAGE_TOP = """# Supported models
 
-Written by `moellava models --markdown`; a test compares the two. docs/ADD_A_MODEL.md says how a model joins.
+Any class of transformers for images and text trains that passes the doctor, with an entry of ours or without:
+
+    moellava inspect --model-path DIR                              # what can be done with it, and why not
+    python train.py --model_local_path DIR …                       # a folder, or an id of the hub
+
+Its parts are found by probes, its template is its processor's own. The table at the end of this page has every class.
+The models below have an id, since their architecture has an entry: a chat template on record, a way for videos where
+torchvision is missing, or what probes cannot see. docs/ADD_A_MODEL.md says how one joins.
 
     python train.py --model_id qwen2-vl-2b-instruct …              # from the hub
-    python train.py --model_local_path FOLDER …                    # any folder of one below, registered or not
+    python train.py --model_local_path FOLDER …                    # any folder of one below, with an id or not
 
 The code of some architectures lies in their own repository, and runs only with `--trust_remote_code True`;
 docs/ADD_A_MODEL.md says what was checked of them here.
+
+This page is written by `python -m tests.lmm.any_released_model --all`, its first tables alone by `--page` in place of
+`--all`; `moellava models --markdown` prints those. Tests compare them.
 """
 
 BASES_TOP = """
@@ -33,7 +43,8 @@ def row_of(model: SupportedModel) -> tuple[str, str, str, str]:
     """What the table says of a model."""
     architecture = model.architecture
     note = " (needs --trust_remote_code)" if architecture.remote_code else ""
-    parts = ", ".join(architecture.keywords.vision_encoder + architecture.keywords.vision_projector)
+    keywords = architecture.keywords
+    parts = ", ".join(keywords.vision_encoder + keywords.vision_projector) if keywords else "found by probes"
     return model.model_id, architecture.name + note, model.model_hf_path, parts
 
 
@@ -44,7 +55,7 @@ def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def markdown() -> str:
-    """The page docs/SUPPORTED_MODELS.md."""
+    """The page docs/SUPPORTED_MODELS.md, up to its table of all classes."""
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     for model in SUPPORTED_MODELS.values():
         model_id, architecture, path, parts = row_of(model)
@@ -70,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     """The subcommand."""
     parser = argparse.ArgumentParser(prog="moellava models", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--family", help="of one architecture only")
-    parser.add_argument("--markdown", action="store_true", help="as docs/SUPPORTED_MODELS.md")
+    parser.add_argument("--markdown", action="store_true", help="as in docs/SUPPORTED_MODELS.md")
     args = parser.parse_args(argv)
     refuse_idle(parser, argv, [Idle(["family"], args.markdown, "--markdown writes the whole page")])
     print(printable(markdown() if args.markdown else text(args.family)), end="" if args.markdown else "\n")

@@ -237,7 +237,7 @@ def _planned(
     sparse: nn.Module, dtypes: dict[str, torch.dtype], mlps: dict[int, tuple[str, list[str]]]
 ) -> dict[str, Tensor]:
     """Every tensor of the new folder, empty, with the dtype of what it comes from; routers are fp32."""
-    tied = {"lm_head.weight"} if sparse.config.get_text_config().tie_word_embeddings else set()
+    tied = {"lm_head.weight"} if getattr(sparse.config.get_text_config(), "tie_word_embeddings", False) else set()
     planned = {}
     for name, tensor in sparse.state_dict().items():
         dtype = dtypes.get(name)

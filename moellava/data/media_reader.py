@@ -82,17 +82,22 @@ class MediaReader:
         placeholders: the same for every modality that it reads; where videos are not among them, their frames are
             shown as images.
         fixed_run: the run of every image, where all are alike; else None.
+        nests: whether the processor takes a list of images for each text; else all of them in one list.
 
     Raises:
-        UserError: its placeholder is no special token, or it has no end-of-sequence token.
+        UserError: it has no placeholder, or one that is no special token, or no end-of-sequence token.
     """
 
     def __init__(self, processor: Any, loads_images: bool = True):
         self.processor = processor
         self.loads_images = loads_images
         self.fixed_run: Run | None = None
+        self.nests = True
+        names = getattr(processor, "model_input_names", ())
+        # Not every processor says by itself which token is of which modality, where its model wants to know.
+        self._asks = {"return_mm_token_type_ids": True} if f"mm_{PER_TOKEN}" in names else {}
         tokenizer = processor.tokenizer
-        self.placeholder: str = processor.image_token
+        self.placeholder: str = placeholder_of(processor)
         special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         if self.placeholder not in special or tokenizer.eos_token_id is None:
             raise UserError(
@@ -187,9 +192,9 @@ class MediaReader:
         if modality == "image" and self.fixed_run is not None:
             return self._pixels(samples, self.fixed_run)
         texts = [self.separator + (self.placeholders[modality] + self.separator) * len(row) for row in samples]
-        given = {"images": [list(row) for row in samples]} if modality == "image" else video_arguments(samples)
+        given = {"images": self._arranged(samples)} if modality == "image" else video_arguments(samples)
         try:
-            output = self.processor(text=texts, padding=True, return_tensors="pt", **given)
+            output = self.processor(text=texts, padding=True, return_tensors="pt", **given, **self._asks)
         except (ValueError, ZeroDivisionError, IndexError) as error:
             raise BadFileError(
                 f"the processor cannot take {modality}s of {sizes_of(samples)} pixels: {error}"
@@ -204,11 +209,22 @@ class MediaReader:
             runs.append(self._cut(ids[number][kept].tolist(), extras, len(row)))
         return runs, dict(output)
 
+    def _arranged(self, samples: Sequence[Sequence[Any]]) -> list[Any]:
+        """Images as the processor wants them."""
+        return [list(row) for row in samples] if self.nests else [image for row in samples for image in row]
+
     def _probed(self) -> tuple[Run, Run | None]:
         """The run of a blank image, and that of every image where shape changes neither it nor the tensors."""
-        (first, tensors), (second, others) = (
-            self._asked("image", [[Image.new("RGB", size)]]) for size in (BLANK, WIDE)
-        )
+        images = [[[Image.new("RGB", size)]] for size in (BLANK, WIDE)]
+        try:
+            asked = [self._asked("image", samples) for samples in images]
+        except BadFileError as error:
+            self.nests = False
+            try:
+                asked = [self._asked("image", samples) for samples in images]
+            except BadFileError:
+                raise error from None
+        (first, tensors), (second, others) = asked
         run = first[0][0]
         is_fixed = (
             not run.extras
@@ -282,6 +298,17 @@ class MediaReader:
     def _tells_times(self) -> bool:
         early, late = (Clip(BLANK, 9000, 1.0, indices) for indices in ((0, 1), (7000, 8999)))
         return self._run_of_clip(early).ids != self._run_of_clip(late).ids
+
+
+def placeholder_of(processor: Any) -> str:
+    """What stands for an image in the text that a processor reads. Raises UserError: nothing does."""
+    found = getattr(processor, "image_placeholder_token", None) or getattr(processor, "image_token", None)
+    if found is None:
+        raise UserError(
+            f"{type(processor).__name__} reads no text with a place for an image in it, so no conversation about "
+            "images can be written for the model."
+        )
+    return str(found)
 
 
 def blank(modality: str) -> Shown:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
 from moellava.errors import UnknownNameError, UserError
 from moellava.lmm.video_processors import FrameRecipe
 from moellava.model.extended import PREFIX
@@ -31,7 +33,7 @@ class Architecture:
     Args:
         name: key in `ARCHITECTURES`.
         keywords: where its parts are; a plain list of names means that these are the vision part, and all else the
-            language model.
+            language model. None: probes find them.
         model_type: `model_type` of its config.json. None, of one that is registered while a program runs: what the
             folder says, which has to be a class of transformers for images and text.
         text_model_types: `model_type`s of its text config, where two architectures share a `model_type`; () for any.
@@ -49,7 +51,7 @@ class Architecture:
     """
 
     name: str
-    keywords: Keywords
+    keywords: Keywords | None
     model_type: str | None = None
     text_model_types: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
@@ -62,7 +64,7 @@ class Architecture:
     remote_processor: Callable[[Path, dict[str, Any]], Any] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.keywords, Keywords):
+        if self.keywords is not None and not isinstance(self.keywords, Keywords):
             object.__setattr__(self, "keywords", Keywords.of_vision(self.keywords))
 
     @property
@@ -176,22 +178,27 @@ class FieldView(Mapping[str, Any]):
 
 
 def architecture_of(manifest: Manifest) -> Architecture | None:
-    """The architecture of a folder's model, by what the folder says or by its config; None for what is composed of a
-    language model and a tower, here or by other code that writes Hugging Face's LLaVA.
+    """The architecture of a folder's model: the registered one, by what the folder says or by its config, or one that
+    probes have to fill in; None for what is composed of a language model and a tower, here or by other code that writes
+    Hugging Face's LLaVA.
 
     Raises:
-        UnknownNameError: it is of none that is registered; the known types are listed.
+        UnknownNameError: it is of none that is registered, and transformers has no class for it; the known types are
+            listed. Or it was trained as one that a program registered, which this one has not.
     """
     found, named = registered(manifest), manifest.section and manifest.section.architecture
     model_type = undisguised(manifest.config)["model_type"]
     is_composed = named is None and (manifest.section is not None or model_type == COMPOSED_TYPE)
     if found is not None or is_composed:
         return found
+    if named in (None, model_type) and has_class(model_type):
+        return Architecture(model_type, None, model_type)
     known = ", ".join(sorted({entry.model_type for entry in ARCHITECTURES.values() if entry.model_type}))
     says = f", and says that it is of {named!r}, which is not registered here" if named else ""
     raise UnknownNameError(
         f"{manifest.called} is a model of type {model_type!r}, which no architecture of "
-        f"moellava is{says}. Known: {known}. docs/ADD_A_MODEL.md says how one joins."
+        f"moellava is{says}. Known: {known}; and every type that the installed transformers has a class for images and "
+        "text of. docs/ADD_A_MODEL.md says how one joins."
     )
 
 
@@ -209,7 +216,18 @@ def registered(manifest: Manifest) -> Architecture | None:
 def holds_vlm(manifest: Manifest) -> bool:
     """Whether a folder is a vision-language model's. That of a registered architecture is, whatever its config.json
     has for fields."""
-    return manifest.holds == VLM or registered(manifest) is not None
+    return manifest.holds == VLM or registered(manifest) is not None or is_released(manifest)
+
+
+def is_released(manifest: Manifest) -> bool:
+    """Whether transformers opens the folder for images and text, and not as a language model or a tower."""
+    model_type = undisguised(manifest.config)["model_type"]
+    return has_class(model_type) and CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def has_class(model_type: str) -> bool:
+    """Whether the installed transformers has a class for images and text of this type."""
+    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def undisguised(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from moellava.data.render import ChatRenderer
 from moellava.data.render.own import own_template
 from moellava.errors import UserError
 from moellava.files import model_files
+from moellava.lmm.any_released import keywords_of
 from moellava.lmm.architecture import SUPPORTED_MODELS, Architecture, FieldView, registered, undisguised
 from moellava.lmm.processors import load_processor
 from moellava.lmm.remote import load_remote_config
@@ -67,7 +68,7 @@ def describe_released(manifest: Manifest, architecture: Architecture, trust_remo
 
     Args:
         manifest: of the folder.
-        architecture: its entry.
+        architecture: its entry, or one whose parts are to be found.
         trust_remote_code: run the code in the folder, for an architecture that transformers lacks.
 
     Raises:
@@ -86,10 +87,15 @@ def describe_released(manifest: Manifest, architecture: Architecture, trust_remo
     note(config, architecture=architecture.name, version=said.version if said else CHAT_TEMPLATE)
 
     @functools.cache
+    def processor() -> Any:
+        made = processor_of(manifest, architecture)
+        complete_processor(made, config)
+        return made
+
+    @functools.cache
     def inputs() -> tuple[Any, Any]:
-        processor = processor_of(manifest, architecture)
-        complete_processor(processor, config)
-        return processor.tokenizer, processor
+        settle(processor(), manifest, architecture)
+        return processor().tokenizer, processor()
 
     def load(dtype: torch.dtype) -> Any:
         model = (architecture.load or read)(manifest.folder, config, dtype)
@@ -97,24 +103,24 @@ def describe_released(manifest: Manifest, architecture: Architecture, trust_remo
             model.config.image_token_id = inputs()[1].image_token_id
         return model
 
-    return Description(manifest.folder, config, architecture.keywords, inputs, load, architecture)
+    keywords = architecture.keywords or (lambda: keywords_of(config, processor(), manifest.called))
+    return Description(manifest.folder, config, keywords, inputs, load, architecture)
 
 
 def processor_of(manifest: Manifest, architecture: Architecture) -> Any:
-    """The processor of a folder; `chat_template` is the one that is trained on.
-
-    Raises:
-        UserError: files of it are missing, or its chat template cannot be masked.
-    """
-    model_type = undisguised(manifest.config)["model_type"]
+    """The processor of a folder, with whatever chat template is there. Raises UserError: files of it are missing."""
     if architecture.remote_processor is not None:
-        processor = architecture.remote_processor(manifest.folder, manifest.config)
-    else:
-        processor = load_processor(manifest.folder, architecture, model_type)
-    if manifest.section is None or manifest.section.version == CHAT_TEMPLATE:  # else a template of ours is beside it
-        text = manifest.config.get("text_config") or {}
-        settle_template(processor, architecture, undisguised(text)["model_type"] if text else model_type)
-    return processor
+        return architecture.remote_processor(manifest.folder, manifest.config)
+    return load_processor(manifest.folder, architecture, undisguised(manifest.config)["model_type"])
+
+
+def settle(processor: Any, manifest: Manifest, architecture: Architecture) -> None:
+    """Sees to it that `processor.chat_template` is the one that is trained on. Raises UserError: see
+    `settle_template`."""
+    if manifest.section is not None and manifest.section.version != CHAT_TEMPLATE:
+        return  # a template of ours is beside it
+    plain = undisguised(manifest.config)
+    settle_template(processor, architecture, (plain.get("text_config") or plain).get("model_type", ""))
 
 
 def settle_template(processor: Any, architecture: Architecture, text_model_type: str) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils.import_utils import is_torchvision_available
 
 from moellava.errors import UserError
 from moellava.files import read_json
-from moellava.lmm.architecture import Architecture
+from moellava.lmm.architecture import ARCHITECTURES, Architecture
 from moellava.lmm.video_processors import AREAS, UNKNOWN, FrameProcessor, FrameRecipe
 
 SETTINGS = ("processor_config.json", "preprocessor_config.json")
@@ -28,7 +28,11 @@ SETTINGS = ("processor_config.json", "preprocessor_config.json")
 NEEDED = (SETTINGS, ("tokenizer.json", "tokenizer.model", "vocab.json"), ("tokenizer_config.json",))
 """Of each of these, a folder has at least one file: settings, vocabulary, and which of its tokens are special."""
 
-VIDEO = "video_processor"
+VIDEO, VIDEO_SETTINGS = "video_processor", "video_preprocessor_config.json"
+
+AUDIO = "feature_extractor"
+
+WANTED = "torchvision"
 
 
 def load_processor(folder: Path, architecture: Architecture, model_type: str) -> Any:
@@ -37,12 +41,14 @@ def load_processor(folder: Path, architecture: Architecture, model_type: str) ->
     Args:
         folder: of the model.
         architecture: its own.
-        model_type: of its config.json, by which transformers knows the class of the processor.
+        model_type: of its config.json, by which transformers knows the class of the processor, unless the folder
+            itself says it.
 
     Raises:
         UserError: transformers has no processor for it; a file of it is missing, or a package that it needs.
     """
-    if model_type not in PROCESSOR_MAPPING_NAMES:
+    name = PROCESSOR_MAPPING_NAMES.get(model_type) or named_class(folder)
+    if name is None:
         raise UserError(
             f"transformers {transformers.__version__} has no processor for {model_type!r} models, of which {folder} is "
             f"one: give the entry of {architecture.name} a `remote_processor` (docs/ADD_A_MODEL.md)."
@@ -53,13 +59,23 @@ def load_processor(folder: Path, architecture: Architecture, model_type: str) ->
                 f"{folder} lacks {' and '.join(names)}: no processor can be built for {architecture.name}. Copy the "
                 "file from where the model comes from."
             )
-    cls = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
+    cls = getattr(transformers, name)
     try:
         if VIDEO in inspect.signature(cls.__init__).parameters and not is_torchvision_available():
-            return without_torchvision(cls, folder, architecture.video or UNKNOWN)
+            return without_torchvision(cls, folder, architecture.video or recipe_of(folder))
         return cls.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ImportError, ValueError, AttributeError) as error:
+        if not is_torchvision_available() and WANTED in str(error).lower():
+            raise UserError(
+                f"The processor of {folder}, a {name}, needs torchvision: pip install torchvision"
+            ) from error
         raise UserError(f"The processor of {folder} cannot be built: {error}") from error
+
+
+def named_class(folder: Path) -> str | None:
+    """The processor class that a folder's settings name, if transformers has it."""
+    said = (read_json(folder / file).get("processor_class") for file in (*SETTINGS, "tokenizer_config.json"))
+    return next((name for name in said if name and hasattr(transformers, name)), None)
 
 
 def without_torchvision(cls: Any, folder: Path, recipe: FrameRecipe) -> Any:
@@ -67,7 +83,9 @@ def without_torchvision(cls: Any, folder: Path, recipe: FrameRecipe) -> Any:
     known = inspect.signature(cls.__init__).parameters
     raw = read_json(folder / SETTINGS[0])
     options = {name: value for name, value in raw.items() if name in known and not isinstance(value, dict)}
-    image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    parts = {"image_processor": AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)}
+    if AUDIO in known:
+        parts[AUDIO] = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
     template = folder / "chat_template.jinja"
     if template.is_file():
         options["chat_template"] = template.read_text(encoding="utf-8")
@@ -76,17 +94,24 @@ def without_torchvision(cls: Any, folder: Path, recipe: FrameRecipe) -> Any:
     return build_without_torchvision(
         cls,
         recipe,
-        image_processor=image_processor,
+        **parts,
         tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         video_settings=video_settings_of(folder, recipe),
         **options,
     )
 
 
+def recipe_of(folder: Path) -> FrameRecipe:
+    """What a folder's video processor does to frames, by the class that it names, where an entry knows it."""
+    own = read_json(folder / SETTINGS[0]).get(VIDEO) or read_json(folder / VIDEO_SETTINGS)
+    known = {entry.video.class_name: entry.video for entry in ARCHITECTURES.values() if entry.video}
+    return known.get(own.get("video_processor_type", ""), UNKNOWN)
+
+
 def video_settings_of(folder: Path, recipe: FrameRecipe) -> dict[str, Any]:
     """A video processor's settings, where transformers looks for them: a section or a file of their own, or else those
     that it shares with the image processor."""
-    own = read_json(folder / SETTINGS[0]).get(VIDEO) or read_json(folder / "video_preprocessor_config.json")
+    own = read_json(folder / SETTINGS[0]).get(VIDEO) or read_json(folder / VIDEO_SETTINGS)
     shared = read_json(folder / SETTINGS[1])
     return own or {name: value for name, value in shared.items() if name in (*recipe.defaults, *AREAS)}
 

@@ -78,7 +78,7 @@ def keep_head(model: Any) -> None:
     """
     head, words = model.get_output_embeddings(), model.get_input_embeddings()
     for config in (model.config, model.config.get_text_config()):
-        if config.tie_word_embeddings and head is not None and head.weight is not words.weight:
+        if getattr(config, "tie_word_embeddings", False) and head is not None and head.weight is not words.weight:
             config.tie_word_embeddings = False
 
 

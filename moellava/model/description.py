@@ -21,7 +21,7 @@ class Description:
     Args:
         folder: where it lies.
         config: of the model class that is built, with its `moellava` and `moe` sections.
-        keywords: where the model's parts are.
+        whereabouts: where the model's parts are, or what finds them out.
         inputs: makes tokenizer and processor; both are None where a published folder has no tokenizer.
         load: makes the model, on the CPU and in evaluation mode, in a dtype.
         architecture: of a released model, its entry; None for what is composed here.
@@ -30,7 +30,7 @@ class Description:
 
     folder: Path
     config: Any
-    keywords: Keywords
+    whereabouts: Keywords | Callable[[], Keywords]
     inputs: Callable[[], tuple[Any, Any]]
     load: Callable[[torch.dtype], Any]
     architecture: Any = None
@@ -39,6 +39,12 @@ class Description:
     def __post_init__(self) -> None:
         for name in ("inputs", "load"):
             object.__setattr__(self, name, _guarded(getattr(self, name), str(self.folder)))
+
+    @functools.cached_property
+    def keywords(self) -> Keywords:
+        """Where the model's parts are. Raises UserError where they have to be found out and cannot be told apart."""
+        found = self.whereabouts
+        return found if isinstance(found, Keywords) else _guarded(found, str(self.folder))()
 
 
 def _guarded(make: Callable[..., Any], called: str) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ lm_head.…                       lm_head
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -95,6 +95,24 @@ def parts_of(model: Any, keywords: Keywords) -> dict[str, nn.ModuleList]:
     _check_encoder(model, keywords)
     _place(model, "", keywords, model.get_output_embeddings(), parts)
     return parts
+
+
+def covering(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[str]:
+    """Names of the largest modules, and of single parameters, that hold the given parameters and no others."""
+    wanted = {id(parameter) for parameter in parameters}
+
+    def walk(module: nn.Module, prefix: str) -> Iterator[str]:
+        below = list(module.parameters())
+        if below and all(id(parameter) in wanted for parameter in below):
+            yield prefix.removesuffix(".")
+            return
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in wanted:
+                yield prefix + name
+        for name, child in module.named_children():
+            yield from walk(child, f"{prefix}{name}.")
+
+    return list(walk(model, ""))
 
 
 def _place(module: nn.Module, name: str, keywords: Keywords, head: nn.Module, parts: dict[str, nn.ModuleList]) -> None:

@@ -95,7 +95,7 @@ def forget_last_call(tokenizer: Any) -> None:
 def without_ties(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors to write: a head that is the embedding is stored once, under the embedding's name."""
     state = dict(state)
-    if model.config.get_text_config().tie_word_embeddings:
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         state.pop("lm_head.weight", None)
     return state
 

@@ -20,7 +20,7 @@ FORMAT = 2
 
 TYPES: dict[str, type] = {
     **{"use_im_start_end": bool, "image_token_ids": list, "head_bias": bool, "softcap": float},
-    "plugins": list,
+    **{"parts": dict, "plugins": list},
 }
 """Field -> type, of those that are no texts."""
 
@@ -43,6 +43,7 @@ class Section:
         image_token_ids: ids of `<image>` and, if they are used, of those two.
         head_bias: whether the language-model head has a bias.
         softcap: s, where logits are s · tanh(logits / s); None: they are not capped.
+        parts: of a released model that no entry names, where its parts are; field of `Keywords` -> beginnings of names.
         chat_template: the language model's own, in Jinja, which a stage with another template keeps for the next.
         plugins: names of the plug-ins that it was made with; the folder carries copies of those that are files.
     """
@@ -58,6 +59,7 @@ class Section:
     image_token_ids: list[int] | None = None
     head_bias: bool = False
     softcap: float | None = None
+    parts: dict[str, list[str]] | None = None
     chat_template: str | None = None
     plugins: list[str] | None = None
 

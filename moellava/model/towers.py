@@ -291,12 +291,14 @@ def counting(tower: PretrainedConfig, strategy: str, tokens: int) -> dict[str, A
 
 def complete_processor(processor: Any, config: PretrainedConfig) -> None:
     """Gives a LLaVA processor what older folders, with preprocessor_config.json alone, leave to the model's config."""
-    if getattr(processor, "patch_size", 0) is None and hasattr(config, "vision_feature_select_strategy"):
-        strategy = config.vision_feature_select_strategy
-        for name, value in counting(
-            config.vision_config, strategy, tower_tokens(config.vision_config, strategy)
-        ).items():
-            setattr(processor, name, value)
+    vision: Any = getattr(config, "vision_config", None)
+    counts = hasattr(processor, "num_additional_image_tokens") and getattr(processor, "patch_size", 0) is None
+    if vision is None or not counts:
+        return
+    # VipLlava's config says nothing of it: it drops the class token.
+    strategy = getattr(config, "vision_feature_select_strategy", "default")
+    for name, value in counting(vision, strategy, tower_tokens(vision, strategy)).items():
+        setattr(processor, name, value)
 
 
 def projector_sizes(tower: PretrainedConfig, width: int, strategy: str) -> Sizes:

@@ -11,7 +11,6 @@ from torch import nn
 from moellava.adapters.lora import (
     Adapter,
     attach,
-    covering,
     names_of,
     pattern_of,
     router_modules,
@@ -19,6 +18,7 @@ from moellava.adapters.lora import (
     vision_target_names,
 )
 from moellava.errors import UserError
+from moellava.model.parts import covering
 from moellava.moe import moe_layers
 from moellava.train.arguments import ModelArguments, MoEArguments, TrainingArguments
 from moellava.train.memory import zero_stage

@@ -8,12 +8,14 @@ from moellava.cli import main
 from moellava.commands.models import markdown
 from moellava.lmm.supported_models import SUPPORTED_MODELS
 from moellava.model.families import FAMILIES
+from tests.lmm.any_released_model import EVERY
 
 PAGE = Path(__file__).parents[2] / "docs" / "SUPPORTED_MODELS.md"
 
 
-def test_the_page_is_what_the_registry_says():
-    assert PAGE.read_text(encoding="utf-8") == markdown(), "run: moellava models --markdown > docs/SUPPORTED_MODELS.md"
+def test_the_page_begins_with_what_the_registry_says():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.startswith(markdown() + EVERY), "run: python -m tests.lmm.any_released_model --page"
 
 
 def test_the_table_names_every_model_and_language_model_family(capsys):
