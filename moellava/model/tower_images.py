@@ -64,7 +64,7 @@ class JoinedImageProcessor(BaseImageProcessor):
     def processors(self) -> list[BaseImageProcessor]:
         """Those of the towers."""
         return [
-            getattr(transformers, part["image_processor_type"])(
+            processor_class(str(part.get("image_processor_type")))(
                 **{name: value for name, value in part.items() if name in PLAIN | {"do_pad"}}
             )
             for part in self.parts
@@ -84,12 +84,17 @@ def joined(processors: Sequence[BaseImageProcessor]) -> BaseImageProcessor:
     """One image processor of those of all towers; of a single one, itself."""
     if len(processors) == 1:
         return processors[0]
-    return JoinedImageProcessor(
-        [{name: value for name, value in one.to_dict().items() if name in KEPT} for one in processors]
-    )
+    parts = [{name: value for name, value in one.to_dict().items() if name in PLAIN | {"do_pad"}} for one in processors]
+    named = zip(processors, parts, strict=True)
+    return JoinedImageProcessor([part | {"image_processor_type": type(one).__name__} for one, part in named])
 
 
-KEPT = PLAIN | {"do_pad", "image_processor_type"}
+def processor_class(name: str) -> Any:
+    """An image processor of transformers that needs no torchvision. Raises UserError: a folder names something else."""
+    found = getattr(transformers, name, None) if name.endswith("Pil") else None
+    if not isinstance(found, type) or not issubclass(found, BaseImageProcessor):
+        raise UserError(f"An image processor of the folder is named {name!r}, which is none of transformers.")
+    return found
 
 
 def tower_image_processor(folder: Path, config: PretrainedConfig) -> BaseImageProcessor:
@@ -121,7 +126,7 @@ def class_named(settings: Mapping[str, Any]) -> type[BaseImageProcessor] | None:
     """The class that a preprocessor_config.json names, in its version that needs no torchvision; None: it has none."""
     name = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
     name = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Pil").removesuffix("Fast")
-    return getattr(transformers, f"{name}Pil", None) if name else None
+    return processor_class(f"{name}Pil") if hasattr(transformers, f"{name}Pil") else None
 
 
 def usual_class(model_type: str) -> type[BaseImageProcessor] | None:
