@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 
 ASPECT_RATIOS = ("square", "pad")
 
-SETTINGS = "preprocessor_config.json"
+SETTINGS, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 DEFAULTS: dict[str, type[BaseImageProcessor]] = {
     "clip_vision_model": CLIPImageProcessorPil,
@@ -105,8 +105,7 @@ def tower_image_processor(folder: Path, config: PretrainedConfig) -> BaseImagePr
         UserError: there is none, or what it does cannot be told from its settings.
     """
     side = shape_of(config).side
-    beside = folder / SETTINGS
-    settings = read_object(beside) if beside.is_file() else {}
+    settings = settings_beside(folder)
     named = class_named(settings) or DEFAULTS.get(config.model_type) or usual_class(config.model_type)
     if named is not None:
         own = named(**settings) if settings else sized(named(), side)
@@ -120,6 +119,15 @@ def tower_image_processor(folder: Path, config: PretrainedConfig) -> BaseImagePr
         )
     logger.info("Images are brought to %d × %d pixels, which %s reads.", side, side, folder)
     return resized(settings, side)
+
+
+def settings_beside(folder: Path) -> dict[str, Any]:
+    """The settings of the image processor in a folder: a file of their own, or part of a processor's; {}: neither."""
+    if (folder / SETTINGS).is_file():
+        return read_object(folder / SETTINGS)
+    whole = read_object(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
+    settings = whole.get("image_processor")
+    return settings if isinstance(settings, dict) else {}
 
 
 def class_named(settings: Mapping[str, Any]) -> type[BaseImageProcessor] | None:

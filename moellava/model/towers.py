@@ -291,12 +291,15 @@ def counting(tower: PretrainedConfig, strategy: str, tokens: int) -> dict[str, A
 
 def complete_processor(processor: Any, config: PretrainedConfig) -> None:
     """Gives a LLaVA processor what older folders, with preprocessor_config.json alone, leave to the model's config."""
-    if getattr(processor, "patch_size", 0) is None and hasattr(config, "vision_feature_select_strategy"):
-        strategy = config.vision_feature_select_strategy
-        for name, value in counting(
-            config.vision_config, strategy, tower_tokens(config.vision_config, strategy)
-        ).items():
-            setattr(processor, name, value)
+    strategy = getattr(config, "vision_feature_select_strategy", None)
+    if getattr(processor, "patch_size", 0) is not None or strategy is None:
+        return
+    try:
+        counted = counting(config.vision_config, strategy, tower_tokens(config.vision_config, strategy))
+    except CannotBeTowerError:  # of a released model, whose processor counts in its own way
+        return
+    for name, value in counted.items():
+        setattr(processor, name, value)
 
 
 def projector_sizes(tower: PretrainedConfig, width: int, strategy: str) -> Sizes:

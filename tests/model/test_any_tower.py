@@ -280,6 +280,15 @@ def test_pictures_are_brought_to_the_size_of_the_tower(crops, tmp_path):
     assert found.size.get("shortest_edge") == (32 if crops else None)
 
 
+def test_settings_for_pictures_may_lie_in_a_whole_processor(tmp_path):
+    """As transformers 5 saves a CLIPProcessor."""
+    folder = write_tower(tmp_path, "dinov2_with_registers")
+    (folder / "preprocessor_config.json").rename(folder / "alone.json")
+    settings = {**json.loads((folder / "alone.json").read_text()), "image_mean": [0.1, 0.2, 0.3]}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert [*tower_image_processor(folder, tiny_config("dinov2")).image_mean] == [0.1, 0.2, 0.3]
+
+
 def test_a_tower_without_settings_for_its_pictures_is_named(tmp_path):
     tiny_vision_model("dinov2_with_registers").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="holds no preprocessor_config.json with an image_mean.*copy the file"):
