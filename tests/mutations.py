@@ -651,10 +651,53 @@ TRUST = (
     ),
 )
 
+TOWERS = (
+    Mutation(
+        "second-tower-sees-the-first-ones-picture",
+        "model/joined_towers.py",
+        "pixel_values[:, :, top : top + side, :side]",
+        "pixel_values[:, :, :side, :side]",
+        "The second of two towers reads pixels in the first one's normalisation and size, and learns less.",
+        ("model/test_any_tower.py",),
+    ),
+    Mutation(
+        "registers-kept",
+        "model/towers.py",
+        'leaves_out = first.extras > 1 and select_feature == "patch"',
+        "leaves_out = False",
+        "Of five class and register tokens of DINOv2 four are taken for patches, and the last tokens are one too many.",
+        ("model/test_any_tower.py",),
+    ),
+    Mutation(
+        "class-token-kept",
+        "model/towers.py",
+        'return "default" if select_feature == "patch" and tower_shape(tower).extras else "full"',
+        'return "full"',
+        "The class token is read as the first patch, although the folder says patch.",
+        ("model/test_towers.py", "model/test_any_tower.py"),
+    ),
+    Mutation(
+        "missing-weights-of-a-tower-are-random",
+        "model/towers.py",
+        'wrong = sorted(needed & set(info["missing_keys"]))',
+        "wrong = sorted([])",
+        "A tower whose folder lacks a layer runs with a random one.",
+        ("model/test_towers.py",),
+    ),
+    Mutation(
+        "another-part-of-the-image-is-seen",
+        "model/tower_images.py",
+        "round(side * shortest / old) if shortest and old else side",
+        "side",
+        "Pictures that are brought to a tower's size show more of an image than its own processor does.",
+        ("model/test_any_tower.py",),
+    ),
+)
 
 MUTATIONS = (
     *MASKING,
     *PROBING,
+    *TOWERS,
     *ENCODING,
     *COLLATING,
     *ROUTING,

@@ -38,7 +38,7 @@ class Section:
         family: of a composed model, the family of its language model.
         image_aspect_ratio: how images are brought to the tower's shape, square or pad.
         image_projector_type: name of the projector.
-        image_tower: where the tower came from.
+        image_tower: where the tower came from; of several, joined by " + ".
         use_im_start_end: whether an image stands between `<im_start>` and `<im_end>`.
         image_token_ids: ids of `<image>` and, if they are used, of those two.
         head_bias: whether the language-model head has a bias.

@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 
 ASPECT_RATIOS = ("square", "pad")
 
-SETTINGS = "preprocessor_config.json"
+SETTINGS, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 DEFAULTS: dict[str, type[BaseImageProcessor]] = {
     "clip_vision_model": CLIPImageProcessorPil,
@@ -64,7 +64,7 @@ class JoinedImageProcessor(BaseImageProcessor):
     def processors(self) -> list[BaseImageProcessor]:
         """Those of the towers."""
         return [
-            getattr(transformers, part["image_processor_type"])(
+            processor_class(str(part.get("image_processor_type")))(
                 **{name: value for name, value in part.items() if name in PLAIN | {"do_pad"}}
             )
             for part in self.parts
@@ -84,12 +84,17 @@ def joined(processors: Sequence[BaseImageProcessor]) -> BaseImageProcessor:
     """One image processor of those of all towers; of a single one, itself."""
     if len(processors) == 1:
         return processors[0]
-    return JoinedImageProcessor(
-        [{name: value for name, value in one.to_dict().items() if name in KEPT} for one in processors]
-    )
+    parts = [{name: value for name, value in one.to_dict().items() if name in PLAIN | {"do_pad"}} for one in processors]
+    named = zip(processors, parts, strict=True)
+    return JoinedImageProcessor([part | {"image_processor_type": type(one).__name__} for one, part in named])
 
 
-KEPT = PLAIN | {"do_pad", "image_processor_type"}
+def processor_class(name: str) -> Any:
+    """An image processor of transformers that needs no torchvision. Raises UserError: a folder names something else."""
+    found = getattr(transformers, name, None) if name.endswith("Pil") else None
+    if not isinstance(found, type) or not issubclass(found, BaseImageProcessor):
+        raise UserError(f"An image processor of the folder is named {name!r}, which is none of transformers.")
+    return found
 
 
 def tower_image_processor(folder: Path, config: PretrainedConfig) -> BaseImageProcessor:
@@ -100,8 +105,7 @@ def tower_image_processor(folder: Path, config: PretrainedConfig) -> BaseImagePr
         UserError: there is none, or what it does cannot be told from its settings.
     """
     side = shape_of(config).side
-    beside = folder / SETTINGS
-    settings = read_object(beside) if beside.is_file() else {}
+    settings = settings_beside(folder)
     named = class_named(settings) or DEFAULTS.get(config.model_type) or usual_class(config.model_type)
     if named is not None:
         own = named(**settings) if settings else sized(named(), side)
@@ -117,11 +121,20 @@ def tower_image_processor(folder: Path, config: PretrainedConfig) -> BaseImagePr
     return resized(settings, side)
 
 
+def settings_beside(folder: Path) -> dict[str, Any]:
+    """The settings of the image processor in a folder: a file of their own, or part of a processor's; {}: neither."""
+    if (folder / SETTINGS).is_file():
+        return read_object(folder / SETTINGS)
+    whole = read_object(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
+    settings = whole.get("image_processor")
+    return settings if isinstance(settings, dict) else {}
+
+
 def class_named(settings: Mapping[str, Any]) -> type[BaseImageProcessor] | None:
     """The class that a preprocessor_config.json names, in its version that needs no torchvision; None: it has none."""
     name = str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "")
     name = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Pil").removesuffix("Fast")
-    return getattr(transformers, f"{name}Pil", None) if name else None
+    return processor_class(f"{name}Pil") if hasattr(transformers, f"{name}Pil") else None
 
 
 def usual_class(model_type: str) -> type[BaseImageProcessor] | None:

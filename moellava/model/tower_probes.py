@@ -75,7 +75,8 @@ def shape_of(config: PretrainedConfig) -> TowerShape:
     Raises:
         CannotBeTowerError: no row of patches, with the reason.
     """
-    return _shape_of(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str))
+    config_class: Any = type(config)
+    return _shape_of(config_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
 
 
 @functools.lru_cache(maxsize=64)
@@ -84,7 +85,8 @@ def _shape_of(config_class: Any, fields: str) -> TowerShape:
     check_signature(config)
     side_of(config)
     shallow = copy.deepcopy(config)
-    with torch.device("cpu"):  # also while another model is put together on the meta device
+    # Also while another model is put together on the meta device, and without a change to the global seed.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         try:
             shallow.num_hidden_layers = 1
             return look(random_model(shallow))
@@ -105,20 +107,19 @@ def check_signature(config: PretrainedConfig) -> None:
     asked = list(inspect.signature(model_class.forward).parameters.values())[1:]
     if PIXELS not in [one.name for one in asked]:
         raise CannotBeTowerError(f"a {model_class.__name__} takes no {PIXELS}")
-    more = [one.name for one in asked if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    more = [one.name for one in asked if one.default is one.empty and not str(one).startswith("*")]
     if more and more != [PIXELS]:
         raise CannotBeTowerError(f"it asks for {', '.join(name for name in more if name != PIXELS)} beside {PIXELS}")
 
 
 def random_model(config: PretrainedConfig) -> nn.Module:
-    """A vision model with random weights, in evaluation mode; the global seed stays as it is.
+    """A vision model with random weights, in evaluation mode.
 
     Raises:
         CannotBeTowerError: AutoModel, by which LLaVA builds its tower, builds none.
     """
     try:
-        with torch.random.fork_rng(devices=[]):
-            model = AutoModel.from_config(config, trust_remote_code=False)
+        model = AutoModel.from_config(config, trust_remote_code=False)
     except FAILURES as error:
         raise CannotBeTowerError(f"AutoModel builds no model for it: {first_line(error)}") from error
     generator = torch.Generator().manual_seed(0)
@@ -134,13 +135,10 @@ def look(model: Any) -> TowerShape:
     with torch.no_grad():
         image, other = random_images(model, side)
         rows, in_one_row = read_rows(model, torch.stack((image, other)))
-        again, _ = read_rows(model, torch.stack((image, other)))
         moved = changes(*rows)
-        if (changes(*again) - moved).abs().max() > MOVED * moved.max():
-            raise CannotBeTowerError("it gives other features each time that it sees the same image")
         extras, grid = extras_and_grid(moved)
         shape = TowerShape(side, grid, extras, rows.shape[-1], in_one_row)
-        check_patches(model, shape, image, other)
+        check_patches(model, shape, (image, other), rows[0])
     width = getattr(model.config, "hidden_size", None)
     if width != shape.width:
         raise CannotBeTowerError(f"its config's hidden_size is {width}, but its features are {shape.width} wide")
@@ -225,24 +223,33 @@ def extras_and_grid(moved: Tensor) -> tuple[int, int]:
     return extras, grid
 
 
-def check_patches(model: Any, shape: TowerShape, image: Tensor, other: Tensor) -> None:
+def check_patches(model: Any, shape: TowerShape, images: tuple[Tensor, Tensor], tokens: Tensor) -> None:
     """Sees to it that each patch of pixels becomes the one token that stands in its place, row by row.
 
+    Args:
+        images: two that differ in all pixels, [3, side, side] each.
+        tokens: [T, width], of the first.
+
     Raises:
-        CannotBeTowerError: it becomes none, several, or another one.
+        CannotBeTowerError: it becomes none, several, or another one; or the first image other tokens than before.
     """
-    size, last = shape.patch_size, shape.grid - 1
+    size, last, (image, other) = shape.patch_size, shape.grid - 1, images
+    places = sorted({(0, 0), (0, last), (last, 0)})
+    pictures = [image]
+    for row, column in places:
+        high, wide = slice(row * size, (row + 1) * size), slice(column * size, (column + 1) * size)
+        pictures.append(image.clone())
+        pictures[-1][:, high, wide] = other[:, high, wide]
+    again, *rows = read_rows(model, torch.stack(pictures))[0]
+    if again.shape != tokens.shape or changes(again, tokens).max() > MOVED * tokens.abs().max():
+        raise CannotBeTowerError("it gives other features each time that it sees the same image")
     if shape.side // size != shape.grid:
         raise CannotBeTowerError(f"its {shape.grid} × {shape.grid} patches do not tile images of {shape.side} pixels")
-    for row, column in {(0, 0), (0, last), (last, 0), (last, last)}:
-        pixels = image.clone()
-        high, wide = slice(row * size, (row + 1) * size), slice(column * size, (column + 1) * size)
-        pixels[:, high, wide] = other[:, high, wide]
-        rows, _ = read_rows(model, torch.stack((image, pixels)))
-        moved = changes(*rows)
+    for (row, column), changed in zip(places, rows, strict=True):
+        moved = changes(changed, again)
         found = torch.nonzero(moved > MOVED * moved.max()).flatten().tolist()
         if found != [shape.extras + row * shape.grid + column]:
+            wrong = "not the one in its place" if len(found) == 1 else "not one"
             raise CannotBeTowerError(
-                f"one patch of pixels changes {len(found)} tokens of its first hidden states"
-                + (", not the one in its place" if len(found) == 1 else ", not one")
+                f"one patch of pixels changes {len(found)} tokens of its first hidden states, {wrong}"
             )

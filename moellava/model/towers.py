@@ -297,7 +297,11 @@ def complete_processor(processor: Any, config: PretrainedConfig) -> None:
         return
     # VipLlava's config says nothing of it: it drops the class token.
     strategy = getattr(config, "vision_feature_select_strategy", "default")
-    for name, value in counting(vision, strategy, tower_tokens(vision, strategy)).items():
+    try:
+        counted = counting(vision, strategy, tower_tokens(vision, strategy))
+    except CannotBeTowerError:  # of a released model, whose processor counts in its own way
+        return
+    for name, value in counted.items():
         setattr(processor, name, value)
 
 

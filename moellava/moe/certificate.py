@@ -63,7 +63,9 @@ class Certificate:
 
     def lines(self) -> list[str]:
         """The certificate in a few lines for the log."""
-        theory = "exact in theory" if self.exact_in_theory else "not exact: the experts start different"
+        drops = "tokens beyond an expert's capacity are dropped" if self.recipe.get("drop_tokens") else ""
+        why = drops or "what the experts compute starts different"
+        theory = "exact in theory" if self.exact_in_theory else f"not exact: {why}"
         rows = [
             f"  {name}: max |Δlogit| {probe['max_abs_delta']:.2e} of {probe['largest_logit']:.3g}, KL {probe['kl']:.2e}"
             for name, probe in self.probes.items()

@@ -9,13 +9,16 @@ import pytest
 import torch
 import transformers as hf
 
+from moellava.convert.export import write_published
+from moellava.convert.upcycle_folder import upcycle_folder
 from moellava.errors import UserError
 from moellava.model.compose import Composition
 from moellava.model.joined_towers import JoinedTowersConfig
 from moellava.model.manifest import TOWER, read_folder
-from moellava.model.tower_images import tower_image_processor
+from moellava.model.tower_images import JoinedImageProcessor, tower_image_processor
 from moellava.model.tower_probes import CannotBeTowerError, extras_and_grid, shape_of
 from moellava.model.towers import check_select_layer, select_strategy, selected_features, tower_config, tower_tensors
+from moellava.moe import MoESpec
 from moellava.vlm import VLM, compose
 from tests import tiny
 from tests.model.any_tower import Row, check, check_all, pictures, projector_input, question, table, write_tower
@@ -122,6 +125,25 @@ def test_features_of_two_towers_are_joined_patch_by_patch(make_base, tmp_path):
     for opens in (hf.LlavaForConditionalGeneration, hf.AutoModelForImageTextToText):
         with pytest.raises((ValueError, KeyError), match="moellava"):
             opens.from_pretrained(tmp_path / "saved")
+
+
+def test_joined_towers_stay_joined_when_upcycled_and_llavas_layout_has_no_place_for_them(make_base, tmp_path):
+    vlm, _ = two_towers(make_base, tmp_path)
+    vlm.save(tmp_path / "dense")
+    certificate = upcycle_folder(read_folder(tmp_path / "dense", "--model-path"), tmp_path / "sparse", MoESpec(), 10**9)
+    assert max(probe["max_abs_delta"] for probe in certificate.probes.values()) < 1e-6
+    sparse = tiny.reopen(tmp_path / "sparse")
+    batch = question(vlm)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse.model(**batch).logits, vlm.model(**batch).logits)
+    with pytest.raises(UserError, match="knows towers of CLIP and SigLIP, and this model's is moellava_towers"):
+        write_published(vlm, tmp_path / "published")
+
+
+@pytest.mark.parametrize("name", ["pipeline", "AutoModel", "CLIPModel", "os", "PilBackendPil"])
+def test_a_folder_chooses_among_image_processors_alone(name):
+    with pytest.raises(UserError, match=f"named '{name}', which is none of transformers"):
+        JoinedImageProcessor([{"image_processor_type": name}]).processors  # noqa: B018
 
 
 def test_joined_towers_pad_each_picture_in_its_own_mean_colour(make_base, tmp_path):
@@ -256,6 +278,15 @@ def test_pictures_are_brought_to_the_size_of_the_tower(crops, tmp_path):
     assert ([*found.image_mean], [*found.image_std], found.resample) == (mean, std, 2)
     assert found(pictures(), return_tensors="pt")["pixel_values"].shape == (2, 3, 28, 28)
     assert found.size.get("shortest_edge") == (32 if crops else None)
+
+
+def test_settings_for_pictures_may_lie_in_a_whole_processor(tmp_path):
+    """As transformers 5 saves a CLIPProcessor."""
+    folder = write_tower(tmp_path, "dinov2_with_registers")
+    (folder / "preprocessor_config.json").rename(folder / "alone.json")
+    settings = {**json.loads((folder / "alone.json").read_text()), "image_mean": [0.1, 0.2, 0.3]}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert [*tower_image_processor(folder, tiny_config("dinov2")).image_mean] == [0.1, 0.2, 0.3]
 
 
 def test_a_tower_without_settings_for_its_pictures_is_named(tmp_path):

@@ -54,6 +54,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         | {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "patch_size": 14}
     },
     "swin2sr": STAGES | {"patch_size": 1, "window_size": 4, "embed_dim": 16},
+    "vit_mae": {"image_size": 4 * SIDE},
     "yolos": {"image_size": [SIDE, SIDE], "num_detection_tokens": 5},
 }
 """Fields of a config beside `COMMON`, by `model_type`."""
