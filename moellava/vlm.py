@@ -288,8 +288,8 @@ def describe(
 def build(description: Description, dtype: torch.dtype, source: str = "this model") -> VLM:
     """The model of a description, in evaluation mode on the CPU. Raises UserError: see `describe`."""
     tokenizer, processor = description.inputs()  # first: a file that is missing is told before gigabytes are read
-    keywords = description.keywords  # so is what cannot be taken apart; and the config learns of it
     require_sizes(description.config, shapes_in(description.folder), source)
+    keywords = description.keywords  # so is what cannot be taken apart; and the config learns of it
     model = description.load(dtype)
     note_plugins(model.config)
     return VLM(model, tokenizer, processor, keywords, description.architecture, source)
