@@ -119,7 +119,7 @@ def diagnosis_text(found: Diagnosis) -> str:
         ("masks", f"exactly; an answer ends with {found.ending!r}{ends}" if found.masks else "no"),
         ("images", images or "cannot be read"),
         ("videos", videos if found.images else "cannot be read"),
-        *((f"LoRA, {part}", _linears(kinds)) for part, kinds in found.lora.items()),
+        *((f"LoRA, {part}", _linears(names)) for part, names in found.lora.items()),
         *((f"experts as {name}", verdict) for name, verdict in found.upcycles.items()),
         ("plain transformers", "opens it" if found.plain else f"no: {found.plain_reason or 'it cannot be opened'}"),
         ("trains", "no:" if found.problems else "yes"),
@@ -127,9 +127,9 @@ def diagnosis_text(found: Diagnosis) -> str:
     return "\n".join([*(f"{name:26}{said}" for name, said in lines), *(f"  {why}" for why in found.problems)])
 
 
-def _linears(kinds: dict[str, int]) -> str:
+def _linears(names: dict[str, int]) -> str:
     """How many linears of each name take an adapter."""
-    return ", ".join(f"{count} {name}" for name, count in kinds.items()) or "none"
+    return ", ".join(f"{count} {name}" for name, count in names.items()) or "none"
 
 
 def _present(facts: Facts) -> list[tuple[str, tuple[str, int]]]:

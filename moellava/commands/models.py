@@ -29,8 +29,12 @@ torchvision is missing, or what probes cannot see. docs/ADD_A_MODEL.md says how 
 The code of some architectures lies in their own repository, and runs only with `--trust_remote_code True`;
 docs/ADD_A_MODEL.md says what was checked of them here.
 
-This page is written by `python -m tests.lmm.any_released_model --all`, its first tables alone by `--page` in place of
-`--all`; `moellava models --markdown` prints those. Tests compare them.
+This page is written by the first of these commands, where torchvision is installed, its first tables alone by the
+second, and the third prints those. Tests compare them.
+
+    python -m tests.lmm.any_released_model --all
+    python -m tests.lmm.any_released_model --page
+    moellava models --markdown
 """
 
 BASES_TOP = """

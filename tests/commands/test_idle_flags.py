@@ -18,7 +18,7 @@ ACTS: dict[str, str] = {
     "repetition-penalty device",
     "check-data": "data image-folder video-folder num-frames max-image-pixels max-image-side max-aspect-ratio "
     "tokenizer skip-list known user_key assistant_key confine_media json",
-    "inspect": "tokenizer version conversation json",
+    "inspect": "model-path tokenizer version conversation json",
     "convert-data": "data output image-folder skip-list user_key assistant_key",
     "verify": "dir files",
     "upcycle": "model-path output-dir shard-size moe_preset",

@@ -24,6 +24,7 @@ FULL = Section(
     image_token_ids=[7, 8, 9],
     head_bias=True,
     softcap=30.0,
+    parts={"vision_encoder": ["vision_tower"]},
     chat_template="{{ messages }}",
 )
 
