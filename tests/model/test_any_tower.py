@@ -19,7 +19,7 @@ from moellava.model.tower_images import JoinedImageProcessor, tower_image_proces
 from moellava.model.tower_probes import CannotBeTowerError, extras_and_grid, shape_of
 from moellava.model.towers import check_select_layer, select_strategy, selected_features, tower_config, tower_tensors
 from moellava.moe import MoESpec
-from moellava.vlm import VLM, compose
+from moellava.vlm import VLM, compose, open_vlm
 from tests import tiny
 from tests.model.any_tower import Row, check, check_all, pictures, projector_input, question, table, write_tower
 from tests.model.tiny_towers import AS_THEY_ARE, OVERRIDES, OWN_CLASSES, tiny_config, tiny_vision_model, vision_models
@@ -144,6 +144,19 @@ def test_joined_towers_stay_joined_when_upcycled_and_llavas_layout_has_no_place_
 def test_a_folder_chooses_among_image_processors_alone(name):
     with pytest.raises(UserError, match=f"named '{name}', which is none of transformers"):
         JoinedImageProcessor([{"image_processor_type": name}]).processors  # noqa: B018
+
+
+def test_joined_towers_are_of_one_dtype_with_the_rest(make_base, clip_tower, siglip_tower, tmp_path):
+    towers = [str(clip_tower), str(siglip_tower)]
+    vlm = compose(make_base("llama").folder, towers, Composition("v1"), torch.bfloat16)
+    vlm.save(tmp_path)
+    again = open_vlm(tmp_path, device="cpu", dtype=torch.bfloat16)
+    for model in (vlm.model, again.model):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    batch = question(vlm)
+    batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(vlm.model(**batch).logits, again.model(**batch).logits)
 
 
 def test_joined_towers_pad_each_picture_in_its_own_mean_colour(make_base, tmp_path):
