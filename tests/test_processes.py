@@ -8,6 +8,8 @@ from moellava.processes import joined_over_processes, leave_group, of_rank_zero
 
 def meet(rank: int, folder: str) -> None:
     """One of two processes: what it hears, and whether it has left in the end."""
+    if dist.is_initialized():  # the process that was forked has been a group of one
+        dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     heard = of_rank_zero(f"the day of {rank}"), joined_over_processes({rank: "here"})
     leave_group()

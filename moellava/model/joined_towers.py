@@ -114,8 +114,10 @@ class JoinedTowers(PreTrainedModel):
     def __init__(self, config: JoinedTowersConfig):
         super().__init__(config)
         # Of the dtype that the whole model is built in, not of the one that a tower's config remembers.
-        options = {"dtype": torch.get_default_dtype(), "trust_remote_code": False}
-        self.towers = nn.ModuleList(AutoModel.from_config(one, **options) for one in config.configs)
+        dtype = torch.get_default_dtype()
+        self.towers = nn.ModuleList(
+            AutoModel.from_config(one, dtype=dtype, trust_remote_code=False) for one in config.configs
+        )
         self.post_init()
 
     def forward(

@@ -11,7 +11,7 @@ from moellava.data.media_reader import MediaReader, blank
 from moellava.data.records import Medium
 from moellava.errors import DataError, UserError
 from moellava.mm_utils import pixel_values
-from moellava.model.towers import tower_image_processor
+from moellava.model.tower_images import tower_image_processor
 from moellava.vlm import VLM
 from tests.tiny import compose_tiny
 
