@@ -46,6 +46,7 @@ def test_targets_are_linears_of_the_vision_encoder(conforming, opened):
     assert len({part for name in targets for part in name.split(".") if part.isdigit()}) == layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family_id", "flags", "parts"),
     [
@@ -118,6 +119,7 @@ def test_a_killed_run_goes_on_to_exactly_the_same_losses(family_id, flags, run, 
             assert any(f".visual.{part}." in name for name in saved)
 
 
+@pytest.mark.slow
 def test_q_lora_rounds_the_decoder_alone(run, tiny_lmm, tmp_path):
     pytest.importorskip("bitsandbytes")
     base = tiny_lmm("qwen2.5-vl")

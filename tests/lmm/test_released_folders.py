@@ -52,6 +52,7 @@ def test_upcycling_streams_and_keeps_the_logits(conforming, tiny_lmm, tmp_path, 
     assert sparse.section == Section(version="chat_template", architecture=conforming, stage="moe")
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_streamed_is_converted_in_memory(tiny_lmm, tmp_path, monkeypatch):
     folder = tiny_lmm("qwen2.5-vl")
     assert upcycle(folder, tmp_path / "streamed") == 0
@@ -101,6 +102,7 @@ def test_merge_lora_gives_the_runs_own_folder(family_id, sparse, tiny_lmm, run, 
 SLOW = pytest.param("qwen-vl", marks=pytest.mark.slow)  # its vocabulary; its model opens the files of images itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family_id", ["phi3-v", SLOW])
 def test_merge_lora_runs_a_models_own_code_only_when_it_may(family_id, tiny_lmm, run, tmp_path, capsys):
     folder = run(family_id, use_lora=True, lora_r=2, trust_remote_code=True, max_steps=2, model_max_length=1024)

@@ -36,6 +36,7 @@ def python_of(path):
     return module
 
 
+@pytest.mark.slow
 def test_qwen_vl_gets_the_ids_that_its_own_tokenizer_makes_of_paths(samples_of, tiny_lmm, pictures):
     dataset = samples_of("qwen-vl", [RECORD])
     sample = dataset[0]
@@ -144,6 +145,7 @@ def test_nothing_runs_without_the_flag(copy_of):
         reopen(folder)
 
 
+@pytest.mark.slow
 def test_code_that_does_not_run_and_code_that_is_missing_are_named(copy_of):
     folder = copy_of("qwen-vl")
     code = (folder / "modeling_qwen.py").read_text()

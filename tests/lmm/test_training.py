@@ -79,6 +79,7 @@ def test_a_released_model_is_upcycled_and_trained_further(family_id, run):
         run(folder, "dense")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2.5-vl"])
 def test_attention_is_computed_as_asked_and_recomputed_when_asked(family_id, run, monkeypatch):
     """Eager and sdpa give the same losses, and so does checkpointing, of the vision encoder too where it trains."""
@@ -106,6 +107,7 @@ def test_attention_that_does_not_exist_is_named(run):
         run("llava-1.5", attn_implementation="quick")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["v1", "v0"])
 def test_a_template_of_ours_takes_the_place_of_the_models_own(version, run):
     """`v0` ends answers with plain text, so that it could not be a chat template on record. Where a model has other

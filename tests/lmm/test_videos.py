@@ -193,6 +193,7 @@ def test_what_a_model_reads(family_id, videos_of):
     assert text.replace(" ", "") == TINY[family_id].video_prompt.replace(" ", "")
 
 
+@pytest.mark.slow
 def test_times_are_told_to_models_that_read_them(videos_of, clips):
     """Qwen3-VL's tokens name the seconds of the frames that were chosen, SmolVLM's the minutes and the duration."""
     for family_id, words in {"qwen3-vl": ["<1.1 seconds>", "<4.8 seconds>"], "smolvlm": ["0:00:05", "00:04"]}.items():
@@ -276,6 +277,7 @@ def run_on(tiny_lmm, released_flags, clips, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_training_on_videos_images_and_text_lowers_the_loss(run_on, clips, capsys):
     """A run of train.py, and a question about a video to the folder that it leaves."""
     folder, rows = run_on([*RECORDS, *RECORDS], max_steps=8, learning_rate=5e-2)

@@ -102,6 +102,7 @@ def test_a_folder_says_how_it_was_put_together(flags_in_tiles, tmp_path):
             train_here(flags_in_tiles("finetune") | left_out | again | flags)
 
 
+@pytest.mark.slow
 def test_upcycling_keeps_the_logits(tiled, tmp_path):
     tiled.save(tmp_path / "dense")
     spec = MoESpec(num_experts=[2], top_k_experts=2)
@@ -151,6 +152,7 @@ def test_grids_are_named_as_llavas():
     assert parse_pinpoints("(1x1),...,(2x3)", 10) == [(10 * h, 10 * w) for w in (1, 2) for h in (1, 2, 3)]
 
 
+@pytest.mark.slow
 def test_a_deep_projector_and_tiles_go_together(tiny_base, clip_tower, tmp_path):
     options = {"image_aspect_ratio": "anyres", "image_projector_type": "mlp3x_gelu"}
     vlm = tiny.compose_tiny(tiny_base("vicuna"), clip_tower, "v1", **options)

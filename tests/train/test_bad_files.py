@@ -111,6 +111,7 @@ def test_questions_are_trained_on_but_not_those_of_a_bad_file(flags):
     assert sorted(losses.values())[:2] == [0, 0]
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_out_and_counts_as_well(flags, tmp_path, caplog):
     given = flags("evaluated", ["0.png"])
     rows = [record(image, "<image>", "a picture", image=image) for image in ("hole.png", "1.png")]

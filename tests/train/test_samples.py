@@ -31,6 +31,7 @@ def run(flags_for, tmp_path, caplog):
     return start
 
 
+@pytest.mark.slow
 def test_samples_are_what_chat_answers_and_change_no_loss(run, parts, losses_of):
     folder, shown = run("with", **EVALUATION, eval_data_path=parts / "sft.json")
     assert [step for step, *_ in shown] == [3] * 4 + [6] * 4
@@ -51,6 +52,7 @@ def test_samples_are_what_chat_answers_and_change_no_loss(run, parts, losses_of)
     assert any(said for *_, said, _ in shown)
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_the_load_that_is_logged_alone(run, parts, tmp_path):
     dense, _ = run("dense", max_steps=1, save_strategy="no")
     sparse = {
