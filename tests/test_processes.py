@@ -8,8 +8,6 @@ from moellava.processes import joined_over_processes, leave_group, of_rank_zero
 
 def meet(rank: int, folder: str) -> None:
     """One of two processes: what it hears, and whether it has left in the end."""
-    if dist.is_initialized():  # the process that was forked has been a group of one
-        dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     heard = of_rank_zero(f"the day of {rank}"), joined_over_processes({rank: "here"})
     leave_group()
@@ -17,7 +15,8 @@ def meet(rank: int, folder: str) -> None:
 
 
 def test_two_processes_agree_and_leave_together(tmp_path):
-    torch.multiprocessing.start_processes(meet, (str(tmp_path),), nprocs=2, start_method="fork")
+    """Spawned, for a process that is forked inherits the group that a test before may have left in this one."""
+    torch.multiprocessing.start_processes(meet, (str(tmp_path),), nprocs=2, start_method="spawn")
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt") == ("the day of 0", {0: "here", 1: "here"}, False)
 

@@ -35,7 +35,7 @@ def test_a_process_alone_looks_at_everything():
 
 
 def test_two_processes_look_at_half_each_and_know_all(tmp_path):
-    torch.multiprocessing.start_processes(share, (str(tmp_path),), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(share, (str(tmp_path),), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first[0] == second[0] == squares(range(7))
     assert (first[1], second[1]) == ([0, 2, 4, 6], [1, 3, 5])
