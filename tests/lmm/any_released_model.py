@@ -35,6 +35,7 @@ from moellava.moe import MoESpec, upcycle
 from moellava.vlm import VLM
 from tests import tiny
 from tests.lmm.tiny_released_models import EOS, released_models, tiny_processor, tiny_released_model, write_tokenizer
+from tests.model.every_class import in_short
 
 CLOSE = 1e-5
 """How far logits may be off, as a fraction of the largest."""
@@ -235,20 +236,6 @@ def table(rows: list[Row]) -> str:
         said = "; ".join(filter(None, [row.untried, row.reason, *row.problems])).replace("|", "\\|")
         lines.append(f"| {row.model_type} | {row.verdict} | {images} | {ways} | {said} |")
     return "\n".join(lines)
-
-
-SHORT = {
-    "sparse already": "sparse already",
-    "do not add up": "no",
-    "be cut or redrawn": "no",
-    "is a plain MLP": "no MLP",
-}
-"""Words of a refusal -> what the table says of it."""
-
-
-def in_short(verdict: str) -> str:
-    """A verdict on upcycling for a cell of the table."""
-    return next((short for words, short in SHORT.items() if words in verdict), verdict)
 
 
 EVERY = """

@@ -6,12 +6,10 @@ python -m tests.model.any_language_model qwen3 gemma2     some
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import tempfile
 import traceback
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from moellava.model.probes import FAILURES, first_line
 from moellava.moe import MoESpec, upcycle
 from moellava.vlm import VLM, compose
 from tests import tiny
+from tests.model.every_class import in_short, run
 from tests.model.tiny_language_models import language_models, tiny_language_model
 
 CLOSE = 1e-5
@@ -196,32 +195,9 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-SHORT = {
-    "sparse already": "sparse already",
-    "do not add up": "no",
-    "be cut or redrawn": "no",
-    "is a plain MLP": "no MLP",
-}
-"""Words of a refusal -> what the table says of it."""
-
-
-def in_short(verdict: str) -> str:
-    """A verdict on upcycling for a cell of the table."""
-    return next((short for words, short in SHORT.items() if words in verdict), verdict)
-
-
 def main() -> int:
-    """Prints the table; 1 if anything that was composed does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model_type", nargs="*")
-    parser.add_argument("--all", action="store_true")
-    args = parser.parse_args()
-    hf.logging.set_verbosity_error()
-    hf.logging.disable_progress_bar()
-    rows = check_all(language_models() if args.all else args.model_type)
-    print(table(rows))
-    print("\n" + ", ".join(f"{verdict}: {count}" for verdict, count in Counter(row.verdict for row in rows).items()))
-    return int(any(row.problems for row in rows))
+    """See `run`."""
+    return run(__doc__, language_models, check_all, table, lambda row: row.verdict)
 
 
 if __name__ == "__main__":

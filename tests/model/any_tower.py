@@ -6,13 +6,11 @@ python -m tests.model.any_tower dinov2 pixtral   some
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
 import tempfile
 import traceback
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from moellava.model.probes import FAILURES, first_line
 from moellava.model.towers import tower_config, tower_shape
 from moellava.vlm import VLM, compose
 from tests import tiny
+from tests.model.every_class import run
 from tests.model.tiny_towers import tiny_config, tiny_vision_model, vision_models
 
 CLOSE = 1e-5
@@ -217,18 +216,14 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    """Prints the table; 1 if anything that was composed does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model_type", nargs="*")
-    parser.add_argument("--all", action="store_true")
-    args = parser.parse_args()
-    hf.logging.set_verbosity_error()
-    hf.logging.disable_progress_bar()
-    rows = check_all(vision_models() if args.all else args.model_type)
-    print(table(rows))
-    counts = Counter("refused" if row.extras is None else row.opens.get("patch", "wrong") for row in rows)
-    print("\n" + ", ".join(f"{verdict}: {count}" for verdict, count in counts.items()))
-    return int(any(row.problems for row in rows))
+    """See `run`."""
+    return run(
+        __doc__,
+        vision_models,
+        check_all,
+        table,
+        lambda row: "refused" if row.extras is None else row.opens.get("patch", "wrong"),
+    )
 
 
 if __name__ == "__main__":
