@@ -77,7 +77,7 @@ def require_sizes(config: Any, shapes: Collection[tuple[int, ...]], called: str)
         called: how messages name the folder.
 
     Raises:
-        UserError: no tensor is as wide as its language model, or there are fewer tensors than layers.
+        UserError: no tensor is as wide as its language model, or there are fewer tensors than layers or experts.
     """
     width, parts = getattr(config.get_text_config(), "hidden_size", None), [config, config.get_text_config()]
     parts += [getattr(config, name) for name in config.sub_configs]
@@ -87,6 +87,10 @@ def require_sizes(config: Any, shapes: Collection[tuple[int, ...]], called: str)
     for layers in {getattr(part, name, None) for part in parts for name in DEPTHS}:
         if isinstance(layers, int) and layers > len(shapes):
             wrong.append(f"{layers} layers, but there are {len(shapes)} tensors")
+    named = (getattr(config, "moe", None) or {}).get("num_experts")
+    for count in named if isinstance(named, list) else [named]:
+        if isinstance(count, int) and count > len(shapes) and not any(count in shape for shape in shapes):
+            wrong.append(f"{count} experts, but there are {len(shapes)} tensors")
     if shapes and wrong:
         raise UserError(
             f"{called}: config.json does not describe the weights beside it ({'; '.join(wrong)}). One of them is "

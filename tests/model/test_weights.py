@@ -130,3 +130,14 @@ def test_a_config_without_its_sizes_takes_no_memory(lost, words, make_base, clip
     (tmp_path / "folder" / "config.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=f"config.json does not describe the weights beside it .*{words}"):
         reopen(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("count", [10**9, [2, 10**300]])
+def test_more_experts_than_tensors_take_no_memory(count, checkpoints, tokenizer_folder, tmp_path):
+    folder = shutil.copytree(checkpoints, tmp_path / "published") / "llama" / "moe_sparse"
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["moe"]["num_experts"] = count
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="experts, but there are"):
+        reopen(folder)
