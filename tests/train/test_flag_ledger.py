@@ -188,6 +188,7 @@ def build(flags_for, tmp_path_factory):
 def as_before():
     """Puts back what trainers change of the process."""
     verbosity, environment = hf_logging.get_verbosity(), dict(os.environ)
+    hf_logging.set_verbosity_warning()  # transformers' own; a test before may have left another
     yield
     hf_logging.set_verbosity(verbosity)
     torch.use_deterministic_algorithms(False)
