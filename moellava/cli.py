@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from moellava.errors import UserError
 from moellava.log import printable
-from moellava.plugins import FLAG, load_installed, load_plugin
+from moellava.plugins import FLAG, load_plugins
 
 COMMANDS = {
     "chat": ("moellava.commands.chat", "talk to a model about images"),
@@ -75,9 +75,7 @@ def with_plugins(argv: list[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog="moellava")
     parser.add_argument(FLAG, action="append", default=[])
     known, rest = parser.parse_known_args(argv)
-    load_installed()
-    for file in known.plugin:
-        load_plugin(file)
+    load_plugins(known.plugin)
     return rest
 
 

@@ -76,11 +76,13 @@ def load_plugin(path: str | Path, flag: str = FLAG) -> Plugin:
     return PLUGINS.setdefault(plugin.name, plugin)
 
 
-def load_installed() -> None:
-    """Runs the plug-ins of installed packages. Raises UserError where one ends in an error."""
+def load_plugins(files: Iterable[str | Path]) -> None:
+    """Runs the plug-ins of installed packages, then those files. Raises UserError: see `load_plugin`."""
     for point in entry_points(group=GROUP):
         if point.name not in PLUGINS:
             _load(point)
+    for file in files:
+        load_plugin(file)
 
 
 def _load(point: EntryPoint) -> None:

@@ -22,16 +22,21 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _are_several() -> bool:
+    """Whether this process is joined with others."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     """Sums a tensor over all processes, in place; the tensor itself where there is one process."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _are_several():
         dist.all_reduce(values)
     return values
 
 
 def joined_over_processes(known: dict[Key, Value]) -> dict[Key, Value]:
     """What any process knows, on all of them; they come here together."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not _are_several():
         return known
     parts: list[dict[Key, Value]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, known)
@@ -40,7 +45,7 @@ def joined_over_processes(known: dict[Key, Value]) -> dict[Key, Value]:
 
 def of_rank_zero(value: Value) -> Value:
     """What the first process has, on all of them; they come here together."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not _are_several():
         return value
     box = [value]
     dist.broadcast_object_list(box)
@@ -52,6 +57,6 @@ def leave_group() -> None:
 
     One that is left to the interpreter's end closes its connections while other processes may still read from them.
     """
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _are_several():
         dist.barrier()
         dist.destroy_process_group()

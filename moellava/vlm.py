@@ -37,7 +37,7 @@ from moellava.model.manifest import Manifest, read_folder
 from moellava.model.parts import Keywords, parts_of
 from moellava.model.published import describe_published
 from moellava.model.saving import save_pretrained_folder
-from moellava.model.section import Section, note, note_plugins, section_of
+from moellava.model.section import Section, note, note_plugins, plugins_of, section_of
 from moellava.model.tiles import require_same_layout
 from moellava.model.weights import require_sizes, shapes_in
 from moellava.moe import MoESpec, convert_engine
@@ -276,8 +276,7 @@ def describe(
             f"{manifest.called} is {manifest.holds}, no vision-language model. Stage 1 composes one of a "
             "language model and a vision tower: train.py --model_name_or_path LLM --image_tower TOWER --version plain"
         )
-    if manifest.section is not None:
-        require_plugins(manifest.section.plugins or (), manifest.folder, trust_remote_code)
+    require_plugins(plugins_of(manifest.config), manifest.folder, trust_remote_code)
     with opening(manifest.called):
         if manifest.is_published:
             return describe_published(manifest)

@@ -170,11 +170,11 @@ def converse(chat: Chat) -> None:
 
 def paths_in(line: str) -> list[str]:
     """The files that a line names: quoted as in a shell, or one alone as it is. Raises UserError where none is."""
+    if os.path.isfile(os.path.expanduser(line)):
+        return [line]
     try:
-        if os.path.isfile(os.path.expanduser(line)):
-            return [line]
         paths = shlex.split(line)
-    except (ValueError, OSError) as error:  # a quote that stays open; a name that is too long
+    except ValueError as error:  # a quote that stays open
         raise UserError(f"{line}: {error}. Put a name that holds quotes or spaces into the other quotes.") from error
     if not paths:
         raise UserError("No file is named: /image FILE … or /video FILE …")

@@ -27,7 +27,7 @@ from moellava.model.build import class_of, on_meta
 from moellava.model.description import Description
 from moellava.model.extended import as_extended
 from moellava.model.saving import INDEX, STAGING, folder_page, remove_old_weights
-from moellava.model.section import Section, note, note_plugins, section_of
+from moellava.model.section import note, note_plugins, plugins_of
 from moellava.model.weights import Place, locate, weight_files
 from moellava.moe import MoESpec
 from moellava.moe.decoder import decoder_layers, mlp_names
@@ -158,7 +158,7 @@ def convert_files(source: Path, target: Path, config: PretrainedConfig, spec: Mo
         for file in source.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name not in NOT_COPIED:
                 shutil.copy2(file, staging / file.name)
-        write_plugins((section_of(new_config) or Section()).plugins or (), staging)
+        write_plugins(plugins_of(new_config), staging)
         new_config.save_pretrained(staging)
         (staging / "README.md").write_text(folder_page(new_config), encoding="utf-8")
         names = {file.name for file in staging.iterdir()}

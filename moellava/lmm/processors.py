@@ -103,17 +103,20 @@ def without_torchvision(cls: Any, folder: Path, recipe: FrameRecipe) -> Any:
 
 def recipe_of(folder: Path) -> FrameRecipe:
     """What a folder's video processor does to frames, by the class that it names, where an entry knows it."""
-    own = read_json(folder / SETTINGS[0]).get(VIDEO) or read_json(folder / VIDEO_SETTINGS)
     known = {entry.video.class_name: entry.video for entry in ARCHITECTURES.values() if entry.video}
-    return known.get(own.get("video_processor_type", ""), UNKNOWN)
+    return known.get(own_video_settings(folder).get("video_processor_type", ""), UNKNOWN)
+
+
+def own_video_settings(folder: Path) -> dict[str, Any]:
+    """What a folder says of its video processor alone: a section, or a file of its own; {} where it has neither."""
+    return read_json(folder / SETTINGS[0]).get(VIDEO) or read_json(folder / VIDEO_SETTINGS)
 
 
 def video_settings_of(folder: Path, recipe: FrameRecipe) -> dict[str, Any]:
     """A video processor's settings, where transformers looks for them: a section or a file of their own, or else those
     that it shares with the image processor."""
-    own = read_json(folder / SETTINGS[0]).get(VIDEO) or read_json(folder / VIDEO_SETTINGS)
-    shared = read_json(folder / SETTINGS[1])
-    return own or {name: value for name, value in shared.items() if name in (*recipe.defaults, *AREAS)}
+    shared = read_json(folder / SETTINGS[1]).items()
+    return own_video_settings(folder) or {name: value for name, value in shared if name in (*recipe.defaults, *AREAS)}
 
 
 def build_without_torchvision(cls: Any, recipe: FrameRecipe, *, video_settings: dict[str, Any], **parts: Any) -> Any:

@@ -18,7 +18,6 @@ from transformers import (
     GenerationConfig,
     LlavaConfig,
     LlavaNextConfig,
-    LlavaProcessor,
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
@@ -46,13 +45,11 @@ from moellava.model.tiles import (
     NEWLINE,
     layout_of,
     new_newline,
-    parse_pinpoints,
     tiled_config,
     tiling_image_processor,
 )
 from moellava.model.tower_images import (
     JoinedImageProcessor,
-    canvas_of,
     composed_image_processor,
     joined,
     tower_image_processor,
@@ -123,7 +120,7 @@ def describe_parts(llm: Manifest, towers: Sequence[Manifest], options: Compositi
         text = own_config(llm) if family is None else text_config(family, family.text_config(llm.config))
     config: Any = llava_config(vision, text, projector, strategy, options.mm_vision_select_layer)
     if options.image_aspect_ratio == ANYRES:
-        config = tiled_config(config, projector, pinpoints_of(options, vision))
+        config = tiled_config(config, projector, options.image_grid_pinpoints)
     Section(
         version=options.version,
         family=None if family is None else family.name,
@@ -147,12 +144,6 @@ def describe_parts(llm: Manifest, towers: Sequence[Manifest], options: Compositi
         tokenizer = load_tokenizer(llm.folder, options.version)
     note(config, chat_template=tokenizer.chat_template)
     return describe_new(llm, towers, config, tokenizer, text.vocab_size, tensors)
-
-
-def pinpoints_of(options: Composition, vision: PretrainedConfig) -> list[tuple[int, int]] | None:
-    """The grids of tiles that were named, in pixels; None: those of LLaVA-1.6."""
-    named = options.image_grid_pinpoints
-    return None if named is None else parse_pinpoints(named, canvas_of(vision)[0])
 
 
 def vision_tensors(
@@ -258,7 +249,7 @@ def describe_composed(manifest: Manifest) -> Description:
     return Description(manifest.folder, config, layout.keywords, inputs, load)
 
 
-def open_processor(folder: Path, tokenizer: Any, processor_class: Any = LlavaProcessor) -> Any:
+def open_processor(folder: Path, tokenizer: Any, processor_class: Any) -> Any:
     """The processor of a folder, around a tokenizer that is open: its `from_pretrained` would open another one first,
     which takes longer than all the rest."""
     settings, _ = processor_class.get_processor_dict(folder)

@@ -38,8 +38,7 @@ from moellava.model.manifest import Manifest
 from moellava.model.projectors import layers, parse_projector
 from moellava.model.published_lora import is_lora, lora_tensors
 from moellava.model.section import Section, section_of
-from moellava.model.tiles import ANYRES, NEWLINE, WAYS, parse_pinpoints, tiled_config
-from moellava.model.tower_images import canvas_of
+from moellava.model.tiles import ANYRES, NEWLINE, WAYS, tiled_config
 from moellava.model.towers import tower_config, tower_prefix, tower_tensors
 from moellava.model.weights import has_weights, read_file, read_tensors
 
@@ -186,15 +185,15 @@ MERGED = "spatial_unpad"
 """How LLaVA-1.6 puts the features of tiles together, which is all that Hugging Face's LLaVA-NeXT does."""
 
 
-def published_grids(manifest: Manifest, side: int) -> list[tuple[int, int]]:
-    """The grids of a published config, in pixels. Raises UserError where tiles are put together in another way."""
+def published_grids(manifest: Manifest) -> Any:
+    """The grids of a published config, as it has them. Raises UserError where tiles are put together in another way."""
     merged = manifest.config.get("mm_patch_merge_type") or "flat"
     if merged != MERGED:
         raise UserError(
             f"{manifest.folder} puts the features of tiles together as {merged!r} (mm_patch_merge_type), which is not "
             f"known here. Known: {MERGED}."
         )
-    return parse_pinpoints(manifest.config.get("image_grid_pinpoints") or "", side)
+    return manifest.config.get("image_grid_pinpoints") or ""
 
 
 def composed_config(manifest: Manifest, tower: Manifest, family: Family) -> Any:
@@ -215,7 +214,7 @@ def composed_config(manifest: Manifest, tower: Manifest, family: Family) -> Any:
     projector, layer = parse_projector(name), raw.get("mm_vision_select_layer", -2)
     config: Any = llava_config(vision, text, projector, strategy, layer)
     if aspect_ratio == ANYRES:
-        config = tiled_config(config, projector, published_grids(manifest, canvas_of(vision)[0]))
+        config = tiled_config(config, projector, published_grids(manifest))
     Section(
         version=family.version,
         family=family.name,

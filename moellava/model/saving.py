@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from moellava.files import flush, staged
 from moellava.model.extended import extend_in_place, extension_of
-from moellava.model.section import Section, note, section_of
+from moellava.model.section import Section, note, plugins_of, section_of
 from moellava.plugins import write_plugins
 
 STAGING = ".saving-model"
@@ -67,7 +67,7 @@ def save_pretrained_folder(
             forget_last_call(tokenizer)
             processor.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
-            write_plugins((section_of(model.config) or Section()).plugins or (), staging)
+            write_plugins(plugins_of(model.config), staging)
             (staging / "README.md").write_text(folder_page(model.config), encoding="utf-8")
             names = {file.name for file in staging.iterdir()}
     except SafetensorError as error:

@@ -95,8 +95,12 @@ def note(config: Any, **changes: Any) -> Section:
     return section
 
 
+def plugins_of(config: Any) -> list[str]:
+    """Names of the plug-ins that a config's model was made with."""
+    return (section_of(config) or Section()).plugins or []
+
+
 def note_plugins(config: Any) -> None:
     """Notes in the section of a config which plug-ins have run: they may have a share in its model."""
-    section = section_of(config) or Section()
-    if names := sorted({*(section.plugins or ()), *PLUGINS}):
+    if names := sorted({*plugins_of(config), *PLUGINS}):
         note(config, plugins=names)

@@ -78,14 +78,14 @@ def layout_of(config: Any) -> Layout:
 
 
 def tiled_config(
-    config: LlavaConfig, projector: ProjectorSpec, pinpoints: Sequence[Sequence[int]] | None
+    config: LlavaConfig, projector: ProjectorSpec, pinpoints: str | Sequence[Sequence[int]] | None
 ) -> LlavaNextConfig:
     """A composed model's config, for images in tiles.
 
     Args:
         config: for one square.
         projector: it has to give a token for every patch.
-        pinpoints: (height, width) in pixels of the grids; None: those of LLaVA-1.6.
+        pinpoints: the grids, see `parse_pinpoints`; None: those of LLaVA-1.6.
 
     Raises:
         UserError: a tower or projector that cannot be shown tiles, or grids that are not made of the tower's squares.
@@ -106,7 +106,8 @@ def tiled_config(
             f"{config.image_seq_length} of {shape.patches}: linear, mlp2x_gelu and the like do."
         )
     side = shape.side
-    grids = [list(pair) for pair in pinpoints or [(side * high, side * wide) for high, wide in USUAL_GRIDS]]
+    named = [] if pinpoints is None else parse_pinpoints(pinpoints, side)
+    grids = [list(pair) for pair in named or [(side * high, side * wide) for high, wide in USUAL_GRIDS]]
     wrong = [pair for pair in grids if any(length < 1 or length % side for length in pair)]
     if wrong:
         raise UserError(

@@ -22,7 +22,7 @@ from moellava.errors import UserError
 from moellava.lmm.supported_models import SUPPORTED_MODELS
 from moellava.moe.flags import FlagHelp
 from moellava.moe.spec import PRESETS, MoESpec, MoESpecFlags, given_options
-from moellava.plugins import load_installed, load_plugin
+from moellava.plugins import load_plugins
 from moellava.train.conflicts import Flags, find_conflicts
 from moellava.train.deepspeed.extensions import leave_out_shared_memory
 from moellava.train.deepspeed.launch import stand_alone
@@ -346,9 +346,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoE
         UserError: unknown flags, flags that are not served, values out of range, and conflicts, by name.
     """
     given = given_flags(argv)
-    load_installed()
-    for file in given.get("plugin") or ():
-        load_plugin(file)
+    load_plugins(given.get("plugin") or ())
     if problems := find_problems(given, defaults()):
         raise UserError("\n".join(problems))
     model = construct(ModelArguments, given)

@@ -17,6 +17,7 @@ from moellava.log import get_logger
 from moellava.model.compose import Composition, describe_parts, version_for
 from moellava.model.manifest import TOWER, Manifest, read_folder
 from moellava.model.projector_start import load_projector
+from moellava.model.section import plugins_of
 from moellava.moe import convert_engine
 from moellava.moe.certificate import Certificate, upcycle_certified
 from moellava.train.adapt import adapt
@@ -57,7 +58,7 @@ def assemble(
     manifest, architecture = start_of(model_args)
     is_vlm = architecture is not None or holds_vlm(manifest)
     manifest.require_start()
-    has_code = (architecture and architecture.remote_code) or (manifest.section and manifest.section.plugins)
+    has_code = (architecture and architecture.remote_code) or plugins_of(manifest.config)
     if model_args.trust_remote_code and not has_code:
         raise UserError(
             f"--trust_remote_code True, but {manifest.called} needs no code of its own, and none would run. Leave the "

@@ -22,7 +22,7 @@ from moellava.model.probes import FAILURES, first_line
 from moellava.moe import MoESpec, upcycle
 from moellava.vlm import VLM, compose
 from tests import tiny
-from tests.model.every_class import in_short, run
+from tests.model.every_class import in_short, run, untrained
 from tests.model.tiny_language_models import language_models, tiny_language_model
 
 CLOSE = 1e-5
@@ -149,11 +149,8 @@ def train_step(row: Row, vlm: VLM, ids: torch.Tensor) -> None:
     pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(given)
     loss = model(input_ids=given, attention_mask=mask, pixel_values=pixels, labels=labels).loss
-    loss.backward()
-    gradients = [parameter.grad for parameter in vlm.parts["projector"].parameters()]
-    if not loss.isfinite() or not all(g is not None and g.isfinite().all() and g.any() for g in gradients):
-        row.problems.append(f"training: loss {loss.item()}, or a projector without a gradient")
-    model.zero_grad()
+    if wrong := untrained(model, vlm.parts["projector"], loss):
+        row.problems.append(f"training: {wrong}")
     model.eval()
 
 

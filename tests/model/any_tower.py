@@ -26,7 +26,7 @@ from moellava.model.probes import FAILURES, first_line
 from moellava.model.towers import tower_config, tower_shape
 from moellava.vlm import VLM, compose
 from tests import tiny
-from tests.model.every_class import run
+from tests.model.every_class import run, untrained
 from tests.model.tiny_towers import tiny_config, tiny_vision_model, vision_models
 
 CLOSE = 1e-5
@@ -178,11 +178,8 @@ def train_step(row: Row, feature: str, vlm: VLM, batch: dict[str, torch.Tensor])
     image = model.config.image_token_index
     labels = torch.where(batch["input_ids"] == image, -100, batch["input_ids"])
     loss = model(**batch, labels=labels).loss
-    loss.backward()
-    gradients = [parameter.grad for parameter in vlm.parts["projector"].parameters()]
-    if not loss.isfinite() or not all(g is not None and g.isfinite().all() and g.any() for g in gradients):
-        row.problems.append(f"{feature}: loss {loss.item()}, or a projector without a gradient")
-    model.zero_grad()
+    if wrong := untrained(model, vlm.parts["projector"], loss):
+        row.problems.append(f"{feature}: {wrong}")
     model.eval()
 
 

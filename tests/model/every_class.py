@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import transformers as hf
 
 SHORT = {
@@ -21,6 +22,15 @@ SHORT = {
 def in_short(verdict: str) -> str:
     """A verdict on upcycling for a cell of the table."""
     return next((short for words, short in SHORT.items() if words in verdict), verdict)
+
+
+def untrained(model: torch.nn.Module, projector: torch.nn.Module, loss: torch.Tensor) -> str:
+    """What is wrong with a step of training: '' if its loss is finite and the projector gets a gradient."""
+    loss.backward()
+    gradients = [parameter.grad for parameter in projector.parameters()]
+    model.zero_grad()
+    learns = all(grad is not None and grad.isfinite().all() and grad.any() for grad in gradients)
+    return "" if loss.isfinite() and learns else f"loss {loss.item()}, or a projector without a gradient"
 
 
 def run(
