@@ -18,7 +18,7 @@ import torch
 
 from moellava.cli import main
 from moellava.constants import IGNORE_INDEX
-from moellava.convert.export import write_published
+from moellava.convert.export.llava import write_published
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import moellava.model  # noqa: F401  (registers the families)
-from moellava.convert.export import flat_rope
+from moellava.convert.export.llava import flat_rope
 from moellava.model.build import text_config
 from moellava.model.compose import Composition
 from moellava.model.families import FAMILIES

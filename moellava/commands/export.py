@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from moellava.convert.export import write_published
+from moellava.convert.export.llava import write_published
 from moellava.files import require_new_folder
 from moellava.log import printable
 from moellava.model.families import FAMILIES

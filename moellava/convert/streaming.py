@@ -8,25 +8,23 @@ the expert that is being made from it.
 from __future__ import annotations
 
 import ctypes
-import json
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from moellava.convert.tensor_files import DTYPES, TensorFiles
 from moellava.errors import UserError
 from moellava.files import staged
 from moellava.log import get_logger
 from moellava.model.build import class_of, on_meta
 from moellava.model.description import Description
 from moellava.model.extended import as_extended
-from moellava.model.saving import INDEX, STAGING, folder_page, remove_old_weights
+from moellava.model.saving import STAGING, folder_page, remove_old_weights
 from moellava.model.section import note, note_plugins, plugins_of
 from moellava.model.weights import Place, locate, weight_files
 from moellava.moe import MoESpec
@@ -36,105 +34,11 @@ from moellava.plugins import write_plugins
 
 logger = get_logger(__name__)
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""torch dtype -> its name in a safetensors header."""
-
 MMAP_THRESHOLD = -3
 """glibc's M_MMAP_THRESHOLD."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".index.json", ".pt", ".pth")
 NOT_COPIED = {"config.json", "README.md"}
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a tensor of the new folder lies.
-
-    Args:
-        dtype, shape: as the tensor must be.
-        file: name of the safetensors file.
-        start: first byte, counted from the file's beginning.
-    """
-
-    dtype: torch.dtype
-    shape: torch.Size
-    file: str
-    start: int
-
-
-class SparseFiles:
-    """safetensors files that are filled in any order.
-
-    Args:
-        folder: an existing folder.
-        tensors: name -> empty (meta) tensor, in the order of the files.
-    """
-
-    def __init__(self, folder: Path, tensors: dict[str, Tensor], shard_bytes: int):
-        self.folder = folder
-        self.slots: dict[str, Slot] = {}
-        self.missing = set(tensors)
-        shards = _cut(tensors, shard_bytes)
-        for number, shard in enumerate(shards, start=1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._lay_out(name, shard)
-        if len(shards) > 1:
-            total = sum(tensor.nbytes for tensor in tensors.values())
-            places = {tensor: slot.file for tensor, slot in sorted(self.slots.items())}
-            index = {"metadata": {"total_size": total}, "weight_map": places}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def _lay_out(self, file: str, tensors: dict[str, Tensor]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name, tensor in tensors.items():
-            offsets = [position, position + tensor.nbytes]
-            header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-            position = offsets[1]
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        begin = 8 + len(text)
-        for name, tensor in tensors.items():
-            self.slots[name] = Slot(tensor.dtype, tensor.shape, file, begin + header[name]["data_offsets"][0])
-        with open(self.folder / file, "wb") as handle:
-            handle.write(len(text).to_bytes(8, "little") + text)
-            handle.truncate(begin + position)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Puts a tensor in its place. Raises UserError if the new folder has no such place."""
-        slot = self.slots.get(name)
-        if slot is None or slot.shape != tensor.shape:
-            wanted = "no such tensor" if slot is None else f"{list(slot.shape)}"
-            raise UserError(f"{name} is {list(tensor.shape)} in the weights, but its config.json says {wanted}.")
-        numbers = tensor.detach().to(slot.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
-        with open(self.folder / slot.file, "r+b", buffering=0) as handle:
-            handle.seek(slot.start)
-            handle.write(memoryview(numbers))
-        self.missing.discard(name)
-
-
-def _cut(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Groups of tensors of at most `limit` bytes each, in order."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    return shards
 
 
 def convert_files(source: Path, target: Path, config: PretrainedConfig, spec: MoESpec, shard_bytes: int) -> None:
@@ -193,7 +97,7 @@ def _convert(
     places = locate(weight_files(source), dense)
     layers = decoder_layers(dense)
     counts, mlps = spec.layers_of(len(layers)), _mlp_names(dense, spec)
-    output = SparseFiles(target, _planned(sparse, _dtypes(places), mlps), limit)
+    output = TensorFiles(target, _planned(sparse, file_dtypes(places), mlps), limit)
     waiting = {index: set(parts) for index, (_, parts) in mlps.items()}
     layer_of = {f"{prefix}{part}": index for index, (prefix, parts) in mlps.items() for part in parts}
     for name, place in places.items():
@@ -250,7 +154,7 @@ def _planned(
     return planned
 
 
-def _dtypes(places: dict[str, Place]) -> dict[str, torch.dtype]:
+def file_dtypes(places: dict[str, Place]) -> dict[str, torch.dtype]:
     """Name -> dtype, from the files' headers alone."""
     by_name = {text: dtype for dtype, text in DTYPES.items()}
     found: dict[str, torch.dtype] = {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moellava.cli import main
-from moellava.convert.export import flat_rope, write_published
+from moellava.convert.export.llava import flat_rope, write_published
 from moellava.errors import UserError
 from moellava.moe import MoESpec, upcycle
 from tests.tiny import compose_tiny, reopen

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moellava.cli import main
-from moellava.convert.export import write_published
+from moellava.convert.export.llava import write_published
 from moellava.convert.verify import recompute, verify
 from moellava.errors import UserError
 from moellava.moe import MoESpec, expert_parameters, router_parameters, upcycle

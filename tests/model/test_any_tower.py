@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
-from moellava.convert.export import write_published
+from moellava.convert.export.llava import write_published
 from moellava.convert.upcycle_folder import upcycle_folder
 from moellava.errors import UserError
 from moellava.model.compose import Composition

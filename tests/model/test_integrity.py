@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from moellava.adapters.folder import read_adapter, write_adapter
 from moellava.adapters.lora import Adapter, attach
 from moellava.commands.verify import main as verify
-from moellava.convert.export import write_published
+from moellava.convert.export.llava import write_published
 from moellava.convert.upcycle_folder import in_memory, stream
 from moellava.errors import UserError
 from moellava.files import DIGESTS, read_digests
@@ -117,7 +117,7 @@ def test_every_writer_of_a_folder_notes_digests(dense, tmp_path):
 
 def test_no_other_module_writes_weights():
     """Whoever joins them has to note digests, and a place in the test above."""
-    writers = {"save_file", "save_pretrained", "write_weights", "SparseFiles", "save_model"}
+    writers = {"save_file", "save_pretrained", "write_weights", "TensorFiles", "save_model"}
     found = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

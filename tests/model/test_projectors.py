@@ -10,7 +10,7 @@ import transformers as hf
 from transformers import LlavaForConditionalGeneration
 from transformers.models.internvl.modeling_internvl import InternVLModel
 
-from moellava.convert.export import write_published
+from moellava.convert.export.llava import write_published
 from moellava.errors import UnknownNameError, UserError
 from moellava.model.extended import extension_of
 from moellava.model.projector_start import load_projector

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from moellava.convert.export import published_config, published_state, write_published
+from moellava.convert.export.llava import published_config, published_state, write_published
 from moellava.errors import UnknownNameError, UserError
 from moellava.model.families import FAMILIES
 from moellava.model.manifest import VLM, read_folder

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 from moellava.cli import main
-from moellava.convert.export import write_published
+from moellava.convert.export.llava import write_published
 from moellava.convert.upcycle_folder import upcycle_folder
 from moellava.errors import UserError
 from moellava.model.manifest import read_folder

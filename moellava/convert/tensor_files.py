@@ -1,0 +1,108 @@
+"""safetensors files of known names, shapes and places, that are filled in any order: nothing is held until the end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moellava.errors import UserError
+from moellava.model.saving import INDEX
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""torch dtype -> its name in a safetensors header."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor of the new folder lies.
+
+    Args:
+        dtype, shape: as the tensor must be.
+        file: name of the safetensors file.
+        start: first byte, counted from the file's beginning.
+    """
+
+    dtype: torch.dtype
+    shape: torch.Size
+    file: str
+    start: int
+
+
+class TensorFiles:
+    """safetensors files that are filled in any order.
+
+    Args:
+        folder: an existing folder.
+        tensors: name -> empty (meta) tensor, in the order of the files.
+    """
+
+    def __init__(self, folder: Path, tensors: dict[str, Tensor], shard_bytes: int):
+        self.folder = folder
+        self.slots: dict[str, Slot] = {}
+        self.missing = set(tensors)
+        shards = _cut(tensors, shard_bytes)
+        for number, shard in enumerate(shards, start=1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._lay_out(name, shard)
+        if len(shards) > 1:
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            places = {tensor: slot.file for tensor, slot in sorted(self.slots.items())}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _lay_out(self, file: str, tensors: dict[str, Tensor]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, tensor in tensors.items():
+            offsets = [position, position + tensor.nbytes]
+            header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+            position = offsets[1]
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        begin = 8 + len(text)
+        for name, tensor in tensors.items():
+            self.slots[name] = Slot(tensor.dtype, tensor.shape, file, begin + header[name]["data_offsets"][0])
+        with open(self.folder / file, "wb") as handle:
+            handle.write(len(text).to_bytes(8, "little") + text)
+            handle.truncate(begin + position)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Puts a tensor in its place. Raises UserError if the new folder has no such place."""
+        slot = self.slots.get(name)
+        if slot is None or slot.shape != tensor.shape:
+            wanted = "no such tensor" if slot is None else f"{list(slot.shape)}"
+            raise UserError(f"{name} is {list(tensor.shape)} in the weights, but its config.json says {wanted}.")
+        numbers = tensor.detach().to(slot.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+        with open(self.folder / slot.file, "r+b", buffering=0) as handle:
+            handle.seek(slot.start)
+            handle.write(memoryview(numbers))
+        self.missing.discard(name)
+
+
+def _cut(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Groups of tensors of at most `limit` bytes each, in order."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
