@@ -1,9 +1,12 @@
-"""`moellava export`: a model in the layout that LLaVA and MoE-LLaVA read."""
+"""`moellava export`: a model as a folder that opens without moellava, with its proof."""
 
 from __future__ import annotations
 
 import argparse
 
+from moellava.commands.given import Idle, refuse_idle
+from moellava.commands.values import amount, truth
+from moellava.convert.export.export_folder import AUTO, CHOICES, LLAVA, export_folder
 from moellava.convert.export.llava import write_published
 from moellava.files import require_new_folder
 from moellava.log import printable
@@ -11,19 +14,48 @@ from moellava.model.families import FAMILIES
 from moellava.model.manifest import read_folder
 from moellava.vlm import open_vlm
 
+GIGABYTE = 10**9
+
 
 def main(argv: list[str] | None = None) -> int:
     """The subcommand."""
     parser = argparse.ArgumentParser(
         prog="moellava export",
-        description="Write a model in the layout of LLaVA and MoE-LLaVA.",
-        epilog=f"Families: {', '.join(FAMILIES)}.",
+        description="Write a model as a folder that opens without moellava, and prove it (docs/EXPORT.md).",
+        epilog=f"--to llava writes families {', '.join(FAMILIES)}.",
     )
-    parser.add_argument("--model-path", required=True, help="a folder of stage 2 or 3")
+    parser.add_argument(
+        "--model-path", required=True, help="any folder that opens: of stage 2 or 3, released, published"
+    )
     parser.add_argument("--output-dir", required=True, help="the folder to write; it must be new, or empty")
+    parser.add_argument(
+        "--to",
+        choices=CHOICES,
+        default=AUTO,
+        help="native: one of Hugging Face's own classes, the first that is exact (or one by its name); code: its dense "
+        "class with one file of modelling code; auto: native where there is one, else code; llava: the layout of LLaVA "
+        "and MoE-LLaVA",
+    )
+    parser.add_argument(
+        "--verify",
+        type=truth,
+        default=True,
+        help="True: reopen the new folder in plain transformers, compare logits and greedy tokens, and write nothing if "
+        "they differ",
+    )
+    parser.add_argument("--shard-size", type=amount, default=4.0, help="largest file of the new folder, in GB")
     args = parser.parse_args(argv)
+    why = "the layout of LLaVA opens in LLaVA's code alone, in one file: leave the flag out"
+    refuse_idle(parser, argv, [Idle(("verify", "shard_size"), args.to == LLAVA, why)])
     target = require_new_folder(args.output_dir, "--output-dir")
-    read_folder(args.model_path, "--model-path").require_start()
-    write_published(open_vlm(args.model_path, device="cpu"), target)
-    print(printable(f"wrote {target}"))
+    manifest = read_folder(args.model_path, "--model-path")
+    if args.to == LLAVA:
+        manifest.require_start()
+        write_published(open_vlm(args.model_path, device="cpu"), target)
+        said = []
+    else:
+        certificate = export_folder(manifest, target, args.to, args.verify, int(args.shard_size * GIGABYTE))
+        said = [] if certificate is None else [f"Exported as {certificate.model_class} ({certificate.target})"]
+        said += [] if certificate is None else certificate.lines()
+    print(printable("\n".join([*said, f"wrote {target}"])))
     return 0

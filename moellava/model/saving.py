@@ -62,11 +62,7 @@ def save_pretrained_folder(
             model.config.save_pretrained(staging)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(staging)
-            # Both write chat_template.jinja, and a base model's or an earlier stage's own would outlive this stage's.
-            tokenizer.chat_template = processor.chat_template
-            forget_last_call(tokenizer)
-            processor.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
+            write_inputs(tokenizer, processor, staging)
             write_plugins(plugins_of(model.config), staging)
             (staging / "README.md").write_text(folder_page(model.config), encoding="utf-8")
             names = {file.name for file in staging.iterdir()}
@@ -82,6 +78,15 @@ def note_meta(model: Any, meta: Mapping[str, Any]) -> None:
         extend_in_place(model)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = next(model.parameters()).dtype
+
+
+def write_inputs(tokenizer: Any, processor: Any, folder: Path) -> None:
+    """Writes what makes the model's inputs."""
+    # Both write chat_template.jinja, and a base model's or an earlier stage's own would outlive this stage's.
+    tokenizer.chat_template = processor.chat_template
+    forget_last_call(tokenizer)
+    processor.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def forget_last_call(tokenizer: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import (
@@ -15,7 +15,6 @@ from transformers import (
 from moellava.convert.export.pieces import Piece, Pieces
 from moellava.convert.export.source import Source
 from moellava.convert.export.targets import TARGETS, Target
-from moellava.errors import UserError
 from moellava.model.extended import base_of
 from moellava.model.section import note
 
@@ -38,36 +37,31 @@ WITHOUT_PREFIX = ("clip_vision_model", "siglip_vision_model")
 """Towers that are `vision_model` of their class on the hub, and have no such part in today's transformers."""
 
 
-def native_target(source: Source, name: str | None = None) -> tuple[Target | None, str]:
+def find_native(source: Source, name: str | None = None) -> tuple[str | None, list[str]]:
     """The first target that holds a model.
 
     Args:
         name: of the one that is wanted; None: any.
 
     Returns:
-        The target, None for a dense model that is one of Hugging Face's class already; and its name.
-
-    Raises:
-        UserError: there is none; the reasons are named.
+        Its name, or `AS_IT_IS` for a dense model of one of Hugging Face's classes; None, and why there is none.
     """
-    beyond = [reason for reason in source.extension.reasons if source.spec is None or reason != MOE_REASON]
+    beyond = replace(source.extension, moe=None).reasons
     if beyond:
-        raise UserError(f"{source.called} is no class of Hugging Face's: {'; '.join(beyond)}.")
+        return None, beyond
     if source.spec is None:
-        if name is not None:
-            raise UserError(f"--to {name}: {source.called} is dense. Leave the flag out.")
-        return None, type(source.config).__name__
-    if name is None and not takes_any_decoder(source) and not _of_its_own(source):
-        raise UserError(f"{source.called}: a {source.config.model_type} model takes no language model but its own.")
-    lacks = {key: target.lacks(source) for key, target in TARGETS.items() if name in (None, key)}
+        return (AS_IT_IS, []) if name is None else (None, ["it is dense"])
+    known = {key: target for key, target in TARGETS.items() if source.text.model_type in target.decoders}
+    if not takes_any_decoder(source):
+        known = {key: target for key, target in known.items() if target.vlm_type is not None}
+    if not known:
+        return None, [f"no sparse model of Hugging Face's has the decoder of {source.config.model_type}"]
+    lacks = {key: target.lacks(source) for key, target in known.items() if name in (None, key)}
     fitting = [key for key, reasons in lacks.items() if not reasons]
-    if not fitting:
-        said = [f"{key}: {', '.join(reasons)}" for key, reasons in lacks.items()]
-        raise UserError(f"{source.called} is none of Hugging Face's sparse models ({'; '.join(said)}).")
-    return TARGETS[fitting[0]], fitting[0]
+    return (fitting[0], []) if fitting else (None, [f"{key}: {', '.join(reasons)}" for key, reasons in lacks.items()])
 
 
-MOE_REASON = "its decoder has Mixture-of-Experts layers"
+AS_IT_IS = "as it is"
 
 
 def takes_any_decoder(source: Source) -> bool:
@@ -75,37 +69,37 @@ def takes_any_decoder(source: Source) -> bool:
     return getattr(base_of(source.config.model_type).config_class, "sub_configs", {}).get("text_config") is AutoConfig
 
 
-def _of_its_own(source: Source) -> bool:
-    """Whether a target brings a class for such a vision-language model."""
-    return any(target.vlm_type and source.text.model_type in target.decoders for target in TARGETS.values())
-
-
 def native_config(source: Source, target: Target | None) -> PretrainedConfig:
-    """The config of the new folder: the vision-language model's own class, or the target's, with another language model.
+    """The config of the new folder: the vision-language model's own class, or the target's, with another decoder."""
+    if target is None:
+        return plain_config(source)
+    text = CONFIG_MAPPING[target.text_type].from_dict(_text_fields(source, target))
+    return plain_config(source, text, target.vlm_type)
 
-    `text_config.architectures` is what engines build the language model by.
+
+def plain_config(source: Source, text: Any = None, vlm_type: str | None = None) -> PretrainedConfig:
+    """A config of Hugging Face's class, without the options of experts.
+
+    Args:
+        text: the language model's config, where it is not the source's; `architectures` in it is what engines build it
+            by.
+        vlm_type: `model_type` of the class, where it is not the source's.
     """
     raw = {key: value for key, value in source.config.to_dict().items() if key not in ("moe", "auto_map")}
-    plain = base_of(source.config.model_type).config_class
-    text = source.text
-    if target is not None:
-        text = CONFIG_MAPPING[target.text_type].from_dict(_text_fields(source, target))
-        if target.vlm_type is not None:
-            plain = CONFIG_MAPPING[target.vlm_type]
-    text.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__name__] if _has_head(text) else None
-    raw |= {"text_config": text.to_dict(), "model_type": plain.model_type}
-    if target is not None and target.vlm_type is not None:
-        raw["vision_config"] = raw["vision_config"] | {"model_type": plain().vision_config.model_type}
-    config = plain.from_dict(raw)
-    config.architectures = [base_of(plain.model_type).__name__]
+    base = base_of(source.config.model_type).config_class
+    if vlm_type is not None:
+        base = CONFIG_MAPPING[vlm_type]
+        raw["vision_config"] = raw["vision_config"] | {"model_type": base().vision_config.model_type}
+    is_new, text = text is not None, text or source.text
+    fields = text.to_dict()
+    if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        fields["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__name__]
+    config = base.from_dict(raw | {"text_config": fields, "model_type": base.model_type})
+    config.architectures = [base_of(base.model_type).__name__]
     config.dtype = source.config.dtype
-    if target is not None:
+    if is_new:
         note(config, family=None)
     return config
-
-
-def _has_head(text: Any) -> bool:
-    return type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _text_fields(source: Source, target: Target) -> dict[str, Any]:
@@ -149,9 +143,3 @@ def hub_name(name: str, config: Any) -> str:
             inner = "vision_model." if is_tower and not rest.startswith("vision_model.") else ""
             return there + inner + rest
     return name
-
-
-def layer_note(source: Source, target: Target | None) -> Mapping[str, int]:
-    """Decoder layers, and how many of them are sparse."""
-    sparse = sum(1 for layer in source.layers if layer.n_experts) if target is not None else 0
-    return {"layers": len(source.layers), "sparse": sparse}

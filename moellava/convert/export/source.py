@@ -101,10 +101,20 @@ class Source:
         ]
 
     @cached_property
+    def expert(self) -> nn.Module:
+        """The first expert of its first sparse layer, without memory."""
+        return next(iter(self.sparse[0][1].local_experts().values()))
+
+    @property
     def width(self) -> int:
         """Intermediate units of an expert."""
-        expert = next(iter(self.sparse[0][1].local_experts().values()))
-        return getattr(expert, layout_of(expert).output).in_features
+        return getattr(self.expert, layout_of(self.expert).output).in_features
+
+    @property
+    def linears(self) -> tuple[tuple[str, ...], str]:
+        """What the linears of an expert are called: D -> I (or 2 I), and I -> D."""
+        layout = layout_of(self.expert)
+        return tuple(layout.inputs), layout.output
 
     @property
     def has_shared(self) -> bool:

@@ -61,8 +61,6 @@ class Target:
         """Why a sparse model cannot become one of these; empty if it can."""
         spec, found = source.spec, []
         assert spec is not None
-        if source.text.model_type not in self.decoders:
-            return [f"its decoder is {source.text.model_type}'s"]
         found += [f"its {part} has biases" for part in _biased(source)]
         if spec.use_residual:
             found.append("its dense MLPs are mixed with the experts (use_residual)")

@@ -1,0 +1,53 @@
+"""The README of an exported folder: what opens it, and how near it is to the model that it was made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moellava.convert.export.proof import FILE, Certificate
+from moellava.model.section import Section, section_of
+
+IDENTITY_IN_VLLM = '{"projector_hidden_act": "torch.nn.modules.linear.Identity"}'
+"""vLLM has no word for an activation that does nothing but its class; transformers has `linear`."""
+
+
+def exported_page(config: Any, name: str, certificate: Certificate | None, called: str) -> str:
+    """The page.
+
+    Args:
+        config: of the folder.
+        name: what it was written as.
+        certificate: its proof, if there is one.
+        called: the model that it was made of.
+    """
+    code = ", trust_remote_code=True" if getattr(config, "auto_map", None) else ""
+    section = section_of(config) or Section()
+    proof = ["Nothing was compared (`--verify False`)."] if certificate is None else certificate.lines()
+    return (
+        "\n".join(
+            [
+                f"# {config.architectures[0]} ({name})",
+                "",
+                f"Exported by moellava from {called}; conversation template {section.version}. It opens without moellava:",
+                "",
+                "    from transformers import AutoModelForImageTextToText, AutoProcessor",
+                f'    model = AutoModelForImageTextToText.from_pretrained("."{code})',
+                f'    processor = AutoProcessor.from_pretrained("."{code})',
+                "",
+                *(["    " + line for line in engine_lines(config)]),
+                "",
+                *proof,
+                "" if certificate is None else f"\nAll figures: {FILE}",
+            ]
+        ).rstrip()
+        + "\n"
+    )
+
+
+def engine_lines(config: Any) -> list[str]:
+    """Commands that serve the folder."""
+    code = " --trust-remote-code" if getattr(config, "auto_map", None) else ""
+    overrides = ""
+    if getattr(config, "projector_hidden_act", None) == "linear":
+        overrides = f" --hf-overrides '{IDENTITY_IN_VLLM}'"
+    return [f"vllm serve .{code}{overrides}", f"transformers serve .{code}"]
