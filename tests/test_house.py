@@ -43,12 +43,14 @@ NO_GOLDEN = "holds no golden.safetensors"
 SPARSE_ALREADY = "is sparse already"
 OWN_LAYOUT = "which LLaVA's layout does not hold"
 
-COMMANDS = ("train", "check-data", "inspect", "chat", "eval", "upcycle", "merge-lora", "verify", "export", "answer")
+LOOK = ("check-data", "inspect", "verify")
+COMMANDS = ("train", *LOOK, "chat", "eval", "answer", "upcycle", "merge-lora", "export", "export to llava")
 
 REFUSED: dict[str, dict[str, str]] = {
     "upcycle": dict.fromkeys(SPARSE, SPARSE_ALREADY),
     "verify": dict.fromkeys([name for name in FOLDERS if not name.startswith("published")], NO_GOLDEN),
-    "export": dict.fromkeys(RELEASED, OWN_LAYOUT),
+    "export": {"published MoE": "drops tokens"},
+    "export to llava": dict.fromkeys(RELEASED, OWN_LAYOUT),
 }
 """Command -> folder -> words of the refusal. What is not here works."""
 
@@ -130,9 +132,10 @@ def run_command(folder_of, trained, data, pictures, tmp_path, capsys) -> Callabl
             "upcycle": [*model, *out, "--num_experts", "2", "--moe_mode", "sparse"],
             "merge-lora": [*model, *out, "--adapter", str(trained(name) / "adapter")],
             "verify": [str(folder)],
-            "export": [*model, *out],
+            "export": [*model, *out, "--verify", "False"],  # tests/convert/test_export_targets.py compares
+            "export to llava": [*model, *out, "--to", "llava"],
         }[command]
-        status = main([command, *words])
+        status = main([command.split()[0], *words])
         printed = capsys.readouterr()
         return status, printed.out + printed.err
 

@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         "--verify",
         type=truth,
         default=True,
-        help="True: reopen the new folder in plain transformers, compare logits and greedy tokens, and write nothing if "
-        "they differ",
+        help="True: reopen the new folder in plain transformers, compare logits and greedy tokens, and write "
+        "nothing if they differ",
     )
     parser.add_argument("--shard-size", type=amount, default=4.0, help="largest file of the new folder, in GB")
     args = parser.parse_args(argv)

@@ -33,6 +33,9 @@ from moellava.moe import MoESpec, upcycle
 
 PREFIX = "moellava_"
 
+REMOTE = "remote_"
+"""The same before the text config's `model_type` of folders that `moellava export` writes with a file of code."""
+
 NAMED = "Extended"
 """What the names of extended classes begin with."""
 

@@ -19,8 +19,6 @@ from moellava.model.extended import base_of
 
 MODULE = "modeling_sparse"
 
-DISGUISE = modeling_template.DISGUISE
-
 AUTO = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 """Auto classes that open the whole model; `AutoModel` opens its body."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from moellava.convert.export.code import DISGUISE, MODULE, beyond_code, code_config, code_pieces, modeling_code
+from moellava.convert.export.code import MODULE, beyond_code, code_config, code_pieces, modeling_code
 from moellava.convert.export.native import find_native, native_config, native_pieces
 from moellava.convert.export.page import exported_page
 from moellava.convert.export.pieces import Pieces, write_pieces
@@ -23,6 +23,7 @@ from moellava.errors import UserError
 from moellava.files import CONFIG, staged
 from moellava.log import get_logger
 from moellava.model.description import Description
+from moellava.model.extended import REMOTE
 from moellava.model.manifest import Manifest
 from moellava.model.saving import write_inputs
 from moellava.vlm import build, describe
@@ -67,7 +68,7 @@ def export_folder(
             name = choose(source, to)
             config, pieces = as_code(source, staging) if name == CODE else as_native(source, name)
             write_pieces(pieces, source, staging, shard_bytes)
-        write_config(config, staging, DISGUISE if name == CODE else "")
+        write_config(config, staging, REMOTE if name == CODE else "")
         write_generation_config(config, description, staging)
         write_inputs(tokenizer, processor, staging)
         del source

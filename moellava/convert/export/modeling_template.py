@@ -1,4 +1,4 @@
-"""A sparse vision-language model for plain transformers: the class that it was made from, with experts for MLPs.
+"""A sparse vision-language model: the class of transformers that it was made from, with experts in place of MLPs.
 
 Written by `moellava export`; it needs nothing but torch and transformers. The constants are this model's.
 """
@@ -18,19 +18,19 @@ HAS_SHARED, HAS_MIX, HAS_BIAS = False, False, False
 HEAD_BIAS, SOFTCAP = False, None
 # end of constants
 
-DISGUISE = "remote_"  # before the language model's type: without this file the folder must not open half
-
 
 class TheConfig(transformers.LlavaConfig):
+    disguise = "remote_"  # before the language model's type: without this file, the folder must not open half
+
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         content = copy.deepcopy(config_dict)
-        content["text_config"]["model_type"] = content["text_config"]["model_type"].removeprefix(DISGUISE)
+        content["text_config"]["model_type"] = content["text_config"]["model_type"].removeprefix(cls.disguise)
         return super().from_dict(content, **kwargs)
 
     def to_json_string(self, use_diff=True):
         content = json.loads(super().to_json_string(use_diff=use_diff))
-        content["text_config"]["model_type"] = DISGUISE + content["text_config"]["model_type"]
+        content["text_config"]["model_type"] = self.disguise + content["text_config"]["model_type"]
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
@@ -40,8 +40,7 @@ class Router(nn.Module):
     def __init__(self, hidden, experts):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, hidden))
-        if HAS_BIAS:
-            self.register_buffer("bias", torch.zeros(experts))
+        self.register_buffer("bias", torch.zeros(experts) if HAS_BIAS else None)
 
     def forward(self, hidden_states):
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -54,10 +53,8 @@ class Router(nn.Module):
             scores = torch.where(is_tied, sets[..., :1], sets).flatten(1)
         chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :TOP_K]
         weights = chances.gather(1, chosen)
-        if TOP_K > 1:
+        if TOP_K > 1 or TOP1_GATE == "exact":
             weights = weights / weights.sum(1, keepdim=True)
-        elif TOP1_GATE == "exact":
-            weights = torch.ones_like(weights)
         return chosen, weights
 
 
@@ -73,48 +70,37 @@ class Experts(nn.ModuleList):
         return output
 
 
-def sliced(mlp):
-    """An MLP of a share of the units of another one."""
-    part = copy.deepcopy(mlp)
-    for name in (*INPUTS, OUTPUT) if SLICES > 1 else ():
-        linear = getattr(mlp, name)
-        sizes = [linear.in_features, linear.out_features]
-        sizes[name != OUTPUT] //= SLICES
-        setattr(part, name, nn.Linear(*sizes, bias=linear.bias is not None))
-    return part
-
-
 class SparseMLP(nn.Module):
     def __init__(self, mlp, experts, hidden):
         super().__init__()
-        self.router = Router(hidden, experts)
-        self.experts = Experts([sliced(mlp) for _ in range(experts)])
-        if HAS_SHARED:
-            self.shared = mlp
-        if HAS_MIX:
-            self.coefficient = nn.Linear(hidden, 2)
+        part = copy.deepcopy(mlp)
+        for name in (*INPUTS, OUTPUT) if SLICES > 1 else ():  # an expert has a share of the MLP's units
+            linear = getattr(mlp, name)
+            sizes = [linear.in_features, linear.out_features]
+            sizes[name != OUTPUT] //= SLICES
+            setattr(part, name, nn.Linear(*sizes, bias=linear.bias is not None))
+        self.router, self.experts = Router(hidden, experts), Experts(copy.deepcopy(part) for _ in range(experts))
+        self.shared = mlp if HAS_SHARED else nn.Identity()
+        self.coefficient = nn.Linear(hidden, 2) if HAS_MIX else nn.Identity()
 
     def forward(self, hidden_states):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = self.experts(flat, *self.router(flat))
-        mix = self.coefficient(flat).softmax(-1) if HAS_MIX else torch.ones_like(flat[:, :2])
+        mix = self.coefficient(flat).softmax(-1) if HAS_MIX else flat.new_ones(len(flat), 2)
         if HAS_SHARED:
             output = output * mix[:, :1] + self.shared(flat) * mix[:, 1:]
         return output.view(hidden_states.shape)
 
 
 def add_experts(body):
-    """Replaces the MLPs of `LAYERS`."""
-    hidden = body.config.get_text_config().hidden_size
     for path, experts in LAYERS.items():
         owner, _, name = path.rpartition(".")
-        layer = body.get_submodule(owner)
+        layer, hidden = body.get_submodule(owner), body.config.get_text_config().hidden_size
         setattr(layer, name, SparseMLP(getattr(layer, name), experts, hidden))
 
 
 class TheBody(transformers.LlavaModel):
-    config_class = TheConfig
-    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
+    config_class, _keep_in_fp32_modules_strict = TheConfig, ("router",)
 
     def __init__(self, config):
         super().__init__(config)
@@ -122,8 +108,7 @@ class TheBody(transformers.LlavaModel):
 
 
 class TheModel(transformers.LlavaForConditionalGeneration):
-    config_class = TheConfig
-    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
+    config_class, _keep_in_fp32_modules_strict = TheConfig, ("router",)
 
     def __init__(self, config):
         super().__init__(config)

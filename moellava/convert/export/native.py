@@ -15,7 +15,7 @@ from transformers import (
 from moellava.convert.export.pieces import Piece, Pieces
 from moellava.convert.export.source import Source
 from moellava.convert.export.targets import TARGETS, Target
-from moellava.model.extended import base_of
+from moellava.model.extended import PREFIX, base_of
 from moellava.model.section import note
 
 NOT_SHARED = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map"}
@@ -55,7 +55,8 @@ def find_native(source: Source, name: str | None = None) -> tuple[str | None, li
     if not takes_any_decoder(source):
         known = {key: target for key, target in known.items() if target.vlm_type is not None}
     if not known:
-        return None, [f"no sparse model of Hugging Face's has the decoder of {source.config.model_type}"]
+        vlm = source.config.model_type.removeprefix(PREFIX)
+        return None, [f"no sparse model of Hugging Face's is a {vlm} with a {source.text.model_type} decoder"]
     lacks = {key: target.lacks(source) for key, target in known.items() if name in (None, key)}
     fitting = [key for key, reasons in lacks.items() if not reasons]
     return (fitting[0], []) if fitting else (None, [f"{key}: {', '.join(reasons)}" for key, reasons in lacks.items()])
@@ -134,7 +135,7 @@ def native_pieces(source: Source, target: Target | None) -> Pieces:
 
 def hub_name(name: str, config: Any) -> str:
     """A tensor's name in its class -> its name in folders on the hub."""
-    if config.model_type.removeprefix("moellava_") not in LIKE_LLAVA:
+    if config.model_type.removeprefix(PREFIX) not in LIKE_LLAVA:
         return name
     for here, there in ON_THE_HUB:
         if name.startswith(here):

@@ -28,7 +28,7 @@ def exported_page(config: Any, name: str, certificate: Certificate | None, calle
             [
                 f"# {config.architectures[0]} ({name})",
                 "",
-                f"Exported by moellava from {called}; conversation template {section.version}. It opens without moellava:",
+                f"Exported by moellava from {called} (conversation template {section.version}). It opens without it:",
                 "",
                 "    from transformers import AutoModelForImageTextToText, AutoProcessor",
                 f'    model = AutoModelForImageTextToText.from_pretrained("."{code})',

@@ -90,7 +90,7 @@ class Source:
         layers = decoder_layers(self.model)
         mlps = mlp_names(self.model, range(len(layers)))
         prefixes = [f"{names[id(layer)]}." for layer in layers]
-        held = {prefix: [] for prefix in prefixes}
+        held: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
         for name in self.tensors:
             found = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
             if found is not None:

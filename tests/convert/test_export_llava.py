@@ -1,4 +1,5 @@
-"""`moellava export`: what it writes, and what it refuses to. (tests/model/test_published.py has the layout itself.)"""
+"""`moellava export --to llava`: what it writes, and what it refuses to. (The layout itself:
+tests/model/test_published.py.)"""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ from tests.tiny import compose_tiny, reopen
 def test_the_command_writes_a_folder_that_opens(make_base, clip_tower, inputs, tmp_path, capsys):
     made = compose_tiny(make_base("stablelm").folder, clip_tower, "plain")
     made.save(tmp_path / "ours")
-    arguments = ["export", "--model-path", str(tmp_path / "ours"), "--output-dir", str(tmp_path / "theirs")]
+    arguments = [
+        "export",
+        "--model-path",
+        str(tmp_path / "ours"),
+        "--output-dir",
+        str(tmp_path / "theirs"),
+        "--to",
+        "llava",
+    ]
     assert main(arguments) == 0
     theirs = reopen(tmp_path / "theirs")
     model = theirs.model
