@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.values import amount, truth
+from moellava.convert.export.adapter import export_adapter
 from moellava.convert.export.export_folder import AUTO, CHOICES, LLAVA, export_folder
 from moellava.convert.export.llava import write_published
 from moellava.files import require_new_folder
@@ -43,19 +45,29 @@ def main(argv: list[str] | None = None) -> int:
         help="True: reopen the new folder in plain transformers, compare logits and greedy tokens, and write "
         "nothing if they differ",
     )
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        help="the adapter/ of a run with --lora_enable that started from --model-path: write the model that it stands "
+        "on, and in adapter/ the adapter for peft and engines (the run's own folder is merged, and exports as any)",
+    )
     parser.add_argument("--shard-size", type=amount, default=4.0, help="largest file of the new folder, in GB")
     args = parser.parse_args(argv)
     why = "the layout of LLaVA opens in LLaVA's code alone, in one file: leave the flag out"
-    refuse_idle(parser, argv, [Idle(("verify", "shard_size"), args.to == LLAVA, why)])
+    idle = [Idle(("verify", "shard_size", "adapter"), args.to == LLAVA, why)]
+    idle.append(Idle(("verify",), args.adapter, "an adapter is always compared: leave the flag out"))
+    refuse_idle(parser, argv, idle)
     target = require_new_folder(args.output_dir, "--output-dir")
     manifest = read_folder(args.model_path, "--model-path")
+    shard_bytes, proofs = int(args.shard_size * GIGABYTE), []
     if args.to == LLAVA:
         manifest.require_start()
         write_published(open_vlm(args.model_path, device="cpu"), target)
-        said = []
+    elif args.adapter:
+        proofs = [*export_adapter(manifest, args.adapter, target, args.to, shard_bytes)]
     else:
-        certificate = export_folder(manifest, target, args.to, args.verify, int(args.shard_size * GIGABYTE))
-        said = [] if certificate is None else [f"Exported as {certificate.model_class} ({certificate.target})"]
-        said += [] if certificate is None else certificate.lines()
+        certificate = export_folder(manifest, target, args.to, args.verify, shard_bytes)
+        proofs = [] if certificate is None else [certificate]
+    said = [line for proof in proofs for line in proof.lines()]
     print(printable("\n".join([*said, f"wrote {target}"])))
     return 0

@@ -13,16 +13,29 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from peft import LoraConfig
 from transformers import dynamic_module_utils
 
+from moellava.adapters.folder import write_adapter
+from moellava.adapters.lora import (
+    Adapter,
+    attach,
+    lora_parameters,
+    names_of,
+    pattern_of,
+    router_modules,
+    target_names,
+)
+from moellava.convert.export import adapter as exporting_adapter
 from moellava.convert.export import export_folder as exporting
 from moellava.convert.export import reopened
+from moellava.convert.export.adapter import export_adapter
 from moellava.convert.export.export_folder import CODE, export_folder
 from moellava.convert.export.native import AS_IT_IS
 from moellava.convert.export.proof import Certificate
 from moellava.convert.export.targets import TARGETS
 from moellava.model.manifest import read_folder
-from moellava.moe import MoESpec, upcycle
+from moellava.moe import MoESpec, moe_layers, upcycle
 from moellava.vlm import VLM
 from tests import tiny
 from tests.lmm.tiny import NATIVE, TINY
@@ -77,10 +90,11 @@ QUICK = {("llama", "shared"), ("qwen2", "counts"), ("minicpm", "copy"), ("phi", 
 def in_this_process(monkeypatch, tmp_path) -> None:
     """What plain transformers computes, without the seconds that a process takes to start."""
 
-    def opened(folder: Path, probes: dict, with_code: bool) -> dict[str, torch.Tensor]:
-        return reopened.computed(reopened.open_plainly(str(folder), with_code), probes)
+    def opened(folder: Path, probes: dict, with_code: bool, adapter: Path | None = None) -> dict[str, torch.Tensor]:
+        return reopened.computed(reopened.open_plainly(str(folder), with_code, adapter and str(adapter)), probes)
 
     monkeypatch.setattr(exporting, "reopen", opened)
+    monkeypatch.setattr(exporting_adapter, "reopen", opened)
     monkeypatch.setattr(reopened, "GREEDY", 6)
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
@@ -213,3 +227,55 @@ def test_released_models_are_written_too(name, options, golden_tokenizers, tmp_p
         certificate = exported(made_sparse(reopen(tmp_path / "released"), **options), tmp_path)
     assert certificate.target == (AS_IT_IS if options is None else RELEASED_AS[name])
     assert all(probe["max_abs_delta"] < 1e-5 for probe in certificate.probes.values())
+
+
+LORA_RANK = 3
+
+ADAPTED = {
+    ("llama", "shared"): "qwen2-moe",
+    ("qwen2", "counts"): "ernie-moe",
+    ("minicpm", "copy"): "granite-moe",
+    ("minicpm", "shared"): "granite-moe-shared",
+    ("qwen3", "granular"): "qwen3-moe",
+    ("phi", "copy"): CODE,
+}
+"""(language model, option) -> what its adapted model is exported as."""
+
+
+@pytest.mark.parametrize(
+    ("family", "option"), [pytest.param(*key, marks=[pytest.mark.slow] * (key[0] != "llama")) for key in ADAPTED]
+)
+def test_an_adapter_goes_on_the_exported_folder(family, option, dense, tmp_path):
+    """peft puts it there, and the model computes what it does here, and not what the folder does without it."""
+    vlm = made_sparse(copy.deepcopy(dense(family)), **OPTIONS[option])
+    vlm.save(tmp_path / "ours", meta={"stage": "moe"})
+    wanted = write_random_adapter(vlm, tmp_path / "adapter")
+    manifest = read_folder(tmp_path / "ours", "--model-path")
+    base, proof = export_adapter(manifest, tmp_path / "adapter", tmp_path / "theirs")
+    assert base.target == ADAPTED[family, option]
+    assert min(proof.moved.values()) > 1e-2
+    assert all(probe["max_abs_delta"] < 2e-5 for probe in proof.probes.values())
+    config = json.loads((tmp_path / "theirs" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 2 * LORA_RANK and not config["rank_pattern"]
+    assert bool(config["target_parameters"]) == (base.target != CODE)
+    text = vlm.probes()["text"]
+    model = reopened.open_plainly(str(tmp_path / "theirs"), base.target == CODE, str(tmp_path / "theirs" / "adapter"))
+    with torch.no_grad():
+        assert torch.allclose(model(**text).logits, wanted(text), atol=2e-5)
+
+
+def write_random_adapter(vlm: VLM, folder: Path) -> Callable[..., torch.Tensor]:
+    """An adapter of every linear of the language model, with random matrices, and routers that have moved; returns the
+    function from inputs to logits of the model with it."""
+    targets = target_names(vlm, only_experts=False)
+    known = [name for name, _ in vlm.model.named_modules()]
+    config = LoraConfig(r=LORA_RANK, lora_alpha=5, target_modules=pattern_of(targets, known))
+    attach(vlm.model, config, targets)
+    routers = [part for _, layer in moe_layers(vlm.model) for part in router_modules(layer)]
+    config.modules_to_save = names_of(vlm.model, routers)
+    with torch.no_grad():
+        for parameter in lora_parameters(vlm.model) + [p for router in routers for p in router.parameters()]:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    origin = {"base": "ours", "dtype": "float32", "moe": vlm.model.config.moe}
+    write_adapter(vlm.model.state_dict(), Adapter(config, origin, vlm.keywords), folder)
+    return lambda inputs: vlm.model(**inputs).logits

@@ -52,6 +52,10 @@ def find_native(source: Source, name: str | None = None) -> tuple[str | None, li
     if source.spec is None:
         return (AS_IT_IS, []) if name is None else (None, ["it is dense"])
     known = {key: target for key, target in TARGETS.items() if source.text.model_type in target.decoders}
+    if name is not None and name not in known:
+        return None, [
+            f"its decoder is {source.text.model_type}, and {name} has that of {', '.join(TARGETS[name].decoders)}"
+        ]
     if not takes_any_decoder(source):
         known = {key: target for key, target in known.items() if target.vlm_type is not None}
     if not known:
@@ -113,24 +117,22 @@ def _text_fields(source: Source, target: Target) -> dict[str, Any]:
 
 
 def native_pieces(source: Source, target: Target | None) -> Pieces:
-    """The tensors of the new folder, in the order of the source's: those of the layers where its layers are."""
-    pieces: Pieces = {}
-    if target is None:
-        pieces = {name: Piece((name,)) for name in source.tensors}
-    else:
-        inside = {layer.prefix + name: layer for layer in source.layers for name in layer.names}
-        for name in source.tensors:
-            layer = inside.get(name)
-            if layer is None:
-                pieces[name] = Piece((name,))
-                continue
-            own = name.removeprefix(layer.prefix)
-            if not own.startswith(f"{layer.mlp}."):
-                pieces[name] = Piece((name,))
-        for layer in source.layers:
-            changed = target.attention(source, layer) | target.mlp(source, layer)
-            pieces |= {layer.prefix + name: piece for name, piece in changed.items()}
+    """The tensors of the new folder, under the names of the hub."""
+    pieces = layer_pieces(source, target)
     return {hub_name(name, source.config): piece for name, piece in pieces.items()}
+
+
+def layer_pieces(source: Source, target: Target | None) -> Pieces:
+    """The same under the names of the class, but for experts that it holds in one tensor. What no rule names is as it
+    is."""
+    if target is None:
+        return {name: Piece((name,)) for name in source.tensors}
+    inside = {f"{layer.prefix}{name}" for layer in source.layers for name in layer.names if name.startswith(layer.mlp)}
+    pieces = {name: Piece((name,)) for name in source.tensors if name not in inside}
+    for layer in source.layers:
+        changed = target.attention(source, layer) | target.mlp(source, layer)
+        pieces |= {layer.prefix + name: piece for name, piece in changed.items()}
+    return pieces
 
 
 def hub_name(name: str, config: Any) -> str:

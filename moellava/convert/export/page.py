@@ -50,4 +50,5 @@ def engine_lines(config: Any) -> list[str]:
     overrides = ""
     if getattr(config, "projector_hidden_act", None) == "linear":
         overrides = f" --hf-overrides '{IDENTITY_IN_VLLM}'"
-    return [f"vllm serve .{code}{overrides}", f"transformers serve .{code}"]
+    backend = " --model-impl transformers" if code else ""  # its own class of that name would not run the code
+    return [f"vllm serve .{code}{backend}{overrides}", f"transformers serve .{code}"]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Certificate:
             decoded and are equal).
         versions: library -> version that it was compared with.
         sha256: file of weights or code, or config -> its digest.
+        moved: of an adapter, probe -> how far it moves the logits, at most.
     """
 
     target: str
@@ -60,6 +61,7 @@ class Certificate:
     probes: dict[str, dict[str, float]]
     versions: dict[str, str]
     sha256: dict[str, str]
+    moved: dict[str, float] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """The certificate in a few lines."""
@@ -68,7 +70,10 @@ class Certificate:
             f"{probe['greedy_tokens']:.0f} greedy tokens equal"
             for name, probe in self.probes.items()
         ]
-        return [f"Reopened by transformers {self.versions['transformers']} without moellava (fp32):", *rows]
+        opener = f"reopened by transformers {self.versions['transformers']} without moellava"
+        title = f"{self.model_class} ({self.target}), {opener}:"
+        rows += [f"  the adapter moves logits of {name} by up to {delta:.3g}" for name, delta in self.moved.items()]
+        return [title, *rows]
 
     def save(self, folder: Path) -> None:
         """Writes it beside the weights."""
@@ -82,8 +87,14 @@ def said_by(vlm: VLM) -> tuple[Probes, dict[str, Tensor]]:
     return probes, computed(vlm.model, probes)
 
 
-def reopen(folder: Path, probes: Probes, with_code: bool) -> dict[str, Tensor]:
+def reopen(folder: Path, probes: Probes, with_code: bool, adapter: Path | None = None) -> dict[str, Tensor]:
     """What plain transformers computes from a folder, in a process that knows no moellava.
+
+    Args:
+        folder: what was written.
+        probes: inputs.
+        with_code: run the code in it.
+        adapter: what peft puts on it.
 
     Raises:
         NotProvenError: it does not open there; the last line of what was said is told.
@@ -91,7 +102,8 @@ def reopen(folder: Path, probes: Probes, with_code: bool) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as place:
         asked, said = Path(place) / "probes.safetensors", Path(place) / "said.safetensors"
         save_file(flat(probes), asked)
-        words = [sys.executable, "-I", reopened.__file__, str(folder), str(asked), str(said), *["code"] * with_code]
+        words = [sys.executable, "-I", reopened.__file__, str(folder), str(asked), str(said), *["--code"] * with_code]
+        words += [] if adapter is None else ["--adapter", str(adapter)]
         # What code is copied to must be new: transformers takes what lies there from another folder of that name.
         env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": place}
         done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)

@@ -1,8 +1,9 @@
 """Opens an exported folder as anybody would, and notes what its model computes. Run as a script, without moellava.
 
-python -I reopened.py FOLDER PROBES OUTPUT [code]
+python -I reopened.py FOLDER PROBES OUTPUT [--code] [--adapter DIR]
 """
 
+import argparse
 import sys
 
 import torch
@@ -36,19 +37,29 @@ def computed(model: torch.nn.Module, probes: dict[str, Tensors]) -> Tensors:
     return found
 
 
-def open_plainly(folder: str, with_code: bool) -> torch.nn.Module:
-    """The model of a folder, in fp32 and evaluation mode. Raises ValueError where weights and class do not agree."""
+def open_plainly(folder: str, with_code: bool = False, adapter: str | None = None) -> torch.nn.Module:
+    """The model of a folder, in fp32 and evaluation mode, with an adapter of peft's or without. Raises ValueError where
+    weights and class do not agree."""
     model, told = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=with_code, output_loading_info=True
     )
     left = {name: sorted(map(str, keys)) for name, keys in told.items() if keys}
     if left:
         raise ValueError(f"{folder} does not fit its class: {left}")
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
     return model.eval()
 
 
 if __name__ == "__main__":
-    folder, probes, output, *code = sys.argv[1:]
-    save_file(computed(open_plainly(folder, bool(code)), by_probe(load_file(probes))), output)
+    parser = argparse.ArgumentParser()
+    for name in ("folder", "probes", "output", "--adapter"):
+        parser.add_argument(name)
+    parser.add_argument("--code", action="store_true")
+    args = parser.parse_args()
+    model = open_plainly(args.folder, args.code, args.adapter)
+    save_file(computed(model, by_probe(load_file(args.probes))), args.output)
     if "moellava" in sys.modules:
         raise SystemExit("moellava took part in opening the folder")

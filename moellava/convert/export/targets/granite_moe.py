@@ -71,9 +71,11 @@ TARGETS.register(
     Target(
         text_type="granitemoe",
         decoders=("granite",),
+        experts="block_sparse_moe.experts",
         place=replicated,
         fields=granite_fields,
         mlp=granite_mlp,
+        copies_dense=True,
     ),
 )
 TARGETS.register(
@@ -81,6 +83,7 @@ TARGETS.register(
     Target(
         text_type="granitemoeshared",
         decoders=("granite",),
+        experts="block_sparse_moe.experts",
         place=only_shared,
         fields=granite_shared_fields,
         mlp=partial(granite_mlp, with_shared=True),

@@ -43,6 +43,8 @@ class Target:
         holds_bias: whether a bias takes part in choosing experts.
         holds_counts: whether layers may differ in their number of experts.
         vlm_type: `model_type` of the vision-language model, where its class is another one as well.
+        experts: where its class has the experts of a layer, in two tensors.
+        copies_dense: whether the MLP of a dense layer is each of its experts.
     """
 
     text_type: str
@@ -56,6 +58,8 @@ class Target:
     holds_bias: bool = False
     holds_counts: bool = False
     vlm_type: str | None = None
+    experts: str = "mlp.experts"
+    copies_dense: bool = False
 
     def lacks(self, source: Source) -> list[str]:
         """Why a sparse model cannot become one of these; empty if it can."""
