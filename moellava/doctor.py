@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from moellava.adapters.lora import target_names, vision_target_names
+from moellava.convert.export.export_folder import written_as
 from moellava.data.encoder import Encoder
 from moellava.data.masking import engine_for
 from moellava.data.media_reader import blank
@@ -66,6 +67,7 @@ class Diagnosis:
         upcycles: 'copies' and 'slices' -> 'exact', or why not.
         plain: whether plain transformers opens it.
         plain_reason: why not.
+        exports: what `moellava export` writes it as, or why it does not.
         problems: why it cannot be trained; empty where it can.
     """
 
@@ -86,6 +88,7 @@ class Diagnosis:
     upcycles: dict[str, str] = field(default_factory=dict)
     plain: bool = False
     plain_reason: str = ""
+    exports: str = ""
     problems: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
@@ -127,6 +130,10 @@ def diagnose(manifest: Manifest) -> Diagnosis:
         found.model = type(model).__name__
         _take_apart(found, VLM(model, None, None, keywords, architecture, manifest.called))
     _upcycle(found, config)
+    try:
+        found.exports = written_as(description, manifest.called)
+    except UserError as error:
+        found.exports = str(error)
     return found
 
 

@@ -31,7 +31,7 @@ from moellava.lmm.architecture import Architecture, architecture_of, holds_vlm
 from moellava.lmm.loaders import describe_released
 from moellava.model.compose import Composition, describe_composed, describe_parts, make_processor
 from moellava.model.description import Description
-from moellava.model.extended import REMOTE, extend_in_place
+from moellava.model.extended import extend_in_place
 from moellava.model.integrity import check_files, opening
 from moellava.model.manifest import Manifest, read_folder
 from moellava.model.parts import Keywords, parts_of
@@ -276,11 +276,7 @@ def describe(
             f"{manifest.called} is {manifest.holds}, no vision-language model. Stage 1 composes one of a "
             "language model and a vision tower: train.py --model_name_or_path LLM --image_tower TOWER --version plain"
         )
-    if str((manifest.config.get("text_config") or {}).get("model_type", "")).startswith(REMOTE):
-        raise UserError(
-            f"{manifest.called} was exported with a file of code, for plain transformers "
-            "(AutoModelForImageTextToText, trust_remote_code=True). Give the folder that it was exported from."
-        )
+    manifest.refuse_exported_code()
     require_plugins(plugins_of(manifest.config), manifest.folder, trust_remote_code)
     with opening(manifest.called):
         if manifest.is_published:

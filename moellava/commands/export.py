@@ -51,10 +51,17 @@ def main(argv: list[str] | None = None) -> int:
         help="the adapter/ of a run with --lora_enable that started from --model-path: write the model that it stands "
         "on, and in adapter/ the adapter for peft and engines (the run's own folder is merged, and exports as any)",
     )
+    parser.add_argument(
+        "--dropless",
+        type=truth,
+        default=False,
+        help="True: a model whose experts drop tokens beyond their capacity is written as what it is without drops, "
+        "since no engine drops; it is refused else",
+    )
     parser.add_argument("--shard-size", type=amount, default=4.0, help="largest file of the new folder, in GB")
     args = parser.parse_args(argv)
     why = "the layout of LLaVA opens in LLaVA's code alone, in one file: leave the flag out"
-    idle = [Idle(("verify", "shard_size", "adapter"), args.to == LLAVA, why)]
+    idle = [Idle(("verify", "shard_size", "adapter", "dropless"), args.to == LLAVA, why)]
     idle.append(Idle(("verify",), args.adapter, "an adapter is always compared: leave the flag out"))
     refuse_idle(parser, argv, idle)
     target = require_new_folder(args.output_dir, "--output-dir")
@@ -64,9 +71,9 @@ def main(argv: list[str] | None = None) -> int:
         manifest.require_start()
         write_published(open_vlm(args.model_path, device="cpu"), target)
     elif args.adapter:
-        proofs = [*export_adapter(manifest, args.adapter, target, args.to, shard_bytes)]
+        proofs = [*export_adapter(manifest, args.adapter, target, args.to, shard_bytes, args.dropless)]
     else:
-        certificate = export_folder(manifest, target, args.to, args.verify, shard_bytes)
+        certificate = export_folder(manifest, target, args.to, args.verify, shard_bytes, args.dropless)
         proofs = [] if certificate is None else [certificate]
     said = [line for proof in proofs for line in proof.lines()]
     print(printable("\n".join([*said, f"wrote {target}"])))

@@ -122,6 +122,7 @@ def diagnosis_text(found: Diagnosis) -> str:
         *((f"LoRA, {part}", _linears(names)) for part, names in found.lora.items()),
         *((f"experts as {name}", verdict) for name, verdict in found.upcycles.items()),
         ("plain transformers", "opens it" if found.plain else f"no: {found.plain_reason or 'it cannot be opened'}"),
+        ("exported as", found.exports or "nothing"),
         ("trains", "no:" if found.problems else "yes"),
     ]
     return "\n".join([*(f"{name:26}{said}" for name, said in lines), *(f"  {why}" for why in found.problems)])

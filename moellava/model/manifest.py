@@ -10,6 +10,7 @@ from typing import Any
 
 from moellava.errors import UserError
 from moellava.files import CONFIG, MODEL_FILES, read_config, resolve_folder
+from moellava.model.extended import REMOTE
 from moellava.model.integrity import check_digests, check_files
 from moellava.model.section import Section, section_of
 from moellava.model.towers import is_tower
@@ -93,6 +94,15 @@ class Manifest:
         for part in (self.base, self.tower):
             if part is not None:
                 part.require_start()
+
+    def refuse_exported_code(self) -> None:
+        """Raises UserError for what `moellava export` has written with a file of code."""
+        text = self.config.get("text_config") or {}
+        if str(text.get("model_type", "")).startswith(REMOTE):
+            raise UserError(
+                f"{self.called} was exported with a file of code, for plain transformers "
+                "(AutoModelForImageTextToText, trust_remote_code=True). Give the folder that it was exported from."
+            )
 
 
 def is_sparse(raw: Mapping[str, Any]) -> bool:

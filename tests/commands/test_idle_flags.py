@@ -65,6 +65,7 @@ IDLE: dict[str, dict[str, str]] = {
         "verify": "--model-path m --output-dir o --to llava --verify False",
         "shard-size": "--model-path m --output-dir o --to llava --shard-size 4",
         "adapter": "--model-path m --output-dir o --to llava --adapter a",
+        "dropless": "--model-path m --output-dir o --to llava --dropless True",
     },
     "verify": {"atol": "{folder} --files --atol 1e-4", "update": "{folder} --update"},
     "models": {"family": "--markdown --family llava-1.5"},

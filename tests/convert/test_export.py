@@ -88,6 +88,7 @@ def reopened_in_process(folder: Path, probes: dict, with_code: bool) -> dict[str
     ("options", "flags", "message"),
     [
         ({"drop_tokens": True}, (), "drops tokens beyond an expert's capacity"),
+        ({}, ("--dropless", "True"), "drops no tokens"),
         ({"use_residual": True}, ("--to", "native"), "qwen2-moe: its dense MLPs are mixed with the experts"),
         ({"num_experts": [2, 3]}, ("--to", "qwen2-moe"), "differ in their number of experts"),
         ({}, ("--to", "mixtral"), "its sparse layers lie elsewhere"),
@@ -158,6 +159,12 @@ def test_memory_stays_within_a_shard(make_sparse, tmp_path):
     del model, vlm
     extra = int(run_python(MEMORY, small, big, tmp_path).split()[-1])
     assert extra <= 1.5 * shard < 0.3 * total
+
+
+def test_a_model_that_drops_tokens_is_written_without(make_sparse, monkeypatch, capsys):
+    monkeypatch.setattr(exporting, "reopen", reopened_in_process)
+    status, _ = export(make_sparse(drop_tokens=True, eval_capacity_factor=0.3), "--dropless", "True")
+    assert status == 0 and "32 greedy tokens equal" in capsys.readouterr().out
 
 
 def test_weights_stay_in_their_precision(make_sparse):

@@ -79,14 +79,19 @@ def stacked_experts(experts: list[Matrices]) -> Matrices:
 
 
 def export_adapter(
-    manifest: Manifest, adapter_dir: Path, target: Path, to: str = AUTO, shard_bytes: int = 4 * 10**9
+    manifest: Manifest,
+    adapter_dir: Path,
+    target: Path,
+    to: str = AUTO,
+    shard_bytes: int = 4 * 10**9,
+    dropless: bool = False,
 ) -> tuple[Certificate, Certificate]:
     """Writes the model that an adapter stands on, and in `adapter/` the adapter for peft.
 
     Args:
         manifest: the folder that the run with adapters started from.
         adapter_dir: the `adapter/` of that run.
-        target, to, shard_bytes: see `export_folder`.
+        target, to, shard_bytes, dropless: see `export_folder`.
 
     Returns:
         The proofs of the folder and of the folder with its adapter.
@@ -98,7 +103,7 @@ def export_adapter(
         plain = Path(place) / "plain"
         adapter, matrices, probes, wanted = taken_apart(manifest, adapter_dir, plain)
         try:
-            base = export_folder(read_folder(plain, manifest.flag), target, to, True, shard_bytes)
+            base = export_folder(read_folder(plain, manifest.flag), target, to, True, shard_bytes, dropless)
             assert base is not None
             with staged(target / FOLDER, STAGING) as staging:
                 write_adapter(read_folder(plain, manifest.flag), target, staging, base.target, adapter, matrices)

@@ -22,6 +22,7 @@ from moellava.convert.export.targets import TARGETS
 from moellava.errors import UserError
 from moellava.files import CONFIG, staged
 from moellava.log import get_logger
+from moellava.model.build import on_meta
 from moellava.model.description import Description
 from moellava.model.extended import REMOTE
 from moellava.model.manifest import Manifest
@@ -39,7 +40,12 @@ GENERATION = "generation_config.json"
 
 
 def export_folder(
-    manifest: Manifest, target: Path, to: str = AUTO, verify: bool = True, shard_bytes: int = 4 * 10**9
+    manifest: Manifest,
+    target: Path,
+    to: str = AUTO,
+    verify: bool = True,
+    shard_bytes: int = 4 * 10**9,
+    dropless: bool = False,
 ) -> Certificate | None:
     """Writes a model as one of Hugging Face's classes, or as one with a file of code. Tensors go from file to file one
     by one; the proof holds one model at a time.
@@ -50,6 +56,7 @@ def export_folder(
         to: of `CHOICES`, but LLaVA's layout.
         verify: reopen the new folder and compare.
         shard_bytes: largest file of the new folder.
+        dropless: write a model whose experts drop tokens as what it is where they drop none.
 
     Returns:
         The proof; None without one.
@@ -65,6 +72,7 @@ def export_folder(
         raise UserError(f"{manifest.called} holds no tokenizer. Copy the files of the language model's into it.")
     with staged(target, STAGING) as staging:
         with opened_source(description, manifest.called) as source:
+            require_dropless(source, dropless)
             name = choose(source, to)
             config, pieces = as_code(source, staging) if name == CODE else as_native(source, name)
             write_pieces(pieces, source, staging, shard_bytes)
@@ -80,14 +88,21 @@ def export_folder(
     return certificate
 
 
-def choose(source: Source, to: str) -> str:
-    """What a model is written as: the name of a target, or `CODE`. Raises UserError where it cannot be."""
-    if source.spec is not None and source.spec.drop_tokens:
+def require_dropless(source: Source, dropless: bool) -> None:
+    """Raises UserError for experts that drop tokens, unless the model is wanted as it is without that."""
+    drops = source.spec is not None and source.spec.drop_tokens
+    if dropless and not drops:
+        raise UserError(f"--dropless True: {source.called} drops no tokens. Leave the flag out.")
+    if drops and not dropless:
         raise UserError(
             f"{source.called} drops tokens beyond an expert's capacity (drop_tokens, eval_capacity_factor "
-            f"{source.spec.eval_capacity_factor}), so that an answer depends on what else is in the batch. No engine "
-            "does that. Train it on with --drop_tokens False, and export what comes of it."
+            f"{source.config.moe['eval_capacity_factor']}), so that an answer depends on what else is in the batch. "
+            "No engine does that. --dropless True writes it without: every token then reaches all its experts."
         )
+
+
+def choose(source: Source, to: str) -> str:
+    """What a model is written as: the name of a target, or `CODE`. Raises UserError where it cannot be."""
     if to != CODE:
         native, reasons = find_native(source, to if to in TARGETS else None)
         if native is not None:
@@ -104,6 +119,14 @@ def choose(source: Source, to: str) -> str:
 
 def _refusal(source: Source, to: str, reasons: Iterable[str]) -> UserError:
     return UserError(f"--to {to}: {source.called} cannot be written so: {'; '.join(reasons)}.")
+
+
+def written_as(description: Description, called: str) -> str:
+    """What a folder would be written as, without its weights. Raises UserError: see `export_folder`."""
+    model = on_meta(description.config)
+    source = Source(called, description.config, model, model.state_dict(), model.state_dict().__getitem__, description)
+    require_dropless(source, dropless=False)
+    return choose(source, AUTO)
 
 
 def as_native(source: Source, name: str) -> tuple[Any, Pieces]:

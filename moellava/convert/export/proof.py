@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from moellava.convert.export.reopened import GREEDY, by_probe, computed
 from moellava.errors import UserError
 from moellava.files import file_digest, write_json
 from moellava.moe import set_routing_context
+from moellava.moe.upcycle import change_spec
 from moellava.vlm import VLM, Probes
 
 FILE = "export_certificate.json"
@@ -81,7 +82,9 @@ class Certificate:
 
 
 def said_by(vlm: VLM) -> tuple[Probes, dict[str, Tensor]]:
-    """Probes of a model, and what it computes from them, in fp32."""
+    """Probes of a model, and what it computes from them where no token is dropped, in fp32."""
+    if vlm.spec is not None:
+        change_spec(vlm.model, replace(vlm.spec, drop_tokens=False))
     probes = vlm.probes()
     set_routing_context(vlm.model)
     return probes, computed(vlm.model, probes)
