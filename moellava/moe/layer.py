@@ -171,7 +171,8 @@ class NativeMoE(RoutedMLP):
         is_step = len(x_TD) <= FEW and x_TD.device.type == "cpu" and self.context.token_mask is None
         if self.is_counted or self.spec.drop_tokens or not is_step:
             return super().routed(x_TD, shape)
-        self.record = None
+        if self.record is not None:  # setting what a module has takes long
+            self.record = None
         return run_few(list(self.experts), x_TD, *choose(self.router(x_TD), self.router.bias, self.spec))
 
     def run(self, x_TD: Tensor, routing: Routing) -> Tensor:

@@ -185,12 +185,17 @@ def routing_told(model: nn.Module) -> Iterator[None]:
     Where capacity is limited, padding must not take the room that tokens need. Tokens that are being said all count.
     """
 
+    is_told = True  # of whatever there was before
+
     def tell(_: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        nonlocal is_told
         mask_BL, length = inputs.get("attention_mask"), inputs["input_ids"].shape[1]
-        if mask_BL is None or length == 1:
-            set_routing_context(model)
-        else:  # the mask begins with what the cache holds; its last columns are those of this forward
+        if mask_BL is not None and length > 1:  # the mask begins with what the cache holds; its last columns count
             set_routing_context(model, token_mask=mask_BL[:, -length:].bool())
+            is_told = True
+        elif is_told:  # once an answer, for looking for the layers takes as long as one of them
+            set_routing_context(model)
+            is_told = False
 
     hook = model.register_forward_pre_hook(tell, with_kwargs=True)
     try:
