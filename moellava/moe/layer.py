@@ -138,6 +138,10 @@ class RoutedMLP(nn.Module):
         limit = capacity(len(expert_Nk), self.n_experts, self.spec, self.training)
         return expert_Nk, within_capacity(expert_Nk, self.n_experts, limit)
 
+    def _may_drop(self, n_tokens: int) -> bool:
+        """Whether so many tokens may be more than an expert has room for; one token's choices differ."""
+        return self.spec.drop_tokens and capacity(n_tokens, self.n_experts, self.spec, self.training) < n_tokens
+
     def _note(self, routing: Routing, record: LayerRecord) -> None:
         self.record = record
         self.stats.add(routing)
@@ -169,7 +173,7 @@ class NativeMoE(RoutedMLP):
 
     def routed(self, x_TD: Tensor, shape: torch.Size) -> Tensor:
         is_step = len(x_TD) <= FEW and x_TD.device.type == "cpu" and self.context.token_mask is None
-        if self.is_counted or self.spec.drop_tokens or not is_step:
+        if self.is_counted or not is_step or self._may_drop(len(x_TD)):
             return super().routed(x_TD, shape)
         if self.record is not None:  # setting what a module has takes long
             self.record = None
