@@ -8,7 +8,7 @@ asks which of them it is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from moellava.lmm.loaders import describe_released
 from moellava.model.compose import Composition, describe_composed, describe_parts, make_processor
 from moellava.model.description import Description
 from moellava.model.extended import extend_in_place
+from moellava.model.features import FeatureCache
 from moellava.model.integrity import check_files, opening
 from moellava.model.manifest import Manifest, read_folder
 from moellava.model.parts import Keywords, parts_of
@@ -45,8 +46,7 @@ from moellava.plugins import require_plugins
 
 PROBE_TOKENS = 12
 PROBE_PIXELS = 56
-"""Random tokens of a question and of its answer, and height and width in pixels of the image, that two models are
-compared on."""
+"""Random tokens of a question and of its answer, and the image's sides in pixels, that two models are compared on."""
 
 CONTEXT_FIELDS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
 """What configs call the longest sequence. Where positions are relative (Bloom), none does."""
@@ -68,6 +68,7 @@ class VLM:
         keywords: where its parts are.
         architecture: of a released model, its entry; None for what is composed here.
         source: what the user called it.
+        features: what images and videos became that it was asked about.
     """
 
     model: Any
@@ -76,6 +77,7 @@ class VLM:
     keywords: Keywords
     architecture: Architecture | None = None
     source: str = "this model"
+    features: FeatureCache = field(default_factory=FeatureCache, init=False, repr=False, compare=False)
 
     @property
     def section(self) -> Section:
@@ -212,8 +214,7 @@ def probes_of(config: Any, encoder: Encoder, collator: MediaCollator, dtype: tor
     the model opens image files itself.
 
     Args:
-        config: the model's.
-        encoder, collator: of its samples.
+        config, encoder, collator: of the model and of its samples.
         dtype: of the pixels.
         seed: of words and pixels.
     """

@@ -21,7 +21,7 @@ from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.errors import UserError
 from moellava.model.manifest import read_folder
 from moellava.model.weights import read_file
-from moellava.moe import moe_layers, router_losses
+from moellava.moe import counted_routing, moe_layers, router_losses
 from moellava.vlm import describe
 
 INPUTS = ("input_ids", "attention_mask", "labels", "images")
@@ -73,7 +73,8 @@ def recompute(
         tensors by their names in a golden file, and the expanded attention mask [B, L].
     """
     embeddings, mask, labels = spliced(model, golden)
-    logits = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits.float()
+    with counted_routing(model):
+        logits = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits.float()
     logits = logits[..., :vocabulary]
     loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
     result = {"logits": logits}

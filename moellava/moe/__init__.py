@@ -7,6 +7,7 @@ from moellava.moe.state import gather_moe_state_dict, native_names
 from moellava.moe.upcycle import (
     change_spec,
     convert_engine,
+    counted_routing,
     enable_gradient_checkpointing,
     expert_parameters,
     moe_layers,
@@ -24,6 +25,7 @@ __all__ = [
     "RouterLosses",
     "checkpoint_contexts",
     "convert_engine",
+    "counted_routing",
     "enable_gradient_checkpointing",
     "expert_parameters",
     "gather_moe_state_dict",

@@ -23,10 +23,12 @@ class RoutingContext:
     Args:
         token_mask: [B, L] bool, True where a token is real. None: all are.
         image_mask: [B, L] bool, True where an image patch stands. None: not known.
+        counts_answers: note load and losses of forwards that nothing is learnt from, too.
     """
 
     token_mask: Tensor | None = None
     image_mask: Tensor | None = None
+    counts_answers: bool = False
 
     def flat(self, name: str, shape: torch.Size) -> Tensor | None:
         """A mask as [T], checked against the [B, L] of the hidden states. Raises ValueError if they differ."""

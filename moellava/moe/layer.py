@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from moellava.moe.context import RoutingContext, decide
 from moellava.moe.experts import run_experts, sort_by_expert
+from moellava.moe.few_tokens import FEW, run_few
 from moellava.moe.losses import LayerRecord, count_choices, record_layer
-from moellava.moe.router import Choice, Router, Routing, capacity, gates, select, within_capacity
+from moellava.moe.router import Choice, Router, Routing, capacity, choose, gates, select, within_capacity
 from moellava.moe.spec import MoESpec
 from moellava.moe.stats import RouterStats
 
@@ -28,7 +29,7 @@ class RoutedMLP(nn.Module):
         hidden: D.
         router: the linear router.
         context: masks of the batch, shared by all layers of the model.
-        record: sums of the last forward, read by `router_losses`.
+        record: sums of the last forward, read by `router_losses`; None where it was not counted.
         stats: counters for the log.
         choices_E: choices since the balancing bias last moved.
         shared: an MLP that every token visits (residual MoE, shared expert), or None.
@@ -64,6 +65,15 @@ class RoutedMLP(nn.Module):
     def run(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Σ over chosen experts of gate × expert(x), [T, D]; zero where a token is padding."""
 
+    def routed(self, x_TD: Tensor, shape: torch.Size) -> Tensor:
+        """What the experts of each token say, weighed: [T, D]. See `route`."""
+        return self.run(x_TD, self.route(x_TD, shape))
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether somebody wants to know of this forward: it is learnt from, or `counted_routing` asks."""
+        return self.training or torch.is_grad_enabled() or self.context.counts_answers
+
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled and copied: all but the last forward's losses, which hang on its graph."""
         return {**self.__dict__, "record": None}
@@ -78,8 +88,7 @@ class RoutedMLP(nn.Module):
         """[B, L, D] or [T, D] -> the same shape."""
         shape = hidden_states.shape
         x_TD = hidden_states.reshape(-1, shape[-1])
-        routing = self.route(x_TD, shape[:-1] if len(shape) == 3 else torch.Size((1, shape[0])))
-        out_TD = self.run(x_TD, routing)
+        out_TD = self.routed(x_TD, shape[:-1] if len(shape) == 3 else torch.Size((1, shape[0])))
         if self.coefficient is not None and self.shared is not None:
             mix_T2 = self.coefficient(x_TD).softmax(-1)
             out_TD = out_TD * mix_T2[:, :1] + self.shared(x_TD) * mix_T2[:, 1:]
@@ -102,7 +111,10 @@ class RoutedMLP(nn.Module):
         (expert_Nk, kept_Nk), is_replay = decide(lambda: self._select(logit_NE.detach(), prob_NE.detach()))
         choice = Choice(token_N, expert_Nk, kept_Nk, sequence_N, image_N)
         routing = Routing(choice, gates(prob_NE, choice, spec), prob_NE, logit_NE)
-        record = record_layer(routing, shape[0], spec)
+        if not self.is_counted:
+            self.record = None
+            return routing
+        record = record_layer(routing, shape[0], spec)  # in a replay too, whose graph must be that of the first run
         if not is_replay:
             self._note(routing, record)
         return routing
@@ -125,6 +137,10 @@ class RoutedMLP(nn.Module):
             return expert_Nk, None
         limit = capacity(len(expert_Nk), self.n_experts, self.spec, self.training)
         return expert_Nk, within_capacity(expert_Nk, self.n_experts, limit)
+
+    def _may_drop(self, n_tokens: int) -> bool:
+        """Whether so many tokens may be more than an expert has room for; one token's choices differ."""
+        return self.spec.drop_tokens and capacity(n_tokens, self.n_experts, self.spec, self.training) < n_tokens
 
     def _note(self, routing: Routing, record: LayerRecord) -> None:
         self.record = record
@@ -154,6 +170,14 @@ class NativeMoE(RoutedMLP):
 
     def local_experts(self) -> dict[int, nn.Module]:
         return dict(enumerate(self.experts))
+
+    def routed(self, x_TD: Tensor, shape: torch.Size) -> Tensor:
+        is_step = len(x_TD) <= FEW and x_TD.device.type == "cpu" and self.context.token_mask is None
+        if self.is_counted or not is_step or self._may_drop(len(x_TD)):
+            return super().routed(x_TD, shape)
+        if self.record is not None:  # setting what a module has takes long
+            self.record = None
+        return run_few(list(self.experts), x_TD, *choose(self.router(x_TD), self.router.bias, self.spec))
 
     def run(self, x_TD: Tensor, routing: Routing) -> Tensor:
         return run_experts(list(self.experts), x_TD, sort_by_expert(routing.choice, routing.gate_Nk, self.n_experts))

@@ -7,6 +7,7 @@ hidden.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -84,7 +85,8 @@ class Router(nn.Module):
             x_ND: tokens.
             jitter: each input is multiplied by a factor from [1 - jitter, 1 + jitter].
         """
-        with torch.autocast(x_ND.device.type, enabled=False):
+        device = x_ND.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             x_ND = x_ND.float()
             if jitter:
                 x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - jitter, 1 + jitter)
@@ -127,6 +129,18 @@ def select(logit_NE: Tensor, prob_NE: Tensor, bias_E: Tensor | None, spec: MoESp
         gumbel = -torch.empty_like(logit_NE).exponential_().log()
         return torch.cat([first, (logit_NE + gumbel).scatter(1, first, float("-inf")).argmax(1, keepdim=True)], dim=1)
     return best(whole_sets(logit_NE, spec.granularity), spec.top_k_experts)
+
+
+def choose(logit_NE: Tensor, bias_E: Tensor | None, spec: MoESpec) -> tuple[Tensor, Tensor]:
+    """The experts [N, k] of each token and their gates [N, k], where nothing is learnt and nothing dropped: as `select`
+    and `gates` say, but of the chosen logits alone where that is the same."""
+    k = spec.top_k_experts
+    if bias_E is None and spec.granularity == 1 and k > 1:
+        logit_NE, expert_NE = logit_NE.sort(dim=1, descending=True, stable=True)  # ties as in `best`
+        return expert_NE[:, :k], logit_NE[:, :k].softmax(1)
+    prob_NE = logit_NE.softmax(1)
+    expert_Nk = select(logit_NE, prob_NE, bias_E, spec, training=False)
+    return expert_Nk, gates(prob_NE, Choice(None, expert_Nk, None, expert_Nk[:, 0], None), spec)
 
 
 def capacity(n_tokens: int, n_experts: int, spec: MoESpec, training: bool) -> int:

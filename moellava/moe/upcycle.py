@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -168,6 +169,21 @@ def set_routing_context(model: nn.Module, token_mask: Tensor | None = None, imag
         layer.context.token_mask, layer.context.image_mask = token_mask, image_mask
 
 
+@contextmanager
+def counted_routing(model: nn.Module) -> Iterator[None]:
+    """Has the routers of a sparse model note load and losses in evaluation without gradient, too: where
+    `router_metrics` or `router_losses` are asked for, for an answer takes longer. Nothing happens if it is dense."""
+    contexts = [layer.context for layer in sparse_modules(model)]
+    before = [context.counts_answers for context in contexts]
+    for context in contexts:
+        context.counts_answers = True
+    try:
+        yield
+    finally:
+        for context, counts in zip(contexts, before, strict=True):
+            context.counts_answers = counts
+
+
 def router_losses(model: nn.Module, total_tokens: float | None = None, reduce: Reduce | None = None) -> RouterLosses:
     """Losses of the last forward, with gradient. Add `.total` to the cross-entropy.
 
@@ -182,12 +198,17 @@ def router_losses(model: nn.Module, total_tokens: float | None = None, reduce: R
     layers = sparse_modules(model)
     records = [layer.record for layer in layers if layer.record is not None]
     if not records or len(records) < len(layers):
-        raise ValueError("router_losses needs a sparse model that has just run a forward.")
+        raise ValueError(
+            "router_losses needs a sparse model that has just run a forward: in training mode, with gradients, or "
+            "within counted_routing(model)."
+        )
     return combine(records, layers[0].spec, total_tokens, reduce)
 
 
 def router_metrics(model: nn.Module, reset: bool = True, reduce: Reduce | None = None) -> dict[str, Any]:
     """Load, entropy and dead experts of each layer since the last reset: {"layer_3": {"load": [...], …}, …}.
+
+    Forwards in evaluation mode and without gradient are counted within `counted_routing` alone.
 
     Args:
         model: a model; {} if it is dense.

@@ -5,7 +5,7 @@ Legend: D hidden, I intermediate units, P = 2 I columns of a linear that holds w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +90,7 @@ def tensors_of(modules: list[nn.Module]) -> tuple[Layout, list[Tensor | None]] |
     flat: list[Tensor | None] = []
     for module in modules:
         linears = [getattr(module, name) for name in layout.linears.values()]
-        if any(type(linear) is not nn.Linear for linear in linears) or any(map(_is_watched, (module, *linears))):
+        if not is_called_plainly(module, linears):
             return None
         for linear in linears:
             flat += [linear.weight, linear.bias]
@@ -141,6 +141,11 @@ def _formula(expert: Expert, activation: Activation, x_ND: Tensor) -> Tensor:
     if expert.w3_ID is not None:
         inner_NI = inner_NI * nn.functional.linear(x_ND, expert.w3_ID, expert.b3_I)
     return nn.functional.linear(inner_NI, expert.w2_DI, expert.b2_D)
+
+
+def is_called_plainly(module: nn.Module, linears: Collection[nn.Module]) -> bool:
+    """Whether calling an MLP runs its linears, and they their weights, with nothing around it."""
+    return all(type(linear) is nn.Linear for linear in linears) and not any(map(_is_watched, (module, *linears)))
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -114,6 +114,7 @@ class Prompts:
             "placeholders": self.vlm.placeholder_ids,
             "pad_token_id": self.collator.pad_token_id,
             "limits": [self.vlm.context_length - example.length for example in examples],
+            "features": self.vlm.features,
         }
 
 

@@ -22,6 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer
 
 from moellava.errors import UserError
+from moellava.model.features import FeatureCache
 from moellava.moe import moe_layers, set_routing_context
 from moellava.serve.ending import Ending, SaysTerminator
 
@@ -185,12 +186,17 @@ def routing_told(model: nn.Module) -> Iterator[None]:
     Where capacity is limited, padding must not take the room that tokens need. Tokens that are being said all count.
     """
 
+    is_told = True  # of whatever there was before
+
     def tell(_: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        nonlocal is_told
         mask_BL, length = inputs.get("attention_mask"), inputs["input_ids"].shape[1]
-        if mask_BL is None or length == 1:
-            set_routing_context(model)
-        else:  # the mask begins with what the cache holds; its last columns are those of this forward
+        if mask_BL is not None and length > 1:  # the mask begins with what the cache holds; its last columns count
             set_routing_context(model, token_mask=mask_BL[:, -length:].bool())
+            is_told = True
+        elif is_told:  # once an answer, for looking for the layers takes as long as one of them
+            set_routing_context(model)
+            is_told = False
 
     hook = model.register_forward_pre_hook(tell, with_kwargs=True)
     try:
@@ -224,6 +230,7 @@ def generate(
     placeholders: Sequence[int],
     pad_token_id: int | None,
     limits: Sequence[int] | None = None,
+    features: FeatureCache | None = None,
     synced: bool = False,
 ) -> list[list[int]]:
     """The tokens of each row's answer, with the one that ended it, if any did. `ending.text` makes them text.
@@ -237,9 +244,11 @@ def generate(
         placeholders: tokens that are never answers: those of images and videos.
         pad_token_id: fills rows that have ended; None takes a stop token.
         limits: the longest answer of each row, in tokens, where the context has not room for `max_new_tokens`.
+        features: what images and videos became when they were shown before; None encodes them anew.
         synced: go on with dummy steps until all processes have ended, for a forward that is a common effort.
     """
-    return _generate(model, batch, ending, sampling, placeholders, pad_token_id, limits, synced_gpus=synced)
+    arguments = (model, batch, ending, sampling, placeholders, pad_token_id, limits, features)
+    return _generate(*arguments, synced_gpus=synced)
 
 
 def stream(
@@ -251,6 +260,7 @@ def stream(
     placeholders: Sequence[int],
     pad_token_id: int | None,
     limits: Sequence[int] | None = None,
+    features: FeatureCache | None = None,
 ) -> Iterator[str]:
     """The text of one row's answer in pieces, as they are certain; their join is the text of what `generate` gives.
 
@@ -259,7 +269,7 @@ def stream(
     """
     if len(batch["input_ids"]) != 1:
         raise ValueError(f"a stream is of one row, and this batch has {len(batch['input_ids'])}")
-    arguments = (model, batch, ending, sampling, placeholders, pad_token_id, limits)
+    arguments = (model, batch, ending, sampling, placeholders, pad_token_id, limits, features)
     shown, said = "", list[int]()
     if sampling.num_beams > 1:
         (said,) = _generate(*arguments)
@@ -290,6 +300,7 @@ def _generate(
     placeholders: Sequence[int],
     pad_token_id: int | None,
     limits: Sequence[int] | None,
+    features: FeatureCache | None,
     *criteria: StoppingCriteria,
     **options: Any,
 ) -> list[list[int]]:
@@ -304,6 +315,8 @@ def _generate(
     if sparse:  # a static cache hands its layers a mask [B, 1, L, K], which does not tell what is padding
         options["cache_implementation"] = None
     with evaluating(model), seeded(sampling.seed), routing_told(model) if sparse else nullcontext():
+        if features is not None:
+            inputs = features.encoded(model, inputs, batch)
         output_BL = model.generate(
             **inputs,
             **FIXED,

@@ -8,6 +8,7 @@ import torch
 from moellava.errors import UserError
 from moellava.moe import (
     MoESpec,
+    counted_routing,
     expert_parameters,
     moe_layers,
     router_losses,
@@ -132,7 +133,7 @@ def test_padding_changes_neither_losses_nor_counts(tiny_llava, batch):
     for extra in (0, 5):
         padded = {k: torch.nn.functional.pad(v, (0, extra)) if v.dim() == 2 else v for k, v in batch.items()}
         set_routing_context(model, padded["attention_mask"].bool(), padded["input_ids"] == 5)
-        with torch.no_grad():
+        with torch.no_grad(), counted_routing(model):
             kept = model(**padded).logits[padded["attention_mask"].bool()]
         losses = router_losses(model)
         results.append((kept, losses.aux, losses.z, router_metrics(model)))
@@ -145,7 +146,8 @@ def test_padding_changes_neither_losses_nor_counts(tiny_llava, batch):
 def test_metrics_split_image_and_text_and_reset(tiny_llava, batch):
     model = upcycle(tiny_llava(), MoESpec(moe_layers_idx=[2], num_experts=[3]))
     set_routing_context(model, batch["attention_mask"].bool(), batch["input_ids"] == 5)
-    logits(model, batch)
+    with counted_routing(model):
+        logits(model, batch)
     found = router_metrics(model)["layer_2"]
     assert found["tokens"] == 19
     mixed = [8 / 19 * i + 11 / 19 * t for i, t in zip(found["load_image"], found["load_text"], strict=True)]
@@ -159,7 +161,8 @@ def test_dead_experts_are_named(tiny_llava, batch):
     model = upcycle(tiny_llava(), MoESpec(moe_layers_idx=[2]))
     layer = moe_layers(model)[0][1]
     layer.router.weight.data.zero_()  # all logits equal: ties go to experts 0 and 1
-    logits(model, batch)
+    with counted_routing(model):
+        logits(model, batch)
     assert router_metrics(model)["layer_2"]["dead"] == [2, 3]
 
 
@@ -199,7 +202,8 @@ def test_dropping_leaves_tokens_out(tiny_llava, batch):
     spec = MoESpec(moe_layers_idx=[0], drop_tokens=True, eval_capacity_factor=0.5)
     model = upcycle(tiny_llava(), spec)
     set_routing_context(model)
-    logits(model, batch)
+    with counted_routing(model):
+        logits(model, batch)
     assert 0.3 < router_metrics(model)["layer_0"]["dropped"] <= 0.6
 
 
