@@ -225,6 +225,8 @@ def generate(
     pad_token_id: int | None,
     limits: Sequence[int] | None = None,
     synced: bool = False,
+    criteria: Sequence[StoppingCriteria] = (),
+    processors: Sequence[LogitsProcessor] = (),
 ) -> list[list[int]]:
     """The tokens of each row's answer, with the one that ended it, if any did. `ending.text` makes them text.
 
@@ -238,8 +240,11 @@ def generate(
         pad_token_id: fills rows that have ended; None takes a stop token.
         limits: the longest answer of each row, in tokens, where the context has not room for `max_new_tokens`.
         synced: go on with dummy steps until all processes have ended, for a forward that is a common effort.
+        criteria: further ones that end rows; each sees every token as it is said.
+        processors: further ones, which see the model's logits before ours do.
     """
-    return _generate(model, batch, ending, sampling, placeholders, pad_token_id, limits, synced_gpus=synced)
+    arguments = (model, batch, ending, sampling, placeholders, pad_token_id, limits)
+    return _generate(*arguments, *criteria, processors=processors, synced_gpus=synced)
 
 
 def stream(
@@ -291,6 +296,7 @@ def _generate(
     pad_token_id: int | None,
     limits: Sequence[int] | None,
     *criteria: StoppingCriteria,
+    processors: Sequence[LogitsProcessor] = (),
     **options: Any,
 ) -> list[list[int]]:
     """See `generate`; further criteria and options go to Hugging Face's."""
@@ -312,7 +318,7 @@ def _generate(
             max_new_tokens=max(longest),
             eos_token_id=ending.stop_ids or None,
             pad_token_id=pad_token_id,
-            logits_processor=LogitsProcessorList([NoPlaceholders(placeholders)]),
+            logits_processor=LogitsProcessorList([*processors, NoPlaceholders(placeholders)]),
             stopping_criteria=StoppingCriteriaList(stops),
         )
     said = output_BL[:, prompt_length:].tolist()
