@@ -21,7 +21,7 @@ class ServerLimits:
         images: pictures of one request.
         image: how large a picture may be; its pixels are those of all pictures of a request together.
         new_tokens: the longest answer that may be asked for.
-        domains: hosts that pictures may be fetched from, as URLs spell them.
+        domains: hosts that pictures may be fetched from, as URLs spell them: `example.com`, `localhost:8080`.
     """
 
     requests: int = 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -43,16 +43,13 @@ def fetched(url: str, limits: ServerLimits) -> str:
 
 
 def _allowed_host(url: str, limits: ServerLimits) -> str:
-    """The host of a URL. Raises Refusal where it is not allowed, or where the URL brings a user or a port of its own,
-    with which it could mean another server of the same host."""
+    """The host of a URL, with its port where it names one. Raises Refusal where the server's owner has not named it so;
+    a URL with a user in it is never so."""
     try:
-        parts: SplitResult = urlsplit(url)
-        host, port = (parts.hostname or "").lower(), parts.port
+        host = urlsplit(url).netloc.lower()
     except ValueError as error:
-        raise Refusal("image_url is no URL that can be read.") from error
+        raise Refusal("image_url is no URL that can be read.", param="messages") from error
     if host not in limits.domains:
         allowed = ", ".join(sorted(limits.domains)) or "none: send pictures as data URIs"
-        raise Refusal(f"Pictures of {host[:80]!r} are not fetched; hosts allowed with --allow-domain: {allowed}.")
-    if parts.username is not None or parts.password is not None or port is not None:
-        raise Refusal("image_url names a user or a port, and pictures are fetched without.")
+        raise Refusal(f"Pictures of {host[:80]!r} are not fetched; --allow-domain allows {allowed}.", param="messages")
     return host

@@ -168,10 +168,7 @@ def request_of(messages: Sequence[Message], limits: ServerLimits) -> Request:
     for message in turns:
         show = urls.append if message.role == "user" else lambda _: _no_pictures("assistant")
         said.append({"from": ROLES[message.role], "value": _text_of(message, show)})
-    if len(urls) > limits.images:
-        raise Refusal(f"The request has {len(urls)} pictures, and this server takes {limits.images}.", param="messages")
-    shown = [picture_of(url, limits) for url in urls]
-    require_pixels([content_of(uri) for uri in shown], limits)
+    shown = pictures_of(urls, limits)
     return Request(messages=said, images=shown, system_prompt=prompt)
 
 
@@ -189,6 +186,15 @@ def _text_of(message: Message, show: Callable[[str], Any]) -> str:
 
 def _no_pictures(role: str) -> None:
     raise Refusal(f"A message of the {role} shows a picture; those of the user alone may.", param="messages")
+
+
+def pictures_of(urls: Sequence[str], limits: ServerLimits) -> list[str]:
+    """Pictures as data URIs. Raises UserError for too many or too large ones, and for what is none."""
+    if len(urls) > limits.images:
+        raise Refusal(f"The request has {len(urls)} pictures, and this server takes {limits.images}.", param="messages")
+    shown = [picture_of(url, limits) for url in urls]
+    require_pixels([content_of(uri) for uri in shown], limits)
+    return shown
 
 
 def picture_of(url: str, limits: ServerLimits) -> str:
