@@ -202,7 +202,7 @@ def create_page(service: Service) -> gr.Blocks:
 
 def with_page(app: FastAPI, service: Service) -> FastAPI:
     """The API with the page at its root. Fonts are the reader's own: nothing is fetched from elsewhere."""
-    app.add_middleware(LocalFiles)  # type: ignore[arg-type]  # ASGI's types, spelled with typing's names alone
+    app.add_middleware(LocalFiles)
     return gr.mount_gradio_app(
         app,
         create_page(service),
