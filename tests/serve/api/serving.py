@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class Server:
         """Its root."""
         return f"http://127.0.0.1:{self.port}"
 
+    @cached_property
     def client(self) -> OpenAI:
         """OpenAI's own client."""
         return OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=SECONDS)
