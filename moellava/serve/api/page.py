@@ -30,6 +30,9 @@ CLEANING = (600, 3600)
 
 HINT = "Ask about pictures: the clip adds them, several at a time."
 
+EMPTY = {"text": "", "files": []}
+"""The input, when its question has been taken."""
+
 NOTHING_YET = "<p>Ask something, and this shows which experts read it and wrote the answer.</p>"
 
 
@@ -184,14 +187,19 @@ def create_page(service: Service) -> gr.Blocks:
                         gr.Slider(0, 200, 0, step=1, label="Top k", info="0: all tokens"),
                         gr.Slider(0.5, 2, 1, step=0.05, label="Repetition penalty", info="1: the model's own"),
                         gr.Slider(
-                            1, limits.new_tokens, min(NEW_TOKENS, limits.new_tokens), step=1, label="Longest answer"
+                            1,
+                            limits.new_tokens,
+                            min(NEW_TOKENS, limits.new_tokens),
+                            step=1,
+                            label="Longest answer",
+                            elem_id="longest",
                         ),
                         gr.Textbox("", label="Seed", info="a whole number; empty: another draw each time"),
                     ]
         outputs = [conversation, turns, experts]
         shared: dict[str, Any] = {"outputs": outputs, "api_visibility": "private", "show_progress": "hidden"}
         asked = message.submit(page.ask, [message, turns, *options], **shared)
-        message.submit(lambda: None, outputs=message, api_visibility="private", show_progress="hidden")  # typed again
+        message.submit(lambda: EMPTY, **shared | {"outputs": message})  # the next question may be typed meanwhile
         asked_again = again.click(page.again, [turns, *options], **shared)
         stop.click(None, cancels=[asked, asked_again], api_visibility="private")
         cleared = {"fn": lambda: page.state([]), "cancels": [asked, asked_again], **shared}
