@@ -30,9 +30,6 @@ CLEANING = (600, 3600)
 
 HINT = "Ask about pictures: the clip adds them, several at a time."
 
-EMPTY = {"text": "", "files": []}
-"""The input, when its question has been taken."""
-
 NOTHING_YET = "<p>Ask something, and this shows which experts read it and wrote the answer.</p>"
 
 
@@ -50,8 +47,8 @@ class Turn:
     answer: str = ""
 
 
-State = tuple[list[dict[str, Any]], list[Turn], Any]
-"""What an event sets: the conversation as it is shown, its turns, and the panel."""
+State = tuple[Any, list[Turn], Any, Any]
+"""What an event sets: the conversation as it is shown, its turns, the panel, and the input."""
 
 
 class Page:
@@ -71,6 +68,7 @@ class Page:
         if not question and not message.get("files"):
             raise gr.Error("Type a question first.", print_exception=False)
         turn = Turn(question, tuple(str(file) for file in message.get("files") or ()))
+        yield gr.skip(), turns, gr.skip(), gr.MultimodalTextbox(value=None)
         async with aclosing(self._answer(turns, turn, *options)) as states:
             async for state in states:
                 yield state
@@ -129,8 +127,8 @@ class Page:
         return Question(Request(messages=messages[:-1], images=shown), sampling, counts_experts=self.is_sparse)
 
     def state(self, turns: list[Turn], experts: Shares | None = None) -> State:
-        """What the page shows of some turns."""
-        return messages_of(turns), turns, panel(experts) if experts else gr.skip()
+        """What the page shows of some turns; the input stays, for the next question may be typed there."""
+        return messages_of(turns), turns, panel(experts) if experts else gr.skip(), gr.skip()
 
 
 def whole(number: object) -> int:
@@ -196,10 +194,9 @@ def create_page(service: Service) -> gr.Blocks:
                         ),
                         gr.Textbox("", label="Seed", info="a whole number; empty: another draw each time"),
                     ]
-        outputs = [conversation, turns, experts]
+        outputs = [conversation, turns, experts, message]
         shared: dict[str, Any] = {"outputs": outputs, "api_visibility": "private", "show_progress": "hidden"}
         asked = message.submit(page.ask, [message, turns, *options], **shared)
-        message.submit(lambda: EMPTY, **shared | {"outputs": message})  # the next question may be typed meanwhile
         asked_again = again.click(page.again, [turns, *options], **shared)
         stop.click(None, cancels=[asked, asked_again], api_visibility="private")
         cleared = {"fn": lambda: page.state([]), "cancels": [asked, asked_again], **shared}
