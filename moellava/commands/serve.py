@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,6 +102,8 @@ def key_of(args: argparse.Namespace) -> str | None:
 
 def listening(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises UserError where the address cannot be had."""
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port {port}: ports go from 0, which takes a free one, to {2**16 - 1}.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
@@ -142,4 +145,5 @@ def serve(vlm: VLM, args: argparse.Namespace, key: str | None, listener: socket.
     where = f"http://{shown}:{listener.getsockname()[1]}"
     print(printable(f"{name}: {where}/v1" + ("" if args.api_only else f", and a page at {where}/")), flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSING_SECONDS)
-    uvicorn.Server(config).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # of Ctrl-C, which uvicorn hands on once its answers have ended
+        uvicorn.Server(config).run(sockets=[listener])
