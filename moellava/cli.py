@@ -15,6 +15,7 @@ from moellava.plugins import FLAG, load_plugins
 
 COMMANDS = {
     "chat": ("moellava.commands.chat", "talk to a model about images"),
+    "serve": ("moellava.commands.serve", "OpenAI's API and a page for a model"),
     "inspect": ("moellava.commands.inspect", "what can be done with a model; records as it sees them"),
     "check-data": ("moellava.commands.check_data", "every record and file of a data set"),
     "convert-data": ("moellava.commands.convert_data", "data files of any format -> LLaVA JSON Lines"),

@@ -232,6 +232,8 @@ def generate(
     limits: Sequence[int] | None = None,
     features: FeatureCache | None = None,
     synced: bool = False,
+    criteria: Sequence[StoppingCriteria] = (),
+    processors: Sequence[LogitsProcessor] = (),
 ) -> list[list[int]]:
     """The tokens of each row's answer, with the one that ended it, if any did. `ending.text` makes them text.
 
@@ -246,9 +248,11 @@ def generate(
         limits: the longest answer of each row, in tokens, where the context has not room for `max_new_tokens`.
         features: what images and videos became when they were shown before; None encodes them anew.
         synced: go on with dummy steps until all processes have ended, for a forward that is a common effort.
+        criteria: further ones that end rows; each sees every token as it is said.
+        processors: further ones, which see the model's logits before ours do.
     """
     arguments = (model, batch, ending, sampling, placeholders, pad_token_id, limits, features)
-    return _generate(*arguments, synced_gpus=synced)
+    return _generate(*arguments, *criteria, processors=processors, synced_gpus=synced)
 
 
 def stream(
@@ -302,6 +306,7 @@ def _generate(
     limits: Sequence[int] | None,
     features: FeatureCache | None,
     *criteria: StoppingCriteria,
+    processors: Sequence[LogitsProcessor] = (),
     **options: Any,
 ) -> list[list[int]]:
     """See `generate`; further criteria and options go to Hugging Face's."""
@@ -325,7 +330,7 @@ def _generate(
             max_new_tokens=max(longest),
             eos_token_id=ending.stop_ids or None,
             pad_token_id=pad_token_id,
-            logits_processor=LogitsProcessorList([NoPlaceholders(placeholders)]),
+            logits_processor=LogitsProcessorList([*processors, NoPlaceholders(placeholders)]),
             stopping_criteria=StoppingCriteriaList(stops),
         )
     said = output_BL[:, prompt_length:].tolist()

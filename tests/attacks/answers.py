@@ -230,6 +230,7 @@ def output_tries(vlm: VLM, folder: Path) -> Iterator[Try]:
 
 WORK = {
     "chat": "chat --model-path {at}/model --question hi --max-new-tokens 3",
+    "serve": "serve --model-path {at}/model --port 0 --api-only",
     "inspect": "inspect {at}/good.json --tokenizer {at}/model",
     "check-data": "check-data {at}/bad.json --skip-list {at}/new/skip.json",
     "convert-data": "convert-data {at}/good.json --output {at}/new/data.jsonl",
