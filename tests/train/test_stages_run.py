@@ -29,7 +29,7 @@ def double(tmp_path_factory, flags_for, run_train) -> Path:
     """The three stages, uninterrupted, in two processes under the deepspeed launcher; stage 3 with ep_size 2."""
     runs = tmp_path_factory.mktemp("double")
     for stage in STAGES:
-        result = run_train(with_experts_split(flags_for(runs, stage)), processes=2)
+        result = run_train(with_experts_split(flags_for(runs, stage)), processes=2, fresh=True)
         assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     return runs
 
@@ -190,7 +190,7 @@ def test_torchrun_evaluation_checkpointing_and_tensorboard(double, tmp_path, fla
         "eval_steps": 3,
         "report_to": "tensorboard",
     }
-    result = run_train(flags, processes=2, launcher="torchrun")
+    result = run_train(flags, processes=2, launcher="torchrun", fresh=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert losses_of(tmp_path / "moe") == pytest.approx(losses_of(double / "moe"), abs=1e-4)
     history = json.loads((tmp_path / "moe" / "trainer_state.json").read_text())["log_history"]
