@@ -106,7 +106,8 @@ class Launched:
     def poll(self) -> int | None:
         """The exit status, negative for a signal, or None while it runs."""
         if self.returncode is None and select.select([self._report], [], [], 0)[0]:
-            self.returncode = int(self._report.readline())
+            status = self._report.readline()
+            self.returncode = int(status) if status else -signal.SIGKILL  # it went along with its keeper
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
