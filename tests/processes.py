@@ -10,13 +10,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from moellava.train.arguments import parse_arguments
 from moellava.train.train import train
+from tests.prepared import Launched, Server
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = Path(sys.executable).parent  # where this Python's launchers lie
@@ -38,18 +41,20 @@ def train_here(flags: Flags) -> Path:
     return train(*parse_arguments(words_of(flags)))
 
 
-def train_command(flags: Flags, processes: int = 1, launcher: str = "deepspeed") -> list[str]:
-    """The command line of train.py: alone, or under `deepspeed` (with ZeRO-2) or `torchrun`."""
+def train_command(flags: Flags, processes: int = 1, launcher: str = "deepspeed", fresh: bool = False) -> list[str]:
+    """The command line of train.py: alone, or in several processes as under `deepspeed` (with ZeRO-2) or `torchrun`."""
     own = [str(ROOT / "train.py"), *words_of(flags)]
     if processes == 1:
         return [sys.executable, *own]
     if launcher == "deepspeed" and "deepspeed" not in flags:
         own += ["--deepspeed", str(ROOT / "scripts" / "zero2.json")]
-    return [*launched(processes, launcher), *own]
+    return [*launched(processes, launcher, fresh), *own]
 
 
-def launched(processes: int, launcher: str = "deepspeed") -> list[str]:
-    """What is typed in front of a script that several processes run."""
+def launched(processes: int, launcher: str = "deepspeed", fresh: bool = False) -> list[str]:
+    """What is typed in front of a script that several processes run: a real launcher, or one that forks."""
+    if not fresh:
+        return [sys.executable, "-m", "tests.ranks", "--master_port", str(free_port()), str(processes)]
     count = {"deepspeed": "--num_accelerators", "torchrun": "--nproc-per-node"}[launcher]
     return [str(PROGRAMS / launcher), "--master_port", str(free_port()), count, str(processes)]
 
@@ -72,18 +77,18 @@ def environment() -> dict[str, str]:
     return os.environ | calm | {"PATH": path, "PYTHONPATH": str(ROOT)}
 
 
-def run(words: Sequence[str], timeout: float = 280, **options) -> Finished:
+def run(words: Sequence[str], timeout: float = 280, fresh: bool = False, **options) -> Finished:
     """Runs a command to its end, at most `timeout` seconds; whatever it has started ends with it.
 
     One that takes longer fails with the stacks of all its processes.
 
-    Options are those of `Popen`, but `env` is added to `environment()`, and `input` is what the command reads.
+    Options are those of `Popen`, but `env` is added to `environment()`, and `input` is what the command reads. A Python
+    command may start from a prepared process; `fresh` asks for an interpreter that has imported nothing yet.
     """
-    said, env = options.pop("input", None), environment() | options.pop("env", {})
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(words, env=env, start_new_session=True, text=True, **pipes, **options) as process:
+    said, env = options.pop("input", ""), environment() | options.pop("env", {})
+    with start(words, env, said, fresh, **options) as process:
         try:
-            stdout, stderr = process.communicate(said, timeout)
+            stdout, stderr = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             signal_session(process.pid, signal.SIGABRT)  # Python's fault handler says where each thread stands
             stdout, stderr = process.communicate(timeout=20)
@@ -95,6 +100,25 @@ def run(words: Sequence[str], timeout: float = 280, **options) -> Finished:
     return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
 
+@cache
+def prepared() -> Server:
+    """The process that launches are forked from; it starts when it is first asked for."""
+    return Server(environment())
+
+
+def start(
+    words: Sequence[str], env: dict[str, str], said: str = "", fresh: bool = False, **options
+) -> subprocess.Popen[str] | Launched:
+    """The process of a command, which reads `said`, in a session of its own; forked where that is the same."""
+    if not fresh and options.keys() <= {"cwd"} and prepared().fits(words, env):
+        return Launched(prepared(), words, env, options.get("cwd"), said)
+    with tempfile.TemporaryFile("w+") as read:
+        read.write(said)
+        read.seek(0)
+        streams = {"stdin": read, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(words, env=env, start_new_session=True, text=True, **streams, **options)
+
+
 def run_python(code: str, *arguments: object, **options) -> str:
     """Runs code in a Python of its own; returns what it prints."""
     done = run([sys.executable, "-c", code, *map(str, arguments)], **options)
@@ -102,16 +126,17 @@ def run_python(code: str, *arguments: object, **options) -> str:
     return done.stdout
 
 
-def run_train(flags: Flags, processes: int = 1, launcher: str = "deepspeed", **options) -> Finished:
-    """Runs `train.py` to its end, its output as text. See `run` for the options."""
-    return run(train_command(flags, processes, launcher), **options)
+def run_train(
+    flags: Flags, processes: int = 1, launcher: str = "deepspeed", fresh: bool = False, **options
+) -> Finished:
+    """Runs `train.py` to its end, its output as text; `fresh` as a user would. See `run` for the options."""
+    return run(train_command(flags, processes, launcher, fresh), fresh=fresh, **options)
 
 
 def kill_train(flags: Flags, checkpoint: str, processes: int = 1) -> None:
     """Runs `train.py` until a checkpoint of that name appears, then kills every process of it with SIGKILL."""
     wanted, words = Path(str(flags["output_dir"])) / checkpoint, train_command(flags, processes)
-    nowhere = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
-    with subprocess.Popen(words, env=environment(), start_new_session=True, **nowhere) as process:
+    with start(words, environment()) as process:
         try:
             deadline = time.monotonic() + 200
             while not wanted.exists():
@@ -167,7 +192,7 @@ def report(value):
 
 
 def run_ranks(folder: Path, script: str, processes: int, *arguments: object) -> list[object]:
-    """Runs a script under the real `deepspeed` launcher; returns what each rank has reported.
+    """Runs a script in a group of processes; returns what each rank has reported.
 
     Args:
         folder: where the script and the reports go.
@@ -176,7 +201,7 @@ def run_ranks(folder: Path, script: str, processes: int, *arguments: object) -> 
     """
     (folder / "worker.py").write_text(WORKER + script)
     words = [*launched(processes), str(folder / "worker.py"), *map(str, arguments), str(folder)]
-    done = run(words, env={"TRANSFORMERS_VERBOSITY": "error"})
+    done = run(words)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
 

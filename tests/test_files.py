@@ -194,7 +194,7 @@ with staged(folder, ".new") if how == "staged" else written(folder / "config.jso
 @pytest.mark.parametrize("how", ["staged", "written"])
 def test_a_kill_before_the_move_leaves_the_old_files(how, model):
     before = contents(model)
-    assert run([sys.executable, "-c", KILLED, str(model), how]).returncode == -signal.SIGKILL
+    assert run([sys.executable, "-c", KILLED, str(model), how], fresh=True).returncode == -signal.SIGKILL
     assert contents(model).items() > before.items(), "with what was to replace them beside it"
 
 

@@ -331,6 +331,7 @@ def _straddled(offsets: list[Span], trained: list[Span]) -> int | None:
     return None
 
 
+@lru_cache(maxsize=1)  # a process opens one model's tokenizer several times: for its processor, for an encoder, again
 def _plain_twins(serialized: str) -> tuple[Tokenizer, Tokenizer, Tokenizer]:
     """Three copies of a tokenizer for plain text, by `Start`. They differ in where they put a space before a word.
 

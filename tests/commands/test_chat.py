@@ -31,7 +31,7 @@ def test_one_question_without_deepspeed(taught_folder, pictures):
         "print(loaded, file=sys.stderr); sys.exit(status)"
     )
     words = ["--model-path", taught_folder, "--image-file", pictures[1], "--question", QUESTION]
-    done = ask(*words, code=code)
+    done = ask(*words, code=code, fresh=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "green\n"
     assert done.stderr.splitlines()[-1] == "[]", "deepspeed was imported"
@@ -137,7 +137,7 @@ def test_a_wrong_value_is_named_before_the_model_is_read(words, named, capsys):
 def test_the_way_in_which_moe_llava_is_asked(taught_folder, pictures):
     words = ["--model-path", str(taught_folder), "--image-file", str(pictures[0]), "--question", "what colour is it?"]
     script = str(ROOT / "moellava" / "serve" / "cli.py")
-    alone = run([*launched(1), script, *words])
+    alone = run([*launched(1, fresh=True), script, *words])
     assert alone.returncode == 0 and "red" in alone.stdout, alone.stderr[-2000:]
-    both = run([*launched(2), script, *words])
+    both = run([*launched(2, fresh=True), script, *words])
     assert both.returncode != 0 and "one process answers" in both.stderr and "Traceback" not in both.stderr

@@ -224,7 +224,7 @@ sys.stderr = sys.stdout
 from moellava.data.images import Limits, image_problem, image_size
 print(image_size(sys.argv[1]), image_problem(sys.argv[1]))
 """
-    assert run_python(code, tmp_path / "a.png").splitlines() == ["(10000, 10000) None"]
+    assert run_python(code, tmp_path / "a.png", fresh=True).splitlines() == ["(10000, 10000) None"]
 
 
 def test_limits_are_flags_of_check_data(tmp_path, data_file, make_record, capsys):

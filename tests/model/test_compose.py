@@ -195,7 +195,7 @@ def test_folders_open_in_a_process_without_moellava(tmp_path, make_base, clip_to
             torch.save({**batch, "logits": out.model(**batch).logits}, folder / "wanted.pt")
         assert "opens in plain transformers" in (folder / "README.md").read_text()
         folders.append(str(folder))
-    run_python(PLAIN, *folders)
+    run_python(PLAIN, *folders, fresh=True)
 
 
 def test_a_head_of_its_own_stays_one_whatever_the_config_says_of_ties(make_base, clip_tower, tmp_path):

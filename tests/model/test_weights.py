@@ -110,7 +110,7 @@ def test_a_checkpoint_is_mapped_and_not_copied(checkpoints, tokenizer_folder, tm
     state |= {name: torch.zeros(220_000, 64) for name in ("model.embed_tokens.weight", "lm_head.weight")}
     torch.save(state, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(raw))
-    run_python(MEMORY, folder, tokenizer_folder)
+    run_python(MEMORY, folder, tokenizer_folder, fresh=True)
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_two_processes_stay_in_step_and_count_together(launcher, flags, tmp_path
     """Bad files come up in some steps of some process, and both go on together. Nothing is compiled for them."""
     names = ["0.png", "1.png", "hole.png", "2.png", "0.png", "hole.png", "1.png", "2.png"]
     given = flags("two", names, per_device_train_batch_size=1, dataloader_num_workers=1)
-    done = run_train(given, 2, launcher, env={"TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled")})
+    done = run_train(given, 2, launcher, fresh=True, env={"TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled")})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr and done.stderr.count("skipped: Record hole.png of") == 2
     assert done.stderr.count("8 records, 0 skip listed, 2 bad files, 0 dropped, 0 truncated, 6 samples") == 2

@@ -26,10 +26,10 @@ def single(tmp_path_factory, flags_for, run_train) -> Path:
 
 @pytest.fixture(scope="module")
 def double(tmp_path_factory, flags_for, run_train) -> Path:
-    """The three stages, uninterrupted, in two processes under the deepspeed launcher; stage 3 with ep_size 2."""
+    """The three stages, uninterrupted, in two processes; stage 3 under the deepspeed launcher, with ep_size 2."""
     runs = tmp_path_factory.mktemp("double")
     for stage in STAGES:
-        result = run_train(with_experts_split(flags_for(runs, stage)), processes=2)
+        result = run_train(with_experts_split(flags_for(runs, stage)), processes=2, fresh=stage == "moe")
         assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     return runs
 
@@ -92,31 +92,33 @@ import json, sys
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from PIL import Image
-folder, image = sys.argv[1:]
-model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
-processor = AutoProcessor.from_pretrained(folder)
-text = "USER: <image>\\nwhat is in the image? ASSISTANT:"
-inputs = processor(images=Image.open(image), text=text, return_tensors="pt")
+image, *folders = sys.argv[1:]
+found = []
+for folder in folders:
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    text = "USER: <image>\\nwhat is in the image? ASSISTANT:"
+    inputs = processor(images=Image.open(image), text=text, return_tensors="pt")
+    found.append({"inputs": dict(inputs), "logits": model(**inputs).logits.detach()})
 assert not any(name.startswith("moellava") for name in sys.modules)
-torch.save({"inputs": dict(inputs), "logits": model(**inputs).logits.detach()}, sys.stdout.buffer)
+torch.save(found, sys.stdout.buffer)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_a_dense_folder_opens_in_plain_transformers(stage, double, parts, tmp_path):
+def test_dense_folders_open_in_plain_transformers(double, parts, tmp_path):
     """A process that never imports moellava computes the same logits, its processor the same inputs."""
     from moellava.model.builder import load_pretrained_model
 
-    image = parts / "images" / "1.png"
-    script = [sys.executable, "-c", PLAIN, str(double / stage), str(image)]
+    folders = [str(double / stage) for stage in ("pretrain", "finetune")]
+    script = [sys.executable, "-c", PLAIN, str(parts / "images" / "1.png"), *folders]
     with (tmp_path / "plain.pt").open("wb") as file:
         subprocess.run(script, check=True, stdout=file, cwd=tmp_path)
-    plain = torch.load(tmp_path / "plain.pt")
-    _, model, _, _ = load_pretrained_model(str(double / stage), device="cpu", dtype=torch.float32)
-    with torch.no_grad():
-        logits = model(**plain["inputs"]).logits
-    torch.testing.assert_close(logits, plain["logits"], atol=1e-6, rtol=0)
+    for folder, plain in zip(folders, torch.load(tmp_path / "plain.pt"), strict=True):
+        _, model, _, _ = load_pretrained_model(folder, device="cpu", dtype=torch.float32)
+        with torch.no_grad():
+            logits = model(**plain["inputs"]).logits
+        torch.testing.assert_close(logits, plain["logits"], atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
@@ -190,7 +192,7 @@ def test_torchrun_evaluation_checkpointing_and_tensorboard(double, tmp_path, fla
         "eval_steps": 3,
         "report_to": "tensorboard",
     }
-    result = run_train(flags, processes=2, launcher="torchrun")
+    result = run_train(flags, processes=2, launcher="torchrun", fresh=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert losses_of(tmp_path / "moe") == pytest.approx(losses_of(double / "moe"), abs=1e-4)
     history = json.loads((tmp_path / "moe" / "trainer_state.json").read_text())["log_history"]

@@ -139,7 +139,7 @@ def test_weights_that_are_no_numbers_are_not_saved(whole, monkeypatch, tmp_path)
 @pytest.mark.slow
 def test_two_processes_stop_together(flags_for, tmp_path):
     flags = flags_for(tmp_path, "pretrain") | {"max_steps": 400, "save_steps": 2, "skip_dry_save": True}
-    words = train_command(flags, 2, "torchrun")
+    words = train_command(flags, 2, "torchrun", fresh=True)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(words, env=environment(), start_new_session=True, **pipes) as process:
         try:
