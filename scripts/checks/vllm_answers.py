@@ -17,6 +17,7 @@ from vllm import LLM, SamplingParams
 LIKELIEST = 5
 """Tokens of each place whose log probabilities are told."""
 
+
 def answered(output: Any) -> dict[str, Any]:
     """One answer of vLLM's."""
     said = output.outputs[0]
