@@ -28,27 +28,28 @@ engine_env "$SERVE_VENV" prepare \
 server=
 trap 'if [ -n "$server" ]; then kill "$server"; fi' EXIT
 
-# checked NAME STAGE TARGET TITLE [FLAG]: one stage in one form; the flag goes to the server.
+# checked NAME OWN STAGE TARGET TITLE [FLAG]: one stage in one form; the flag goes to the server.
 checked() {
-  local made="$OUT/$1" own port
-  own="$OUT/$(basename "$2")-own.json"
-  exported "$2" "$3" "$made" || return 1
+  local made="$OUT/$1" port
+  exported "$3" "$4" "$made" || return 1
   port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
   "$SERVE_VENV/bin/python" -m transformers.cli.transformers serve "$made" --host 127.0.0.1 --port "$port" --device cpu \
-    "${@:5}" >"$made.log" 2>&1 &
+    "${@:6}" >"$made.log" 2>&1 &
   server=$!
   "$SERVE_VENV/bin/python" scripts/checks/serve_answers.py --url "http://127.0.0.1:$port" --pid $server \
-    --model-path "$made" --asked "$own" --output "$made-answers.json" || { tail -n 30 "$made.log" >&2; return 1; }
+    --model-path "$made" --asked "$2" --output "$made-answers.json" || { tail -n 30 "$made.log" >&2; return 1; }
   kill $server
   wait $server || true
   server=
-  compared "$4" "$own" "$made-answers.json" "$made.json"
+  compared "$5" "$2" "$made-answers.json" "$made.json"
 }
 
 status=0
-own_answers "$check_stage2" "$OUT/$(basename "$check_stage2")-own.json"
-own_answers "$check_stage3" "$OUT/$(basename "$check_stage3")-own.json"
-checked stage2 "$check_stage2" native "Stage 2, dense, by transformers serve" || status=1
-checked stage3 "$check_stage3" native "Stage 3, sparse, in a native class by transformers serve" || status=1
-checked stage3-code "$check_stage3" code "Stage 3, sparse, as code by transformers serve" --trust-remote-code || status=1
+own_answers "$check_stage2" "$OUT/stage2-own.json"
+own_answers "$check_stage3" "$OUT/stage3-own.json"
+checked stage2 "$OUT/stage2-own.json" "$check_stage2" native "Stage 2, dense, by transformers serve" || status=1
+checked stage3 "$OUT/stage3-own.json" "$check_stage3" native "Stage 3, in a native class, by transformers serve" ||
+  status=1
+checked stage3-code "$OUT/stage3-own.json" "$check_stage3" code "Stage 3, as code, by transformers serve" \
+  --trust-remote-code || status=1
 exit $status

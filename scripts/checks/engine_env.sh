@@ -43,6 +43,6 @@ exported() {
   moellava export --model-path "$1" --output-dir "$3" --to "$2"
 }
 
-# own_answers STAGE FILE, and compared TITLE OWN THEIRS FILE: see scripts/checks/*.py.
+# own_answers STAGE FILE, and compared TITLE OWN THEIRS FILE [FLAG…]: see scripts/checks/*.py.
 own_answers() { python scripts/checks/own_answers.py --model-path "$1" --output "$2"; }
-compared() { python scripts/checks/compare.py --title "$1" --own "$2" --theirs "$3" --output "$4"; }
+compared() { python scripts/checks/compare.py --title "$1" --own "$2" --theirs "$3" --output "$4" "${@:5}"; }

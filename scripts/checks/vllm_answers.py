@@ -11,8 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from asked import messages, read_answers, vllm_settings
+from asked import adapter_settings, messages, read_answers, vllm_settings
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 LIKELIEST = 5
 """Tokens of each place whose log probabilities are told."""
@@ -35,6 +36,7 @@ def main() -> None:
     """Writes the answers."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--model-path", type=Path, required=True, help="an exported folder")
+    flags.add_argument("--adapter", type=Path, help="folder of a LoRA adapter to serve on it")
     flags.add_argument("--asked", required=True, help="JSON file of own_answers.py")
     flags.add_argument("--output", type=Path, required=True, help="JSON file")
     args = flags.parse_args()
@@ -42,13 +44,15 @@ def main() -> None:
     model = LLM(
         model=str(args.model_path),
         **vllm_settings(args.model_path),
+        **(adapter_settings(args.adapter) if args.adapter else {}),
         dtype="float32",
         enforce_eager=True,
         max_model_len=512,
         limit_mm_per_prompt={"image": 1},
     )
     sampling = SamplingParams(temperature=0, max_tokens=asked["max_tokens"], logprobs=LIKELIEST)
-    outputs = model.chat([messages(answer) for answer in asked["answers"]], sampling)
+    adapter = LoRARequest("adapter", 1, str(args.adapter.resolve())) if args.adapter else None
+    outputs = model.chat([messages(answer) for answer in asked["answers"]], sampling, lora_request=adapter)
     written = {
         "engine": "vllm",
         "model": str(args.model_path),

@@ -8,7 +8,7 @@ import sys
 
 import compare
 import pytest
-from asked import messages, vllm_settings
+from asked import adapter_settings, messages, vllm_settings
 from compare import compared, table
 
 OWN = [
@@ -67,15 +67,33 @@ def test_nothing_to_compare_is_no_success(own, others):
         compared(own, others)
 
 
+@pytest.fixture
+def status_of(tmp_path, monkeypatch):
+    """(engine's answers, base's answers or None) -> the exit status of `compare.py`, which leaves tmp_path / "result"."""
+
+    def run(answers, base=None) -> int:
+        for name, told in (("own", OWN), ("engine", answers), ("base", base)):
+            side = {"engine": name, "model": "m", "versions": {}, "answers": told}
+            (tmp_path / name).write_text(json.dumps(side))
+        flags = {"title": "t", "own": tmp_path / "own", "theirs": tmp_path / "engine", "output": tmp_path / "result"}
+        flags |= {"unlike": tmp_path / "base"} if base else {}
+        words = [str(word) for key in flags for word in (f"--{key}", flags[key])]
+        monkeypatch.setattr(sys, "argv", ["compare", *words])
+        return compare.main()
+
+    return run
+
+
 @pytest.mark.parametrize(("text", "status"), [("teal", 0), ("red", 1)])
-def test_the_exit_status_tells(text, status, tmp_path, monkeypatch):
-    for name, answers in (("own", OWN), ("engine", theirs(text=text))):
-        side = {"engine": name, "model": "m", "versions": {}, "answers": answers}
-        (tmp_path / name).write_text(json.dumps(side))
-    flags = {"title": "t", "own": tmp_path / "own", "theirs": tmp_path / "engine", "output": tmp_path / "result"}
-    monkeypatch.setattr(sys, "argv", ["compare", *(str(word) for key in flags for word in (f"--{key}", flags[key]))])
-    assert compare.main() == status
+def test_the_exit_status_tells(text, status, status_of, tmp_path):
+    assert status_of(theirs(text=text)) == status
     assert json.loads((tmp_path / "result").read_text())["equal"] == 1 - status
+
+
+def test_an_adapter_that_changes_nothing_fails(status_of):
+    other = [{**OWN[0], "logprobs": [{"351": -0.7}, {"0": -0.001}]}]
+    assert status_of(theirs(), base=other) == 0
+    assert status_of(theirs(), base=OWN) == 1
 
 
 def test_a_question_carries_its_picture(tmp_path):
@@ -102,3 +120,10 @@ def test_a_question_carries_its_picture(tmp_path):
 def test_what_vllm_is_told_of_a_folder(config, settings, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert vllm_settings(tmp_path) == settings
+
+
+@pytest.mark.parametrize(("rank", "largest"), [(8, 8), (9, 16)])
+def test_what_vllm_is_told_of_an_adapter(rank, largest, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    settings = adapter_settings(tmp_path)
+    assert (settings["enable_lora"], settings["max_lora_rank"]) == (True, largest)
