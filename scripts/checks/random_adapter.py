@@ -2,8 +2,8 @@
 
     python scripts/checks/random_adapter.py --model-path STAGE3 --adapter DIR --merged DIR
 
-It is beside the linears of attention: those of experts vLLM serves on GPUs alone. The matrices move log probabilities by
-tenths: an engine that leaves them out answers otherwise.
+It is beside the linears of attention: those of experts vLLM serves on GPUs alone. The matrices move log probabilities
+by tenths: an engine that leaves them out answers otherwise.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_nothing_to_compare_is_no_success(own, others):
 
 @pytest.fixture
 def status_of(tmp_path, monkeypatch):
-    """(engine's answers, base's answers or None) -> the exit status of `compare.py`, which leaves tmp_path / "result"."""
+    """(engine's answers, base's answers or None) -> the exit status of `compare.py`, which leaves `result`."""
 
     def run(answers, base=None) -> int:
         for name, told in (("own", OWN), ("engine", answers), ("base", base)):
