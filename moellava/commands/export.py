@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from moellava.commands.given import Idle, refuse_idle
@@ -10,13 +11,18 @@ from moellava.commands.values import amount, truth
 from moellava.convert.export.adapter import export_adapter
 from moellava.convert.export.export_folder import AUTO, CHOICES, LLAVA, export_folder
 from moellava.convert.export.llava import write_published
-from moellava.files import require_new_folder
+from moellava.convert.export.page import engine_lines
+from moellava.convert.export.proof import NotProvenError
+from moellava.files import CONFIG, read_object, require_new_folder
 from moellava.log import printable
 from moellava.model.families import FAMILIES
 from moellava.model.manifest import read_folder
 from moellava.vlm import open_vlm
 
 GIGABYTE = 10**9
+
+DIFFERS = 1
+"""Exit status: what was written computes something else, or does not open, and is gone again. (2 is a user's error.)"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,14 +73,23 @@ def main(argv: list[str] | None = None) -> int:
     target = require_new_folder(args.output_dir, "--output-dir")
     manifest = read_folder(args.model_path, "--model-path")
     shard_bytes, proofs = int(args.shard_size * GIGABYTE), []
-    if args.to == LLAVA:
-        manifest.require_start()
-        write_published(open_vlm(args.model_path, device="cpu"), target)
-    elif args.adapter:
-        proofs = [*export_adapter(manifest, args.adapter, target, args.to, shard_bytes, args.dropless)]
-    else:
-        certificate = export_folder(manifest, target, args.to, args.verify, shard_bytes, args.dropless)
-        proofs = [] if certificate is None else [certificate]
+    try:
+        if args.to == LLAVA:
+            manifest.require_start()
+            write_published(open_vlm(args.model_path, device="cpu"), target)
+        elif args.adapter:
+            proofs = [*export_adapter(manifest, args.adapter, target, args.to, shard_bytes, args.dropless)]
+        else:
+            certificate = export_folder(manifest, target, args.to, args.verify, shard_bytes, args.dropless)
+            proofs = [] if certificate is None else [certificate]
+    except NotProvenError as error:
+        print(printable(f"moellava export: {error}"), file=sys.stderr)
+        return DIFFERS
     said = [line for proof in proofs for line in proof.lines()]
+    said += (
+        []
+        if args.to == LLAVA
+        else [f"served by: {line}" for line in engine_lines(read_object(target / CONFIG), target)]
+    )
     print(printable("\n".join([*said, f"wrote {target}"])))
     return 0

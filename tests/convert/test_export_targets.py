@@ -95,7 +95,7 @@ def in_this_process(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr(exporting, "reopen", opened)
     monkeypatch.setattr(exporting_adapter, "reopen", opened)
-    monkeypatch.setattr(reopened, "GREEDY", 6)
+    monkeypatch.setattr(reopened, "GREEDY", 2)
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from moellava.convert.export.proof import FILE, Certificate
@@ -34,7 +36,7 @@ def exported_page(config: Any, name: str, certificate: Certificate | None, calle
                 f'    model = AutoModelForImageTextToText.from_pretrained("."{code})',
                 f'    processor = AutoProcessor.from_pretrained("."{code})',
                 "",
-                *(["    " + line for line in engine_lines(config)]),
+                *(["    " + line for line in engine_lines(config.to_dict())]),
                 "",
                 *proof,
                 "" if certificate is None else f"\nAll figures: {FILE}",
@@ -44,11 +46,16 @@ def exported_page(config: Any, name: str, certificate: Certificate | None, calle
     )
 
 
-def engine_lines(config: Any) -> list[str]:
-    """Commands that serve the folder."""
-    code = " --trust-remote-code" if getattr(config, "auto_map", None) else ""
-    overrides = ""
-    if getattr(config, "projector_hidden_act", None) == "linear":
+def engine_lines(config: Mapping[str, Any], folder: str | Path = ".") -> list[str]:
+    """Commands that serve a folder.
+
+    Args:
+        config: the content of its config.json.
+    """
+    code, overrides = "", ""
+    if config.get("auto_map"):  # vLLM's own class of that name would not run the code
+        code = " --trust-remote-code"
+        overrides = " --model-impl transformers"
+    elif config.get("projector_hidden_act") == "linear":
         overrides = f" --hf-overrides '{IDENTITY_IN_VLLM}'"
-    backend = " --model-impl transformers" if code else ""  # its own class of that name would not run the code
-    return [f"vllm serve .{code}{backend}{overrides}", f"transformers serve .{code}"]
+    return [f"vllm serve {folder}{code}{overrides}", f"transformers serve {folder}{code}"]
