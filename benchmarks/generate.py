@@ -4,8 +4,8 @@
 
 All models are Hugging Face's LLaVA with random weights and answer by `moellava.serve.generate`. Of the same active
 parameters: a dense Qwen2 of k × units; ours, sparse in every layer; transformers' Qwen2-MoE with the weights of ours
-and the shared expert that it cannot do without, of 8 units. 'Products' calls as many experts with as many rows as an even
-load has, and nothing else.
+and the shared expert that it cannot do without, of 8 units. 'Products' calls as many experts with as many rows as an
+even load has, and nothing else.
 
 The models take turns within one run, and ratios are those of the same turn: what else the machine does falls on all of
 them. The median of the turns counts. CPU time is the sturdier of the two clocks where others use the machine.
@@ -203,8 +203,8 @@ def main() -> None:
         print(name, SIZES[name])
         for row in found:
             print(
-                f"  batch {row['batch']}  {row['model']:23} CPU {row['cpu_ms']:6.1f} ms, {row['cpu_times_dense']:.2f} × "
-                f"dense; wall {row['wall_ms']:6.1f} ms, {row['wall_times_dense']:.2f} ×; "
+                f"  batch {row['batch']}  {row['model']:23} CPU {row['cpu_ms']:5.1f} ms, {row['cpu_times_dense']:.2f} "
+                f"× dense; wall {row['wall_ms']:6.1f} ms, {row['wall_times_dense']:.2f} ×; "
                 f"{row['tokens_per_cpu_second']:7.1f} tokens a CPU second",
                 flush=True,
             )
