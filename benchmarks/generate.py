@@ -3,9 +3,9 @@
     python benchmarks/generate.py --json generate.json
 
 All models are Hugging Face's LLaVA with random weights and answer by `moellava.serve.generate`. Of the same active
-parameters: a dense Qwen2 of k × units, transformers' Qwen2-MoE (experts of `units`, k a token, no shared expert but one
-of 8 units, which it cannot do without) and ours, sparse in every layer. 'Products' runs the linears of as many experts
-with as many rows as an even load has, and nothing else: no router can go below.
+parameters: a dense Qwen2 of k × units; ours, sparse in every layer; transformers' Qwen2-MoE with the weights of ours
+and the shared expert that it cannot do without, of 8 units. 'Products' calls as many experts with as many rows as an
+even load has, and nothing else.
 
 The models take turns within one run, and ratios are those of the same turn: what else the machine does falls on all of
 them. The median of the turns counts. CPU time is the sturdier of the two clocks where others use the machine.
@@ -79,6 +79,28 @@ def llava(text: Any, tower: dict[str, int] | None = None) -> Any:
     return LlavaForConditionalGeneration(config).eval()
 
 
+def with_weights_of(theirs: Any, ours: Any) -> Any:
+    """Qwen2-MoE with the weights of ours, and a shared expert of zeros: it routes alike, and says the same."""
+    state = {
+        name: value for name, value in ours.state_dict().items() if "language_model" not in name or ".mlp." not in name
+    }
+    for index, layer in moe_layers(ours):
+        place = f"model.language_model.layers.{index}.mlp."
+        inputs = [torch.cat([expert.gate_proj.weight, expert.up_proj.weight]) for expert in layer.experts]
+        state[f"{place}gate.weight"] = layer.router.weight
+        state[f"{place}experts.gate_up_proj"] = torch.stack(inputs)
+        state[f"{place}experts.down_proj"] = torch.stack([expert.down_proj.weight for expert in layer.experts])
+    lacking, unknown = theirs.load_state_dict(state, strict=False)
+    assert not unknown and all(".shared_expert" in name for name in lacking)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if ".shared_expert" in name:
+                parameter.zero_()
+        ids = prompts(2)["input_ids"]
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
+    return theirs
+
+
 def models_of(size: dict[str, int]) -> dict[str, Any]:
     """What is compared, by name."""
     torch.manual_seed(0)
@@ -94,7 +116,7 @@ def models_of(size: dict[str, int]) -> dict[str, Any]:
         products.get_decoder().layers[index].mlp = Products(list(layer.experts), k)
     return {
         DENSE: llava(Qwen2Config(intermediate_size=k * units, **shape)),
-        THEIRS: llava(Qwen2MoeConfig(intermediate_size=units, **routed, **shape)),
+        THEIRS: with_weights_of(llava(Qwen2MoeConfig(intermediate_size=units, **routed, **shape)), ours),
         OURS: ours,
         PRODUCTS: products,
     }
@@ -181,8 +203,8 @@ def main() -> None:
         print(name, SIZES[name])
         for row in found:
             print(
-                f"  batch {row['batch']}  {row['model']:24} CPU {row['cpu_ms']:7.2f} ms, {row['cpu_times_dense']:.2f} × "
-                f"dense; wall {row['wall_ms']:7.2f} ms, {row['wall_times_dense']:.2f} ×; "
+                f"  batch {row['batch']}  {row['model']:23} CPU {row['cpu_ms']:5.1f} ms, {row['cpu_times_dense']:.2f} "
+                f"× dense; wall {row['wall_ms']:6.1f} ms, {row['wall_times_dense']:.2f} ×; "
                 f"{row['tokens_per_cpu_second']:7.1f} tokens a CPU second",
                 flush=True,
             )
