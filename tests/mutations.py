@@ -694,6 +694,57 @@ TOWERS = (
     ),
 )
 
+SERVING = (
+    Mutation(
+        "half-a-key-is-a-key",
+        "serve/api/guard.py",
+        "return hmac.compare_digest(given, key.encode())",
+        "return hmac.compare_digest(given[:3], key.encode()[:3])",
+        "Whoever knows how a key begins may ask.",
+        ("serve/api/test_limits.py",),
+    ),
+    Mutation(
+        "redirects-are-followed",
+        "serve/api/remote.py",
+        "follow_redirects=False",
+        "follow_redirects=True",
+        "A host that is allowed sends the server to one that is not, in the owner's own network.",
+        ("serve/api/test_limits.py",),
+    ),
+    Mutation(
+        "answers-go-on-for-nobody",
+        "serve/api/scheduler.py",
+        "            self.left.set()\n\n\nclass Scheduler",
+        "            pass\n\n\nclass Scheduler",
+        "A client that leaves holds the model until its answer is complete.",
+        ("serve/api/test_limits.py",),
+    ),
+    Mutation(
+        "options-of-the-first-for-all",
+        "serve/api/scheduler.py",
+        "_options(first.question.sampling) == _options(other.question.sampling)",
+        "True",
+        "Who asks for the likeliest tokens is answered by drawn ones, when others wait.",
+        ("serve/api/test_api.py",),
+    ),
+    Mutation(
+        "padding-visits-experts",
+        "serve/api/experts.py",
+        "return part_BL if mask_BL is None else part_BL.masked_fill(mask_BL == 0, PADDING)",
+        "return part_BL",
+        "The panel counts padding as words of the prompt, when others are answered at the same time.",
+        ("serve/api/test_experts.py",),
+    ),
+    Mutation(
+        "tokens-behind-a-stop-are-told",
+        "serve/api/growing.py",
+        "            self.tokens = self.tokens[:said]",
+        "            self.tokens = self.tokens[: said + 1]",
+        "Likelihoods are told of a token that is no part of the answer.",
+        ("serve/api/test_growing.py", "serve/api/test_api.py"),
+    ),
+)
+
 MUTATIONS = (
     *MASKING,
     *PROBING,
@@ -707,5 +758,6 @@ MUTATIONS = (
     *RESUMING,
     *STAGES,
     *ANSWERING,
+    *SERVING,
     *TRUST,
 )

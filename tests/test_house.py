@@ -23,12 +23,14 @@ from moellava.data.dataset import SupervisedDataset
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
 from moellava.serve import answer as answering
+from moellava.serve.api import scheduler as scheduling
 from moellava.serve.prompt import Request
 from moellava.vlm import open_vlm
 from tests import tiny
 from tests.conftest import COMMON
 from tests.lmm.tiny import TINY
 from tests.processes import Flags, train_here
+from tests.serve.api.serving import asking, serving
 
 QUESTION, ANSWER = "what colour is it?", "a red circle"
 
@@ -44,7 +46,8 @@ SPARSE_ALREADY = "is sparse already"
 OWN_LAYOUT = "which LLaVA's layout does not hold"
 
 LOOK = ("check-data", "inspect", "verify")
-COMMANDS = ("train", *LOOK, "chat", "eval", "answer", "upcycle", "merge-lora", "export", "export to llava")
+ASK = ("chat", "eval", "answer", "serve")
+COMMANDS = ("train", *LOOK, *ASK, "upcycle", "merge-lora", "export", "export to llava")
 
 REFUSED: dict[str, dict[str, str]] = {
     "upcycle": dict.fromkeys(SPARSE, SPARSE_ALREADY),
@@ -124,6 +127,10 @@ def run_command(folder_of, trained, data, pictures, tmp_path, capsys) -> Callabl
                 open_vlm(folder, device="cpu"), [Request(QUESTION, [picture])] * 2, max_new_tokens=2
             )
             return int(len(said) != 2), ""
+        if command == "serve":
+            with serving(open_vlm(folder, device="cpu")) as server:
+                status, reply = server.send(body=asking(QUESTION, picture, max_tokens=2))
+            return int(status != 200), str(reply)
         words = {
             "check-data": [str(data), *model, *images],
             "inspect": [str(data), *model, *images],
@@ -163,7 +170,7 @@ def test_every_command_takes_every_folder_or_says_why_not(command, name, run_com
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in HEAVY else []) for n in FOLDERS])
 def test_one_folder_is_prompted_the_same_everywhere(name, folder_of, data, pictures, monkeypatch):
-    """Training, chat, evaluation and Python read the same ids in front of an answer; inspect shows them."""
+    """Training, chat, evaluation, the server and Python read the same ids in front of an answer; inspect shows them."""
     vlm = open_vlm(folder_of(name), device="cpu", dtype=torch.float32)
     picture = pictures[0]
     dataset = SupervisedDataset(load_records(data), vlm.encoder, MediaFiles(picture.parent))
@@ -188,7 +195,10 @@ def test_one_folder_is_prompted_the_same_everywhere(name, folder_of, data, pictu
     monkeypatch.setattr(answering, "generate", note("eval"))
     monkeypatch.setattr("moellava.eval.easy_vqa.test_questions", lambda: one_question(picture))
     assert main(["eval", *folder]) == 0
-    assert asked == dict.fromkeys(("answer", "chat", "eval"), trained_on)
+    monkeypatch.setattr(scheduling, "generate", note("serve"))
+    with serving(vlm) as server:
+        assert server.send(body=asking(QUESTION, picture))[0] == 200
+    assert asked == dict.fromkeys(("answer", "chat", "eval", "serve"), trained_on)
     shown = vlm.encoder.encode(Request(QUESTION, [picture]).record, opens=True)
     assert dataset[0]["input_ids"][: len(shown.ids)].tolist() == shown.ids
 

@@ -16,6 +16,8 @@ from tests.attacks.flags import attacks
 ACTS: dict[str, str] = {
     "chat": "model-path image-file video-file question version max-new-tokens temperature top-p top-k num-beams "
     "repetition-penalty device",
+    "serve": "model-path version device served-model-name host port api-key api-only batch-size max-requests "
+    "max-new-tokens max-body-mb max-images max-image-pixels max-image-side max-aspect-ratio allow-domain",
     "check-data": "data image-folder video-folder num-frames max-image-pixels max-image-side max-aspect-ratio "
     "tokenizer skip-list known user_key assistant_key confine_media json",
     "inspect": "model-path tokenizer version conversation json",
@@ -38,6 +40,7 @@ IDLE: dict[str, dict[str, str]] = {
         "seed": "--model-path m --seed 1",
         "model-base": "--model-path {folder} --model-base {folder}",
     },
+    "serve": {"model-base": "--model-path {folder} --model-base {folder} --port 0"},
     "check-data": {
         "version": "d.json --version v1",
         "max-length": "d.json --max-length 5",

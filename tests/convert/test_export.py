@@ -62,7 +62,7 @@ def test_the_folder_opens_in_a_process_without_moellava(family, target, make_spa
         line.strip() for line in page.splitlines() if line.startswith("    ") and ("import" in line or "=" in line)
     ]
     code = "import os, sys; os.chdir(sys.argv[1])\n" + "\n".join(lines) + "\nprint(type(processor).__name__)"
-    assert run_python(code + "\nassert 'moellava' not in sys.modules", folder).split() == ["LlavaProcessor"]
+    assert run_python(code + "\nassert 'moellava' not in sys.modules", folder, fresh=True).split() == ["LlavaProcessor"]
 
 
 def test_what_computes_something_else_is_not_written(make_sparse, monkeypatch, capsys):
@@ -157,7 +157,7 @@ def test_memory_stays_within_a_shard(make_sparse, tmp_path):
     model.save_pretrained(big, max_shard_size="30MB")
     shard = max(file.stat().st_size for file in big.glob("*.safetensors"))
     del model, vlm
-    extra = int(run_python(MEMORY, small, big, tmp_path).split()[-1])
+    extra = int(run_python(MEMORY, small, big, tmp_path, fresh=True).split()[-1])
     assert extra <= 1.5 * shard < 0.3 * total
 
 

@@ -130,6 +130,29 @@ def test_what_waits_is_answered_together(server, monkeypatch):
     server.settled()
 
 
+def test_other_options_and_seeds_have_batches_of_their_own(server, monkeypatch):
+    drawn = {"temperature": 1.5, "seed": 1}
+    options: list[dict] = [{}, drawn, {"seed": 5}, drawn, {"temperature": 1.5}, {"stop": "never", "logprobs": True}]
+    create, service = server.client.chat.completions.create, server.service
+    alone = [create(**asking(), **given).choices[0].message.content for given in options]
+    before = service.scheduler.batches
+    begun, go_on = held(monkeypatch)
+    with ThreadPoolExecutor(len(options) + 1) as pool:
+        first = pool.submit(create, **asking())
+        assert begun.wait(20)
+        others = [pool.submit(create, **asking(), **given) for given in options]
+        while service.scheduler.waiting() < len(options):
+            time.sleep(0.01)
+        go_on.set()
+        said = [run.result().choices[0].message.content for run in others]
+    first.result()
+    assert service.scheduler.batches == before + 1 + 4  # the first; three that take the likeliest; each of the others
+    assert [one for one, given in zip(said, options, strict=True) if given != {"temperature": 1.5}] == [
+        one for one, given in zip(alone, options, strict=True) if given != {"temperature": 1.5}
+    ]
+    server.settled()
+
+
 def test_more_requests_than_slots_are_refused(server, monkeypatch):
     begun, go_on = held(monkeypatch)
     monkeypatch.setattr(server.service.slots, "limit", 1)
