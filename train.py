@@ -2,7 +2,9 @@
 
 import sys
 
-from moellava.train.train import main
+from moellava.startup import importing
 
 if __name__ == "__main__":
+    with importing():
+        from moellava.train.train import main
     sys.exit(main())

@@ -7,11 +7,12 @@ import importlib
 import io
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from moellava.errors import UserError
 from moellava.log import printable
 from moellava.plugins import FLAG, load_plugins
+from moellava.startup import importing
 
 COMMANDS = {
     "chat": ("moellava.commands.chat", "talk to a model about images"),
@@ -68,7 +69,10 @@ def _run(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         print(printable(f"moellava: unknown command {argv[0]!r}\n\n{usage()}"), file=sys.stderr)
         return 2
-    return importlib.import_module(COMMANDS[argv[0]][0]).main(with_plugins(argv[1:]))
+    module = COMMANDS[argv[0]][0]
+    with nullcontext() if module in sys.modules else importing():
+        command = importlib.import_module(module)
+    return command.main(with_plugins(argv[1:]))
 
 
 def with_plugins(argv: list[str]) -> list[str]:

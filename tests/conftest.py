@@ -68,8 +68,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the libraries and 5,000 tests are made of stays to the end: the garbage collector, which a run of the Trainer
-    calls several times, took a quarter of the tests' time to walk through it."""
+    """What libraries and thousands of tests are made of stays to the end: the garbage collector, which each run of the
+    Trainer calls, took a quarter of the tests' time to walk through it."""
     gc.collect()
     gc.freeze()
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import gc
 import json
 import os
 import runpy
@@ -30,6 +29,9 @@ import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
+
+from moellava.startup import importing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,11 +86,17 @@ class Server:
 class Launched:
     """A process that the server has forked, with what tests use of `subprocess.Popen`.
 
-    Its standard streams are files: `said` is what it reads, and nothing waits for a reader.
+    Its standard streams are files: `said` is what it reads, and it waits for no reader. `stdout` may be a descriptor.
     """
 
     def __init__(
-        self, server: Server, words: Sequence[str], env: Mapping[str, str], cwd: object = None, said: str = ""
+        self,
+        server: Server,
+        words: Sequence[str],
+        env: Mapping[str, str],
+        said: str = "",
+        cwd: object = None,
+        stdout: int | None = None,
     ):
         self.args, self.returncode = list(words), None
         self._streams = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(3)]  # noqa: SIM115
@@ -96,8 +104,11 @@ class Launched:
         self._streams[0].seek(0)
         report, theirs = os.pipe()
         self._report = os.fdopen(report, buffering=1)
+        files = [stream.fileno() for stream in self._streams]
+        if stdout is not None:
+            files[1] = stdout
         request = {"words": self.args[1:], "env": dict(env), "cwd": str(cwd or Path.cwd())}
-        server.ask(request, [*(stream.fileno() for stream in self._streams), theirs])
+        server.ask(request, [*files, theirs])
         os.close(theirs)
         pid = self._report.readline()
         assert pid, f"the prepared process has not started {shlex.join(words)}:\n{server.complaint()}"
@@ -181,13 +192,22 @@ def end_with(parent: int) -> None:
 def become(request: dict, streams: list[int]) -> None:
     """What `exec` would do: a session, streams, folder and environment."""
     os.setsid()
-    for number, stream in enumerate(streams):
+    for number, (stream, name) in enumerate(zip(streams, ("stdin", "stdout", "stderr"), strict=True)):
         os.dup2(stream, number)
         os.close(stream)
+        own = anew(getattr(sys, name), number)
+        setattr(sys, name, own)
+        setattr(sys, f"__{name}__", own)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
     numpy.random.seed()  # Python's own generator does so by itself, and torch's always begins with the same seed
+
+
+def anew(stream: TextIO, number: int) -> TextIO:
+    """A standard stream for what its descriptor is now: a file can seek, a pipe cannot."""
+    mode, buffering = ("r", -1) if number == 0 else ("w", 1 if number == 2 else -1)
+    return open(number, mode, buffering, encoding=stream.encoding, errors=stream.errors, closefd=False)
 
 
 def execute(words: Sequence[str]) -> None:
@@ -206,10 +226,10 @@ def execute(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    import numpy
+    with importing():
+        import numpy
 
-    import moellava.train.train  # noqa: F401  (and with it torch, transformers, peft, datasets)
+        import moellava.train.train  # noqa: F401  (and with it torch, transformers, peft, datasets)
 
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"
-    gc.freeze()
     execute(serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -74,7 +74,8 @@ def environment() -> dict[str, str]:
     calm = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     calm |= {"PYTHONFAULTHANDLER": "1"}
     path = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | calm | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    ours = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return ours | calm | {"PATH": path, "PYTHONPATH": str(ROOT)}
 
 
 def run(words: Sequence[str], timeout: float = 280, fresh: bool = False, **options) -> Finished:
@@ -110,13 +111,13 @@ def start(
     words: Sequence[str], env: dict[str, str], said: str = "", fresh: bool = False, **options
 ) -> subprocess.Popen[str] | Launched:
     """The process of a command, which reads `said`, in a session of its own; forked where that is the same."""
-    if not fresh and options.keys() <= {"cwd"} and prepared().fits(words, env):
-        return Launched(prepared(), words, env, options.get("cwd"), said)
+    if not fresh and options.keys() <= {"cwd", "stdout"} and prepared().fits(words, env):
+        return Launched(prepared(), words, env, said, **options)
     with tempfile.TemporaryFile("w+") as read:
         read.write(said)
         read.seek(0)
-        streams = {"stdin": read, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(words, env=env, start_new_session=True, text=True, **streams, **options)
+        given = {"stdin": read, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "errors": "replace"} | options
+        return subprocess.Popen(words, env=env, start_new_session=True, text=True, **given)
 
 
 def run_python(code: str, *arguments: object, **options) -> str:

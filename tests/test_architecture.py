@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
 
 FLOORS = [
-    {"constants", "errors", "log", "processes"},
+    {"constants", "errors", "log", "processes", "startup"},
     {"registry"},
     {"files"},
     {"plugins"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,8 @@ import pytest
 
 from moellava.cli import CLOSED_PIPE, COMMANDS, main
 from moellava.errors import UserError
+from tests import processes
+from tests.processes import Finished
 
 
 @pytest.fixture
@@ -53,11 +54,9 @@ def test_a_bug_keeps_its_traceback(command, acting):
         main([command])
 
 
-def run(*words: str, more: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(*words: str, **options: Any) -> Finished:
     """The command in a process of its own."""
-    command = [sys.executable, "-m", "moellava.cli", *words]
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"} | (more or {})
-    return subprocess.run(command, text=True, errors="replace", timeout=120, env=env, **options)
+    return processes.run([sys.executable, "-m", "moellava.cli", *words], timeout=120, **options)
 
 
 @pytest.fixture
@@ -71,7 +70,7 @@ def odd_data(data_file, make_record) -> Path:
 def test_a_pipe_that_closes_ends_a_command_quietly(words, odd_data):
     read, write = os.pipe()
     os.close(read)
-    done = run(*[str(odd_data) if word == "DATA" else word for word in words], stdout=write, stderr=subprocess.PIPE)
+    done = run(*[str(odd_data) if word == "DATA" else word for word in words], stdout=write)
     os.close(write)
     assert done.returncode == CLOSED_PIPE and done.stderr == ""
 
@@ -80,7 +79,7 @@ def test_a_pipe_that_closes_ends_a_command_quietly(words, odd_data):
 @pytest.mark.parametrize("words", [["--help"], ["check-data", "--help"], ["check-data", "DATA"]])
 def test_a_full_disk_is_told(words, odd_data):
     with Path("/dev/full").open("w") as full:
-        done = run(*[str(odd_data) if word == "DATA" else word for word in words], stdout=full, stderr=subprocess.PIPE)
+        done = run(*[str(odd_data) if word == "DATA" else word for word in words], stdout=full.fileno())
     assert done.returncode == 2 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -88,6 +87,6 @@ def test_a_full_disk_is_told(words, odd_data):
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_terminal_that_cannot_show_a_character_gets_its_escape(encoding, data_file):
     path = data_file([{"id": "é\ud83d🐱", "conversations": []}])
-    done = run("check-data", str(path), capture_output=True, more={"PYTHONIOENCODING": encoding})
+    done = run("check-data", str(path), env={"PYTHONIOENCODING": encoding})
     assert done.returncode == 1 and done.stderr == "" and "has no turns" in done.stdout
-    assert run("--help", capture_output=True, more={"PYTHONIOENCODING": encoding}).returncode == 0
+    assert run("--help", env={"PYTHONIOENCODING": encoding}).returncode == 0

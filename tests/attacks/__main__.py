@@ -18,8 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+from moellava.startup import importing
 from tests import attacks as package
 from tests.attacks.outcome import Outcome
 
@@ -29,10 +31,12 @@ HEAD = "| attack | inputs | what came of them | tracebacks, silent or lost | sec
 BEGIN, END = "<!-- table: python -m tests.attacks --all -->", "<!-- end -->"
 
 
+@cache
 def areas() -> dict[str, Attacks]:
     """Name of a module -> its attacks."""
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    modules = {name: importlib.import_module(f"tests.attacks.{name}") for name in names if name != "__main__"}
+    with importing():  # children that are forked share what is imported, and collect no garbage in it
+        modules = {name: importlib.import_module(f"tests.attacks.{name}") for name in names if name != "__main__"}
     return {name: module.attacks for name, module in modules.items() if hasattr(module, "attacks")}
 
 
