@@ -39,6 +39,7 @@ from moellava.moe import MoESpec, moe_layers, upcycle
 from moellava.vlm import VLM
 from tests import tiny
 from tests.lmm.tiny import NATIVE, TINY
+from tests.model.tiny_language_models import tiny_language_model
 from tests.tiny import TEXT, compose_tiny, reopen, weights_of
 
 LAYERS = 4
@@ -186,6 +187,20 @@ def test_a_dense_folder_has_the_names_of_the_hub(family, target, dense, tmp_path
         beginnings = {name.split(".")[0] for name in weights_of(tmp_path / "theirs")}
         assert beginnings == {"language_model", "vision_tower", "multi_modal_projector"}
         assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight" in weights_of(tmp_path / "theirs")
+
+
+SUBCLASSED = ("beam", "codegen", "ctrl", "gemma2", "gptj", "nanochat", "phi", "vaultgemma")
+"""Language models whose head has a bias or whose logits are capped: Hugging Face's LLaVA lacks both."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", SUBCLASSED)
+def test_a_dense_model_of_a_subclass_becomes_code(model_type, tokenizer_folder, clip_tower, tmp_path):
+    tiny_language_model(model_type).save_pretrained(tmp_path / "base")
+    shutil.copytree(tokenizer_folder, tmp_path / "base", dirs_exist_ok=True)
+    certificate = exported(compose_tiny(tmp_path / "base", clip_tower, "plain"), tmp_path)
+    assert certificate.target == CODE
+    assert all(probe["max_abs_delta"] < 1e-5 for probe in certificate.probes.values())
 
 
 def test_moellava_opens_what_it_has_exported(dense, tmp_path):
