@@ -31,6 +31,7 @@ from moellava.lmm.architecture import Architecture, architecture_of, holds_vlm
 from moellava.lmm.loaders import describe_released
 from moellava.model.compose import Composition, describe_composed, describe_parts, make_processor
 from moellava.model.description import Description
+from moellava.model.devices import default_device, default_dtype, device_named
 from moellava.model.extended import extend_in_place
 from moellava.model.features import FeatureCache
 from moellava.model.integrity import check_files, opening
@@ -233,30 +234,6 @@ def probes_of(config: Any, encoder: Encoder, collator: MediaCollator, dtype: tor
         batch = collator.of_prompts()([sample_of(encoder.encode(record, "the probe"), shown, "the probe")])
         probes[name] = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
     return probes
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that a device computes in well: bf16 or fp16 on GPUs, fp32 on CPUs."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.float16 if device.type == "mps" else torch.float32
-
-
-def default_device() -> torch.device:
-    """A GPU where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
-
-
-def device_named(name: torch.device | str) -> torch.device:
-    """A device by its name. Raises UserError for one that torch does not know, or that this machine lacks."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the second
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def describe(
