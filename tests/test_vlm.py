@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 from moellava.constants import CHAT_TEMPLATE
 from moellava.errors import UserError
+from moellava.model.devices import default_dtype
 from moellava.model.parts import LLAVA
 from moellava.model.section import section_of
 from moellava.moe import MoESpec, upcycle
-from moellava.vlm import PROBE_TOKENS, VLM, default_dtype, open_encoder, open_vlm
+from moellava.vlm import PROBE_TOKENS, VLM, open_encoder, open_vlm
 from tests.lmm.tiny import TINY
 from tests.tiny import compose_tiny, record, reopen
 

@@ -26,10 +26,11 @@ from moellava.data.records import Medium
 from moellava.data.video import Video
 from moellava.errors import UserError
 from moellava.log import printable
+from moellava.model.devices import device_named
 from moellava.serve.answer import Request, stream
 from moellava.serve.generate import Sampling
 from moellava.serve.prompt import Picture
-from moellava.vlm import VLM, device_named, open_vlm
+from moellava.vlm import VLM, open_vlm
 
 HELP = """Ask about what is shown. Further commands:
   /image FILE …   add images to the next question

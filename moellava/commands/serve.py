@@ -17,7 +17,8 @@ from moellava.commands.values import amount, count
 from moellava.data.images import Limits
 from moellava.errors import UserError
 from moellava.log import printable
-from moellava.vlm import VLM, device_named, open_vlm
+from moellava.model.devices import device_named
+from moellava.vlm import VLM, open_vlm
 
 if TYPE_CHECKING:
     from moellava.serve.api.limits import ServerLimits

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from moellava.errors import UserError
-from moellava.vlm import VLM, default_device, default_dtype, open_vlm
+from moellava.model.devices import default_device, default_dtype
+from moellava.vlm import VLM, open_vlm
 
 
 def load_pretrained_model(
