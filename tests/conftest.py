@@ -14,16 +14,20 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-from accelerate.state import AcceleratorState
 from hypothesis import settings
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from moellava.data.tokenizers import load_tokenizer
-from moellava.vlm import VLM
-from tests import processes, tiny
-from tests.processes import Finished, Flags
+from moellava.startup import importing
+
+with importing():
+    import torch
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState
+    from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+
+    from moellava.data.tokenizers import load_tokenizer
+    from moellava.vlm import VLM
+    from tests import processes, tiny
+    from tests.processes import Finished, Flags
 
 # The same examples in every run: a run that has passed says something about the next one.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -35,7 +35,7 @@ from moellava.startup import importing
 
 ROOT = Path(__file__).resolve().parents[1]
 
-READ_WHEN_USED = {"PYTEST_CURRENT_TEST", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+READ_WHEN_USED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """Environment variables that no import reads. Any other that differs from the server's asks for a fresh start."""
 
 LONGEST = 1 << 17

@@ -24,6 +24,9 @@ from tests.prepared import Launched, Server
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = Path(sys.executable).parent  # where this Python's launchers lie
 
+OURS = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+"""The environment that the tests were started in; runs in this process add to it what belongs to them alone."""
+
 Finished = subprocess.CompletedProcess[str]
 Flags = dict[str, object]
 """Flags by name; a list stands for several words, and None for a flag that is not given."""
@@ -74,8 +77,7 @@ def environment() -> dict[str, str]:
     calm = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     calm |= {"PYTHONFAULTHANDLER": "1"}
     path = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"
-    ours = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    return ours | calm | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    return OURS | calm | {"PATH": path, "PYTHONPATH": str(ROOT)}
 
 
 def run(words: Sequence[str], timeout: float = 280, fresh: bool = False, **options) -> Finished:

@@ -47,7 +47,7 @@ def test_a_failing_stage_is_loud(tmp_path):
     code = (
         "import pathlib, sys; sys.path.insert(0, 'playground'); import demo; "
         f"demo.BASE = pathlib.Path({str(tmp_path)!r}); "
-        f"sys.exit(demo.main(['--smoke', '--output-dir', {str(tmp_path / 'run')!r}]))"
+        f"sys.exit(demo.main(['--smoke', '--processes', '1', '--output-dir', {str(tmp_path / 'run')!r}]))"
     )
     result = run([sys.executable, "-c", code], cwd=ROOT)
     assert result.returncode == 1
