@@ -44,15 +44,16 @@ checked() {
   compared "$5" "$2" "$OUT/$1-answers.json" "$OUT/$1.json"
 }
 
-# An adapter on the model as code, which is there already.
+# The model as code with an adapter of attention on it.
 checked_adapter() {
-  rm -rf "$OUT/adapter" "$OUT/merged"
-  python scripts/checks/random_adapter.py --model-path "$check_stage3" --adapter "$OUT/adapter" --merged "$OUT/merged" ||
-    return 1
-  own_answers "$OUT/merged" "$OUT/merged-own.json" || return 1
-  asked "$OUT/stage3-code" "$OUT/merged-own.json" adapter --adapter "$OUT/adapter" || return 1
-  compared "Stage 3 with an adapter of attention, in vLLM" "$OUT/merged-own.json" "$OUT/adapter-answers.json" \
-    "$OUT/adapter.json" --unlike "$OUT/stage3-own.json"
+  local made="$OUT/stage3-adapter" run="$OUT/adapter-run"
+  rm -rf "$made" "$run"
+  python scripts/checks/random_adapter.py --model-path "$check_stage3" --adapter "$run/adapter" --merged "$run" || return 1
+  moellava export --model-path "$check_stage3" --adapter "$run/adapter" --output-dir "$made" --to code || return 1
+  own_answers "$run" "$OUT/adapter-own.json" || return 1
+  asked "$made" "$OUT/adapter-own.json" stage3-adapter --adapter "$made/adapter" || return 1
+  compared "Stage 3, as code with an adapter, in vLLM" "$OUT/adapter-own.json" "$made-answers.json" "$made.json" \
+    --unlike "$OUT/stage3-own.json"
 }
 
 status=0

@@ -24,6 +24,9 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 CAPTIONS_BEGIN = 30
 """Column of the README's tree in which its captions begin."""
+ENGINES = ("vllm", "transformers")
+ENGINE_FLAGS = {"--continuous-batching", "--enable-mixed-moe-lora-format", "--model-impl"}
+"""Programs that serve exported models, and flags of theirs that pages name. They are not installed here."""
 WITHHELD = "…"
 """Stands in a page's command for flags that the reader adds."""
 
@@ -83,7 +86,7 @@ def check_command(words: list[str]) -> None:
             found = [ROOT / name for name in expand_braces(path)]
             assert all(name.exists() for name in found), words
     else:
-        assert program in ("pre-commit", "export", "pip", "git", "cd", "pytest"), f"who knows {program!r}?"
+        assert program in ("pre-commit", "export", "pip", "git", "cd", "pytest", *ENGINES), f"who knows {program!r}?"
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -121,7 +124,8 @@ def test_flags_named_in_prose_exist(page):
     }
     known = train_flags() | {flag for name in COMMANDS for flag in re.findall(r"--[a-z][\w-]*", help_of(name))}
     launchers = {"--help", "--full", "--hostfile", "--num_accelerators", "--num_gpus", "--nproc-per-node", "--json"}
-    assert named <= known | launchers, sorted(named - known - launchers)
+    theirs = launchers | ENGINE_FLAGS
+    assert named <= known | theirs, sorted(named - known - theirs)
 
 
 def test_every_flag_of_ours_is_explained():
