@@ -64,19 +64,28 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def idle_flags(args: argparse.Namespace) -> list[Idle]:
+    """Flags that others leave nothing to do."""
+    few = f"no more than --max-requests {args.max_requests} are there to be answered together"
+    return [
+        Idle(["api_key"], KEY_VARIABLE in os.environ, f"{KEY_VARIABLE} is set, too: use one"),
+        Idle(["batch_size"], args.batch_size > args.max_requests, few),
+    ]
+
+
 def main(argv: list[str]) -> int:
     """Entry point of the command."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    refuse_idle(parser, argv, [Idle(["api_key"], KEY_VARIABLE in os.environ, f"{KEY_VARIABLE} is set, too: use one")])
+    refuse_idle(parser, argv, idle_flags(args))
     require_packages(NEEDS if args.api_only else (*NEEDS, *PAGE_NEEDS))
-    key = key_of(args)
+    key, limits = key_of(args), limits_of(args)
     device = device_named(args.device) if args.device is not None else None
     with listening(args.host, args.port) as listener:
         disable_progress_bar()
         set_verbosity_error()
         vlm = open_vlm(args.model_path, base=args.model_base, device=device, version=args.version)
-        serve(vlm, args, key, listener)
+        serve(vlm, args, key, limits, listener)
     return 0
 
 
@@ -123,11 +132,18 @@ def limits_of(args: argparse.Namespace) -> ServerLimits:
         images=args.max_images,
         image=Limits(args.max_image_pixels, args.max_image_side, args.max_aspect_ratio),
         new_tokens=args.max_new_tokens,
-        domains=frozenset(host.lower() for host in args.allow_domain),
+        domains=frozenset(map(host_of, args.allow_domain)),
     )
 
 
-def serve(vlm: VLM, args: argparse.Namespace, key: str | None, listener: socket.socket) -> None:
+def host_of(text: str) -> str:
+    """A host as URLs name it. Raises UserError for a whole URL, which no host would equal."""
+    if not text or set("/@?# ") & set(text):
+        raise UserError(f"--allow-domain {text}: give hosts alone, as example.com or localhost:8080.")
+    return text.lower()
+
+
+def serve(vlm: VLM, args: argparse.Namespace, key: str | None, limits: ServerLimits, listener: socket.socket) -> None:
     """Answers until it is told to end (Ctrl-C)."""
     import uvicorn
 
@@ -136,7 +152,7 @@ def serve(vlm: VLM, args: argparse.Namespace, key: str | None, listener: socket.
     from moellava.serve.api.scheduler import Scheduler
 
     name = args.served_model_name or Path(args.model_path).resolve().name
-    service = Service(Scheduler(vlm, limits_of(args)), Settings(name, key, is_loopback(args.host)))
+    service = Service(Scheduler(vlm, limits), Settings(name, key, is_loopback(args.host)))
     app = create_app(service)
     if not args.api_only:
         from moellava.serve.api.page import with_page

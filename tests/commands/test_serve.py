@@ -25,6 +25,8 @@ REFUSED = {
     "--host no.such.host.invalid --api-key k": "--host no.such.host.invalid",
     "--max-requests 0": "--max-requests: 0: a whole number from 1 on",
     "--max-body-mb nan": "--max-body-mb: nan",
+    "--batch-size 9 --max-requests 8": "--batch-size 9: no more than --max-requests 8",
+    "--allow-domain https://example.com": "--allow-domain https://example.com: give hosts alone",
     "--model-path nowhere": "nowhere",
 }
 """Flags, and words of the refusal."""

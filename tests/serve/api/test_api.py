@@ -13,7 +13,7 @@ from openai import BadRequestError, NotFoundError
 from moellava.serve.answer import Prompts, answer
 from moellava.serve.api import scheduler as scheduling
 from moellava.serve.prompt import Request
-from tests.serve.api.serving import NAME, asking
+from tests.serve.api.serving import NAME, SECONDS, asking
 
 QUESTION = "what colour is it?"
 
@@ -102,7 +102,7 @@ def held(monkeypatch) -> tuple[threading.Event, threading.Event]:
 
     def waiting(*args, **options):
         begun.set()
-        assert go_on.wait(20)
+        assert go_on.wait(SECONDS)
         return plain(*args, **options)
 
     monkeypatch.setattr(scheduling, "generate", waiting)
@@ -117,7 +117,7 @@ def test_what_waits_is_answered_together(server, monkeypatch):
     begun, go_on = held(monkeypatch)
     with ThreadPoolExecutor(len(questions)) as pool:
         first = pool.submit(create, **asking(questions[0]))
-        assert begun.wait(20)
+        assert begun.wait(SECONDS)
         others = [pool.submit(create, **asking(text, max_tokens=8 - n)) for n, text in enumerate(questions[1:], 1)]
         while service.scheduler.waiting() < len(others):
             time.sleep(0.01)
@@ -139,7 +139,7 @@ def test_other_options_and_seeds_have_batches_of_their_own(server, monkeypatch):
     begun, go_on = held(monkeypatch)
     with ThreadPoolExecutor(len(options) + 1) as pool:
         first = pool.submit(create, **asking())
-        assert begun.wait(20)
+        assert begun.wait(SECONDS)
         others = [pool.submit(create, **asking(), **given) for given in options]
         while service.scheduler.waiting() < len(options):
             time.sleep(0.01)
@@ -158,7 +158,7 @@ def test_more_requests_than_slots_are_refused(server, monkeypatch):
     monkeypatch.setattr(server.service.slots, "limit", 1)
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(server.send, body=asking())
-        assert begun.wait(20)
+        assert begun.wait(SECONDS)
         status, said = server.send(body=asking())
         go_on.set()
         assert run.result()[0] == 200

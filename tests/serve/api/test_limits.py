@@ -183,7 +183,13 @@ def test_every_route_of_the_page_asks_for_the_key(sparse):
         every = routes(with_page(create_app(server.service), server.service))
         assert len(every) > 50 and ("POST", "/gradio_api/upload") in every
         require_key(server, every)
-        assert server.send("GET", "/", Authorization=f"Bearer {KEY}")[0] == 200
+        key = {"Authorization": f"Bearer {KEY}"}
+        assert server.send("GET", "/", **key)[0] == 200
+        for path in ("HTTP://evil.example/a.png", "https://evil.example/a.png"):  # Gradio would fetch them
+            body = {"data": [{"text": "", "files": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}]}
+            status, said = server.send("POST", "/gradio_api/queue/join", body, **key)
+            assert status == 403 and "fetches nothing" in said["error"]["message"]
+        assert server.send("POST", "/gradio_api/queue/join", b"[" * 50_000, **key)[0] == 422
 
 
 @pytest.mark.parametrize("stream", [False, True])
