@@ -745,6 +745,57 @@ SERVING = (
     ),
 )
 
+EXPORTING = (
+    Mutation(
+        "shared-expert-counts-half",
+        "convert/export/targets/qwen2_moe.py",
+        "    return tensor * 2",
+        "    return tensor * 1",
+        "A model with a shared expert answers otherwise in every engine.",
+        ("convert/test_export_targets.py",),
+    ),
+    Mutation(
+        "rows-of-queries-as-they-were",
+        "convert/export/targets/ernie_moe.py",
+        "return halves.transpose(1, 2).reshape(tensor.shape).contiguous()",
+        "return halves.reshape(tensor.shape).contiguous()",
+        "Positions are turned in the wrong pairs of units: long answers fall apart.",
+        ("convert/test_export_targets.py",),
+    ),
+    Mutation(
+        "any-logits-pass",
+        "convert/export/proof.py",
+        "        if not delta <= limit:",
+        "        if delta < 0:",
+        "A folder that computes something else is written with a certificate.",
+        ("convert/test_export.py",),
+    ),
+    Mutation(
+        "towers-without-their-prefix",
+        "convert/export/native.py",
+        'inner = "vision_model." if is_tower',
+        'inner = "" if is_tower',
+        "vLLM finds no weights for the tower.",
+        ("convert/test_export_targets.py",),
+    ),
+    Mutation(
+        "drops-are-not-told",
+        "convert/export/export_folder.py",
+        "    if drops and not dropless:",
+        "    if drops and dropless is None:",
+        "A model that drops tokens is exported as one that does not, without a word.",
+        ("convert/test_export.py",),
+    ),
+    Mutation(
+        "adapters-of-another-order",
+        "convert/export/adapter.py",
+        "    return Matrices(torch.cat([expert.a for expert in experts]), b.flatten(1))",
+        "    return Matrices(torch.cat([expert.a for expert in experts]), b.transpose(1, 2).flatten(1))",
+        "Each expert gets rows of other experts' adapters.",
+        ("convert/test_export_targets.py",),
+    ),
+)
+
 MUTATIONS = (
     *MASKING,
     *PROBING,
@@ -759,5 +810,6 @@ MUTATIONS = (
     *STAGES,
     *ANSWERING,
     *SERVING,
+    *EXPORTING,
     *TRUST,
 )
