@@ -133,7 +133,7 @@ class FeatureCache:
             inputs: on the model's device.
             shown: the same as they came, which say what is shown.
         """
-        result, outputs = dict(inputs), {}
+        result, outputs = dict(inputs), dict[str, Any]()
         for modality, pixels in PIXELS.items():
             encode = encoder_of(model, modality)
             if encode is None or not isinstance(inputs.get(pixels), Tensor):
