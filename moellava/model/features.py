@@ -84,9 +84,10 @@ def features_of(output: Any) -> Features | None:
     pooled, deep = getattr(output, "pooler_output", None), getattr(output, "deepstack_features", None)
     is_tensor = isinstance(pooled, Tensor)
     listed = [pooled] if is_tensor else list(pooled or [])
-    layers = None if deep is None else [list(layer) if isinstance(layer, list | tuple) else None for layer in deep]
-    everything = [*listed, *(tensor for layer in layers or [] for tensor in layer or [None])]
-    if not listed or not all(isinstance(tensor, Tensor) for tensor in everything):
+    if not listed or not all(isinstance(layer, list | tuple) for layer in deep or []):
+        return None
+    layers = None if deep is None else [list(layer) for layer in deep]
+    if not all(isinstance(tensor, Tensor) for layer in [listed, *(layers or [])] for tensor in layer):
         return None
     return Features(type(output), listed, is_tensor, layers)
 
@@ -133,7 +134,7 @@ class FeatureCache:
             inputs: on the model's device.
             shown: the same as they came, which say what is shown.
         """
-        result, outputs = dict(inputs), {}
+        result, outputs = dict(inputs), dict[str, Any]()
         for modality, pixels in PIXELS.items():
             encode = encoder_of(model, modality)
             if encode is None or not isinstance(inputs.get(pixels), Tensor):
