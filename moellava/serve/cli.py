@@ -6,10 +6,13 @@ Also `deepspeed moellava/serve/cli.py …`, as its users type it: one process, f
 import sys
 
 from moellava import cli
-from moellava.commands.chat import main
 from moellava.errors import UserError
 from moellava.log import is_rank_zero
-from moellava.processes import world_size
+from moellava.startup import importing
+
+with importing():
+    from moellava.commands.chat import main
+    from moellava.processes import world_size
 
 __all__ = ["main"]
 
