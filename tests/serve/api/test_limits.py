@@ -160,6 +160,7 @@ def test_every_route_asks_for_the_key(sparse):
         wrong = base64.b64encode(b"anyone:other").decode()
         keys = {f"Bearer {KEY}": 200, f"Basic {basic}": 200, f"bearer {KEY}": 200, "Bearer other": 401, KEY: 401}
         keys |= {f"Basic {wrong}": 401, "Basic %%%": 401, "Bearer ": 401, "Bearer \xe4": 401, f"Token {KEY}": 401}
+        keys |= {f"Bearer {KEY}x": 401, f"Bearer {KEY[:-1]}": 401}
         for header, status in keys.items():
             for path in ("/v1/models", "/health"):
                 assert server.send("GET", path, Authorization=header)[0] == status, header
