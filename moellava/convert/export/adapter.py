@@ -172,7 +172,7 @@ def write_adapter(
         linears, stacks = dict(matrices), dict[str, Matrices]()
         if name in TARGETS:
             linears, stacks = translated(source, name, matrices)
-    model = on_meta(target)
+    model = on_meta(target, name == CODE)
     rank = 2 * adapter.config.r
     known = [path for path, _ in model.named_modules()]
     config = LoraConfig(
@@ -201,11 +201,11 @@ def write_adapter(
     config.save_pretrained(folder)
 
 
-def on_meta(folder: Path) -> Any:
-    """The structure of an exported folder's model, without memory."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+def on_meta(folder: Path, with_code: bool) -> Any:
+    """The structure of an exported folder's model, without memory. The code is what was just written."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=with_code)
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=with_code)
 
 
 def translated(
