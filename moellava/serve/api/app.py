@@ -84,8 +84,7 @@ def create_app(service: Service) -> FastAPI:
 
     settings, limits = service.settings, service.limits
     app = FastAPI(title="moellava", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    guarding = {"api_key": settings.api_key, "body_bytes": limits.body_bytes, "is_local": settings.is_local}
-    app.add_middleware(Guard, **guarding)
+    app.add_middleware(Guard, api_key=settings.api_key, body_bytes=limits.body_bytes, is_local=settings.is_local)
     card = {"id": settings.name, "object": "model", "created": service.began, "owned_by": "moellava"}
 
     @app.get("/health")
