@@ -14,7 +14,6 @@ from moellava.convert.export.source import Layer, Source
 from moellava.convert.export.targets.target import (
     LINEARS,
     TARGETS,
-    Place,
     Target,
     dtype_of,
     in_steps,
@@ -107,24 +106,18 @@ def ernie_fields(source: Source) -> dict[str, Any]:
     }
 
 
-def without_window(source: Source) -> Place:
-    """As `in_steps`; every token must see all that are before it, for Ernie knows no window."""
-    text = source.text
-    has_window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
-    return None if has_window else in_steps(source)
-
-
 TARGETS.register(
     "ernie-moe",
     Target(
         text_type="ernie4_5_moe",
         decoders=("llama", "mistral", "qwen2"),
-        place=without_window,
+        place=in_steps,
         fields=ernie_fields,
         mlp=ernie_mlp,
         attention=ernie_attention,
         holds_shared=True,
         holds_bias=True,
         holds_counts=True,
+        holds_window=False,
     ),
 )

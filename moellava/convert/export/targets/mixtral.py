@@ -7,7 +7,7 @@ from typing import Any
 from moellava.convert.export.pieces import Pieces
 from moellava.convert.export.source import Layer, Source
 from moellava.convert.export.targets.granite_moe import granite_fields
-from moellava.convert.export.targets.target import TARGETS, Target, everywhere, routed
+from moellava.convert.export.targets.target import TARGETS, Target, everywhere, routed, window_of
 
 
 def mixtral_mlp(source: Source, layer: Layer) -> Pieces:
@@ -18,8 +18,7 @@ def mixtral_mlp(source: Source, layer: Layer) -> Pieces:
 
 def mixtral_fields(source: Source) -> dict[str, Any]:
     """Fields of Mixtral's routing, and the window of its attention."""
-    window = getattr(source.text, "sliding_window", None)
-    return {**granite_fields(source), "sliding_window": window}
+    return {**granite_fields(source), "sliding_window": window_of(source)}
 
 
 TARGETS.register(

@@ -17,6 +17,7 @@ from moellava.convert.export.targets.target import (
     n_experts,
     routed,
     unchanged,
+    window_of,
 )
 
 NO_SHARED = 8
@@ -70,8 +71,8 @@ def qwen2_fields(source: Source) -> dict[str, Any]:
     text = source.text
     shared = text.intermediate_size if source.has_shared else NO_SHARED
     fields = {**qwen_fields(source), "shared_expert_intermediate_size": shared, "qkv_bias": True}
-    window = getattr(text, "sliding_window", None)
-    if window and getattr(text, "use_sliding_window", True):
+    window = window_of(source)
+    if window is not None:
         layers = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
         fields |= {"use_sliding_window": True, "sliding_window": window, "layer_types": layers}
     else:

@@ -42,6 +42,7 @@ class Target:
         holds_shared: whether it has an MLP that every token visits.
         holds_bias: whether a bias takes part in choosing experts.
         holds_counts: whether layers may differ in their number of experts.
+        holds_window: whether its attention can be limited to the latest tokens.
         vlm_type: `model_type` of the vision-language model, where its class is another one as well.
         experts: where its class has the experts of a layer, in two tensors.
         copies_dense: whether the MLP of a dense layer is each of its experts.
@@ -57,6 +58,7 @@ class Target:
     holds_shared: bool = False
     holds_bias: bool = False
     holds_counts: bool = False
+    holds_window: bool = True
     vlm_type: str | None = None
     experts: str = "mlp.experts"
     copies_dense: bool = False
@@ -76,6 +78,8 @@ class Target:
             found.append(f"its top-1 gates are the {spec.top1_gate} ones")
         if len({layer.n_experts for layer in source.layers if layer.n_experts}) > 1 and not self.holds_counts:
             found.append("its layers differ in their number of experts")
+        if window_of(source) and not self.holds_window:
+            found.append(f"its attention looks back {window_of(source)} tokens alone")
         if self.place(source) is None:
             found.append("its sparse layers lie elsewhere")
         return found
@@ -91,6 +95,12 @@ def _biased(source: Source) -> list[str]:
     parts = {"attention's output": any("o_proj" in name for name in names)}
     parts["MLP"] = any(name.split(".")[-2] in LINEARS for name in names)
     return [part for part, is_biased in parts.items() if is_biased]
+
+
+def window_of(source: Source) -> int | None:
+    """Tokens that its attention looks back; None: all of them."""
+    window = getattr(source.text, "sliding_window", None)
+    return window if window and getattr(source.text, "use_sliding_window", True) else None
 
 
 def sparse_indices(source: Source) -> list[int]:
