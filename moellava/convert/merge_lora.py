@@ -8,6 +8,7 @@ two differ by rounding only; a folder in 16 bits is compared with the merged mod
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import torch
 from torch import nn
 
 from moellava.adapters.folder import check_base, load_adapter, merged, read_adapter
-from moellava.adapters.lora import attach, lora_layers, target_names
+from moellava.adapters.lora import Adapter, attach, lora_layers, target_names
 from moellava.errors import UserError
 from moellava.files import model_files, staged
-from moellava.model.manifest import read_folder
+from moellava.model.manifest import Manifest, read_folder
 from moellava.model.section import note, section_of
 from moellava.moe import MoESpec, moe_layers, set_routing_context, upcycle
 from moellava.vlm import VLM, Probes, build, describe, open_vlm
@@ -81,6 +82,50 @@ def every_tensor(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
+@dataclass
+class AdaptedBase:
+    """What an adapter has learnt on, in fp32, and the adapter.
+
+    Args:
+        vlm: as the adapter's run found it: sparse, quantised and dense again, with its template.
+        adapter: its description.
+        tensors: its tensors.
+        source: its folder.
+        stored: tensor of the model -> the precision that it is stored in; routers are fp32 in any model.
+    """
+
+    vlm: VLM
+    adapter: Adapter
+    tensors: dict[str, torch.Tensor]
+    source: Path
+    stored: dict[str, torch.dtype]
+
+    def put_on(self) -> None:
+        """Puts the adapter beside the weights. Raises UserError where it has learnt on others."""
+        attach(self.vlm.model, self.adapter.config)
+        load_adapter(self.vlm.model, self.adapter, self.tensors, self.source)
+        self.vlm.model.eval()
+        check_base(self.vlm.model.state_dict(), self.adapter.origin, self.vlm.source)
+
+    def restore_precision(self) -> None:
+        """Brings the tensors back to what they are stored in, once the adapter is off again."""
+        for name, tensor in every_tensor(self.vlm.model):
+            tensor.data = tensor.data.to(self.stored[name])
+
+
+def open_base(manifest: Manifest, adapter_dir: Path, trust_remote_code: bool = False) -> AdaptedBase:
+    """Opens what an adapter stands on, the adapter not yet in its place. Raises UserError: see `merge`."""
+    manifest.require_start()
+    description = describe(manifest, trust_remote_code)
+    adapter, tensors = read_adapter(adapter_dir, description.keywords)
+    vlm = build(description, getattr(torch, adapter.origin.get("dtype", "float32")), manifest.called)
+    rebuild(vlm, adapter.origin)
+    restore_section(vlm, adapter.origin)
+    stored = {name: tensor.dtype for name, tensor in every_tensor(vlm.model)}
+    vlm.model.float()
+    return AdaptedBase(vlm, adapter, tensors, adapter_dir, stored)
+
+
 def merge(
     base: str, adapter_dir: Path, output_dir: Path, trust_remote_code: bool = False
 ) -> dict[str, dict[str, float]]:
@@ -100,28 +145,17 @@ def merge(
             is left in `output_dir` then.
     """
     manifest = read_folder(base, "--model-path", patterns=model_files(trust_remote_code))
-    manifest.require_start()
-    description = describe(manifest, trust_remote_code)
-    adapter, tensors = read_adapter(adapter_dir, description.keywords)
-    vlm = build(description, getattr(torch, adapter.origin.get("dtype", "float32")), f"--model-path {base}")
-    rebuild(vlm, adapter.origin)
-    restore_section(vlm, adapter.origin)
-    model = vlm.model
-    stored = {name: tensor.dtype for name, tensor in every_tensor(model)}
-    model.float()
+    opened = open_base(manifest, adapter_dir, trust_remote_code)
+    vlm, adapter, model = opened.vlm, opened.adapter, opened.vlm.model
     probes = vlm.probes()
     without = probe_logits(vlm, probes)
-    attach(model, adapter.config)
-    load_adapter(model, adapter, tensors, adapter_dir)
-    model.eval()
-    check_base(model.state_dict(), adapter.origin, f"--model-path {base}")
+    opened.put_on()
     before = probe_logits(vlm, probes)
     detach(model, merged(model.state_dict(), adapter.scaling))
     after = probe_logits(vlm, probes)
     found = {"adapter": largest_difference(before, without), "merging": largest_difference(before, after)}
     refuse_if_above(found["merging"], ROUNDING, before, "Merging")
-    for name, tensor in every_tensor(model):
-        tensor.data = tensor.data.to(stored[name])
+    opened.restore_precision()
     found["folder"] = write_compared(vlm, probes, output_dir, trust_remote_code)
     return found
 

@@ -277,7 +277,7 @@ def test_an_adapter_goes_on_the_exported_folder(family, option, dense, tmp_path)
         assert torch.allclose(model(**text).logits, wanted(text), atol=2e-5)
 
 
-def write_random_adapter(vlm: VLM, folder: Path) -> Callable[..., torch.Tensor]:
+def write_random_adapter(vlm: VLM, folder: Path, dtype: str = "float32") -> Callable[..., torch.Tensor]:
     """An adapter of every linear of the language model, with random matrices, and routers that have moved; returns the
     function from inputs to logits of the model with it."""
     targets = target_names(vlm, only_experts=False)
@@ -289,6 +289,19 @@ def write_random_adapter(vlm: VLM, folder: Path) -> Callable[..., torch.Tensor]:
     with torch.no_grad():
         for parameter in lora_parameters(vlm.model) + [p for router in routers for p in router.parameters()]:
             parameter.add_(0.1 * torch.randn_like(parameter))
-    origin = {"base": "ours", "dtype": "float32", "moe": vlm.model.config.moe}
+    origin = {"base": "ours", "dtype": dtype, "moe": vlm.model.config.moe}
     write_adapter(vlm.model.state_dict(), Adapter(config, origin, vlm.keywords), folder)
     return lambda inputs: vlm.model(**inputs).logits
+
+
+def test_routers_under_an_adapter_stay_fp32_beside_bf16_weights(dense, tmp_path):
+    vlm = made_sparse(copy.deepcopy(dense("llama")))
+    routers = {id(parameter) for _, layer in moe_layers(vlm.model) for parameter in layer.router.parameters()}
+    for parameter in vlm.model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if id(parameter) in routers else torch.bfloat16)
+    vlm.save(tmp_path / "ours", meta={"stage": "moe"})
+    trained = reopen(tmp_path / "ours")
+    write_random_adapter(trained, tmp_path / "adapter", "bfloat16")
+    export_adapter(read_folder(tmp_path / "ours", "--model-path"), tmp_path / "adapter", tmp_path / "theirs")
+    stored = {name.endswith(".gate.weight"): tensor.dtype for name, tensor in weights_of(tmp_path / "theirs").items()}
+    assert stored == {True: torch.float32, False: torch.bfloat16}

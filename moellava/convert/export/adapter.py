@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from moellava.adapters.folder import WEIGHTS, check_base, load_adapter, read_adapter
-from moellava.adapters.lora import NAME, Adapter, attach, lora_layers, pattern_of
+from moellava.adapters.folder import WEIGHTS
+from moellava.adapters.lora import NAME, Adapter, lora_layers, pattern_of
 from moellava.convert.export.export_folder import AUTO, CODE, choose, export_folder
 from moellava.convert.export.native import layer_pieces
 from moellava.convert.export.pieces import Piece
@@ -33,11 +34,11 @@ from moellava.convert.export.proof import Certificate, prove, reopen, said_by
 from moellava.convert.export.source import Source, opened_source
 from moellava.convert.export.targets import TARGETS
 from moellava.convert.export.targets.target import LINEARS, n_experts
-from moellava.convert.merge_lora import rebuild, restore_section
+from moellava.convert.merge_lora import open_base
 from moellava.errors import UserError
 from moellava.files import staged
 from moellava.model.manifest import Manifest, read_folder
-from moellava.vlm import VLM, Probes, build, describe
+from moellava.vlm import VLM, Probes, describe
 
 FOLDER, STAGING = "adapter", ".exporting-adapter"
 
@@ -102,7 +103,8 @@ def export_adapter(
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}-") as place:
         plain = Path(place) / "plain"
         adapter, matrices, probes, wanted = taken_apart(manifest, adapter_dir, plain)
-        try:
+        with ExitStack() as undo:
+            undo.callback(shutil.rmtree, target, ignore_errors=True)
             base = export_folder(read_folder(plain, manifest.flag), target, to, True, shard_bytes, dropless)
             assert base is not None
             with staged(target / FOLDER, STAGING) as staging:
@@ -113,9 +115,7 @@ def export_adapter(
                 if not min(proof.moved.values()) > 0:
                     raise UserError(f"{adapter_dir} changes nothing: it has learnt nothing, or peft does not apply it.")
                 proof.save(staging)
-        except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
+            undo.pop_all()
     return base, proof
 
 
@@ -127,21 +127,13 @@ def taken_apart(
     Returns:
         The adapter; its matrices by the name of their linear; probes; what the model computes with the adapter.
     """
-    manifest.require_start()
-    description = describe(manifest)
-    adapter, tensors = read_adapter(adapter_dir, description.keywords)
-    vlm = build(description, torch.float32, manifest.called)
-    rebuild(vlm, adapter.origin)
-    restore_section(vlm, adapter.origin)
-    attach(vlm.model, adapter.config)
-    load_adapter(vlm.model, adapter, tensors, adapter_dir)
-    vlm.model.eval()
-    check_base(vlm.model.state_dict(), adapter.origin, manifest.called)
-    probes, wanted = said_by(vlm)
-    matrices = take_off(vlm)
-    vlm.model.to(getattr(torch, adapter.origin.get("dtype", "float32")))
-    vlm.save(plain)
-    return adapter, matrices, probes, wanted
+    opened = open_base(manifest, adapter_dir)
+    opened.put_on()
+    probes, wanted = said_by(opened.vlm)
+    matrices = take_off(opened.vlm)
+    opened.restore_precision()
+    opened.vlm.save(plain)
+    return opened.adapter, matrices, probes, wanted
 
 
 def take_off(vlm: VLM) -> dict[str, Matrices]:

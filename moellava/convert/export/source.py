@@ -16,6 +16,7 @@ from moellava.errors import UserError
 from moellava.model.build import on_meta
 from moellava.model.description import Description
 from moellava.model.extended import Extension, extension_of
+from moellava.model.saving import without_ties
 from moellava.model.weights import Place, locate, require_sizes, shapes_in, weight_files
 from moellava.moe import MoESpec, moe_layers
 from moellava.moe.decoder import decoder_layers, mlp_names
@@ -138,20 +139,19 @@ def opened_source(description: Description, called: str) -> Iterator[Source]:
         yield Source(called, config, model, _stored(model, places), lambda name: places[name].read(), description)
         return
     loaded = description.load(config.dtype or torch.float32)
-    state = loaded.state_dict()
-    if getattr(loaded.config.get_text_config(), "tie_word_embeddings", False):
-        state.pop("lm_head.weight", None)
+    state = without_ties(loaded, loaded.state_dict())
     empty = {name: tensor.to("meta") for name, tensor in state.items()}
     yield Source(called, loaded.config, loaded, empty, state.__getitem__, description)
 
 
 def _stored(model: nn.Module, places: Mapping[str, Place]) -> dict[str, Tensor]:
     """The tensors of a folder, empty. Raises UserError where one of the model's is not there."""
-    shapes, dtypes = {name: tensor.shape for name, tensor in model.state_dict().items()}, file_dtypes(dict(places))
-    tied = {"lm_head.weight"} if getattr(model.config.get_text_config(), "tie_word_embeddings", False) else set()
-    missing = sorted(set(shapes) - set(places) - tied)
+    state, dtypes = model.state_dict(), file_dtypes(dict(places))
+    missing = sorted(set(without_ties(model, state)) - set(places))
     if missing:
         raise UserError(f"The weights lack tensors of their config.json: {', '.join(missing[:5])} …")
     return {
-        name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items() if name in places
+        name: torch.empty(tensor.shape, dtype=dtypes[name], device="meta")
+        for name, tensor in state.items()
+        if name in places
     }

@@ -23,7 +23,7 @@ from moellava.convert.export.targets.target import (
 
 
 def granite_mlp(source: Source, layer: Layer, with_shared: bool = False) -> Pieces:
-    """All experts in two tensors. A dense layer's MLP is each of its experts; with shared experts, it is the shared$
+    """All experts in two tensors. A dense layer's MLP is each of its experts; with shared experts, it is the shared
     one, and its experts add nothing."""
     own, count, dtype = f"{layer.prefix}{layer.mlp}.", n_experts(source), dtype_of(source, layer)
     inner, hidden = source.width, source.text.hidden_size
