@@ -13,6 +13,7 @@ from moellava.convert.export.export_folder import AUTO, CHOICES, LLAVA, export_f
 from moellava.convert.export.llava import write_published
 from moellava.convert.export.page import engine_lines
 from moellava.convert.export.proof import NotProvenError
+from moellava.convert.verify import FAILED
 from moellava.files import CONFIG, read_object, require_new_folder
 from moellava.log import printable
 from moellava.model.families import FAMILIES
@@ -21,12 +22,9 @@ from moellava.vlm import open_vlm
 
 GIGABYTE = 10**9
 
-DIFFERS = 1
-"""Exit status: what was written computes something else, or does not open, and is gone again. (2 is a user's error.)"""
 
-
-def main(argv: list[str] | None = None) -> int:
-    """The subcommand."""
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
     parser = argparse.ArgumentParser(
         prog="moellava export",
         description="Write a model as a folder that opens without moellava, and prove it (docs/EXPORT.md).",
@@ -65,6 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         "since no engine drops; it is refused else",
     )
     parser.add_argument("--shard-size", type=amount, default=4.0, help="largest file of the new folder, in GB")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The subcommand. What computes something else, or does not open, ends with `FAILED`, and is gone again."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     why = "the layout of LLaVA opens in LLaVA's code alone, in one file: leave the flag out"
     idle = [Idle(("verify", "shard_size", "adapter", "dropless"), args.to == LLAVA, why)]
@@ -84,12 +88,9 @@ def main(argv: list[str] | None = None) -> int:
             proofs = [] if certificate is None else [certificate]
     except NotProvenError as error:
         print(printable(f"moellava export: {error}"), file=sys.stderr)
-        return DIFFERS
+        return FAILED
     said = [line for proof in proofs for line in proof.lines()]
-    said += (
-        []
-        if args.to == LLAVA
-        else [f"served by: {line}" for line in engine_lines(read_object(target / CONFIG), target)]
-    )
+    if args.to != LLAVA:
+        said += [f"served by: {line}" for line in engine_lines(read_object(target / CONFIG), target)]
     print(printable("\n".join([*said, f"wrote {target}"])))
     return 0

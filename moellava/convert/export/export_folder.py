@@ -124,7 +124,8 @@ def _refusal(source: Source, to: str, reasons: Iterable[str]) -> UserError:
 def written_as(description: Description, called: str) -> str:
     """What a folder would be written as, without its weights. Raises UserError: see `export_folder`."""
     model = on_meta(description.config)
-    source = Source(called, description.config, model, model.state_dict(), model.state_dict().__getitem__, description)
+    tensors = model.state_dict()
+    source = Source(called, description.config, model, tensors, tensors.__getitem__, description)
     require_dropless(source, dropless=False)
     return choose(source, AUTO)
 

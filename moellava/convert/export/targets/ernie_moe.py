@@ -15,10 +15,12 @@ from moellava.convert.export.targets.target import (
     LINEARS,
     TARGETS,
     Target,
+    copied,
     dtype_of,
     in_steps,
     n_experts,
     routed,
+    silent,
     unchanged,
 )
 
@@ -57,23 +59,20 @@ def ernie_attention(source: Source, layer: Layer) -> Pieces:
 
 def ernie_mlp(source: Source, layer: Layer) -> Pieces:
     """Layers with fewer experts than others have more that do nothing and are never chosen."""
-    hidden, dtype, inner = source.text.hidden_size, dtype_of(source, layer), source.width
+    hidden, dtype = source.text.hidden_size, dtype_of(source, layer)
     own, pieces = f"{layer.prefix}{layer.mlp}.", unchanged(layer)
     if layer.n_experts:
         count, more = n_experts(source), n_experts(source) - layer.n_experts
-        pieces = routed(source, "mlp.gate.weight", "mlp.experts.{}")(layer)
+        pieces = routed(layer, "mlp.gate.weight", "mlp.experts.{}")
         pieces["mlp.gate.weight"] = Piece((f"{own}router.weight",), partial(_with_rows, more=more))
         for expert in range(layer.n_experts, count):
-            for linear in LINEARS:
-                shape = (hidden, inner) if linear == "down_proj" else (inner, hidden)
-                pieces[f"mlp.experts.{expert}.{linear}.weight"] = zeros(shape, dtype)
+            pieces |= silent(source, layer, f"mlp.experts.{expert}", source.width)
         given = (f"{own}router.bias",) if "mlp.router.bias" in layer.names else ()
         pieces["mlp.moe_statics.e_score_correction_bias"] = Piece(
             given, partial(_biases, count=layer.n_experts, more=more)
         )
         if source.has_shared:
-            for linear in LINEARS:
-                pieces[f"mlp.shared_experts.{linear}.weight"] = Piece((f"{own}shared.{linear}.weight",))
+            pieces |= copied("mlp.shared_experts", f"{own}shared")
     biased = "mlp.shared_experts" if layer.n_experts else "mlp"
     if has_biases(source) and (source.has_shared or not layer.n_experts):
         for linear, size in zip(LINEARS, (source.text.intermediate_size,) * 2 + (hidden,), strict=True):

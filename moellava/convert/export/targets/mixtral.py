@@ -13,7 +13,7 @@ from moellava.convert.export.targets.target import TARGETS, Target, everywhere, 
 def mixtral_mlp(source: Source, layer: Layer) -> Pieces:
     """Under the names of its first release."""
     names = ("w1", "w3", "w2")
-    return routed(source, "block_sparse_moe.gate.weight", "block_sparse_moe.experts.{}", names)(layer)
+    return routed(layer, "block_sparse_moe.gate.weight", "block_sparse_moe.experts.{}", names)
 
 
 def mixtral_fields(source: Source) -> dict[str, Any]:

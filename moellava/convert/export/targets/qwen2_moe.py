@@ -9,13 +9,14 @@ from torch import Tensor
 from moellava.convert.export.pieces import Piece, Pieces, zeros
 from moellava.convert.export.source import Layer, Source
 from moellava.convert.export.targets.target import (
-    LINEARS,
     TARGETS,
     Target,
     anywhere,
+    copied,
     dtype_of,
     n_experts,
     routed,
+    silent,
     unchanged,
     window_of,
 )
@@ -33,14 +34,12 @@ def qwen2_mlp(source: Source, layer: Layer) -> Pieces:
     """A shared expert is gated by sigmoid(0) = ½, and counts twice for it."""
     if not layer.n_experts:
         return unchanged(layer)
-    hidden, dtype, own = source.text.hidden_size, dtype_of(source, layer), f"{layer.prefix}{layer.mlp}.shared."
-    pieces = routed(source, "mlp.gate.weight", "mlp.experts.{}")(layer)
-    pieces["mlp.shared_expert_gate.weight"] = zeros((1, hidden), dtype)
-    for linear in LINEARS:
-        shape = (hidden, NO_SHARED) if linear == "down_proj" else (NO_SHARED, hidden)
-        kept = Piece((f"{own}{linear}.weight",), double if linear == "down_proj" else lambda tensor: tensor)
-        pieces[f"mlp.shared_expert.{linear}.weight"] = kept if source.has_shared else zeros(shape, dtype)
-    return pieces
+    own, shared = f"{layer.prefix}{layer.mlp}.shared", "mlp.shared_expert"
+    pieces = routed(layer, "mlp.gate.weight", "mlp.experts.{}")
+    pieces["mlp.shared_expert_gate.weight"] = zeros((1, source.text.hidden_size), dtype_of(source, layer))
+    if not source.has_shared:
+        return pieces | silent(source, layer, shared, NO_SHARED)
+    return pieces | copied(shared, own) | {f"{shared}.down_proj.weight": Piece((f"{own}.down_proj.weight",), double)}
 
 
 def qwen2_attention(source: Source, layer: Layer) -> Pieces:

@@ -24,7 +24,7 @@ from moellava.convert.export.targets.target import (
 
 def qwen3_mlp(source: Source, layer: Layer) -> Pieces:
     """Under Qwen2-MoE's names."""
-    return routed(source, "mlp.gate.weight", "mlp.experts.{}")(layer) if layer.n_experts else unchanged(layer)
+    return routed(layer, "mlp.gate.weight", "mlp.experts.{}") if layer.n_experts else unchanged(layer)
 
 
 TARGETS.register(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moellava.convert.export.pieces import Piece, Pieces
+from moellava.convert.export.pieces import Piece, Pieces, zeros
 from moellava.convert.export.source import Layer, Source
 from moellava.registry import Registry
 
@@ -147,24 +147,32 @@ def in_steps(source: Source) -> Place:
     return None
 
 
-def routed(source: Source, router: str, experts: str, names: tuple[str, str, str] = LINEARS) -> Callable[..., Pieces]:
-    """A function of a sparse layer: its router, and its experts one by one.
+def copied(there: str, here: str, names: tuple[str, str, str] = LINEARS) -> Pieces:
+    """The linears of a gated MLP, by what their names begin with there and here; `names`: of the linears there."""
+    return {
+        f"{there}.{name}.weight": Piece((f"{here}.{own}.weight",)) for name, own in zip(names, LINEARS, strict=True)
+    }
+
+
+def silent(source: Source, layer: Layer, there: str, width: int) -> Pieces:
+    """The linears of a gated MLP of that width that adds nothing."""
+    hidden, dtype = source.text.hidden_size, dtype_of(source, layer)
+    shapes = ((width, hidden), (width, hidden), (hidden, width))
+    return {f"{there}.{name}.weight": zeros(shape, dtype) for name, shape in zip(LINEARS, shapes, strict=True)}
+
+
+def routed(layer: Layer, router: str, experts: str, names: tuple[str, str, str] = LINEARS) -> Pieces:
+    """A sparse layer's router, and its experts one by one.
 
     Args:
         router: the router's weight there.
         experts: what an expert's tensors begin with there; {} stands for its number.
         names: of its linears there.
     """
-
-    def pieces(layer: Layer) -> Pieces:
-        own = f"{layer.prefix}{layer.mlp}."
-        found = {router: Piece((f"{own}router.weight",))}
-        for expert in range(layer.n_experts):
-            for there, here in zip(names, LINEARS, strict=True):
-                name = f"{experts.format(expert)}.{there}.weight"
-                found[name] = Piece((f"{own}experts.{expert}.{here}.weight",))
-        return found
-
+    own = f"{layer.prefix}{layer.mlp}"
+    pieces = {router: Piece((f"{own}.router.weight",))}
+    for expert in range(layer.n_experts):
+        pieces |= copied(experts.format(expert), f"{own}.experts.{expert}", names)
     return pieces
 
 
