@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import io
 import os
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 
+from moellava import __version__
 from moellava.errors import UserError
 from moellava.log import printable
 from moellava.plugins import FLAG, load_plugins
-from moellava.startup import importing
 
 COMMANDS = {
     "chat": ("moellava.commands.chat", "talk to a model about images"),
@@ -66,12 +67,15 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(printable(f"moellava {__version__}"))
+        return 0
     if argv[0] not in COMMANDS:
-        print(printable(f"moellava: unknown command {argv[0]!r}\n\n{usage()}"), file=sys.stderr)
+        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        print(printable(f"moellava: unknown command {argv[0]!r}.{hint}\n\n{usage()}"), file=sys.stderr)
         return 2
-    module = COMMANDS[argv[0]][0]
-    with nullcontext() if module in sys.modules else importing():
-        command = importlib.import_module(module)
+    command = importlib.import_module(COMMANDS[argv[0]][0])
     return command.main(with_plugins(argv[1:]))
 
 

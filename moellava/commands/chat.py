@@ -14,9 +14,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
-
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from typing import TYPE_CHECKING, Any
 
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.records import MEDIA_LIMITS, add_limit_flags, limits_of
@@ -26,11 +24,12 @@ from moellava.data.records import Medium
 from moellava.data.video import Video
 from moellava.errors import UserError
 from moellava.log import printable
-from moellava.model.devices import device_named
-from moellava.serve.answer import Request, stream
-from moellava.serve.generate import Sampling
-from moellava.serve.prompt import Picture
-from moellava.vlm import VLM, open_vlm
+from moellava.startup import importing
+
+if TYPE_CHECKING:
+    from moellava.serve.generate import Sampling
+    from moellava.serve.prompt import Picture
+    from moellava.vlm import VLM
 
 HELP = """Ask about what is shown. Further commands:
   /image FILE …   add images to the next question
@@ -116,6 +115,8 @@ class Chat:
     def ask(self, question: str) -> Iterator[str]:
         """The answer, in pieces as they come. A question that fails, or is left before its answer is complete, leaves
         the conversation as it was, and what was shown for it is forgotten."""
+        from moellava.serve.answer import Request, stream
+
         images, videos = self.pending, self.pending_videos
         self.leave_out()
         request = Request(
@@ -188,6 +189,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     require_frames(args.num_frames, "--num-frames")
     limits = limits_of(args)
+    with importing():
+        from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+        from moellava.model.devices import device_named
+        from moellava.serve.generate import Sampling
+        from moellava.vlm import open_vlm
     device = device_named(args.device) if args.device is not None else None
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     refuse_idle(parser, argv, idle_flags(args))

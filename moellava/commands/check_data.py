@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.records import DATA_HELP, add_confine_flag, add_limit_flags, add_role_flags, limits_of, roles_of
 from moellava.commands.values import count
-from moellava.data.check import CheckReport, check
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.skip_lists import read_skip_list, write_skip_list
 from moellava.files import require_output
 from moellava.log import printable
-from moellava.vlm import open_encoder
+from moellava.startup import importing
+
+if TYPE_CHECKING:
+    from moellava.data.check import CheckReport
 
 
 def _report(found: CheckReport, skip_list: str | None) -> str:
@@ -69,7 +72,11 @@ def main(argv: list[str]) -> int:
         require_output(args.skip_list, "--skip-list")
     known = read_skip_list(args.known) if args.known else None
     encoder = None
+    with importing():
+        from moellava.data.check import check
     if args.tokenizer:
+        with importing():
+            from moellava.vlm import open_encoder
         encoder = open_encoder(
             args.tokenizer, version=args.version, tokens_per_image=args.tokens_per_image, flag="--tokenizer"
         )

@@ -13,10 +13,9 @@ import moellava.eval.easy_vqa  # noqa: F401  (registers the benchmark)
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.values import count
 from moellava.eval.benchmarks import BENCHMARKS, shuffle_images
-from moellava.eval.scoring import answers_of, report
 from moellava.files import require_output, write_json
 from moellava.log import printable
-from moellava.vlm import open_vlm
+from moellava.startup import importing
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,6 +46,9 @@ def main(argv: list[str]) -> int:
     if args.shuffle_images:
         questions = shuffle_images(questions, args.seed)
 
+    with importing():
+        from moellava.eval.scoring import answers_of, report
+        from moellava.vlm import open_vlm
     vlm = open_vlm(args.model_path)
     started = time.monotonic()
     answers = answers_of(vlm, questions, max_new_tokens=benchmark.max_new_tokens, batch_size=args.batch_size)

@@ -8,17 +8,10 @@ from pathlib import Path
 
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.values import amount, truth
-from moellava.convert.export.adapter import export_adapter
-from moellava.convert.export.export_folder import AUTO, CHOICES, LLAVA, export_folder
-from moellava.convert.export.llava import write_published
-from moellava.convert.export.page import engine_lines
-from moellava.convert.export.proof import NotProvenError
-from moellava.convert.verify import FAILED
+from moellava.convert.export import AUTO, CODE, LLAVA, NATIVE
 from moellava.files import CONFIG, read_object, require_new_folder
 from moellava.log import printable
-from moellava.model.families import FAMILIES
-from moellava.model.manifest import read_folder
-from moellava.vlm import open_vlm
+from moellava.startup import importing
 
 GIGABYTE = 10**9
 
@@ -28,7 +21,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moellava export",
         description="Write a model as a folder that opens without moellava, and prove it (docs/EXPORT.md).",
-        epilog=f"--to llava writes families {', '.join(FAMILIES)}.",
     )
     parser.add_argument(
         "--model-path", required=True, help="any folder that opens: of stage 2 or 3, released, published"
@@ -36,11 +28,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", required=True, help="the folder to write; it must be new, or empty")
     parser.add_argument(
         "--to",
-        choices=CHOICES,
         default=AUTO,
-        help="native: one of Hugging Face's own classes, the first that is exact (or one by its name); code: its dense "
-        "class with one file of modelling code; auto: native where there is one, else code; llava: the layout of LLaVA "
-        "and MoE-LLaVA",
+        help="native: one of Hugging Face's own classes, the first that is exact, or one by its name (docs/EXPORT.md); "
+        "code: its dense class with one file of modelling code; auto: native where there is one, else code; llava: the "
+        "layout of LLaVA and MoE-LLaVA (default: auto)",
     )
     parser.add_argument(
         "--verify",
@@ -67,13 +58,25 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The subcommand. What computes something else, or does not open, ends with `FAILED`, and is gone again."""
+    """The subcommand. What computes something else, or does not open, ends with status 1, and is gone again."""
     parser = make_parser()
     args = parser.parse_args(argv)
     why = "the layout of LLaVA opens in LLaVA's code alone, in one file: leave the flag out"
     idle = [Idle(("verify", "shard_size", "adapter", "dropless"), args.to == LLAVA, why)]
     idle.append(Idle(("verify",), args.adapter, "an adapter is always compared: leave the flag out"))
     refuse_idle(parser, argv, idle)
+    with importing():
+        from moellava.convert.export.adapter import export_adapter
+        from moellava.convert.export.export_folder import export_folder
+        from moellava.convert.export.llava import write_published
+        from moellava.convert.export.page import engine_lines
+        from moellava.convert.export.proof import NotProvenError
+        from moellava.convert.export.targets import TARGETS
+        from moellava.convert.verify import FAILED
+        from moellava.model.manifest import read_folder
+        from moellava.vlm import open_vlm
+    if args.to not in (AUTO, NATIVE, CODE, LLAVA):
+        TARGETS[args.to]  # an unknown name is told with the known ones
     target = require_new_folder(args.output_dir, "--output-dir")
     manifest = read_folder(args.model_path, "--model-path")
     shard_bytes, proofs = int(args.shard_size * GIGABYTE), []

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.records import (
@@ -26,23 +26,24 @@ from moellava.commands.records import (
 )
 from moellava.commands.values import count
 from moellava.constants import DEFAULT_VIDEO_TOKEN, IMAGE_TOKEN_INDEX, MODALITIES, ROLES, VIDEO_TOKEN_INDEX
-from moellava.data.encoder import Encoder
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
-from moellava.data.media_reader import blank
 from moellava.data.records import load_records, problem_of_turns, tags_of
-from moellava.data.tokenizer_facts import Facts, facts_of
-from moellava.data.tokenizers import load_tokenizer
-from moellava.data.view import View, colored, views_of
-from moellava.doctor import Diagnosis, diagnose
 from moellava.errors import UserError
 from moellava.files import CONFIG, resolve_folder
-from moellava.lmm.architecture import holds_vlm
 from moellava.log import printable
-from moellava.model.manifest import Manifest, read_folder
-from moellava.vlm import open_encoder
+from moellava.startup import importing
+
+if TYPE_CHECKING:
+    from moellava.data.encoder import Encoder
+    from moellava.data.tokenizer_facts import Facts
+    from moellava.data.view import View
+    from moellava.doctor import Diagnosis
+    from moellava.model.manifest import Manifest
 
 
 def _as_text(view: View, color: bool, show_ids: bool) -> str:
+    from moellava.data.view import colored
+
     lines = [printable(f"== {view.record} (--version {view.version})"), colored(view.tokens, color)]
     if show_ids:
         ids = " ".join(f"«{token.id}»" if token.trained else str(token.id) for token in view.tokens)
@@ -140,6 +141,8 @@ def _present(facts: Facts) -> list[tuple[str, tuple[str, int]]]:
 def _chosen(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
     """(record, name) of what was asked for. Raises UserError on a number that no record has."""
     if args.conversation:
+        from moellava.data.media_reader import blank
+
         turns = [{"from": ROLES[n % 2], "value": text} for n, text in enumerate(args.conversation)]
         tags = tags_of(turns)
         blanks = {modality: [blank(modality)] * tags.count(modality) for modality in MODALITIES}
@@ -203,6 +206,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     refuse_idle(parser, argv, idle_flags(args))
     require_frames(args.num_frames, "--num-frames")
+    with importing():
+        from moellava.vlm import open_encoder
     source = args.model_path or args.tokenizer
     if not args.data and not args.conversation:
         return _examine(parser, argv, args, source)
@@ -214,6 +219,10 @@ def main(argv: list[str]) -> int:
 
 def _examine(parser: argparse.ArgumentParser, argv: list[str], args: argparse.Namespace, source: str) -> int:
     """Prints what can be done with a vision-language model, or the facts of a tokenizer."""
+    from moellava.data.tokenizer_facts import facts_of
+    from moellava.data.tokenizers import load_tokenizer
+    from moellava.doctor import diagnose
+
     manifest = vlm_at(source, "--model-path") if args.model_path else None
     if manifest is None:
         facts = facts_of(load_tokenizer(source, args.version), source)
@@ -227,6 +236,9 @@ def _examine(parser: argparse.ArgumentParser, argv: list[str], args: argparse.Na
 
 def vlm_at(source: str, flag: str) -> Manifest | None:
     """The manifest of a vision-language model; None for a tokenizer or a language model."""
+    from moellava.lmm.architecture import holds_vlm
+    from moellava.model.manifest import read_folder
+
     folder = resolve_folder(source, flag)
     if not (folder / CONFIG).is_file():
         return None
@@ -235,6 +247,8 @@ def vlm_at(source: str, flag: str) -> Manifest | None:
 
 
 def _show(args: argparse.Namespace, encoder: Encoder, color: bool) -> int:
+    from moellava.data.view import views_of
+
     status, folders = 0, (args.image_folder, args.video_folder)
     files = MediaFiles(*folders, args.num_frames, limits_of(args), args.confine_media)
     for record, name in _chosen(args):

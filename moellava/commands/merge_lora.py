@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from moellava.commands.values import truth
-from moellava.convert.merge_lora import merge
 from moellava.files import require_new_folder
 from moellava.log import printable
+from moellava.startup import importing
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     target = require_new_folder(args.output_dir, "--output-dir")
+    with importing():
+        from moellava.convert.merge_lora import merge
     titles = {
         "adapter": "the adapter moves logits by",
         "merging": "merging changes them by",

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from moellava.commands.given import Idle, refuse_idle
-from moellava.lmm.architecture import ARCHITECTURES, SUPPORTED_MODELS, SupportedModel
+from moellava.errors import UnknownNameError
 from moellava.log import printable
-from moellava.model.families import FAMILIES
+from moellava.plugins import PLUGINS
+from moellava.startup import importing
+
+KNOWN = Path(__file__).with_suffix(".json")
+"""What `--json` prints, as it was when this version was made: the registries themselves load torch. Written by
+
+    moellava models --json > moellava/commands/models.json
+
+and compared with them by a test."""
 
 HEADER = ("model id", "architecture", "on the hub", "parts: vision encoder, projector")
 
@@ -43,13 +55,51 @@ BASES_TOP = """
 """
 
 
-def row_of(model: SupportedModel) -> tuple[str, str, str, str]:
-    """What the table says of a model."""
-    architecture = model.architecture
-    note = " (needs --trust_remote_code)" if architecture.remote_code else ""
-    keywords = architecture.keywords
-    parts = ", ".join(keywords.vision_encoder + keywords.vision_projector) if keywords else "found by probes"
-    return model.model_id, architecture.name + note, model.model_hf_path, parts
+def registered() -> dict[str, list[dict[str, Any]]]:
+    """What the registries hold: `models`, `architectures` and `families`, each a list of entries."""
+    with importing():
+        from moellava.lmm.architecture import ARCHITECTURES, SUPPORTED_MODELS
+        from moellava.model.families import FAMILIES
+
+    def parts_of(name: str) -> str:
+        keywords = ARCHITECTURES[name].keywords
+        return ", ".join(keywords.vision_encoder + keywords.vision_projector) if keywords else "found by probes"
+
+    return {
+        "models": [
+            {"id": model.model_id, "architecture": model.architecture.name, "hub": model.model_hf_path}
+            for model in SUPPORTED_MODELS.values()
+        ],
+        "architectures": [
+            {"name": entry.name, "parts": parts_of(name), "remote_code": entry.remote_code}
+            for name, entry in ARCHITECTURES.items()
+        ],
+        "families": [
+            {"name": name, "model_types": list(base.base_model_types), "version": base.version}
+            for name, base in FAMILIES.items()
+        ],
+    }
+
+
+def known() -> dict[str, list[dict[str, Any]]]:
+    """The same, without torch where nothing can have been added: no plug-in has run, and no program is behind this."""
+    if PLUGINS or "moellava.lmm" in sys.modules:
+        return registered()
+    return json.loads(KNOWN.read_text(encoding="utf-8"))
+
+
+def rows_of(entries: dict[str, list[dict[str, Any]]], architecture: str | None = None) -> list[tuple[str, ...]]:
+    """What the table says of each model, or of those of one architecture."""
+    told = {entry["name"]: entry for entry in entries["architectures"]}
+    if architecture is not None and architecture not in told:
+        raise UnknownNameError(f"Unknown architecture {architecture!r}. Known: {', '.join(told)}")
+    rows = []
+    for model in entries["models"]:
+        entry = told[model["architecture"]]
+        if architecture in (None, entry["name"]):
+            note = " (needs --trust_remote_code)" if entry["remote_code"] else ""
+            rows.append((model["id"], entry["name"] + note, model["hub"], entry["parts"]))
+    return rows
 
 
 def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -60,33 +110,39 @@ def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def markdown() -> str:
     """The page docs/SUPPORTED_MODELS.md, up to its table of all classes."""
+    entries = registered()
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    for model in SUPPORTED_MODELS.values():
-        model_id, architecture, path, parts = row_of(model)
+    for model_id, architecture, path, parts in rows_of(entries):
         words = ", ".join(f"`{word}`" for word in parts.split(", "))
         lines.append(f"| `{model_id}` | {architecture} | [{path}](https://huggingface.co/{path}) | {words} |")
     bases = ["| family | reads model types | template |", "|---|---|---|"]
-    for name, base in FAMILIES.items():
-        types = ", ".join(f"`{model_type}`" for model_type in base.base_model_types)
-        bases.append(f"| {name} | {types} | `--version {base.version}` |")
+    for base in entries["families"]:
+        types = ", ".join(f"`{model_type}`" for model_type in base["model_types"])
+        bases.append(f"| {base['name']} | {types} | `--version {base['version']}` |")
     return f"{PAGE_TOP}\n" + "\n".join(lines) + f"\n{BASES_TOP}" + "\n".join(bases) + "\n"
 
 
 def text(family: str | None = None) -> str:
     """The same for a terminal; of one architecture only, if asked."""
-    wanted = ARCHITECTURES[family].name if family else None
-    rows = [row_of(model) for model in SUPPORTED_MODELS.values() if wanted in (None, model.family_id)]
+    entries = known()
     bases = [("language model", "model types", "template")]
-    bases += [(name, ", ".join(base.base_model_types), base.version) for name, base in FAMILIES.items()]
-    return "\n".join([*table([HEADER, *rows]), *([] if wanted else ["", *table(bases)])])
+    bases += [(base["name"], ", ".join(base["model_types"]), base["version"]) for base in entries["families"]]
+    rows = [HEADER, *rows_of(entries, family)]
+    return "\n".join([*table(rows), *([] if family else ["", *table(bases)])])
 
 
 def main(argv: list[str] | None = None) -> int:
     """The subcommand."""
     parser = argparse.ArgumentParser(prog="moellava models", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--family", help="of one architecture only")
+    parser.add_argument("--json", action="store_true", help="everything that is registered, as JSON")
     parser.add_argument("--markdown", action="store_true", help="as in docs/SUPPORTED_MODELS.md")
     args = parser.parse_args(argv)
-    refuse_idle(parser, argv, [Idle(["family"], args.markdown, "--markdown writes the whole page")])
-    print(printable(markdown() if args.markdown else text(args.family)), end="" if args.markdown else "\n")
+    whole = args.markdown or args.json
+    idle = [Idle(["family"], whole, "--markdown and --json write all of it")]
+    refuse_idle(parser, argv, [*idle, Idle(["json"], args.markdown, "--markdown has a form of its own")])
+    if args.json:
+        print(printable(json.dumps(registered(), indent=1)))
+    else:
+        print(printable(markdown() if args.markdown else text(args.family)), end="" if args.markdown else "\n")
     return 0

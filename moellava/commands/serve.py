@@ -10,18 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.values import amount, count
 from moellava.data.images import Limits
 from moellava.errors import UserError
 from moellava.log import printable
-from moellava.model.devices import device_named
-from moellava.vlm import VLM, open_vlm
+from moellava.startup import importing
 
 if TYPE_CHECKING:
     from moellava.serve.api.limits import ServerLimits
+    from moellava.vlm import VLM
 
 KEY_VARIABLE = "MOELLAVA_API_KEY"
 """Where the key may stand, for flags are seen by everyone on the machine."""
@@ -80,6 +78,11 @@ def main(argv: list[str]) -> int:
     refuse_idle(parser, argv, idle_flags(args))
     require_packages(NEEDS if args.api_only else (*NEEDS, *PAGE_NEEDS))
     key, limits = key_of(args), limits_of(args)
+    with importing():
+        from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+        from moellava.model.devices import device_named
+        from moellava.vlm import open_vlm
     device = device_named(args.device) if args.device is not None else None
     with listening(args.host, args.port) as listener:
         disable_progress_bar()

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from transformers import HfArgumentParser
-
 from moellava.commands.values import amount
-from moellava.convert.upcycle_folder import upcycle_folder
 from moellava.files import require_new_folder
 from moellava.log import printable
-from moellava.model.manifest import read_folder
-from moellava.moe import MoESpec
-from moellava.moe.flags import FlagHelp
-from moellava.moe.spec import MoESpecFlags, given_options
+from moellava.moe.flags import FlagHelp, add_flags
+from moellava.moe.spec import MoESpec, MoESpecFlags, given_options
+from moellava.startup import importing
 
 GIGABYTE = 10**9
 
@@ -23,6 +19,9 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv)
     target = require_new_folder(arguments.output_dir, "--output-dir")
     spec = MoESpec.from_preset(arguments.moe_preset, **given_options(arguments))
+    with importing():
+        from moellava.convert.upcycle_folder import upcycle_folder
+        from moellava.model.manifest import read_folder
     source = read_folder(arguments.model_path, "--model-path")
     certificate = upcycle_folder(source, target, spec, int(arguments.shard_size * GIGABYTE))
     certificate.save(target)
@@ -33,7 +32,8 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command's flags: its own, and one for each option of `MoESpec`."""
-    parser = HfArgumentParser(MoESpecFlags, prog="moellava upcycle", description=__doc__, formatter_class=FlagHelp)
+    parser = argparse.ArgumentParser(prog="moellava upcycle", description=__doc__, formatter_class=FlagHelp)
+    add_flags(parser.add_argument_group("options of the sparse model (docs/MOE.md)"), MoESpecFlags)
     parser.add_argument("--model-path", required=True, help="dense folder: of stage 2, released, or published")
     parser.add_argument("--output-dir", required=True, help="the folder to write; it must be new, or empty")
     parser.add_argument("--shard-size", type=amount, default=4.0, help="largest file of the new folder, in GB")

@@ -7,15 +7,14 @@ import argparse
 from pathlib import Path
 
 from moellava.commands.given import Idle, refuse_idle
-from moellava.convert.verify import FAILED, PASSED, UNDECIDED, verify
 from moellava.errors import UserError
 from moellava.files import DIGESTS, digest_problems, read_digests, write_digests
 from moellava.log import printable
-from moellava.model.integrity import check_files, new_files
+from moellava.startup import importing
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The subcommand. Exit status: see `PASSED`, `FAILED`, `UNDECIDED`; a tensor passes within `--atol`, a file if it
+    """The subcommand. Exit status: see `PASSED`, `FAILED`, `UNDECIDED` of `moellava.convert.verify`; a tensor passes within `--atol`, a file if it
     is what was written."""
     parser = argparse.ArgumentParser(prog="moellava verify", description=" ".join((__doc__ or "").split()))
     parser.add_argument("dir", type=Path, metavar="DIR", help="a model folder")
@@ -33,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def compare_files(folder: Path, update: bool) -> int:
     """Prints what became of each file. Raises UserError where the folder carries no digests, or damaged files."""
+    with importing():
+        from moellava.convert.verify import FAILED, PASSED
+        from moellava.model.integrity import check_files, new_files
     if not folder.is_dir():
         raise UserError(f"DIR {folder}: there is no such folder.")
     check_files(folder)
@@ -56,6 +58,8 @@ def compare_files(folder: Path, update: bool) -> int:
 
 def compare_tensors(folder: Path, atol: float) -> int:
     """Prints how far each tensor of the golden file is from what the folder's model computes."""
+    with importing():
+        from moellava.convert.verify import FAILED, PASSED, UNDECIDED, verify
     result = verify(folder)
     wrong = 0
     for name, found in result.items():

@@ -1,23 +1,28 @@
 """Mixtures of Experts: upcycling, routing, losses. Knows no model family; imports deepspeed when asked."""
 
-from moellava.moe.context import checkpoint_contexts
-from moellava.moe.losses import RouterLosses
-from moellava.moe.spec import MoESpec
-from moellava.moe.state import gather_moe_state_dict, native_names
-from moellava.moe.upcycle import (
-    change_spec,
-    convert_engine,
-    counted_routing,
-    enable_gradient_checkpointing,
-    expert_parameters,
-    moe_layers,
-    router_losses,
-    router_metrics,
-    router_parameters,
-    set_routing_context,
-    upcycle,
-    update_router_bias,
-)
+from typing import TYPE_CHECKING
+
+from moellava.startup import lazily
+
+if TYPE_CHECKING:
+    from moellava.moe.context import checkpoint_contexts
+    from moellava.moe.losses import RouterLosses
+    from moellava.moe.spec import MoESpec
+    from moellava.moe.state import gather_moe_state_dict, native_names
+    from moellava.moe.upcycle import (
+        change_spec,
+        convert_engine,
+        counted_routing,
+        enable_gradient_checkpointing,
+        expert_parameters,
+        moe_layers,
+        router_losses,
+        router_metrics,
+        router_parameters,
+        set_routing_context,
+        upcycle,
+        update_router_bias,
+    )
 
 __all__ = [
     "change_spec",
@@ -38,3 +43,5 @@ __all__ = [
     "update_router_bias",
     "upcycle",
 ]
+
+lazily(__name__)

@@ -6,6 +6,7 @@ From these follow the check of its values, and its flag in every command that ta
 from __future__ import annotations
 
 import argparse
+import types
 import typing
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from typing import Any
@@ -105,6 +106,42 @@ def _flag(item: Field) -> Any:
         text += f" Default: {_words(default)}."
     bare = {"nargs": "?", "const": True} if isinstance(default, bool) else {}  # the flag alone means True
     return field(default=None, metadata={"help": text, **bare})
+
+
+def add_flags(parser: Any, options: type) -> None:
+    """Adds the flags of a dataclass to a parser, or to a group of one, as `HfArgumentParser` does, without
+    transformers: what only shows its `--help` need not wait for that.
+
+    Args:
+        options: a dataclass; its fields hold a value, None for one that is unset, or a list.
+    """
+    hints = typing.get_type_hints(options)
+    for item in fields(options):
+        sorts = [sort for sort in typing.get_args(hints[item.name]) if sort is not types.NoneType]
+        union = isinstance(hints[item.name], types.UnionType)
+        sort = (str if str in sorts else sorts[0]) if union else hints[item.name]
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        settings = {"default": default, "type": sort, **item.metadata}
+        if sort is bool:
+            settings["type"] = truth
+            if default is not None:
+                settings |= {"nargs": "?", "const": True}  # the flag alone means True
+        elif typing.get_origin(sort) is list:
+            settings |= {"type": typing.get_args(sort)[0], "nargs": "+"}
+        parser.add_argument(*spellings(item.name), **settings)
+
+
+def spellings(name: str) -> list[str]:
+    """How a flag is written: `--init_seed`, and `--init-seed`."""
+    return [f"--{name}", f"--{name.replace('_', '-')}"] if "_" in name else [f"--{name}"]
+
+
+def truth(text: str) -> bool:
+    """True or False, in the spellings that transformers takes. Raises ArgumentTypeError."""
+    for value, known in ((True, ("yes", "true", "t", "y", "1")), (False, ("no", "false", "f", "n", "0"))):
+        if text.lower() in known:
+            return value
+    raise argparse.ArgumentTypeError(f"{text}: True or False is needed")
 
 
 def _words(value: Any) -> str:

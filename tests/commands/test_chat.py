@@ -86,7 +86,7 @@ def test_a_conversation_remembers_turns_and_images(composed, pictures):
 
 
 def test_several_images_and_an_end_of_input(composed, pictures, monkeypatch, capsys):
-    monkeypatch.setattr(command, "open_vlm", lambda *_, **__: composed)
+    monkeypatch.setattr("moellava.vlm.open_vlm", lambda *_, **__: composed)
     monkeypatch.setattr("sys.stdin", io.StringIO("compare them\n/help\n"))
     words = ["--model-path", "x", "--image-file", *map(str, pictures), "--max-new-tokens", "2"]
     assert command.main(words) == 0
@@ -94,7 +94,7 @@ def test_several_images_and_an_end_of_input(composed, pictures, monkeypatch, cap
 
 
 def test_a_bad_file_leaves_the_conversation_as_it_was(composed, pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "open_vlm", lambda *_, **__: composed)
+    monkeypatch.setattr("moellava.vlm.open_vlm", lambda *_, **__: composed)
     named = tmp_path / "a picture.png"
     named.write_bytes(pictures[0].read_bytes())
     lines = ["/image missing.png", "hello", f"/image {named}", f"/image '{named}' {pictures[1]}", "these?"]
@@ -111,7 +111,7 @@ def test_an_answer_that_is_stopped_is_forgotten_and_the_chat_goes_on(composed, m
         yield "half"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "stream", stopped)
+    monkeypatch.setattr("moellava.serve.answer.stream", stopped)
     chat = Chat(composed, Sampling())
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     command.converse(chat)

@@ -71,7 +71,7 @@ IDLE: dict[str, dict[str, str]] = {
         "dropless": "--model-path m --output-dir o --to llava --dropless True",
     },
     "verify": {"atol": "{folder} --files --atol 1e-4", "update": "{folder} --update"},
-    "models": {"family": "--markdown --family llava-1.5"},
+    "models": {"family": "--markdown --family llava-1.5", "json": "--markdown --json"},
     "eval": {"seed": "--model-path m --seed 0"},
 }
 """Command -> flag -> words with which it would do nothing."""

@@ -119,7 +119,7 @@ def test_a_list_that_cannot_be_read_is_told(tmp_path):
 
 
 def test_a_list_that_cannot_be_written_is_told_before_the_work(two, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("moellava.commands.check_data.check", lambda *_: pytest.fail("the work had begun"))
+    monkeypatch.setattr("moellava.data.check.check", lambda *_: pytest.fail("the work had begun"))
     os.mkfifo(tmp_path / "pipe")
     for name, said in {
         ".": "is a folder",

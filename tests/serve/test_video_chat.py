@@ -64,7 +64,7 @@ def test_a_conversation_remembers_videos(composed, clips, pictures):
 
 
 def test_the_command_takes_videos(composed, clips, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "open_vlm", lambda *_, **__: composed)
+    monkeypatch.setattr("moellava.vlm.open_vlm", lambda *_, **__: composed)
     words = [
         "--model-path",
         "x",

@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from moellava.adapters.folder import WEIGHTS
 from moellava.adapters.lora import NAME, Adapter, lora_layers, pattern_of
-from moellava.convert.export.export_folder import AUTO, CODE, choose, export_folder
+from moellava.convert.export import AUTO, CODE
+from moellava.convert.export.export_folder import choose, export_folder
 from moellava.convert.export.native import layer_pieces
 from moellava.convert.export.pieces import Piece
 from moellava.convert.export.proof import Certificate, prove, reopen, said_by

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from moellava.convert.export import AUTO, CODE
 from moellava.convert.export.code import MODULE, beyond_code, code_config, code_pieces, modeling_code
 from moellava.convert.export.native import find_native, native_config, native_pieces
 from moellava.convert.export.page import exported_page
@@ -32,9 +33,6 @@ from moellava.vlm import build, describe
 logger = get_logger(__name__)
 
 STAGING = ".exporting"
-AUTO, NATIVE, CODE, LLAVA = "auto", "native", "code", "llava"
-CHOICES = (AUTO, NATIVE, CODE, LLAVA, *TARGETS)
-"""Values of `--to`: the first native target or else code; a native one; code; LLaVA's layout; a target by its name."""
 
 GENERATION = "generation_config.json"
 
@@ -53,7 +51,7 @@ def export_folder(
     Args:
         manifest: of the folder.
         target: the new folder.
-        to: of `CHOICES`, but LLaVA's layout.
+        to: `AUTO`, `NATIVE`, `CODE` or the name of a target.
         verify: reopen the new folder and compare.
         shard_bytes: largest file of the new folder.
         dropless: write a model whose experts drop tokens as what it is where they drop none.
