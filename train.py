@@ -2,9 +2,7 @@
 
 import sys
 
-from moellava.startup import importing
+from moellava.train.entry import main
 
 if __name__ == "__main__":
-    with importing():
-        from moellava.train.train import main
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,24 @@
-"""moellava: build LLaVA-style vision-language models in stages, and upcycle dense ones into Mixtures of Experts."""
+"""moellava: build LLaVA-style vision-language models in stages, and upcycle dense ones into Mixtures of Experts.
 
-__version__ = "0.1.0"
+from moellava import train, open_vlm, answer, upcycle        # docs/PYTHON.md
+"""
 
 import logging
+from typing import TYPE_CHECKING
+
+from moellava.startup import lazily
+
+if TYPE_CHECKING:
+    from moellava.moe import MoESpec, upcycle
+    from moellava.serve.answer import Request, answer
+    from moellava.train.python import train
+    from moellava.vlm import VLM, open_vlm
+
+__version__ = "0.2.0"
+
+__all__ = ["VLM", "MoESpec", "Request", "__version__", "answer", "open_vlm", "train", "upcycle"]
 
 # It says at each start that an optional kernel is absent, also to those who quantise nothing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+lazily(__name__)

@@ -16,6 +16,7 @@ from moellava.log import printable
 from moellava.plugins import FLAG, load_plugins
 
 COMMANDS = {
+    "train": ("moellava.commands.train", "one stage: from flags or a run file to a folder"),
     "chat": ("moellava.commands.chat", "talk to a model about images"),
     "serve": ("moellava.commands.serve", "OpenAI's API and a page for a model"),
     "inspect": ("moellava.commands.inspect", "what can be done with a model; records as it sees them"),
@@ -76,7 +77,8 @@ def _run(argv: list[str]) -> int:
         print(printable(f"moellava: unknown command {argv[0]!r}.{hint}\n\n{usage()}"), file=sys.stderr)
         return 2
     command = importlib.import_module(COMMANDS[argv[0]][0])
-    return command.main(with_plugins(argv[1:]))
+    # Training notes its plug-ins with its other flags.
+    return command.main(argv[1:] if argv[0] == "train" else with_plugins(argv[1:]))
 
 
 def with_plugins(argv: list[str]) -> list[str]:

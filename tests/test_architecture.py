@@ -67,8 +67,7 @@ def room_of(dotted: str) -> str | None:
 def test_imports_run_downward(path):
     relative = path.relative_to(PACKAGE)
     if relative.name == "__init__.py" and len(relative.parts) == 1:
-        assert not [name for name, _ in imported(path) if room_of(name)], "moellava/__init__.py imports no room"
-        return
+        return  # names of all rooms, each imported when it is used: tests/test_startup.py
     if relative.as_posix() in FACES:
         return
     room = relative.parts[0].removesuffix(".py")

@@ -93,7 +93,7 @@ def rows_of(entries: dict[str, list[dict[str, Any]]], architecture: str | None =
     told = {entry["name"]: entry for entry in entries["architectures"]}
     if architecture is not None and architecture not in told:
         raise UnknownNameError(f"Unknown architecture {architecture!r}. Known: {', '.join(told)}")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for model in entries["models"]:
         entry = told[model["architecture"]]
         if architecture in (None, entry["name"]):

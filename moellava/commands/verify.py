@@ -14,7 +14,7 @@ from moellava.startup import importing
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The subcommand. Exit status: see `PASSED`, `FAILED`, `UNDECIDED` of `moellava.convert.verify`; a tensor passes within `--atol`, a file if it
+    """The subcommand. Exit status: see `moellava.convert.verify.PASSED`; a tensor passes within `--atol`, a file if it
     is what was written."""
     parser = argparse.ArgumentParser(prog="moellava verify", description=" ".join((__doc__ or "").split()))
     parser.add_argument("dir", type=Path, metavar="DIR", help="a model folder")

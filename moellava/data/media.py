@@ -31,6 +31,8 @@ CLIPS_KEPT = 16384
 NUM_FRAMES = 8
 """Frames of a video, unless --num_frames says otherwise."""
 
+NO_FOLDER = "no --{}_folder is given, which such paths are relative to"
+
 _VIDEO_TAG = re.compile(re.escape(DEFAULT_VIDEO_TOKEN))
 
 
@@ -65,7 +67,7 @@ class MediaFiles:
         its folder and may not."""
         if is_embedded(medium.path):
             raise DataError(f"an embedded {medium.modality} lies in no file, and here it has to: {TO_FILES}")
-        folder = self.image_folder if medium.modality == "image" else self.video_folder
+        folder = self._folder(medium)
         path = folder / medium.path
         if self.confined and not within(path, folder):
             raise DataError(f"{path}: lies outside {folder or Path()}, which --confine_media forbids")
@@ -77,9 +79,18 @@ class MediaFiles:
             content = self._content(medium)
         except DataError as error:
             return str(error)
-        if isinstance(content, Embedded) or medium.modality == "image":
+        if isinstance(content, Embedded):
             return image_problem(content, in_full, self.limits)
-        return video_problem(content, self.num_frames, in_full, self.limits)
+        if medium.modality == "image":
+            found = image_problem(content, in_full, self.limits)
+        else:
+            found = video_problem(content, self.num_frames, in_full, self.limits)
+        forgotten = found and self._folder(medium) == Path() and not content.is_absolute() and not content.exists()
+        return f"{found} ({NO_FOLDER.format(medium.modality)})" if forgotten else found
+
+    def _folder(self, medium: Medium) -> Path:
+        """What its path is relative to."""
+        return self.image_folder if medium.modality == "image" else self.video_folder
 
     def _content(self, medium: Medium) -> Path | Embedded:
         """Where a medium lies, or the content of an image that its record holds. Raises DataError: see `file_of`."""

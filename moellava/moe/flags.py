@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from typing import Any
 
@@ -108,15 +109,18 @@ def _flag(item: Field) -> Any:
     return field(default=None, metadata={"help": text, **bare})
 
 
-def add_flags(parser: Any, options: type) -> None:
+def add_flags(parser: Any, options: type, without: Collection[str] = ()) -> None:
     """Adds the flags of a dataclass to a parser, or to a group of one, as `HfArgumentParser` does, without
     transformers: what only shows its `--help` need not wait for that.
 
     Args:
         options: a dataclass; its fields hold a value, None for one that is unset, or a list.
+        without: fields that get no flag.
     """
     hints = typing.get_type_hints(options)
     for item in fields(options):
+        if item.name in without:
+            continue
         sorts = [sort for sort in typing.get_args(hints[item.name]) if sort is not types.NoneType]
         union = isinstance(hints[item.name], types.UnionType)
         sort = (str if str in sorts else sorts[0]) if union else hints[item.name]
@@ -153,4 +157,4 @@ class FlagHelp(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but none of a flag that is unset: its help says what that means."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)

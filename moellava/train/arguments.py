@@ -1,33 +1,32 @@
-"""The flags of `train.py`: four dataclasses, what some of them mean in terms of others, and spellings of before.
+"""The flags of ours: dataclasses, what some of them mean in terms of others, and spellings of before.
 
 A flag that is accepted does something. What cannot be served is refused by name (`conflicts.py`),
-before anything loads.
+before anything loads. Nothing here waits for torch: `parsing.py` joins Hugging Face's own flags, and reads all of them.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn
-
-import torch
-import transformers
-from transformers import HfArgumentParser
+from typing import TYPE_CHECKING, Any
 
 from moellava.data.images import USUAL_LIMITS, Limits
 from moellava.data.media import NUM_FRAMES
 from moellava.errors import UserError
-from moellava.lmm.supported_models import SUPPORTED_MODELS
-from moellava.moe.flags import FlagHelp
 from moellava.moe.spec import PRESETS, MoESpec, MoESpecFlags, given_options
-from moellava.plugins import load_plugins
-from moellava.train.conflicts import Flags, find_conflicts
-from moellava.train.deepspeed.extensions import leave_out_shared_memory
-from moellava.train.deepspeed.launch import stand_alone
-from moellava.train.hf_flags import find_problems
-from moellava.train.trial import construct, field_names, try_out
+from moellava.startup import lazily
+
+if TYPE_CHECKING:
+    from moellava.train.parsing import (
+        ARGUMENT_CLASSES,
+        TrainingArguments,
+        given_flags,
+        make_parser,
+        parse_arguments,
+    )
+
+__all__ = ["ARGUMENT_CLASSES", "TrainingArguments", "given_flags", "make_parser", "parse_arguments"]
+
+lazily(__name__)
 
 
 def _flag(help_text: str, default=None, **kwargs):
@@ -180,8 +179,8 @@ class AdapterArguments:
 
 
 @dataclass
-class TrainingArguments(AdapterArguments, transformers.TrainingArguments):
-    """HF's arguments with the defaults that a run here needs, and the adapters'."""
+class RunArguments(AdapterArguments):
+    """Flags of the run itself that Hugging Face has not, or has with another default."""
 
     model_max_length: int = _flag("Longest sample in tokens, image patches counted.", 512)
     group_by_modality_length: bool = _flag("Batches of one modality and similar lengths.", False)
@@ -198,18 +197,6 @@ class TrainingArguments(AdapterArguments, transformers.TrainingArguments):
     use_cache: bool = _flag("What the saved config says of generation; training itself never caches.", True)
     prediction_loss_only: bool = _flag("Evaluation gives a loss; answers are scored by `moellava eval`.", True)
     average_tokens_across_devices: bool = _flag("Every supervised token weighs the same on every process.", True)
-
-    def __post_init__(self):
-        # Where the launcher would guess wrong: without an accelerator, HF must be told, or its batch check fails.
-        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
-            self.use_cpu = True
-        if isinstance(self.activation_checkpointing_kwargs, str):
-            with suppress(ValueError):  # what is no JSON stays text, and find_conflicts refuses it by name
-                self.activation_checkpointing_kwargs = json.loads(self.activation_checkpointing_kwargs)
-        if self.deepspeed:  # the next line starts its process group
-            stand_alone()
-            leave_out_shared_memory()
-        super().__post_init__()
 
 
 RENAMED_FLAGS = {
@@ -263,7 +250,7 @@ COMPOSED_ONLY = (
 """Flags that say how a model is composed: a released one is as it is."""
 
 
-def settle(model: ModelArguments, training: TrainingArguments) -> None:
+def settle(model: ModelArguments, training: Any) -> None:
     """Writes what the flags of `ReleasedArguments` mean into the others, so that the rest of training need not know.
 
     Raises:
@@ -297,65 +284,7 @@ def settle_released(model: ModelArguments) -> None:
     if model.model_local_path:
         model.model_name_or_path = model.model_local_path
     elif model.model_id:
+        from moellava.lmm.supported_models import SUPPORTED_MODELS
+
         model.model_name_or_path = SUPPORTED_MODELS[model.model_id].model_hf_path
     model.freeze_mm_mlp_adapter = not model.train_vision_projector
-
-
-ARGUMENT_CLASSES = (ModelArguments, DataArguments, MoEArguments, TrainingArguments)
-
-
-class FlagParser(HfArgumentParser):
-    """Hugging Face's parser; what it cannot read is a UserError, in place of a usage of all flags and an exit."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError."""
-        raise UserError(f"{message}. `train.py --help` lists the flags.")
-
-
-def make_parser() -> HfArgumentParser:
-    """The parser of all flags; also used to check that every shipped script parses."""
-    return FlagParser(ARGUMENT_CLASSES, formatter_class=FlagHelp)
-
-
-def given_flags(argv: list[str]) -> dict[str, Any]:
-    """Values by name of the flags that stand on the command line, whether or not they are the defaults.
-
-    Raises:
-        UserError: unknown flags and values that cannot be read.
-    """
-    absent = object()
-    nothing = argparse.Namespace(**{name: absent for group in ARGUMENT_CLASSES for name in field_names(group)})
-    words = translate_flags(argv)
-    read, unknown = make_parser().parse_known_args(words, nothing)
-    if unknown:
-        before = words[words.index(unknown[0]) - 1] if unknown[0] in words[1:] else "train.py"
-        raise UserError(f"Unknown flags: {' '.join(unknown)} (after {before}). `train.py --help` lists the known ones.")
-    return {name: value for name, value in vars(read).items() if value is not absent}
-
-
-def defaults() -> dict[str, Any]:
-    """Values by name of all flags, none given."""
-    items = [item for group in ARGUMENT_CLASSES for item in fields(group)]
-    return {item.name: item.default_factory() if callable(item.default_factory) else item.default for item in items}
-
-
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MoEArguments, TrainingArguments]:
-    """Flags -> dataclasses, conflicts refused.
-
-    Raises:
-        UserError: unknown flags, flags that are not served, values out of range, and conflicts, by name.
-    """
-    given = given_flags(argv)
-    load_plugins(given.get("plugin") or ())
-    if problems := find_problems(given, defaults()):
-        raise UserError("\n".join(problems))
-    model = construct(ModelArguments, given)
-    data = construct(DataArguments, given)
-    moe = construct(MoEArguments, given)
-    training = construct(TrainingArguments, given)
-    settle(model, training)
-    problems = find_conflicts(Flags(model, data, moe, training))
-    if problems:
-        raise UserError("\n".join(problems))
-    try_out(training, given, moe.moe_enable)
-    return model, data, moe, training

@@ -49,9 +49,10 @@ Rule = tuple[Callable[[Flags], object], str]
 CONFLICTS: list[Rule] = [
     (
         lambda f: not f.model.model_name_or_path,
-        "--model_name_or_path is missing: a language model or a stage's folder.",
+        "--model_name_or_path is missing: a language model or a stage's folder (or --model_id: a released model).",
     ),
-    (lambda f: not f.data.data_path, "--data_path is missing: one or more LLaVA JSON or JSONL files."),
+    (lambda f: not f.data.data_path, "--data_path is missing: one or more files of records (docs/DATA.md)."),
+    (lambda f: "output_dir" not in f.training.given, "--output_dir is missing: the folder that the run leaves."),
     (
         lambda f: f.model.tune_mm_mlp_adapter and f.model.freeze_mm_mlp_adapter,
         "--tune_mm_mlp_adapter True and --freeze_mm_mlp_adapter True conflict: nothing would train.",

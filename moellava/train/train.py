@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import constants
 from transformers import set_seed
 
+from moellava import __version__
 from moellava.adapters.gradient_watch import GradientWatch
 from moellava.adapters.lora import trainable_parameters
 from moellava.data.dataset import SupervisedDataset
@@ -26,11 +27,11 @@ from moellava.data.records import Records, load_records
 from moellava.data.render.own import begin_on, day
 from moellava.data.skip_lists import SkipList, read_skip_list
 from moellava.errors import UserError, message_of
-from moellava.log import get_logger, is_rank_zero
+from moellava.log import get_logger, is_rank_zero, printable
 from moellava.model.manifest import read_folder
 from moellava.moe import enable_gradient_checkpointing
 from moellava.processes import leave_group, of_rank_zero
-from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments, parse_arguments
+from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments
 from moellava.train.assemble import Assembled, assemble, start_of, training_dtype
 from moellava.train.checkpoint import (
     check_contents,
@@ -48,6 +49,8 @@ from moellava.train.intact import require_intact
 from moellava.train.lock import locked
 from moellava.train.masters import Masters, raise_trained
 from moellava.train.memory import describe, estimate, zero_stage
+from moellava.train.parsing import TrainingArguments, arguments_of, given_flags, parse_arguments
+from moellava.train.run_file import as_yaml, write_run_file
 from moellava.train.samples import SampleAnswers
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
 from moellava.train.stopping import Stopped
@@ -111,6 +114,7 @@ def begin(
     check_contents(output_dir, contents)
     if is_rank_zero():
         claim_folder(output_dir, identity, contents)
+        write_run_file(output_dir, args.given, __version__)
         report(assembled, stage, args)
     run(make_trainer(stage, assembled, masters, model_args, args, datasets), stage, resume)
 
@@ -244,6 +248,18 @@ def report(assembled: Assembled, stage: Stage, args: TrainingArguments) -> None:
         assembled.certificate.save(output_dir)
         logger.info("%s", "\n".join(assembled.certificate.lines()))
     logger.info("%s", describe(estimate(assembled.vlm.model, zero_stage(args.deepspeed), args.world_size)))
+
+
+def print_config(argv: list[str]) -> int:
+    """Prints the flags that are given, by file and words together, as a run file. Returns the exit status."""
+    try:
+        given = given_flags(argv)
+        arguments_of(given)
+    except UserError as error:
+        logger.error("%s", error)
+        return 2
+    print(printable(as_yaml(given)), end="")  # noqa: T201  (the answer of a command)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,8 @@ import pytest
 from moellava.errors import UserError
 from moellava.moe.spec import MoESpec
 from moellava.train.arguments import parse_arguments
-from tests.processes import train_here
+from moellava.train.deepspeed.named import FOLDER, names
+from tests.processes import ROOT, train_here
 
 BASE = ["--model_name_or_path", "lm", "--data_path", "a.json", "--output_dir", "out"]
 
@@ -116,9 +117,9 @@ def test_predecessors_flags_that_are_off_change_nothing():
 
 def test_missing_essentials_are_listed_together():
     with pytest.raises(UserError) as caught:
-        parse_arguments(["--output_dir", "out"])
-    assert "--model_name_or_path" in str(caught.value)
-    assert "--data_path" in str(caught.value)
+        parse_arguments([])
+    for flag in ("--model_name_or_path", "--data_path", "--output_dir"):
+        assert f"{flag} is missing: " in str(caught.value)
 
 
 def test_a_capacity_factor_means_that_tokens_are_dropped():
@@ -164,3 +165,30 @@ def test_a_folder_says_itself_whether_images_are_enclosed(tmp_path, flags_for):
         assert config["moellava"]["use_im_start_end"] is True
     with pytest.raises(UserError, match="--mm_use_im_start_end False, but .* was put together with True"):
         run("moe", mm_use_im_start_end="False", output_dir=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--learning_rat_ 1", "--learning_rat_ is no flag. Did you mean --learning_rate?"),
+        ("--image-towr t", "--image_towr is no flag. Did you mean --image_tower?"),
+        ("stray", "'stray' (after 'out') belongs to no flag"),
+        ("--learning_rate fast", "--learning_rate: 'fast' is no number"),
+        ("--model_max_length 1.5", "--model_max_length: '1.5' is no whole number"),
+        ("--bf16 maybe", "--bf16: 'maybe' is no value of True or False"),
+        ("--lr_scheduler_type cosin", "--lr_scheduler_type: 'cosin' is unknown. Did you mean cosine? Known: linear, "),
+        ("--deepspeed zero9", "--deepspeed zero9: it takes zero1, zero2, zero2_offload, zero3, none, or a JSON file"),
+    ],
+)
+def test_a_mistyped_flag_or_value_is_answered_in_a_line(flags, said):
+    with pytest.raises(UserError) as caught:
+        parse(flags)
+    line = str(caught.value)
+    assert line.startswith(said) and "\n" not in line and "Type." not in line and "<" not in line
+
+
+@pytest.mark.parametrize("name", names())
+def test_settings_of_deepspeed_go_by_their_name(name):
+    assert parse(f"--deepspeed {name}")[3].deepspeed == str(FOLDER / f"{name}.json")
+    assert (ROOT / "scripts" / f"{name}.json").samefile(FOLDER / f"{name}.json")
+    assert parse(f"--deepspeed {name} --deepspeed none")[3].deepspeed is None

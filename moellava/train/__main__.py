@@ -1,0 +1,7 @@
+"""`deepspeed --module moellava.train …`, `torchrun -m moellava.train …`, `python -m moellava.train …`."""
+
+import sys
+
+from moellava.train.entry import main
+
+sys.exit(main(sys.argv[1:]))
