@@ -1,18 +1,24 @@
 """Package metadata. CI installs with `-c constraints.txt`, which pins what was tested."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "moellava" / "__init__.py").read_text(encoding="utf-8"), re.M)
+
 setup(
     name="moellava",
-    version="0.1.0",
+    version=VERSION[1],
     description="Build LLaVA-style vision-language models in stages, and upcycle them into Mixtures of Experts",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["moellava", "moellava.*"]),
+    # What the code reads that is no code: settings of DeepSpeed, tables, the demo's base models.
+    package_data={"moellava": ["py.typed", "**/*.json", "**/*.safetensors"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.18",
@@ -26,6 +32,8 @@ setup(
         "peft",
         "accelerate",
         "safetensors",
+        "pyyaml",
+        "packaging",
     ],
     extras_require={
         "train": ["deepspeed>=0.19", "ninja", "tensorboard"],

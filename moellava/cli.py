@@ -17,6 +17,9 @@ from moellava.plugins import FLAG, load_plugins
 
 COMMANDS = {
     "train": ("moellava.commands.train", "one stage: from flags or a run file to a folder"),
+    "recipe": ("moellava.commands.recipe", "hyper-parameters of LLaVA-1.5 and MoE-LLaVA, as a run file"),
+    "demo": ("moellava.commands.demo", "the three stages on a small benchmark, with a table of scores"),
+    "env": ("moellava.commands.env", "versions, devices, engines, and what is missing for what"),
     "chat": ("moellava.commands.chat", "talk to a model about images"),
     "serve": ("moellava.commands.serve", "OpenAI's API and a page for a model"),
     "inspect": ("moellava.commands.inspect", "what can be done with a model; records as it sees them"),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of moellava on a small benchmark, from a fresh machine to a table of scores: environment, base models, data,
-# the three stages, scores on easy-VQA's official test split, one question in chat. Under 15 minutes on 2 cores.
+# the three stages, scores on easy-VQA's official test split, one question in chat. About 10 minutes on 2 cores.
 #
 #     bash scripts/demo.sh              the usual run
 #     bash scripts/demo.sh --full       the longer recipe, for the best score (90 minutes at most)
@@ -15,4 +15,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 # Nothing is fetched from a hub: everything the demo reads is in the repository or in the environment.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec python playground/demo.py --started "$started" "$@"
+exec python -m moellava.cli demo --started "$started" --runs playground/runs "$@"

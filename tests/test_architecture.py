@@ -17,7 +17,7 @@ FLOORS = [
     {"constants", "errors", "log", "processes", "startup"},
     {"registry"},
     {"files"},
-    {"plugins"},
+    {"plugins", "recipes"},
     {"conversation"},
     {"data"},
     {"mm_utils"},
@@ -29,7 +29,7 @@ FLOORS = [
     {"convert"},
     {"doctor"},
     {"train"},
-    {"eval"},
+    {"eval", "demo"},
     {"commands"},
     {"cli"},
 ]

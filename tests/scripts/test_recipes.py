@@ -1,4 +1,4 @@
-"""Every shipped script and JSON parses, says what it promises, and can be overridden."""
+"""Every shipped script, recipe and JSON parses, says what it promises, and can be overridden."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from moellava import recipes
+from moellava.cli import main
+from moellava.commands.recipe import text_of
 from moellava.constants import CHAT_TEMPLATE
 from moellava.conversation import conv_templates
-from moellava.train.arguments import parse_arguments
+from moellava.errors import UserError
+from moellava.recipes import BASES
+from moellava.train.arguments import given_flags, parse_arguments
 from tests.processes import ROOT, stage_command
 
 RECIPES = ROOT / "scripts" / "v1"
@@ -27,9 +32,8 @@ def flags_of(command: list[str]) -> list[str]:
 
 
 def test_no_script_is_missing_or_untested():
-    assert sorted(RECIPES.glob("*/*.sh")) == sorted(
-        [*SCRIPTS, *(RECIPES / family / "family.sh" for family in FAMILIES)]
-    )
+    assert sorted(RECIPES.glob("*/*.sh")) == sorted(SCRIPTS)
+    assert set(FAMILIES) == set(BASES) and set(STAGES) == set(recipes.STAGES)
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("scripts/**/*.sh")) + [ROOT / ".ci" / "run"], ids=str)
@@ -125,11 +129,28 @@ def test_environment_variables_reach_the_command(stage, overrides):
     }
 
 
+class Noting(dict):
+    """Variables, none of them set, that note which are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = set()
+
+    def get(self, key, default=None):
+        self.read.add(key)
+        return default
+
+
 def test_every_variable_of_the_recipe_is_tested():
+    noting = Noting()
+    for stage in STAGES:
+        recipes.flags_of("qwen", stage, noting)
     text = (RECIPES / "recipe.sh").read_text()
-    read = set(re.findall(r"\$\{([A-Z_]+)[:+-]", text)) - {"BASH_SOURCE", "DS_ACCELERATOR"}
+    of_the_shell = {"BASH_SOURCE", "DS_ACCELERATOR", "PYTHONPATH"}
+    read = noting.read | (set(re.findall(r"\$\{([A-Z_]+)[:+-]", text)) - of_the_shell)
     elsewhere = {"JSON_FOLDER", "OUTPUT_ROOT", "NPROC", "LAUNCHER", "LAUNCHER_FLAGS", "PRECISION", "DRY_RUN"}
-    assert read == (set(OVERRIDES) | set(MOE_OVERRIDES) | elsewhere) - {"MODEL"}
+    elsewhere |= {"NAME", "VERSION"}
+    assert read == (set(OVERRIDES) | set(MOE_OVERRIDES) | elsewhere)
 
 
 def test_launcher_precision_and_folders():
@@ -163,3 +184,34 @@ def test_zero_files_leave_sizes_to_the_flags(name):
     assert settings["train_micro_batch_size_per_gpu"] == settings["gradient_accumulation_steps"] == "auto"
     # An optimizer from here would merge the parameter groups that MoE layers and the projector's rate need.
     assert "optimizer" not in settings
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_recipe_is_a_run_file_of_the_same_flags_as_its_script(base, stage, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text_of(base, stage, path.name))
+    parse_arguments([str(path)])
+    flags = recipes.flags_of(base, stage)
+    assert given_flags([str(path)]) == given_flags(recipes.words_of(flags))
+    assert flags["deepspeed"] == "zero2" and flags["bf16"] is True
+    assert f"moellava train {path.name}" in path.read_text() and BASES[base].about in path.read_text()
+
+
+def test_the_command_lists_prints_and_writes_and_overwrites_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipe"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in (*BASES, *STAGES))
+    assert main(["recipe", "qwen3", "pretrain", "--print"]) == 0
+    printed = capsys.readouterr().out
+    assert not list(tmp_path.iterdir()) and "model_name_or_path: Qwen/Qwen3-0.6B" in printed
+    assert main(["recipe", "qwen3", "pretrain"]) == 0
+    assert (tmp_path / "qwen3-pretrain.yaml").read_text() == printed
+    assert main(["recipe", "qwen3", "pretrain"]) == 2
+    assert "exists: it may have been edited" in capsys.readouterr().err
+    assert main(["recipe", "qwen33", "pretrain"]) == 2
+    assert "Did you mean 'qwen3'?" in capsys.readouterr().err
+    assert main(["recipe", "qwen3"]) == 2
+    with pytest.raises(UserError, match="Unknown stage 'moe'"):
+        recipes.flags_of("qwen3", "moe")

@@ -1,3 +1,2 @@
 #!/usr/bin/env bash
-source "$(dirname "${BASH_SOURCE[0]}")/family.sh"
-finetune "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh" openchat finetune "$@"

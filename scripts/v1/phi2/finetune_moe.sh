@@ -1,3 +1,2 @@
 #!/usr/bin/env bash
-source "$(dirname "${BASH_SOURCE[0]}")/family.sh"
-finetune_moe "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh" phi2 finetune_moe "$@"

@@ -1,3 +1,2 @@
 #!/usr/bin/env bash
-source "$(dirname "${BASH_SOURCE[0]}")/family.sh"
-pretrain "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh" phi4 pretrain "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 MOST_SHUFFLED = 0.65
 MOST_LOST = 0.005
@@ -23,7 +24,7 @@ COMMON_FLAGS = {
 }
 """Flags of train.py that all stages share."""
 
-STAGE_FLAGS = {
+STAGE_FLAGS: dict[str, dict[str, Any]] = {
     "stage1": {"version": "plain", "image_projector_type": "linear", "tune_mm_mlp_adapter": True},
     "stage2": {"version": "qwen"},
     "stage3": {"version": "qwen", "moe_enable": True, "moe_mode": "sparse", "num_experts": 4, "top_k_experts": 2},

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from easy_vqa_data import COLORS, SHAPES, Facts, TrainImage
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from moellava.demo.easy_vqa_data import COLORS, SHAPES, Facts, TrainImage
 from moellava.log import get_logger
 
 log = get_logger("moellava.playground")

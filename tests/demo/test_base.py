@@ -6,7 +6,10 @@ import random
 
 import pytest
 import torch
-from base_lm import (
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+
+from moellava.conversation import conv_templates
+from moellava.demo.base_lm import (
     ANSWER_WEIGHT,
     conversation_pieces,
     encode,
@@ -16,14 +19,11 @@ from base_lm import (
     pad_batch,
     weighted_loss,
 )
-from base_tower import CAPTION_GROUPS, augment, load_pixels, targets
-from easy_vqa_data import Facts, train_images
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
-
-from moellava.conversation import conv_templates
+from moellava.demo.base_tower import CAPTION_GROUPS, augment, load_pixels, targets
+from moellava.demo.easy_vqa_data import Facts, train_images
 from tests.processes import ROOT
 
-BASE = ROOT / "playground" / "base"
+BASE = ROOT / "moellava" / "demo" / "base"
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,11 @@ def _only(words: set[str]) -> str | None:
     return next(iter(words), None)
 
 
+def images_folder() -> Path:
+    """Where the images of the training split lie."""
+    return Path(easy_vqa.get_train_image_paths()[0]).parent
+
+
 def train_images() -> list[TrainImage]:
     """The official training split, 4,000 images, ordered by index."""
     turns = defaultdict(list)

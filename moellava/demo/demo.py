@@ -1,12 +1,11 @@
 """The demo: from base models to a sparse vision-language model that answers questions about pictures.
 
-Run it as `bash scripts/demo.sh`, which makes the environment first. Each step is one command, printed before it runs,
-that can be repeated by hand. Started again, the demo goes on where it was stopped.
+Run it as `moellava demo`, or in a clone as `bash scripts/demo.sh`, which makes the environment first. Each step is one
+command, printed before it runs, that can be repeated by hand. Started again, the demo goes on where it was stopped.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -18,14 +17,14 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
-import easy_vqa
-from easy_vqa_data import caption_records, conversation_records, train_images, write_records
-from recipes import COMMON_FLAGS, RECIPES, STAGE_FLAGS, Recipe
-from runner import ROOT, Journal, StepFailed, run, run_side_by_side, say
+from moellava.demo.recipes import COMMON_FLAGS, STAGE_FLAGS, Recipe
+from moellava.demo.runner import Journal, StepFailed, run, run_side_by_side, say
+from moellava.errors import UserError
 
-BASE = ROOT / "playground" / "base"
+BASE = Path(__file__).parent / "base"
 STAGES = {
     "stage1": "Stage 1, plain: the projector learns to turn a picture into words the language model knows.",
     "stage2": "Stage 2, SFT: projector and language model learn to answer all questions about a picture.",
@@ -54,15 +53,17 @@ class Demo:
         self.scores_file = folder / "scores.json"
         self.processes = processes
         self.cores = os.cpu_count() or 1
+        self.base = BASE
         self.journal = Journal(self.folder / "journal.json")
-        self.images = Path(easy_vqa.get_train_image_paths()[0]).parent
 
     def run(self, make_base: bool) -> dict[str, dict[str, float]]:
         """All steps in order; the scores of stages 2 and 3."""
         if make_base:
             say("Base models, made anew from the training split:")
-            run([sys.executable, "playground/make_base.py"], self.log("base"), self.cores)
-        base = fingerprint(BASE)
+            self.base = self.folder / "base"
+            made = [sys.executable, "-m", "moellava.demo.make_base", "--output-dir", str(self.base)]
+            run(made, self.log("base"), self.cores)
+        base = fingerprint(self.base)
         for stage, purpose in STAGES.items():
             say(f"\n{purpose}")
             flags = self.flags(stage)
@@ -90,6 +91,8 @@ class Demo:
 
     def write_data(self, stage: str) -> None:
         """The training split in LLaVA's JSON format: captions for stage 1, conversations for stages 2 and 3."""
+        from moellava.demo.easy_vqa_data import caption_records, conversation_records, train_images, write_records
+
         images, copies = train_images(), getattr(self.recipe, stage).copies
         if stage == "stage1":
             records = caption_records(images, copies)
@@ -100,16 +103,18 @@ class Demo:
         say(f"     {json.dumps({**records[0], 'conversations': records[0]['conversations'][:4]})}")
 
     def flags(self, stage: str) -> list[str]:
-        """The flags of train.py for a stage."""
+        """The flags of training for a stage."""
+        from moellava.demo.easy_vqa_data import images_folder
+
         recipe = getattr(self.recipe, stage)
         number = list(STAGES).index(stage)
-        start = [BASE / "lm", self.folder / "stage1", self.folder / "stage2"][number]
+        start = [self.base / "lm", self.folder / "stage1", self.folder / "stage2"][number]
         flags = {
-            "deepspeed": "scripts/zero2.json",
+            "deepspeed": "zero2",
             "model_name_or_path": start,
-            **({"image_tower": BASE / "tower"} if stage == "stage1" else {}),
+            **({"image_tower": self.base / "tower"} if stage == "stage1" else {}),
             "data_path": self.data(stage),
-            "image_folder": self.images,
+            "image_folder": images_folder(),
             "output_dir": self.folder / stage,
             **STAGE_FLAGS[stage],
             "per_device_train_batch_size": recipe.batch_size // self.processes,
@@ -123,7 +128,7 @@ class Demo:
         """Writes a stage's data and runs it through the deepspeed launcher."""
         self.write_data(stage)
         launcher = ["deepspeed", "--num_accelerators", str(self.processes), "--master_port", str(free_port())]
-        run([*launcher, "train.py", *flags], self.log(stage), max(1, self.cores // self.processes))
+        run([*launcher, "--module", "moellava.train", *flags], self.log(stage), max(1, self.cores // self.processes))
 
     def report(self, stage: str, key: str) -> Path:
         """Where `moellava eval` writes one score with its prompt, settings and versions."""
@@ -152,6 +157,8 @@ class Demo:
 
     def chat(self) -> None:
         """Asks the last stage one question about the first test image."""
+        import easy_vqa
+
         image = easy_vqa.get_test_image_paths()[0]
         model = short(self.folder / "stage3")
         command = ["moellava", "chat", "--model-path", model, "--image-file", str(image), "--question", QUESTION]
@@ -160,9 +167,9 @@ class Demo:
 
 
 def short(value: object) -> str:
-    """A flag's value; paths inside the project are given relative to its root."""
-    if isinstance(value, Path) and value.is_relative_to(ROOT):
-        return str(value.relative_to(ROOT))
+    """A flag's value; paths inside the folder that commands run in are given relative to it."""
+    if isinstance(value, Path) and value.is_relative_to(Path.cwd()):
+        return str(value.relative_to(Path.cwd()))
     return str(value)
 
 
@@ -182,12 +189,26 @@ def free_port() -> int:
 
 
 def default_processes() -> int:
-    """Two on a machine without accelerators (scripts/env.sh says so); else one an accelerator."""
+    """Two on a machine without accelerators, which `deepspeed` has to be told of; else one an accelerator."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return 2
     import torch
 
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
     return torch.cuda.device_count() or 2
+
+
+NEEDS = {"easy_vqa": "demo", "deepspeed": "train"}
+"""Package -> the extra of ours that brings it."""
+
+
+def require_packages() -> None:
+    """Raises UserError for what is not installed."""
+    missing = [name for name in NEEDS if find_spec(name) is None]
+    if missing:
+        extras = ",".join(NEEDS[name] for name in missing)
+        raise UserError(f"The demo needs {', '.join(missing)}: pip install 'moellava[{extras}]'")
 
 
 def table(scores: dict[str, dict[str, float]]) -> str:
@@ -199,35 +220,29 @@ def table(scores: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of `scripts/demo.sh`."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    size = flags.add_mutually_exclusive_group()
-    size.add_argument("--full", dest="recipe", action="store_const", const="full", help="the longer recipe")
-    size.add_argument("--smoke", dest="recipe", action="store_const", const="smoke", help="a few steps and questions")
-    flags.add_argument("--make-base", action="store_true", help="make the base models anew first")
-    flags.add_argument("--output-dir", type=Path, help="default: playground/runs/demo, or runs/smoke with --smoke")
-    flags.add_argument("--processes", type=int, help="training processes (default: 2, or one an accelerator)")
-    flags.add_argument("--started", type=float, default=time.time(), help="when the clock started, in Unix seconds")
-    return flags.parse_args(argv)
+def run_demo(recipe: Recipe, folder: Path, processes: int, make_base: bool, started: float) -> int:
+    """Runs the demo; 1 if a step failed or the scores miss what the recipe promises. Raises UserError for packages that
+    are not installed.
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the demo; 1 if a step failed or the scores miss what the recipe promises."""
-    args = parse(argv)
-    recipe = RECIPES[args.recipe or "default"]
-    folder = args.output_dir or ROOT / "playground" / "runs" / ("smoke" if recipe.name == "smoke" else "demo")
+    Args:
+        recipe: how long each stage trains.
+        folder: where everything goes.
+        processes: that train together.
+        make_base: make the base models anew first.
+        started: when the clock started, in Unix seconds.
+    """
+    require_packages()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stopping the demo stops the step it is at
-    demo = Demo(recipe, folder.resolve(), args.processes or default_processes())
+    demo = Demo(recipe, folder.resolve(), processes)
     say(f"moellava demo, {recipe.name} recipe: {recipe.duration} on 2 cores. Everything it makes is in {demo.folder}")
     try:
-        scores = demo.run(args.make_base)
+        scores = demo.run(make_base)
         say(f"\nOne question in chat: {QUESTION}")
         demo.chat()
     except StepFailed as failure:
         say(f"\n{failure}\nThe demo has stopped. Started again, it goes on from here.")
         return 1
-    seconds = round(time.time() - args.started)
+    seconds = round(time.time() - started)
     demo.scores_file.write_text(json.dumps({"seconds": seconds, "recipe": recipe.name, **scores}, indent=1) + "\n")
     say(f"\neasy-VQA, {demo.result('stage3', 'accuracy')['questions']} questions of the official test split\n")
     say(f"{table(scores)}\n\n{seconds} s in all. Scores: {demo.scores_file}")
@@ -235,7 +250,3 @@ def main(argv: list[str] | None = None) -> int:
     for promise in missed:
         say(f"MISSED: {promise}")
     return 1 if missed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
 LINES_OF_A_FAILURE = 40
 WORTH_SHOWING = re.compile(r"step \d|tower step|LM step|INFO |part  |[a-z_]+ +[\d,]+ +[\d,]+$")
 """What a newcomer sees of a training log: its progress, and the table of what trains. The rest stays in the file."""
@@ -66,14 +65,13 @@ class Journal:
 
 
 def start(command: list[str], log: Path, threads: int) -> subprocess.Popen:
-    """Starts a command in the project's root; everything it says can be read from its `stdout`."""
+    """Starts a command; everything it says can be read from its `stdout`."""
     say(f"   $ {shlex.join(command)}")
     log.parent.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command,
-        cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -99,6 +97,7 @@ def finish(process: subprocess.Popen, log: Path, show: re.Pattern | None) -> str
     lines = []
     try:
         with log.open("w", encoding="utf-8", buffering=1) as file:  # by lines, so that a stopped run leaves its log
+            assert process.stdout is not None, "see `start`"
             for line in process.stdout:
                 lines.append(line)
                 file.write(line)

@@ -8,7 +8,8 @@ import sys
 import time
 
 import pytest
-from runner import Journal, StepFailed, run, run_side_by_side, start, stop
+
+from moellava.demo.runner import Journal, StepFailed, run, run_side_by_side, start, stop
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from tests.processes import ROOT, Finished, run
 
 
 def run_demo(folder: Path) -> Finished:
-    """`demo.py --smoke` in a process of its own, as scripts/demo.sh runs it."""
-    return run([sys.executable, "playground/demo.py", "--smoke", "--output-dir", str(folder)], timeout=850, cwd=ROOT)
+    """`moellava demo --smoke` in a process and a folder of its own."""
+    words = [sys.executable, "-m", "moellava.cli", "demo", "--smoke", "--output-dir", str(folder)]
+    return run(words, timeout=850, cwd=folder)
 
 
 @pytest.mark.slow
@@ -45,9 +46,9 @@ def test_the_demo_runs_once_and_is_not_repeated(tmp_path):
 def test_a_failing_stage_is_loud(tmp_path):
     """Base models that are not there: the demo stops at stage 1 and shows why."""
     code = (
-        "import pathlib, sys; sys.path.insert(0, 'playground'); import demo; "
+        "import pathlib, sys; from moellava.commands.demo import main; from moellava.demo import demo; "
         f"demo.BASE = pathlib.Path({str(tmp_path)!r}); "
-        f"sys.exit(demo.main(['--smoke', '--processes', '1', '--output-dir', {str(tmp_path / 'run')!r}]))"
+        f"sys.exit(main(['--smoke', '--processes', '1', '--output-dir', {str(tmp_path / 'run')!r}]))"
     )
     result = run([sys.executable, "-c", code], cwd=ROOT)
     assert result.returncode == 1

@@ -1,8 +1,8 @@
-"""Makes the demo's base models from the easy-VQA training split: `playground/base/lm` and `playground/base/tower`.
+"""Makes the demo's base models from the easy-VQA training split: `base/lm` and `base/tower`.
 
-    python playground/make_base.py [--output-dir DIR] [--lm-steps N] [--tower-steps N] [--only lm|tower]
+    python -m moellava.demo.make_base [--output-dir DIR] [--lm-steps N] [--tower-steps N] [--only lm|tower]
 
-What it makes is kept in the repository, so that the demo need not; `bash scripts/demo.sh --make-base` runs it again.
+What it makes is kept in the package, so that the demo need not; `moellava demo --make-base` runs it again.
 About 20 minutes on two cores. The test split is never opened. The last images of the training split are kept back
 from the tower to report an accuracy.
 """
@@ -13,9 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from base_lm import make_tokenizer, save_lm, train_lm
-from base_tower import save_tower, train_tower
-from easy_vqa_data import train_images
+from moellava.demo.base_lm import make_tokenizer, save_lm, train_lm
+from moellava.demo.base_tower import save_tower, train_tower
+from moellava.demo.easy_vqa_data import train_images
 
 HELD_OUT_IMAGES = 400
 

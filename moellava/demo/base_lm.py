@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from easy_vqa_data import TrainImage
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from moellava.conversation import Piece, conv_templates
+from moellava.demo.easy_vqa_data import TrainImage
 from moellava.log import get_logger
 
 log = get_logger("moellava.playground")

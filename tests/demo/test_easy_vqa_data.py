@@ -6,7 +6,9 @@ import json
 
 import easy_vqa
 import pytest
-from easy_vqa_data import (
+
+from moellava.data.records import load_records
+from moellava.demo.easy_vqa_data import (
     Facts,
     TrainImage,
     caption_records,
@@ -15,8 +17,6 @@ from easy_vqa_data import (
     true_words,
     write_records,
 )
-
-from moellava.data.records import load_records
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from demo import Demo, table
-from recipes import DEFAULT, FULL, RECIPES, SMOKE
 
+from moellava.demo.demo import Demo, table
+from moellava.demo.recipes import DEFAULT, FULL, RECIPES, SMOKE
 from moellava.train.arguments import parse_arguments
 
 GOOD = {
