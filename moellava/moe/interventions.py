@@ -1,0 +1,150 @@
+"""What routing is worth: a sparse model whose routers or experts are changed while it is asked, and for that long.
+
+Where an upcycled model is better than its dense control, one wants to know what of it is routing. Each intervention
+takes something away that routing gives; a score that stays the same says that nothing was lost by it.
+
+Legend: E experts, S = E / G sets of G slices of one MLP (`init granular`; else G = 1), D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from moellava.errors import UserError
+from moellava.moe.decoder import decoder_layers, mlp_names
+from moellava.moe.layer import NativeMoE
+from moellava.moe.spec import MoESpec
+from moellava.moe.upcycle import moe_layers
+from moellava.registry import Registry
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One change of every sparse layer.
+
+    Args:
+        says: what is changed, in words.
+        change: (layer, source of chance) -> a layer that shares what is not changed, in evaluation mode.
+        refuses: spec -> why it means nothing for such a model, or None.
+    """
+
+    says: str
+    change: Callable[[NativeMoE, torch.Generator], NativeMoE]
+    refuses: Callable[[MoESpec], str | None] = lambda spec: None
+
+
+INTERVENTIONS: Registry[Intervention] = Registry("intervention")
+
+
+def _rebuilt(layer: NativeMoE, experts: list[nn.Module], spec: MoESpec) -> NativeMoE:
+    """A layer of other experts around what `layer` has beside them; its router is new and has no values yet."""
+    made = NativeMoE(experts, spec, layer.hidden, layer.shared)
+    made.coefficient, made.context = layer.coefficient, layer.context
+    return made.train(layer.training)
+
+
+@torch.no_grad()
+def _of_one_set(layer: NativeMoE, experts: list[nn.Module]) -> NativeMoE:
+    """A layer in which every token visits all of `experts`, the G slices of one MLP, each with the same gate 1 / G:
+    with the slices' factor G that is the MLP itself."""
+    count = len(experts)
+    options = {"num_experts": [count], "top_k_experts": count, "drop_tokens": False, "second_expert": "top"}
+    made = _rebuilt(layer, experts, replace(layer.spec, **options, top1_gate="exact", router_balance="none"))
+    made.router.weight.zero_()
+    return made
+
+
+@torch.no_grad()
+def shuffled(layer: NativeMoE, generator: torch.Generator) -> NativeMoE:
+    """Each set of experts gets the tokens, and the gates, of another set: a random cycle through all sets."""
+    size = layer.spec.granularity
+    cycle = torch.randperm(layer.n_experts // size, generator=generator)
+    source_S = torch.empty_like(cycle)
+    source_S[cycle] = cycle.roll(1)
+    source_E = (source_S[:, None] * size + torch.arange(size)).flatten().to(layer.router.weight.device)
+    made = _rebuilt(layer, list(layer.experts), layer.spec)
+    made.router.weight.copy_(layer.router.weight[source_E])
+    if layer.router.bias is not None and made.router.bias is not None:
+        made.router.bias.copy_(layer.router.bias[source_E])
+    return made
+
+
+def one_expert(layer: NativeMoE, generator: torch.Generator) -> NativeMoE:
+    """Every token visits the first set of experts, whatever the router says."""
+    return _of_one_set(layer, list(layer.experts)[: layer.spec.granularity])
+
+
+@torch.no_grad()
+def averaged(layer: NativeMoE, generator: torch.Generator) -> NativeMoE:
+    """One dense MLP whose weights are the mean of all experts' (of the same slice)."""
+    size, experts = layer.spec.granularity, list(layer.experts)
+    means = []
+    for index in range(size):
+        mean = copy.deepcopy(experts[index])
+        alike = [dict(expert.named_parameters()) for expert in experts[index::size]]
+        for name, parameter in mean.named_parameters():
+            parameter.copy_(torch.stack([parameters[name].float() for parameters in alike]).mean(0))
+        means.append(mean)
+    return _of_one_set(layer, means)
+
+
+@torch.no_grad()
+def first_choice(layer: NativeMoE, generator: torch.Generator) -> NativeMoE:
+    """Each token visits its best set alone, with the whole weight."""
+    options = {"top_k_experts": layer.spec.granularity, "second_expert": "top", "top1_gate": "exact"}
+    made = _rebuilt(layer, list(layer.experts), replace(layer.spec, **options))
+    made.router = layer.router
+    return made
+
+
+def _needs_choices(spec: MoESpec) -> str | None:
+    return None if spec.top_k_experts > spec.granularity else "its tokens visit one expert anyway"
+
+
+def _needs_experts(spec: MoESpec) -> str | None:
+    return None if min(spec.num_experts) > spec.granularity else "a layer of it has one expert alone"
+
+
+INTERVENTIONS.register(
+    "shuffled", Intervention("routers shuffled: each expert gets another's tokens", shuffled, _needs_experts)
+)
+INTERVENTIONS.register("one-expert", Intervention("expert 0 alone, for every token", one_expert))
+INTERVENTIONS.register("averaged", Intervention("experts averaged back into one dense MLP", averaged))
+INTERVENTIONS.register("top-1", Intervention("each token's first choice alone", first_choice, _needs_choices))
+
+
+@contextmanager
+def intervened(model: Any, name: str, seed: int = 0) -> Iterator[None]:
+    """Inside, the sparse layers of a model are changed; afterwards they are what they were.
+
+    Args:
+        model: a sparse model of the native engine.
+        name: one of `INTERVENTIONS`.
+        seed: of what an intervention draws; each layer draws its own.
+
+    Raises:
+        UserError: the model is dense, or the intervention would change nothing in it.
+    """
+    intervention, sparse = INTERVENTIONS[name], moe_layers(model)
+    if not sparse:
+        raise UserError(f"--intervention {name} changes routers or experts, and this model is dense.")
+    reason = intervention.refuses(sparse[0][1].spec)
+    if reason is not None:
+        raise UserError(f"--intervention {name} ({intervention.says}) means nothing for this model: {reason}.")
+    layers, names = decoder_layers(model), mlp_names(model, [index for index, _ in sparse])
+    generator = torch.Generator().manual_seed(seed)
+    changed = {index: intervention.change(layer, generator) for index, layer in sparse if isinstance(layer, NativeMoE)}
+    try:
+        for index, layer in changed.items():
+            setattr(layers[index], names[index], layer)
+        yield
+    finally:
+        for index, layer in sparse:
+            setattr(layers[index], names[index], layer)
