@@ -43,20 +43,13 @@ class Intervention:
 INTERVENTIONS: Registry[Intervention] = Registry("intervention")
 
 
-def _rebuilt(layer: NativeMoE, experts: list[nn.Module], spec: MoESpec) -> NativeMoE:
-    """A layer of other experts around what `layer` has beside them; its router is new and has no values yet."""
-    made = NativeMoE(experts, spec, layer.hidden, layer.shared)
-    made.coefficient, made.context = layer.coefficient, layer.context
-    return made.train(layer.training)
-
-
 @torch.no_grad()
 def _of_one_set(layer: NativeMoE, experts: list[nn.Module]) -> NativeMoE:
     """A layer in which every token visits all of `experts`, the G slices of one MLP, each with the same gate 1 / G:
     with the slices' factor G that is the MLP itself."""
     count = len(experts)
     options = {"num_experts": [count], "top_k_experts": count, "drop_tokens": False, "second_expert": "top"}
-    made = _rebuilt(layer, experts, replace(layer.spec, **options, top1_gate="exact", router_balance="none"))
+    made = layer.with_experts(experts, replace(layer.spec, **options, top1_gate="exact", router_balance="none"))
     made.router.weight.zero_()
     return made
 
@@ -69,7 +62,7 @@ def shuffled(layer: NativeMoE, generator: torch.Generator) -> NativeMoE:
     source_S = torch.empty_like(cycle)
     source_S[cycle] = cycle.roll(1)
     source_E = (source_S[:, None] * size + torch.arange(size)).flatten().to(layer.router.weight.device)
-    made = _rebuilt(layer, list(layer.experts), layer.spec)
+    made = layer.with_experts(list(layer.experts), layer.spec)
     made.router.weight.copy_(layer.router.weight[source_E])
     if layer.router.bias is not None and made.router.bias is not None:
         made.router.bias.copy_(layer.router.bias[source_E])
@@ -99,7 +92,7 @@ def averaged(layer: NativeMoE, generator: torch.Generator) -> NativeMoE:
 def first_choice(layer: NativeMoE, generator: torch.Generator) -> NativeMoE:
     """Each token visits its best set alone, with the whole weight."""
     options = {"top_k_experts": layer.spec.granularity, "second_expert": "top", "top1_gate": "exact"}
-    made = _rebuilt(layer, list(layer.experts), replace(layer.spec, **options))
+    made = layer.with_experts(list(layer.experts), replace(layer.spec, **options))
     made.router = layer.router
     return made
 
