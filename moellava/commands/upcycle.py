@@ -6,12 +6,16 @@ import argparse
 
 from transformers import HfArgumentParser
 
-from moellava.commands.values import amount
+from moellava.commands.given import Idle, refuse_idle
+from moellava.commands.values import amount, count
+from moellava.convert.mix_folder import MixCertificate, mix_folders
 from moellava.convert.upcycle_folder import upcycle_folder
+from moellava.data.media import MediaFiles
 from moellava.files import require_new_folder
 from moellava.log import printable
 from moellava.model.manifest import read_folder
 from moellava.moe import MoESpec
+from moellava.moe.certificate import Certificate
 from moellava.moe.flags import FlagHelp
 from moellava.moe.spec import MoESpecFlags, given_options
 
@@ -22,10 +26,17 @@ def main(argv: list[str]) -> int:
     """Runs the command; the certificate goes to stdout and into the new folder."""
     arguments = parse(argv)
     target = require_new_folder(arguments.output_dir, "--output-dir")
-    spec = MoESpec.from_preset(arguments.moe_preset, **given_options(arguments))
-    source = read_folder(arguments.model_path, "--model-path")
-    certificate = upcycle_folder(source, target, spec, int(arguments.shard_size * GIGABYTE))
-    certificate.save(target)
+    options = given_options(arguments)
+    certificate: Certificate | MixCertificate
+    if arguments.sources:
+        spec = MoESpec.from_preset(arguments.moe_preset, **{"num_experts": [len(arguments.sources)], **options})
+        files, records = MediaFiles(arguments.image_folder), arguments.records
+        certificate = mix_folders(arguments.sources, target, spec, arguments.data, files, records)
+    else:
+        source = read_folder(arguments.model_path, "--model-path")
+        spec = MoESpec.from_preset(arguments.moe_preset, **options)
+        certificate = upcycle_folder(source, target, spec, int(arguments.shard_size * GIGABYTE))
+        certificate.save(target)
     print(printable("\n".join([*certificate.lines(), f"Written to {target}"])))
     certificate.check()
     return 0
@@ -34,10 +45,32 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command's flags: its own, and one for each option of `MoESpec`."""
     parser = HfArgumentParser(MoESpecFlags, prog="moellava upcycle", description=__doc__, formatter_class=FlagHelp)
-    parser.add_argument("--model-path", required=True, help="dense folder: of stage 2, released, or published")
+    sources = parser.add_mutually_exclusive_group(required=True)
+    sources.add_argument("--model-path", help="dense folder: of stage 2, released, or published")
+    sources.add_argument(
+        "--from",
+        dest="sources",
+        nargs="+",
+        metavar="FOLDER",
+        help="dense fine-tunes of one model: each becomes an expert; what is no expert is their mean",
+    )
+    parser.add_argument("--data", nargs="+", default=[], help="--from: a data file of each source, to start routers")
+    parser.add_argument("--image-folder", help="--data: what image paths are relative to")
+    parser.add_argument("--records", type=count, default=64, help="--data: records of each file (default 64)")
     parser.add_argument("--output-dir", required=True, help="the folder to write; it must be new, or empty")
     parser.add_argument("--shard-size", type=amount, default=4.0, help="largest file of the new folder, in GB")
     parser.add_argument(
         "--moe_preset", "--moe-preset", default="today", help="'moe-llava': the original's routing and loss"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    alone, without = "is read with --from alone", "is read with --data alone"
+    refuse_idle(
+        parser,
+        argv,
+        [
+            Idle(["data"], not arguments.sources, alone),
+            Idle(["image_folder", "records"], not arguments.data, without),
+            Idle(["shard_size"], bool(arguments.sources), "is for --model-path: a mixture is written as a stage is"),
+        ],
+    )
+    return arguments

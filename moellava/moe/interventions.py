@@ -69,9 +69,10 @@ def shuffled(layer: NativeMoE, generator: torch.Generator) -> NativeMoE:
     return made
 
 
-def one_expert(layer: NativeMoE, generator: torch.Generator) -> NativeMoE:
-    """Every token visits the first set of experts, whatever the router says."""
-    return _of_one_set(layer, list(layer.experts)[: layer.spec.granularity])
+def one_set(layer: NativeMoE, number: int) -> NativeMoE:
+    """Every token visits one set of experts, whatever the router says."""
+    size = layer.spec.granularity
+    return _of_one_set(layer, list(layer.experts)[number * size : (number + 1) * size])
 
 
 @torch.no_grad()
@@ -108,7 +109,9 @@ def _needs_experts(spec: MoESpec) -> str | None:
 INTERVENTIONS.register(
     "shuffled", Intervention("routers shuffled: each expert gets another's tokens", shuffled, _needs_experts)
 )
-INTERVENTIONS.register("one-expert", Intervention("expert 0 alone, for every token", one_expert))
+INTERVENTIONS.register(
+    "one-expert", Intervention("expert 0 alone, for every token", lambda layer, generator: one_set(layer, 0))
+)
 INTERVENTIONS.register("averaged", Intervention("experts averaged back into one dense MLP", averaged))
 INTERVENTIONS.register("top-1", Intervention("each token's first choice alone", first_choice, _needs_choices))
 
@@ -131,9 +134,23 @@ def intervened(model: Any, name: str, seed: int = 0) -> Iterator[None]:
     reason = intervention.refuses(sparse[0][1].spec)
     if reason is not None:
         raise UserError(f"--intervention {name} ({intervention.says}) means nothing for this model: {reason}.")
-    layers, names = decoder_layers(model), mlp_names(model, [index for index, _ in sparse])
     generator = torch.Generator().manual_seed(seed)
-    changed = {index: intervention.change(layer, generator) for index, layer in sparse if isinstance(layer, NativeMoE)}
+    with _in_place_of(model, lambda layer: intervention.change(layer, generator)):
+        yield
+
+
+@contextmanager
+def forced(model: Any, number: int) -> Iterator[None]:
+    """Inside, every token visits expert `number` (its set of slices) of each sparse layer of a model, and no other."""
+    with _in_place_of(model, lambda layer: one_set(layer, number)):
+        yield
+
+
+@contextmanager
+def _in_place_of(model: Any, change: Callable[[NativeMoE], NativeMoE]) -> Iterator[None]:
+    layers, sparse = decoder_layers(model), moe_layers(model)
+    names = mlp_names(model, [index for index, _ in sparse])
+    changed = {index: change(layer) for index, layer in sparse if isinstance(layer, NativeMoE)}
     try:
         for index, layer in changed.items():
             setattr(layers[index], names[index], layer)

@@ -23,7 +23,7 @@ ACTS: dict[str, str] = {
     "inspect": "model-path tokenizer version conversation json",
     "convert-data": "data output image-folder skip-list user_key assistant_key",
     "verify": "dir files",
-    "upcycle": "model-path output-dir shard-size moe_preset",
+    "upcycle": "model-path from output-dir moe_preset",
     "export": "model-path output-dir to",
     "merge-lora": "model-path adapter output-dir trust_remote_code",
     "models": "markdown",
@@ -63,6 +63,12 @@ IDLE: dict[str, dict[str, str]] = {
         "confine_media": "--tokenizer t --confine_media",
         "ids": "d.json --tokenizer t --json --ids",
         "color": "--tokenizer t --color auto",
+    },
+    "upcycle": {
+        "data": "--model-path m --output-dir o --data d.json",
+        "image-folder": "--from a b --output-dir o --image-folder i",
+        "records": "--from a b --output-dir o --records 9",
+        "shard-size": "--from a b --output-dir o --shard-size 4",
     },
     "export": {
         "verify": "--model-path m --output-dir o --to llava --verify False",
