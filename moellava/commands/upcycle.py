@@ -11,6 +11,7 @@ from moellava.commands.values import amount, count
 from moellava.convert.mix_folder import MixCertificate, mix_folders
 from moellava.convert.upcycle_folder import upcycle_folder
 from moellava.data.media import MediaFiles
+from moellava.errors import UserError
 from moellava.files import require_new_folder
 from moellava.log import printable
 from moellava.model.manifest import read_folder
@@ -63,6 +64,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--moe_preset", "--moe-preset", default="today", help="'moe-llava': the original's routing and loss"
     )
     arguments = parser.parse_args(argv)
+    if arguments.sources and len(arguments.sources) < 2:
+        raise UserError(f"--from {arguments.sources[0]}: a mixture needs at least two sources.")
     alone, without = "is read with --from alone", "is read with --data alone"
     refuse_idle(
         parser,

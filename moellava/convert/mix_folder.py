@@ -113,8 +113,6 @@ def mix_folders(
 
 def refuse(names: Sequence[str], spec: MoESpec, data: Sequence[str]) -> None:
     """Raises UserError for flags that a mixture cannot meet."""
-    if len(names) < 2:
-        raise UserError(f"--from {' '.join(names)}: a mixture needs at least two sources.")
     if len(set(names)) < len(names):
         raise UserError(f"--from {' '.join(names)}: a source is named twice; it would be one expert twice.")
     for option, value in OWN_OPTIONS.items():

@@ -24,6 +24,7 @@ ACTS: dict[str, str] = {
     "convert-data": "data output image-folder skip-list user_key assistant_key",
     "verify": "dir files",
     "upcycle": "model-path from output-dir moe_preset",
+    "prune": "model-path output-dir data image-folder records keep merge",
     "export": "model-path output-dir to",
     "merge-lora": "model-path adapter output-dir trust_remote_code",
     "models": "markdown",
