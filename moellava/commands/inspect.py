@@ -25,14 +25,14 @@ from moellava.commands.records import (
     roles_of,
 )
 from moellava.commands.values import count
-from moellava.constants import DEFAULT_VIDEO_TOKEN, IMAGE_TOKEN_INDEX, MODALITIES, ROLES, VIDEO_TOKEN_INDEX
+from moellava.constants import DEFAULT_VIDEO_TOKEN, MODALITIES, ROLES
 from moellava.data.encoder import Encoder
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.media_reader import blank
 from moellava.data.records import load_records, problem_of_turns, tags_of
 from moellava.data.tokenizer_facts import Facts, facts_of
 from moellava.data.tokenizers import load_tokenizer
-from moellava.data.view import View, colored, views_of
+from moellava.data.view import View, view_text, views_of
 from moellava.doctor import Diagnosis, diagnose
 from moellava.errors import UserError
 from moellava.files import CONFIG, resolve_folder
@@ -40,23 +40,6 @@ from moellava.lmm.architecture import holds_vlm
 from moellava.log import printable
 from moellava.model.manifest import Manifest, read_folder
 from moellava.vlm import open_encoder
-
-
-def _as_text(view: View, color: bool, show_ids: bool) -> str:
-    lines = [printable(f"== {view.record} (--version {view.version})"), colored(view.tokens, color)]
-    if show_ids:
-        ids = " ".join(f"«{token.id}»" if token.trained else str(token.id) for token in view.tokens)
-        lines.append(f"ids ({IMAGE_TOKEN_INDEX} is an image, {VIDEO_TOKEN_INDEX} a video): {ids}")
-    lines.append(_listed(view.counts))
-    if view.cut:
-        lines.append(f"cut: {_listed(view.cut)}")
-    if not view.counts["supervised_tokens"]:
-        lines.append("NOTHING IS TRAINED: training stops at such a sample, or drops and counts it if it was cut")
-    return "\n".join(lines)
-
-
-def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
 def _as_json(view: View) -> dict[str, Any]:
@@ -245,6 +228,6 @@ def _show(args: argparse.Namespace, encoder: Encoder, color: bool) -> int:
             if args.json:
                 print(printable(json.dumps(_as_json(view), ensure_ascii=False)))
             else:
-                print(_as_text(view, color, args.ids))
+                print(view_text(view, color, args.ids))
             status |= view.counts["supervised_tokens"] == 0
     return status
