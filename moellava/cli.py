@@ -26,6 +26,7 @@ COMMANDS = {
     "export": ("moellava.commands.export", "write a model in the layout of LLaVA and MoE-LLaVA"),
     "merge-lora": ("moellava.commands.merge_lora", "base folder + adapter -> merged folder, logits compared"),
     "models": ("moellava.commands.models", "families and released models that are known"),
+    "compare": ("moellava.commands.compare", "was the MoE worth it? stage 3 and dense controls, scored alike"),
     "eval": ("moellava.commands.eval", "score a model on a benchmark"),
 }
 """name -> (module with `main(argv: list[str]) -> int`, one-line help)."""

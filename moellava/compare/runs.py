@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import harmonic_mean
 from typing import Any
 
 from moellava.errors import UserError
 from moellava.files import read_json
 from moellava.log import get_logger
+from moellava.train.run_log import RUN_LOG, read_lines
 
 logger = get_logger(__name__)
 
@@ -90,35 +90,39 @@ class Measured:
 
     Args:
         steps: optimizer steps.
+        records: that trained, over all steps.
         tokens_per_second: over the steps, all processes together.
+        seconds: of training.
         trained, parameters: numbers that trained, and of the whole model.
         bytes: of the folder's weights.
     """
 
     steps: int
+    records: float
     tokens_per_second: float
+    seconds: float
     trained: int
     parameters: int
     bytes: int
 
 
 def measured(folder: Path) -> Measured:
-    """Reads a finished run. Raises UserError where it has logged no throughput (no step, or `--logging_steps` longer
-    than it)."""
-    state = read_json(folder / "trainer_state.json")
-    speeds = [entry["tokens_per_second"] for entry in state["log_history"] if "tokens_per_second" in entry]
-    if not speeds:
-        raise UserError(
-            f"{folder} has logged no throughput in {state['global_step']} steps: give a smaller --logging_steps."
-        )
-    table = read_json(folder / TABLE)
+    """Reads a finished run. Raises UserError where its log is missing."""
+    lines = read_lines(folder / RUN_LOG)
+    if not lines or lines[-1]["event"] != "end":
+        raise UserError(f"{folder / RUN_LOG} does not end as that of a finished run does. Remove {folder} to run anew.")
+    end, table = lines[-1], read_json(folder / "parameters.json")
     return Measured(
-        steps=state["global_step"],
-        tokens_per_second=harmonic_mean(speeds[1:] or speeds),  # the first steps also fill caches
+        steps=end["step"],
+        records=end["samples"],
+        tokens_per_second=end["tokens"] / end["training"],
+        seconds=end["training"],
         trained=sum(row["trainable"] for row in table.values()),
         parameters=sum(sum(row.values()) for row in table.values()),
-        bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        bytes=weights_of(folder),
     )
 
 
-TABLE = "parameters.json"
+def weights_of(folder: Path) -> int:
+    """Bytes of a folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
