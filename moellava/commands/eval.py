@@ -1,94 +1,249 @@
-"""`moellava eval`: scores a model on a benchmark, and writes the score beside how it was taken."""
+"""`moellava eval`: scores a model on benchmarks, and writes each score beside how it was taken."""
 
 from __future__ import annotations
 
 import argparse
-import random
+import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import moellava.eval.easy_vqa  # noqa: F401  (registers the benchmark)
+import torch
+
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.values import count
-from moellava.eval.benchmarks import BENCHMARKS, shuffle_images
-from moellava.eval.scoring import answers_of, report
-from moellava.files import require_output, write_json
+from moellava.errors import UserError
+from moellava.eval.asking import Said, Share, ask, digest_of, limited, reviewed
+from moellava.eval.benchmarks import Benchmark, Question, Scored, shuffle_images
+from moellava.eval.checkpoint import checkpoint_digest
+from moellava.eval.journal import Journal, claim
+from moellava.eval.judge import URL_VARIABLE, Judge
+from moellava.eval.launch import end_with_parent, own_command, run_processes
+from moellava.eval.scoring import RESULT, against, read_tally, report, texts_of, write_result
+from moellava.eval.suite import BENCHMARKS
+from moellava.eval.summary import summary
+from moellava.files import require_output
 from moellava.log import printable
-from moellava.vlm import open_vlm
+from moellava.processes import rank, world_size
+from moellava.vlm import VLM, open_vlm
+
+DATA_FOLDER = "playground/data/eval"
+"""Where LLaVA's `eval.zip` is unpacked by its own guide."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags of `moellava eval`."""
     flags = argparse.ArgumentParser(prog="moellava eval", description=__doc__)
     flags.add_argument("--model-path", required=True, help="folder of any vision-language model")
-    flags.add_argument("--benchmark", default="easy-vqa", help=f"one of: {', '.join(BENCHMARKS)}")
+    flags.add_argument(
+        "--task", "--benchmark", nargs="+", default=["easy-vqa"], help=f"some of: {', '.join(BENCHMARKS)}"
+    )
+    flags.add_argument("--split", help="of the task (default: the one that is usually reported)")
+    flags.add_argument(
+        "--data-folder", type=Path, default=Path(DATA_FOLDER), help=f"where the tasks' folders lie ({DATA_FOLDER})"
+    )
     flags.add_argument("--shuffle-images", action="store_true", help="give each question another question's image")
     flags.add_argument("--seed", type=int, default=0, help="of --shuffle-images and --limit (default 0)")
     flags.add_argument("--limit", type=count, help="score only so many questions, drawn at random (default: all)")
     flags.add_argument("--batch-size", type=count, default=256, help="questions answered at once (default 256)")
+    flags.add_argument("--max-new-tokens", type=count, help="longest answer, in tokens (default: the task's)")
+    flags.add_argument("--processes", type=count, default=1, help="that share the questions on this machine (1)")
     flags.add_argument("--output", help="JSON file for the score, prompt, settings and versions")
+    flags.add_argument("--output-dir", type=Path, help="folder for answers, results, submissions; a run goes on")
+    flags.add_argument("--against", type=Path, help="another result, or --output-dir, to compare with")
+    flags.add_argument(
+        "--judge-url", "--judge_url", default=os.environ.get(URL_VARIABLE), help="the judge's OpenAI API"
+    )
+    flags.add_argument("--judge-model", "--judge_model", help="the judge's name there")
     return flags
 
 
+@dataclass(frozen=True)
+class Job:
+    """One task of a run.
+
+    Args:
+        benchmark: the task.
+        questions: those that are asked.
+        max_new_tokens: longest answer, in tokens.
+        folder: for its files, or None.
+        against: the result that its score is compared with, or None.
+    """
+
+    benchmark: Benchmark
+    questions: list[Question]
+    max_new_tokens: int
+    folder: Path | None
+    against: Path | None
+
+
 def main(argv: list[str]) -> int:
-    """Runs the command. A wrong flag is a UserError before the model loads."""
+    """Runs the command. A wrong flag or folder of data is a UserError before the model loads."""
     flags = parser()
     args = flags.parse_args(argv)
-    unused = args.limit is None and not args.shuffle_images
-    refuse_idle(flags, argv, [Idle(["seed"], unused, "is read with --limit or --shuffle-images alone")])
+    refuse_idle(flags, argv, idle(args))
     check(args)
-    benchmark = BENCHMARKS[args.benchmark]()
-    questions = benchmark.questions()
-    if args.limit is not None and args.limit < len(questions):
-        picked = random.Random(args.seed).sample(range(len(questions)), args.limit)
-        questions = [questions[index] for index in sorted(picked)]
-    if args.shuffle_images:
-        questions = shuffle_images(questions, args.seed)
-
+    jobs = [job_of(name, args) for name in args.task]
+    check_jobs(jobs, args)
+    judge = Judge(args.judge_url, args.judge_model) if args.judge_url and args.judge_model else None
+    if args.processes > 1 and "RANK" not in os.environ:
+        return run_processes(own_command(["eval", *argv]), args.processes)
+    end_with_parent()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    digest = checkpoint_digest(args.model_path, "--model-path")
+    for job in jobs:
+        if job.folder is not None:
+            claim(job.folder, identity_of(job, digest), rank() == 0)
     vlm = open_vlm(args.model_path)
-    started = time.monotonic()
-    answers = answers_of(vlm, questions, max_new_tokens=benchmark.max_new_tokens, batch_size=args.batch_size)
-    seconds = round(time.monotonic() - started, 1)
-    scored = report(benchmark, questions, answers, vlm=vlm, settings=settings(args))
-    result = {**scored, "seconds": seconds}
-    print(printable(summary(result)))
-    if args.output is not None:
-        write_json(Path(args.output), result)
+    for job in jobs:
+        run(job, vlm, judge, args, digest)
     return 0
+
+
+def idle(args: argparse.Namespace) -> list[Idle]:
+    """Flags that nothing would read."""
+    undrawn = args.limit is None and not args.shuffle_images
+    known = [BENCHMARKS[name] for name in args.task if name in BENCHMARKS]
+    judged = {"llava-bench", "mm-vet"} & set(args.task)
+    return [
+        Idle(["seed"], undrawn, "is read with --limit or --shuffle-images alone"),
+        Idle(["split"], len(args.task) > 1, "is that of one --task"),
+        Idle(["data_folder"], args.task == ["easy-vqa"], "is read by tasks other than easy-vqa"),
+        Idle(["judge_url", "judge_model"], known and not judged, "is read by llava-bench and mm-vet alone"),
+        Idle(["judge_model"], judged and not args.judge_url, f"needs --judge-url, or the variable {URL_VARIABLE}"),
+    ]
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for a flag that cannot be met."""
-    BENCHMARKS[args.benchmark]
+    for name in args.task:
+        _ = BENCHMARKS[name]
+    if len(set(args.task)) < len(args.task):
+        raise UserError(f"--task {' '.join(args.task)}: each once.")
     if args.output is not None:
+        if len(args.task) > 1:
+            raise UserError(f"--output {args.output} is one result, and there are {len(args.task)} tasks: --output-dir")
         with suppress(OSError, ValueError):  # what stands in the way is named next
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         require_output(args.output, "--output")
+    if args.output_dir is not None:
+        with suppress(OSError):
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+        require_output(args.output_dir / RESULT, "--output-dir")
+    if max(args.processes, world_size()) > 1 and args.output_dir is None:
+        raise UserError("Several processes need --output-dir: they leave their answers there for each other.")
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the score, as it is written into the report."""
+def job_of(name: str, args: argparse.Namespace) -> Job:
+    """A task with its questions, read. Raises UserError for data that is missing or damaged."""
+    benchmark = BENCHMARKS[name](args.data_folder, args.split)
+    questions = limited(benchmark.questions(), args.limit, args.seed)
+    if args.shuffle_images:
+        questions = shuffle_images(questions, args.seed)
+    folder = None if args.output_dir is None else args.output_dir / name
+    other = args.against
+    if other is not None and other.is_dir():
+        other = other / name / RESULT if (other / name / RESULT).is_file() else other / RESULT
+    return Job(benchmark, questions, args.max_new_tokens or benchmark.max_new_tokens, folder, other)
+
+
+def check_jobs(jobs: Sequence[Job], args: argparse.Namespace) -> None:
+    """Raises UserError for tasks that would leave nothing, or whose --against is no result."""
+    for job in jobs:
+        name = job.benchmark.name
+        is_judged = job.benchmark.review is not None
+        scored_here = job.benchmark.score is not None and (not is_judged or (args.judge_url and args.judge_model))
+        if is_judged and args.judge_url and not args.judge_model:
+            raise UserError(f"--judge-url {args.judge_url} needs --judge-model, the judge's name there.")
+        if not scored_here and job.folder is None:
+            why = "needs --judge-url and --judge-model" if is_judged else "is scored by the benchmark's own server"
+            raise UserError(f"--task {name} ({job.benchmark.split} split) {why}: give --output-dir for the answers.")
+        if job.against is not None:
+            if not scored_here:
+                raise UserError(f"--against {job.against}: {name} is not scored here, so there is nothing to compare.")
+            read_tally(job.against, name)
+
+
+def identity_of(job: Job, digest: str) -> dict[str, Any]:
+    """What decides the answers of a task."""
     return {
+        "benchmark": job.benchmark.name,
+        "split": job.benchmark.split,
+        "questions": len(job.questions),
+        "questions_digest": digest_of(job.questions),
+        "checkpoint": digest,
+        "max_new_tokens": job.max_new_tokens,
+    }
+
+
+def run(job: Job, vlm: VLM, judge: Judge | None, args: argparse.Namespace, digest: str) -> None:
+    """Asks, scores, writes and prints; on all processes but the first it only asks."""
+    started = time.monotonic()
+    name = job.benchmark.name
+    said = ask(
+        vlm,
+        job.questions,
+        max_new_tokens=job.max_new_tokens,
+        batch_size=args.batch_size,
+        journal=None if job.folder is None else Journal(job.folder, rank=rank()),
+        share=Share(rank(), world_size()),
+        model_id=Path(args.model_path).name,
+        title=name,
+    )
+    if said is None:
+        return
+    scored = score_of(job, said, judge)
+    result = report(job.benchmark, job.questions, said, scored, vlm=vlm, settings=settings(job, args, judge, digest))
+    if job.against is not None and scored is not None:
+        result["against"] = against(scored.tally, job.against, name)
+    result["seconds"] = round(time.monotonic() - started, 1)
+    files = write_files(job, said, result, args.output)
+    print(printable(summary(result, files)), flush=True)
+
+
+def score_of(job: Job, said: Sequence[Said], judge: Judge | None) -> Scored | None:
+    """The score, by the judge's replies where a judge grades; None where it is not scored here."""
+    benchmark = job.benchmark
+    if benchmark.score is None or (benchmark.review is not None and judge is None):
+        return None
+    texts: Sequence[str | None] = texts_of(said)
+    if benchmark.review is not None and judge is not None:
+        journal = None if job.folder is None else Journal(job.folder, f"reviews-{judge.digest}")
+        title = f"{benchmark.name}, reviews"
+        texts = reviewed(
+            benchmark.review, job.questions, said, judge, journal=journal, at_once=judge.at_once, title=title
+        )
+    return benchmark.score(job.questions, texts)
+
+
+def settings(job: Job, args: argparse.Namespace, judge: Judge | None, digest: str) -> dict[str, Any]:
+    """What decides the score, as it is written into the result."""
+    graded = judge is not None and job.benchmark.review is not None
+    return {
+        "max_new_tokens": job.max_new_tokens,
         "model_path": args.model_path,
+        "checkpoint": f"sha256:{digest}",
         "shuffle_images": args.shuffle_images,
         "seed": args.seed,
         "limit": args.limit,
         "batch_size": args.batch_size,
+        "processes": world_size(),
+        **({"judge": judge.model, "judge_url": judge.url} if graded and judge else {}),
     }
 
 
-def summary(result: dict[str, Any]) -> str:
-    """A few lines for the terminal."""
-    shuffled = ", images shuffled between questions" if result["settings"]["shuffle_images"] else ""
-    lines = [
-        f"{result['benchmark']} ({result['split']} split{shuffled}): {100 * result['accuracy']:.2f}% "
-        f"of {result['questions']} questions, {result['seconds']:.0f} s"
-    ]
-    lines += [
-        f"  {name:8} {100 * part['accuracy']:6.2f}% of {part['total']}" for name, part in result["by_category"].items()
-    ]
-    if result["unanswered"]:
-        lines.append(f"  {len(result['unanswered'])} questions could not be answered, and count as wrong")
-    return "\n".join(lines)
+def write_files(job: Job, said: Sequence[Said], result: dict[str, Any], output: str | None) -> list[str]:
+    """Writes result, answers and submissions; returns their paths, as they are told."""
+    if output is not None:
+        write_result(Path(output), result)
+    if job.folder is None:
+        return [] if output is None else [output]
+    write_result(job.folder / RESULT, result)
+    for submission in job.benchmark.submissions:
+        submission.write(job.folder / submission.name, job.questions, texts_of(said))
+    names = ["answers.jsonl", *(submission.name for submission in job.benchmark.submissions), RESULT]
+    return [str(job.folder / name) for name in names]

@@ -28,7 +28,7 @@ ACTS: dict[str, str] = {
     "export": "model-path output-dir to",
     "merge-lora": "model-path adapter output-dir trust_remote_code",
     "models": "markdown",
-    "eval": "model-path benchmark shuffle-images limit batch-size output",
+    "eval": "model-path task shuffle-images limit batch-size max-new-tokens processes output output-dir against",
 }
 """Command -> flags that are always read. Those of `MoESpec` are judged in tests/train/test_reconcile.py."""
 
@@ -79,7 +79,13 @@ IDLE: dict[str, dict[str, str]] = {
     },
     "verify": {"atol": "{folder} --files --atol 1e-4", "update": "{folder} --update"},
     "models": {"family": "--markdown --family llava-1.5"},
-    "eval": {"seed": "--model-path m --seed 0"},
+    "eval": {
+        "seed": "--model-path m --seed 0",
+        "split": "--model-path m --task pope mme --split test",
+        "data-folder": "--model-path m --data-folder f",
+        "judge-url": "--model-path m --judge-url http://localhost",
+        "judge-model": "--model-path m --task mm-vet --judge-model j",
+    },
 }
 """Command -> flag -> words with which it would do nothing."""
 
