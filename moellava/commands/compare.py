@@ -14,13 +14,10 @@ from moellava.commands.eval import DATA_FOLDER
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.values import count
 from moellava.compare.arms import ARMS, DENSE, SPARSE, split_flags
-from moellava.compare.compare import Comparing, Plan
-from moellava.compare.picture import draw
-from moellava.compare.runs import launcher_of
-from moellava.compare.scores import Exam
 from moellava.errors import UserError
 from moellava.files import require_output, write_json
 from moellava.log import printable
+from moellava.startup import importing
 
 ALL = [name for name in ARMS if name != "lora"]
 RESULT, TABLE, PICTURE = "compare.json", "compare.txt", "compare.png"
@@ -66,6 +63,11 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: each once.")
     shared, sparse = split_flags(words)
     arms = [*dict.fromkeys([SPARSE, DENSE, *args.arms])]
+    with importing():
+        from moellava.compare.compare import Comparing, Plan
+        from moellava.compare.picture import draw
+        from moellava.compare.runs import launcher_of
+        from moellava.compare.scores import Exam
     plan = Plan(args.stage2, args.data, output, arms, args.seeds, shared, sparse, launcher_of(args.launcher))
     found = Comparing(plan, Exam.of(args.task, args.data_folder, args.limit, output / "answers", args.batch_size)).run()
     text = "\n".join(found.lines())

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 
 from moellava.commands.values import count
-from moellava.convert.prune_folder import opened, prune_folder
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
 from moellava.files import require_new_folder
 from moellava.log import printable
-from moellava.model.manifest import read_folder
+from moellava.startup import importing
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,6 +32,9 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     target = require_new_folder(args.output_dir, "--output-dir")
     records = load_records(args.data)
+    with importing():
+        from moellava.convert.prune_folder import opened, prune_folder
+        from moellava.model.manifest import read_folder
     vlm = opened(read_folder(args.model_path, "--model-path"))
     files = MediaFiles(args.image_folder)
     kept = prune_folder(vlm, target, records, files, args.records, args.keep, args.merge)

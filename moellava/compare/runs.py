@@ -46,7 +46,7 @@ class Run:
 def launcher_of(words: str | None) -> list[str]:
     """What a run is started with: this Python, or what the user gives in place of `python`, such as
     `deepspeed --num_accelerators 2` or `torchrun --nproc-per-node 2`; then the module."""
-    module = ["moellava.train.train"]
+    module = ["moellava.train"]
     if words is None:
         return [sys.executable, "-m", *module]
     chosen = shlex.split(words)
