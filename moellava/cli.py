@@ -27,9 +27,11 @@ COMMANDS = {
     "convert-data": ("moellava.commands.convert_data", "data files of any format -> LLaVA JSON Lines"),
     "verify": ("moellava.commands.verify", "recompute the golden.safetensors of a folder"),
     "upcycle": ("moellava.commands.upcycle", "dense folder -> MoE folder, with its certificate"),
+    "prune": ("moellava.commands.prune", "sparse folder -> a smaller one, without experts that carry little"),
     "export": ("moellava.commands.export", "write a model in the layout of LLaVA and MoE-LLaVA"),
     "merge-lora": ("moellava.commands.merge_lora", "base folder + adapter -> merged folder, logits compared"),
     "models": ("moellava.commands.models", "families and released models that are known"),
+    "compare": ("moellava.commands.compare", "was the MoE worth it? stage 3 and dense controls, scored alike"),
     "eval": ("moellava.commands.eval", "score a model on a benchmark"),
 }
 """name -> (module with `main(argv: list[str]) -> int`, one-line help)."""

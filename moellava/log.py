@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 HARMFUL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, with which text moves the cursor, erases lines, sets titles or runs commands of a terminal; those
@@ -24,6 +28,38 @@ class PrintableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""
         return printable(super().format(record))
+
+
+WHOLE = "whole"
+"""Attribute of a message whose short form is for the terminal: what a file is given in its place."""
+
+
+class FileFormatter(PrintableFormatter):
+    """For a log file: the time before each message, and messages in full where the terminal has a short form."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        whole = getattr(record, WHOLE, None)
+        if whole is not None:
+            record = copy.copy(record)
+            record.msg, record.args = whole, None
+        return super().format(record)
+
+
+@contextmanager
+def copied_to(path: Path) -> Iterator[None]:
+    """All that the package logs goes to the end of a file as well, which a run that goes on continues."""
+    handler, root = logging.FileHandler(path, encoding="utf-8", delay=True), get_logger()
+    handler.setFormatter(FileFormatter())
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
 
 
 def is_rank_zero() -> bool:

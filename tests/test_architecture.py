@@ -25,11 +25,13 @@ FLOORS = [
     {"model"},
     {"lmm"},
     {"vlm"},
+    {"batches"},
     {"serve", "adapters"},
     {"convert"},
     {"doctor"},
     {"train"},
     {"eval", "demo"},
+    {"compare"},
     {"commands"},
     {"cli"},
 ]

@@ -39,7 +39,7 @@ def test_the_log_escapes_messages_and_tracebacks():
     assert not HARMFUL.search(PrintableFormatter("%(message)s").format(record))
 
 
-PLAIN = {"HELP", "STOPPED", "_as_text(view, color, args.ids)", "usage()", "", "'' if said else if_empty"}
+PLAIN = {"HELP", "STOPPED", "view_text(view, color, args.ids)", "usage()", "", "'' if said else if_empty"}
 """What commands print besides: texts of their own, and one that has its colours between texts that are escaped."""
 
 

@@ -1,96 +1,99 @@
-"""`moellava eval`: scores a model on a benchmark, and writes the score beside how it was taken."""
+"""`moellava eval`: scores a model on benchmarks, and writes each score beside how it was taken."""
 
 from __future__ import annotations
 
 import argparse
-import random
-import time
+import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import moellava.eval.easy_vqa  # noqa: F401  (registers the benchmark)
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.values import count
-from moellava.eval.benchmarks import BENCHMARKS, shuffle_images
-from moellava.files import require_output, write_json
+from moellava.errors import UserError
+from moellava.eval.judge import URL_VARIABLE
+from moellava.eval.launch import own_command, run_processes
+from moellava.eval.suite import BENCHMARKS
+from moellava.files import require_output
 from moellava.log import printable
 from moellava.startup import importing
+
+DATA_FOLDER = "playground/data/eval"
+"""Where LLaVA's `eval.zip` is unpacked by its own guide."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags of `moellava eval`."""
     flags = argparse.ArgumentParser(prog="moellava eval", description=__doc__)
     flags.add_argument("--model-path", required=True, help="folder of any vision-language model")
-    flags.add_argument("--benchmark", default="easy-vqa", help=f"one of: {', '.join(BENCHMARKS)}")
+    flags.add_argument(
+        "--task", "--benchmark", nargs="+", default=["easy-vqa"], help=f"some of: {', '.join(BENCHMARKS)}"
+    )
+    flags.add_argument("--split", help="of the task (default: the one that is usually reported)")
+    flags.add_argument(
+        "--data-folder", type=Path, default=Path(DATA_FOLDER), help=f"where the tasks' folders lie ({DATA_FOLDER})"
+    )
     flags.add_argument("--shuffle-images", action="store_true", help="give each question another question's image")
     flags.add_argument("--seed", type=int, default=0, help="of --shuffle-images and --limit (default 0)")
     flags.add_argument("--limit", type=count, help="score only so many questions, drawn at random (default: all)")
     flags.add_argument("--batch-size", type=count, default=256, help="questions answered at once (default 256)")
+    flags.add_argument("--max-new-tokens", type=count, help="longest answer, in tokens (default: the task's)")
+    flags.add_argument("--processes", type=count, default=1, help="that share the questions on this machine (1)")
     flags.add_argument("--output", help="JSON file for the score, prompt, settings and versions")
+    flags.add_argument("--output-dir", type=Path, help="folder for answers, results, submissions; a run goes on")
+    flags.add_argument("--against", type=Path, help="another result, or --output-dir, to compare with")
+    flags.add_argument(
+        "--judge-url", "--judge_url", default=os.environ.get(URL_VARIABLE), help="the judge's OpenAI API"
+    )
+    flags.add_argument("--judge-model", "--judge_model", help="the judge's name there")
     return flags
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command. A wrong flag is a UserError before the model loads."""
+    """Runs the command. A wrong flag or folder of data is a UserError before the model loads."""
     flags = parser()
     args = flags.parse_args(argv)
-    unused = args.limit is None and not args.shuffle_images
-    refuse_idle(flags, argv, [Idle(["seed"], unused, "is read with --limit or --shuffle-images alone")])
+    refuse_idle(flags, argv, idle(args))
     check(args)
-    benchmark = BENCHMARKS[args.benchmark]()
-    questions = benchmark.questions()
-    if args.limit is not None and args.limit < len(questions):
-        picked = random.Random(args.seed).sample(range(len(questions)), args.limit)
-        questions = [questions[index] for index in sorted(picked)]
-    if args.shuffle_images:
-        questions = shuffle_images(questions, args.seed)
-
     with importing():
-        from moellava.eval.scoring import answers_of, report
-        from moellava.vlm import open_vlm
-    vlm = open_vlm(args.model_path)
-    started = time.monotonic()
-    answers = answers_of(vlm, questions, max_new_tokens=benchmark.max_new_tokens, batch_size=args.batch_size)
-    seconds = round(time.monotonic() - started, 1)
-    scored = report(benchmark, questions, answers, vlm=vlm, settings=settings(args))
-    result = {**scored, "seconds": seconds}
-    print(printable(summary(result)))
-    if args.output is not None:
-        write_json(Path(args.output), result)
+        from moellava.eval.jobs import check_jobs, job_of, run_jobs
+    jobs = [job_of(name, args) for name in args.task]
+    check_jobs(jobs, args)
+    if args.processes > 1 and "RANK" not in os.environ:
+        return run_processes(own_command(["eval", *argv]), args.processes)
+    for said in run_jobs(jobs, args):
+        print(printable(said), flush=True)
     return 0
+
+
+def idle(args: argparse.Namespace) -> list[Idle]:
+    """Flags that nothing would read."""
+    undrawn = args.limit is None and not args.shuffle_images
+    known = [BENCHMARKS[name] for name in args.task if name in BENCHMARKS]
+    judged = {"llava-bench", "mm-vet"} & set(args.task)
+    return [
+        Idle(["seed"], undrawn, "is read with --limit or --shuffle-images alone"),
+        Idle(["split"], len(args.task) > 1, "is that of one --task"),
+        Idle(["data_folder"], args.task == ["easy-vqa"], "is read by tasks other than easy-vqa"),
+        Idle(["judge_url", "judge_model"], known and not judged, "is read by llava-bench and mm-vet alone"),
+        Idle(["judge_model"], judged and not args.judge_url, f"needs --judge-url, or the variable {URL_VARIABLE}"),
+    ]
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for a flag that cannot be met."""
-    BENCHMARKS[args.benchmark]
+    for name in args.task:
+        _ = BENCHMARKS[name]
+    if len(set(args.task)) < len(args.task):
+        raise UserError(f"--task {' '.join(args.task)}: each once.")
     if args.output is not None:
+        if len(args.task) > 1:
+            raise UserError(f"--output {args.output} is one result, and there are {len(args.task)} tasks: --output-dir")
         with suppress(OSError, ValueError):  # what stands in the way is named next
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         require_output(args.output, "--output")
-
-
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the score, as it is written into the report."""
-    return {
-        "model_path": args.model_path,
-        "shuffle_images": args.shuffle_images,
-        "seed": args.seed,
-        "limit": args.limit,
-        "batch_size": args.batch_size,
-    }
-
-
-def summary(result: dict[str, Any]) -> str:
-    """A few lines for the terminal."""
-    shuffled = ", images shuffled between questions" if result["settings"]["shuffle_images"] else ""
-    lines = [
-        f"{result['benchmark']} ({result['split']} split{shuffled}): {100 * result['accuracy']:.2f}% "
-        f"of {result['questions']} questions, {result['seconds']:.0f} s"
-    ]
-    lines += [
-        f"  {name:8} {100 * part['accuracy']:6.2f}% of {part['total']}" for name, part in result["by_category"].items()
-    ]
-    if result["unanswered"]:
-        lines.append(f"  {len(result['unanswered'])} questions could not be answered, and count as wrong")
-    return "\n".join(lines)
+    if args.output_dir is not None:
+        with suppress(OSError):
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+        require_output(args.output_dir / "result.json", "--output-dir")
+    if max(args.processes, int(os.environ.get("WORLD_SIZE", "1"))) > 1 and args.output_dir is None:
+        raise UserError("Several processes need --output-dir: they leave their answers there for each other.")

@@ -25,7 +25,7 @@ from moellava.commands.records import (
     roles_of,
 )
 from moellava.commands.values import count
-from moellava.constants import DEFAULT_VIDEO_TOKEN, IMAGE_TOKEN_INDEX, MODALITIES, ROLES, VIDEO_TOKEN_INDEX
+from moellava.constants import DEFAULT_VIDEO_TOKEN, MODALITIES, ROLES
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.records import load_records, problem_of_turns, tags_of
 from moellava.errors import UserError
@@ -39,25 +39,6 @@ if TYPE_CHECKING:
     from moellava.data.view import View
     from moellava.doctor import Diagnosis
     from moellava.model.manifest import Manifest
-
-
-def _as_text(view: View, color: bool, show_ids: bool) -> str:
-    from moellava.data.view import colored
-
-    lines = [printable(f"== {view.record} (--version {view.version})"), colored(view.tokens, color)]
-    if show_ids:
-        ids = " ".join(f"«{token.id}»" if token.trained else str(token.id) for token in view.tokens)
-        lines.append(f"ids ({IMAGE_TOKEN_INDEX} is an image, {VIDEO_TOKEN_INDEX} a video): {ids}")
-    lines.append(_listed(view.counts))
-    if view.cut:
-        lines.append(f"cut: {_listed(view.cut)}")
-    if not view.counts["supervised_tokens"]:
-        lines.append("NOTHING IS TRAINED: training stops at such a sample, or drops and counts it if it was cut")
-    return "\n".join(lines)
-
-
-def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
 def _as_json(view: View) -> dict[str, Any]:
@@ -247,7 +228,7 @@ def vlm_at(source: str, flag: str) -> Manifest | None:
 
 
 def _show(args: argparse.Namespace, encoder: Encoder, color: bool) -> int:
-    from moellava.data.view import views_of
+    from moellava.data.view import view_text, views_of
 
     status, folders = 0, (args.image_folder, args.video_folder)
     files = MediaFiles(*folders, args.num_frames, limits_of(args), args.confine_media)
@@ -259,6 +240,6 @@ def _show(args: argparse.Namespace, encoder: Encoder, color: bool) -> int:
             if args.json:
                 print(printable(json.dumps(_as_json(view), ensure_ascii=False)))
             else:
-                print(_as_text(view, color, args.ids))
+                print(view_text(view, color, args.ids))
             status |= view.counts["supervised_tokens"] == 0
     return status

@@ -139,6 +139,11 @@ class SupervisedDataset(Dataset):
             raise BadFileError(f"{why} (`moellava check-data` lists all such files)") from error
         return sample_of(example, media, name)
 
+    def record_of(self, index: int) -> tuple[dict[str, Any], str, int | None]:
+        """The record of a sample, its name, and the number of the answer that it trains; None: all of them."""
+        number, answer = self._kept[index], self._answers[index]
+        return self.records[number], self.records.name(number), None if answer == WHOLE else answer
+
     @property
     def lengths(self) -> list[int]:
         return self._lengths.tolist()

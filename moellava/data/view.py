@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -164,6 +164,25 @@ def counts_of(ids: Sequence[int], labels: Sequence[int], positions: int) -> dict
         "supervised_tokens": sum(label != IGNORE_INDEX for label in labels),
         "positions": positions,
     }
+
+
+def view_text(view: View, color: bool, show_ids: bool = False) -> str:
+    """A view as text: its record, the text with what is trained on, the ids where they are wanted, and the counts."""
+    lines = [printable(f"== {view.record} (--version {view.version})"), colored(view.tokens, color)]
+    if show_ids:
+        ids = " ".join(f"«{token.id}»" if token.trained else str(token.id) for token in view.tokens)
+        lines.append(f"ids ({IMAGE_TOKEN_INDEX} is an image, {VIDEO_TOKEN_INDEX} a video): {ids}")
+    lines.append(listed(view.counts))
+    if view.cut:
+        lines.append(f"cut: {listed(view.cut)}")
+    if not view.counts["supervised_tokens"]:
+        lines.append("NOTHING IS TRAINED: training stops at such a sample, or drops and counts it if it was cut")
+    return "\n".join(lines)
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """Counts in words: '34 text tokens, 1 images'."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
 def trained_texts(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[str]:

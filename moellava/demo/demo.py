@@ -156,14 +156,21 @@ class Demo:
             say("\n".join(f"     {line}" for line in said.splitlines() if SCORE_LINE.match(line)))
 
     def chat(self) -> None:
-        """Asks the last stage one question about the first test image."""
-        import easy_vqa
-
-        image = easy_vqa.get_test_image_paths()[0]
+        """Asks the last stage a question of the test split, and shows the right answer beside what it says."""
+        image, right = asked_of(QUESTION)
         model = short(self.folder / "stage3")
         command = ["moellava", "chat", "--model-path", model, "--image-file", str(image), "--question", QUESTION]
         said = run(command, self.log("chat"), self.cores, show=None).strip().splitlines()
-        say(f"   {said[-1] if said else '(nothing)'}")
+        say(f"   {said[-1] if said else '(nothing)'}   (right: {right})")
+
+
+def asked_of(question: str) -> tuple[Path, str]:
+    """The first test image that a question is asked about, and the right answer."""
+    import easy_vqa
+
+    texts, answers, images = easy_vqa.get_test_questions()
+    place = texts.index(question)
+    return Path(easy_vqa.get_test_image_paths()[images[place]]), answers[place]
 
 
 def short(value: object) -> str:

@@ -17,8 +17,12 @@ from pathlib import Path
 from typing import Any
 
 LINES_OF_A_FAILURE = 40
-WORTH_SHOWING = re.compile(r"step \d|tower step|LM step|INFO |part  |[a-z_]+ +[\d,]+ +[\d,]+$")
-"""What a newcomer sees of a training log: its progress, and the table of what trains. The rest stays in the file."""
+WORTH_SHOWING = re.compile(
+    r"step \d|tower step|LM step|INFO |part  |[a-z_]+ +[\d,]+ +[\d,]+$|  \| "
+    r"|  \w+: max \|Δlogit\||  (prompt|answer|reference) "
+)
+"""What a newcomer sees of a training log: its progress, the table of what trains, the first sample, the certificate,
+sample answers. The rest stays in the file."""
 
 
 class StepFailed(Exception):
@@ -54,7 +58,9 @@ class Journal:
         self._write(name, {"stamp": self.stamp, "finished": False})
         started = time.monotonic()
         run()
-        self._write(name, {"stamp": self.stamp, "finished": True, "seconds": round(time.monotonic() - started)})
+        seconds = round(time.monotonic() - started)
+        self._write(name, {"stamp": self.stamp, "finished": True, "seconds": seconds})
+        say(f"   done in {seconds} s")
 
     def _write(self, name: str, entry: dict[str, Any]) -> None:
         self.entries[name] = entry

@@ -171,6 +171,12 @@ class NativeMoE(RoutedMLP):
     def local_experts(self) -> dict[int, nn.Module]:
         return dict(enumerate(self.experts))
 
+    def with_experts(self, experts: list[nn.Module], spec: MoESpec) -> NativeMoE:
+        """A layer of other experts, around what this one has beside them; its router is new, and of no meaning yet."""
+        made = NativeMoE(experts, spec, self.hidden, self.shared)
+        made.coefficient, made.context = self.coefficient, self.context
+        return made.train(self.training)
+
     def routed(self, x_TD: Tensor, shape: torch.Size) -> Tensor:
         is_step = len(x_TD) <= FEW and x_TD.device.type == "cpu" and self.context.token_mask is None
         if self.is_counted or not is_step or self._may_drop(len(x_TD)):

@@ -1,4 +1,5 @@
-"""Answers to a few records of the evaluation data, shown beside the evaluation's loss (`--eval_samples N`).
+"""What a run shows of its data: counts and the first sample before it starts, and answers to a few records of the
+evaluation data beside the evaluation's loss (`--eval_samples N`).
 
 A prompt is a sample of the data set up to its first supervised token, so that it is exactly what training has shown the
 model; the reference is the run of labels that follows. Answers take the likeliest token each step.
@@ -7,8 +8,9 @@ model; the reference is the run of labels that follows. Answers take the likelie
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,15 +18,27 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from moellava.constants import IGNORE_INDEX
+from moellava.constants import (
+    DEFAULT_IMAGE_TOKEN,
+    DEFAULT_VIDEO_TOKEN,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    VIDEO_TOKEN_INDEX,
+)
 from moellava.data.collate import PLACEHOLDERS, UNREADABLE
+from moellava.data.dataset import SupervisedDataset
+from moellava.data.view import listed, view_text, views_of
 from moellava.log import get_logger, is_rank_zero
 from moellava.moe import moe_layers
 from moellava.serve.ending import Ending
 from moellava.serve.generate import Sampling, generate
 from moellava.train.folder import is_sharded
+from moellava.train.run_log import RunLog
 
 logger = get_logger(__name__)
+
+MARKS = {IMAGE_TOKEN_INDEX: DEFAULT_IMAGE_TOKEN, VIDEO_TOKEN_INDEX: DEFAULT_VIDEO_TOKEN}
+"""What stands for placeholders in text."""
 
 ANSWER_TOKENS = 64
 """Longest sample answer, in tokens."""
@@ -36,7 +50,8 @@ class Answered:
 
     Attributes:
         record: its name.
-        prompt, answer, reference: texts, without special tokens.
+        prompt: all that the model reads, special tokens and a mark for each image or video among it.
+        answer, reference: texts, without special tokens.
     """
 
     record: str
@@ -54,10 +69,12 @@ class SampleAnswers(TrainerCallback):
     Args:
         trainer: whose model and evaluation data they are.
         count: how many records, spread evenly over the data.
+        run_log: keeps them, too.
     """
 
-    def __init__(self, trainer: Any, count: int):
+    def __init__(self, trainer: Any, count: int, run_log: RunLog | None = None):
         self.trainer = trainer
+        self.run_log = run_log
         total = len(trainer.eval_dataset)
         self.chosen = [place * total // min(count, total) for place in range(min(count, total))]
 
@@ -84,8 +101,7 @@ class SampleAnswers(TrainerCallback):
             pad_token_id=vlm.tokenizer.pad_token_id,
             synced=together,
         )
-        shown = [token for token in prompt["input_ids"].tolist() if token not in PLACEHOLDERS]
-        question = vlm.tokenizer.decode(shown, skip_special_tokens=True).strip()
+        question = prompt_text(vlm.tokenizer, prompt["input_ids"].tolist())
         return Answered(prompt["record"], question, self.ending.text(said), self.ending.text(reference))
 
     @cached_property
@@ -100,6 +116,8 @@ class SampleAnswers(TrainerCallback):
                 "Sample answer at step %d, %s\n  prompt    %r\n  answer    %r\n  reference %r",
                 step, one.record, one.prompt, one.answer, one.reference,
             )  # fmt: skip
+            if self.run_log is not None:
+                self.run_log.add("sample", step, asdict(one))
             text = f"**{one.record}**\n\n{one.prompt}\n\n*answer:* {one.answer}\n\n*reference:* {one.reference}"
             for writer in self._writers():
                 writer.add_text(f"eval/sample_{number}", text, step)
@@ -109,6 +127,43 @@ class SampleAnswers(TrainerCallback):
         callbacks = self.trainer.callback_handler.callbacks
         writers = (callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback))
         return (writer for writer in writers if writer is not None)
+
+
+def prompt_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Ids as text, special tokens included; <image> and <video> where placeholders stand."""
+    groups = groupby(ids, key=lambda token: token if token in PLACEHOLDERS else None)
+    parts = (
+        tokenizer.decode(list(group)) if token is None else MARKS[token] * len(list(group)) for token, group in groups
+    )
+    return "".join(parts)
+
+
+def counts_text(called: str, dataset: SupervisedDataset) -> str:
+    """What a data set holds, in a line: what became of its records, media, and lengths."""
+    lengths = sorted(dataset.lengths)
+    shows = sum(dataset.shows_media)
+    return (
+        f"{called}: {listed(dataset.report())}, {shows} of them with images or videos; positions {lengths[0]} to "
+        f"{lengths[-1]}, median {lengths[len(lengths) // 2]}, {sum(lengths):,} in all"
+    )
+
+
+def first_sample(dataset: SupervisedDataset, trains_questions: bool = False) -> str:
+    """The first sample as `moellava inspect` shows it: what is trained on stands in «…». Lines begin with a bar.
+
+    Args:
+        trains_questions: whether every token is trained on but media (`--mask_question_tokens False`).
+    """
+    record, name, answer = dataset.record_of(0)
+    limit = dataset.max_length if dataset.overlong == "truncate" else None
+    views = views_of(dataset.encoder, record, name, dataset.files, limit)
+    view = next(one for one in views if answer is None or one.record.endswith(f", answer {answer}"))
+    if trains_questions:
+        for token in view.tokens:
+            token.label = token.id if token.id not in PLACEHOLDERS else IGNORE_INDEX
+        view.counts["supervised_tokens"] = sum(token.trained for token in view.tokens)
+    lines = view_text(view, color=False).splitlines()
+    return "\n".join(["The first sample; «…» is what is trained on:", *(f"  | {line}" for line in lines)])
 
 
 def is_common_effort(model: nn.Module) -> bool:

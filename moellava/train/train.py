@@ -27,7 +27,7 @@ from moellava.data.records import Records, load_records
 from moellava.data.render.own import begin_on, day
 from moellava.data.skip_lists import SkipList, read_skip_list
 from moellava.errors import UserError, message_of
-from moellava.log import get_logger, is_rank_zero, printable
+from moellava.log import copied_to, get_logger, is_rank_zero, printable
 from moellava.model.manifest import read_folder
 from moellava.moe import enable_gradient_checkpointing
 from moellava.processes import leave_group, of_rank_zero
@@ -51,7 +51,8 @@ from moellava.train.masters import Masters, raise_trained
 from moellava.train.memory import describe, estimate, zero_stage
 from moellava.train.parsing import TrainingArguments, arguments_of, given_flags, parse_arguments
 from moellava.train.run_file import as_yaml, write_run_file
-from moellava.train.samples import SampleAnswers
+from moellava.train.run_log import TEXT_LOG, RunLog
+from moellava.train.samples import SampleAnswers, counts_text, first_sample
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
 from moellava.train.stopping import Stopped
 from moellava.train.trainer import StageTrainer
@@ -115,8 +116,11 @@ def begin(
     if is_rank_zero():
         claim_folder(output_dir, identity, contents)
         write_run_file(output_dir, args.given, __version__)
-        report(assembled, stage, args)
-    run(make_trainer(stage, assembled, masters, model_args, args, datasets), stage, resume)
+    with copied_to(output_dir / TEXT_LOG) if is_rank_zero() else nullcontext():
+        if is_rank_zero():
+            report(assembled, stage, args)
+            report_data(datasets, trains_questions=not model_args.mask_question_tokens)
+        run(make_trainer(stage, assembled, masters, model_args, args, datasets), stage, resume)
 
 
 def run(trainer: StageTrainer, stage: Stage, resume: Path | None) -> None:
@@ -160,15 +164,21 @@ def make_trainer(
         data_collator=collator,
         **datasets,
     )
+    facts = {"stage": stage.name, "data": {CALLED[name]: one.report() for name, one in datasets.items() if one}}
+    run_log = RunLog(Path(args.output_dir), trainer.clock, facts)
+    trainer.add_callback(run_log)
     if assembled.adapter:
         trainer.add_callback(GradientWatch(vlm.model, vlm.parts["vision_tower"], lambda: not trainer.step_labels))
     if args.eval_samples:
-        trainer.add_callback(SampleAnswers(trainer, args.eval_samples))
+        trainer.add_callback(SampleAnswers(trainer, args.eval_samples, run_log))
     return trainer
 
 
 DATASETS = ("train_dataset", "eval_dataset")
 """What the Trainer calls them."""
+
+CALLED = dict(zip(DATASETS, ("Data", "Evaluation data"), strict=True))
+"""What the log calls them."""
 
 
 def read_data(model_args: ModelArguments, data_args: DataArguments) -> list[Records | None]:
@@ -248,6 +258,16 @@ def report(assembled: Assembled, stage: Stage, args: TrainingArguments) -> None:
         assembled.certificate.save(output_dir)
         logger.info("%s", "\n".join(assembled.certificate.lines()))
     logger.info("%s", describe(estimate(assembled.vlm.model, zero_stage(args.deepspeed), args.world_size)))
+
+
+def report_data(datasets: dict[str, SupervisedDataset | None], trains_questions: bool) -> None:
+    """Says what a run learns from: counts of each data set, and the first sample as the model sees it."""
+    for name, dataset in datasets.items():
+        if dataset is not None:
+            logger.info("%s", counts_text(CALLED[name], dataset))
+    dataset = datasets[DATASETS[0]]
+    if dataset is not None:
+        logger.info("%s", first_sample(dataset, trains_questions))
 
 
 def print_config(argv: list[str]) -> int:

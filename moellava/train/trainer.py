@@ -27,7 +27,7 @@ from moellava.train.folder import StageFolder
 from moellava.train.intact import reading
 from moellava.train.loss import SupervisedHead, cross_entropy_rows, cross_entropy_sum, supervised_positions
 from moellava.train.optimizer import missing_from, parameter_groups
-from moellava.train.progress import RunLines, RunProgress
+from moellava.train.progress import Clock, RunLines, RunProgress
 from moellava.train.stopping import StepWatch, StopRequest, require_finite
 from moellava.vlm import VLM
 
@@ -62,7 +62,9 @@ class StageTrainer(Trainer):
         self.train_sampler: GroupedSampler | None = None
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(RunProgress if sys.stderr.isatty() and not self.args.disable_tqdm else RunLines)
+        self.clock = Clock()
+        shows_bar = sys.stderr.isatty() and not self.args.disable_tqdm
+        self.add_callback((RunProgress if shows_bar else RunLines)(self.clock))
         self.add_callback(RunHooks(self))
         self.add_callback(self.watch)
 
@@ -105,7 +107,7 @@ class StageTrainer(Trainer):
         ce = cross_entropy_sum(outputs.logits, targets, self.args.label_smoothing_factor)
         own_mean = not self.args.average_tokens_across_devices  # then the count is this process's own
         loss = ce * (1 if own_mean else processes) / max(num_items_in_batch, 1)
-        measured = {"ce": loss.detach(), "tokens": token_mask.sum()}
+        measured = {"ce": loss.detach(), "tokens": token_mask.sum(), "samples": len(token_mask)}
         if self.is_moe:
             shares = router_losses(self.model, total_tokens=self.step_tokens, reduce=sum_over_processes)
             measured |= {"aux": shares.aux.detach() * processes, "z": shares.z.detach() * processes}
@@ -159,15 +161,22 @@ class StageTrainer(Trainer):
         sums = torch.tensor([self.sums[name] for name in names], dtype=torch.float64, device=self.args.device)
         values = dict(zip(names, sum_over_processes(sums).tolist(), strict=True))
         seconds = time.perf_counter() - self.interval_start
-        tokens = values.pop("tokens")
-        steps = (self.state.global_step - self.last_logged_step) * self.args.world_size
-        shown = {name: value / steps for name, value in values.items()} | {"tokens_per_second": tokens / seconds}
+        counts = {name: values.pop(name) for name in ("tokens", "samples")}
+        self.clock.count(**counts, seconds=seconds)
+        steps = max(self.state.global_step - self.last_logged_step, 1) * self.args.world_size
+        shown = {name: value / steps for name, value in values.items()}
+        shown |= {f"{name}_per_second": count / seconds for name, count in counts.items()}
         if self.is_moe:
             shown |= flat_metrics(router_metrics(self.model, reduce=sum_over_processes))
         elif self.own_routers is not None:
             shown |= flat_metrics(self.own_routers.metrics(self.args.device, sum_over_processes))
         self.begin_interval()
         return shown
+
+    def count_rest(self) -> None:
+        """Counts the steps behind the last log line into the run's totals. All processes come here together."""
+        if self.sums:
+            self._drain()
 
     def begin_interval(self) -> None:
         """Starts counting for the next log line."""
@@ -328,6 +337,10 @@ class RunHooks(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Moves the routers' selection biases (`--router_balance bias`)."""
         update_router_bias(self.trainer.model, reduce=sum_over_processes)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Completes the run's totals."""
+        self.trainer.count_rest()
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """Says how many records were left out or cut, so that no loss of data stays silent."""

@@ -23,14 +23,16 @@ ACTS: dict[str, str] = {
     "inspect": "model-path tokenizer version conversation json",
     "convert-data": "data output image-folder skip-list user_key assistant_key",
     "verify": "dir files",
-    "upcycle": "model-path output-dir shard-size moe_preset",
+    "upcycle": "model-path from output-dir moe_preset",
+    "compare": "stage2 data output-dir arms seeds task limit batch-size launcher",
+    "prune": "model-path output-dir data image-folder records keep merge",
     "export": "model-path output-dir to",
     "merge-lora": "model-path adapter output-dir trust_remote_code",
     "models": "markdown",
     "recipe": "base stage",
     "env": "json",
     "demo": "full smoke make-base output-dir processes started",
-    "eval": "model-path benchmark shuffle-images limit batch-size output",
+    "eval": "model-path task shuffle-images limit batch-size max-new-tokens processes output output-dir against",
 }
 """Command -> flags that are always read. Those of `MoESpec` are judged in tests/train/test_reconcile.py."""
 
@@ -67,6 +69,13 @@ IDLE: dict[str, dict[str, str]] = {
         "ids": "d.json --tokenizer t --json --ids",
         "color": "--tokenizer t --color auto",
     },
+    "upcycle": {
+        "data": "--model-path m --output-dir o --data d.json",
+        "image-folder": "--from a b --output-dir o --image-folder i",
+        "records": "--from a b --output-dir o --records 9",
+        "shard-size": "--from a b --output-dir o --shard-size 4",
+    },
+    "compare": {"data-folder": "--stage2 m --data d.json --output-dir o --data-folder f"},
     "export": {
         "verify": "--model-path m --output-dir o --to llava --verify False",
         "shard-size": "--model-path m --output-dir o --to llava --shard-size 4",
@@ -75,9 +84,15 @@ IDLE: dict[str, dict[str, str]] = {
     },
     "verify": {"atol": "{folder} --files --atol 1e-4", "update": "{folder} --update"},
     "models": {"family": "--markdown --family llava-1.5", "json": "--markdown --json"},
-    "eval": {"seed": "--model-path m --seed 0"},
     "demo": {"runs": "--smoke --output-dir o --runs r"},
     "recipe": {"print": "--print", "output": "qwen3 pretrain --print --output a.yaml"},
+    "eval": {
+        "seed": "--model-path m --seed 0",
+        "split": "--model-path m --task pope mme --split test",
+        "data-folder": "--model-path m --data-folder f",
+        "judge-url": "--model-path m --judge-url http://localhost",
+        "judge-model": "--model-path m --task mm-vet --judge-model j",
+    },
 }
 """Command -> flag -> words with which it would do nothing."""
 

@@ -36,6 +36,6 @@ def test_an_amount_is_finite_and_above_zero(text):
 def test_counts_are_asked_for_as_counts():
     """A bare int would take a length of -1. Those that are named below are judged by what reads them."""
     elsewhere = {"seed", "num_frames", "max_new_tokens", "top_k", "num_beams", "records", "max_image_pixels"}
-    elsewhere |= {"max_image_side", "init_seed", "port"}
+    elsewhere |= {"max_image_side", "init_seed", "seeds", "port"}
     found = [(name, action.dest) for name, made in parsers() for action in made._actions if action.type is int]
     assert found and not [(name, dest) for name, dest in found if dest not in elsewhere]

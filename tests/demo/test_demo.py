@@ -35,6 +35,8 @@ def test_the_demo_runs_once_and_is_not_repeated(tmp_path):
     config = json.loads((tmp_path / "smoke" / "stage3" / "config.json").read_text())
     assert config["moellava"]["stage"] == "moe"
     assert "shuffled images" in first.stdout
+    for words in ("max |Δlogit|", "«", "done in ", "Totals: ", "(right: "):
+        assert words in first.stdout
 
     again = run_demo(tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr

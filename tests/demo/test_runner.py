@@ -9,7 +9,10 @@ import time
 
 import pytest
 
-from moellava.demo.runner import Journal, StepFailed, run, run_side_by_side, start, stop
+from moellava.demo.runner import WORTH_SHOWING, Journal, StepFailed, run, run_side_by_side, start, stop
+from moellava.moe.certificate import Certificate
+
+NUMBERS = ("tokens", "max_abs_delta", "largest_logit", "kl")
 
 
 @pytest.fixture
@@ -58,6 +61,19 @@ def test_progress_is_shown_and_noise_is_not(tmp_path, capsys):
     assert shown[0].startswith("   $ ")
     assert shown[1:] == ["     step 1/2  loss 1"]
     assert "noise" in said
+
+
+def test_what_a_run_says_of_itself_is_shown():
+    certificate = Certificate(True, {"init": "copy"}, "float32", 1e-4, {"text": dict.fromkeys(NUMBERS, 0.5)})
+    said = [
+        *("INFO " + "\n".join(certificate.lines())).splitlines(),
+        *["INFO The first sample; «…» is what is trained on:", "  | <image>«a red circle»"],
+        *["part                    trainable           frozen", "routers                     1,024                0"],
+        *["  prompt    '<image>'", "  answer    'a'", "  reference 'b'"],
+    ]
+    assert [line for line in said if not WORTH_SHOWING.match(line)] == []
+    noise = ["  return func(*args, **kwargs)", "[2026-11-27 18:10:55,838] [INFO] [launch.py:285:main] …", "No existing"]
+    assert [line for line in noise if WORTH_SHOWING.match(line)] == []
 
 
 def test_side_by_side_commands_get_their_threads(tmp_path):

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from moellava.errors import UnknownNameError, UserError
-from moellava.eval.benchmarks import BENCHMARKS, Question, shuffle_images
+from moellava.eval.benchmarks import Question, shuffle_images
 from moellava.eval.easy_vqa import category_of, easy_vqa
+from moellava.eval.suite import BENCHMARKS
 
 
 def test_easy_vqa_is_the_whole_official_test_split():
@@ -61,5 +62,12 @@ def test_small_sets_are_deranged_as_well(counts):
 
 
 def test_an_unknown_benchmark_lists_the_known_ones():
-    with pytest.raises(UnknownNameError, match="easy-vqa"):
-        BENCHMARKS["vqav2"]
+    with pytest.raises(UnknownNameError, match="Did you mean 'vqav2'.*easy-vqa"):
+        BENCHMARKS["vqa-v2"]
+
+
+def test_questions_about_no_image_stay_where_they_are():
+    questions = [Question("?", "a", image, "c", number) for number, image in enumerate(("a.png", None, "b.png"))]
+    shuffled = shuffle_images(questions, seed=0)
+    assert [question.image for question in shuffled] == ["b.png", None, "a.png"]
+    assert [question.cluster for question in shuffled] == ["b.png", "question 1", "a.png"]

@@ -1,0 +1,114 @@
+"""The arms of a comparison: what is trained from one and the same stage-2 folder, and for how long.
+
+A sparse model is better than the dense one it was made from because it has trained longer, because each token is given
+more arithmetic, or because of its experts. The dense controls tell these apart: one trains as many steps, one spends as
+many floating-point operations, one as many seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+
+from moellava.errors import UserError
+from moellava.moe import MoESpec
+from moellava.registry import Registry
+from moellava.train.arguments import MoEArguments
+
+OWN = ("model_name_or_path", "output_dir", "moe_enable", "seed", "init_seed", "data_path", "deepspeed_port")
+"""Flags of train.py that a comparison sets itself."""
+
+
+@dataclass
+class Costs:
+    """What the arms that have run cost.
+
+    Args:
+        steps: optimizer steps of the sparse arm.
+        flops: arm -> floating-point operations of a step, forward and backward.
+        speed: arm -> tokens per second.
+    """
+
+    steps: int
+    flops: dict[str, float] = field(default_factory=dict)
+    speed: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to go on from stage 2.
+
+    Args:
+        title: what the table calls it.
+        is_sparse: whether MoE flags are for it.
+        flags: of train.py, beside those that all arms share.
+        steps: how many optimizer steps, where it is not as many as the flags say.
+    """
+
+    title: str
+    is_sparse: bool = False
+    flags: tuple[str, ...] = ()
+    steps: Callable[[Costs], int] | None = None
+
+
+SPARSE, DENSE = "moe", "dense"
+"""The arm that is compared, and the control that it is compared with first."""
+
+ARMS: Registry[Arm] = Registry("arm")
+ARMS.register(SPARSE, Arm("MoE", is_sparse=True))
+ARMS.register(DENSE, Arm("dense, equal steps"))
+ARMS.register(
+    "dense-flops",
+    Arm("dense, equal FLOPs", steps=lambda costs: round(costs.steps * costs.flops[SPARSE] / costs.flops[DENSE])),
+)
+ARMS.register(
+    "dense-time",
+    Arm("dense, equal time", steps=lambda costs: round(costs.steps * costs.speed[DENSE] / costs.speed[SPARSE])),
+)
+ARMS.register("lora", Arm("LoRA, equal steps", flags=("--lora_enable", "True")))
+
+
+def in_order(names: Sequence[str]) -> list[str]:
+    """The arms that run, in the order in which they have to: the sparse one and its first control before those whose
+    length depends on them. Raises KeyError for an unknown one, as a registry does."""
+    for name in names:
+        ARMS[name]
+    return [name for name in ARMS if name in {*names, SPARSE, DENSE}]
+
+
+def grouped(words: Sequence[str]) -> list[list[str]]:
+    """Words of a command line as flags with their values. Raises UserError where a value stands before any flag."""
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("--"):
+            name, is_joined, value = word.partition("=")
+            groups.append([name.replace("-", "_").replace("__", "--", 1), *([value] if is_joined else [])])
+        elif groups:
+            groups[-1].append(word)
+        else:
+            raise UserError(f"{word!r} stands where a flag of train.py is expected: `-- --learning_rate 2e-5 …`.")
+    return groups
+
+
+def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What all arms are given, and what the sparse one is given beside.
+
+    Args:
+        words: flags of train.py, with their values.
+
+    Raises:
+        UserError: a flag that the comparison sets itself.
+    """
+    sparse = {item.name for item in (*fields(MoESpec), *fields(MoEArguments))}
+    shared: list[str] = []
+    alone: list[str] = []
+    for name, *values in grouped(words):
+        if name[2:] in OWN:
+            raise UserError(f"{name}: `moellava compare` gives each run its own. Leave the flag out.")
+        (alone if name[2:] in sparse else shared).extend([name, *values])
+    return shared, alone
+
+
+def without(words: Sequence[str], *names: str) -> list[str]:
+    """Words of a command line but for some flags and their values."""
+    return [word for group in grouped(words) if group[0] not in names for word in group]

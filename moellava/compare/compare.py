@@ -1,0 +1,184 @@
+"""Was the MoE worth it? Stage 3 and its dense controls, trained from one stage-2 folder and asked the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moellava.batches import batches_of
+from moellava.compare.arms import ARMS, SPARSE, Costs, in_order, without
+from moellava.compare.flops import step_flops
+from moellava.compare.result import ArmResult, Comparison
+from moellava.compare.runs import Measured, Run, measured, train, weights_of
+from moellava.compare.scores import Exam, difference, pictures_of
+from moellava.data.media import MediaFiles
+from moellava.data.records import load_records
+from moellava.errors import UserError
+from moellava.eval.checkpoint import checkpoint_digest
+from moellava.eval.scoring import versions
+from moellava.eval.tally import Tally
+from moellava.log import get_logger
+from moellava.moe.interventions import INTERVENTIONS, intervened
+from moellava.train.arguments import parse_arguments
+from moellava.train.stages import stage_of
+from moellava.vlm import VLM, open_vlm
+
+logger = get_logger(__name__)
+
+COUNTED_RECORDS = 8
+"""Records whose FLOPs are counted: their mean stands for all."""
+
+STAGE2 = "stage2"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared.
+
+    Args:
+        stage2: the dense folder that all arms start from.
+        data: data files that they train on.
+        output: folder of everything that is made.
+        arms: names.
+        seeds: of data order and routers; each arm runs with each.
+        shared, sparse: flags of train.py for all arms, and for the sparse one alone.
+        launcher: see `runs.launcher_of`.
+    """
+
+    stage2: str
+    data: list[str]
+    output: Path
+    arms: list[str]
+    seeds: list[int]
+    shared: list[str]
+    sparse: list[str]
+    launcher: list[str]
+
+    def run(self, arm: str, seed: int, costs: Costs | None) -> Run:
+        """The training of an arm; `costs` where its length depends on them."""
+        entry = ARMS[arm]
+        words = list(self.shared)
+        if entry.steps is not None:
+            assert costs is not None
+            words = [*without(words, "--max_steps", "--num_train_epochs"), "--max_steps", str(entry.steps(costs))]
+        if entry.is_sparse:
+            words += [*self.sparse, "--moe_enable", "True", "--init_seed", str(seed)]
+        folder = self.output / "runs" / f"{arm}-seed{seed}"
+        start = ["--model_name_or_path", self.stage2, "--data_path", *self.data]
+        return Run(arm, seed, folder, [*words, *entry.flags, *start, "--output_dir", str(folder), "--seed", str(seed)])
+
+
+class Comparing:
+    """Runs a plan.
+
+    Args:
+        plan: what is compared.
+        exam: what all are asked.
+
+    Attributes:
+        found: the comparison, as far as it has come.
+    """
+
+    def __init__(self, plan: Plan, exam: Exam):
+        self.plan, self.exam = plan, exam
+        self.tallies: dict[str, list[Tally]] = {}
+        self.costs = Costs(steps=0)
+        self.found = Comparison(exam.benchmark.name, len(exam.questions), pictures_of(exam.questions))
+        self.found.settings = {
+            "stage2": plan.stage2,
+            "data": plan.data,
+            "seeds": plan.seeds,
+            "flags": plan.shared,
+            "moe_flags": plan.sparse,
+            "versions": versions(exam.benchmark),
+        }
+
+    def run(self) -> Comparison:
+        """Trains, asks and compares. Raises UserError."""
+        stage2 = self._opened(self.plan.stage2, "the stage-2 folder")
+        if stage2.spec is not None:
+            raise UserError(f"--stage2 {self.plan.stage2} is sparse already; stage 3 starts from a dense folder.")
+        self._ask(STAGE2, stage2, Path(self.plan.stage2))
+        self.found.arms[STAGE2] = ArmResult("stage 2", self._scores(STAGE2), bytes=weights_of(Path(self.plan.stage2)))
+        del stage2
+        for arm in in_order(self.plan.arms):
+            self._arm(arm)
+        self._conclude()
+        return self.found
+
+    def _arm(self, arm: str) -> None:
+        runs = [self.plan.run(arm, seed, self.costs) for seed in self.plan.seeds]
+        read: list[Measured] = []
+        for run in runs:
+            train(run, self.plan.launcher, self.plan.output / "logs" / f"{run.name}.log")
+            read.append(measured(run.folder))
+            vlm = self._opened(run.folder, run.name)
+            self._ask(arm, vlm, run.folder)
+            if arm == SPARSE:
+                self._intervene(vlm, run)
+        steps = round(mean([one.steps for one in read]))
+        self.costs.speed[arm] = mean([one.tokens_per_second for one in read])
+        if arm == SPARSE:
+            self.costs.steps = steps
+        per_record = self._flops(runs[0])
+        if per_record is not None:
+            self.costs.flops[arm] = per_record
+        self.found.arms[arm] = ArmResult(
+            ARMS[arm].title,
+            self._scores(arm),
+            steps=steps,
+            flops=None if per_record is None else per_record * mean([one.records for one in read]),
+            seconds=mean([one.seconds for one in read]),
+            bytes=read[0].bytes,
+            trained=read[0].trained,
+            gain=difference(self.tallies[arm], self.tallies[STAGE2]),
+        )
+
+    def _intervene(self, vlm: VLM, run: Run) -> None:
+        """Asks a sparse model without what routing gives it."""
+        assert vlm.spec is not None
+        for name, entry in INTERVENTIONS.items():
+            if reason := entry.refuses(vlm.spec):
+                logger.info("%s (%s) is left out: %s", name, entry.says, reason)
+                continue
+            with intervened(vlm.model, name, run.seed):
+                self._ask(name, vlm, run.folder, changed=name)
+
+    def _ask(self, name: str, vlm: VLM, folder: Path, changed: str = "") -> None:
+        digest = checkpoint_digest(folder, "--model-path")
+        where = folder.name if not changed else f"{folder.name}-{changed}"
+        tally = self.exam.tally(vlm, STAGE2 if name == STAGE2 else where, digest, changed)
+        self.tallies.setdefault(name, []).append(tally)
+
+    def _flops(self, run: Run) -> float | None:
+        """FLOPs of a record of a run, forward and backward; None where an adapter trains."""
+        model_args, data_args, moe_args, args = parse_arguments(run.flags)
+        if args.lora_enable:
+            return None
+        vlm = self._opened(run.folder, run.name)
+        files = MediaFiles(data_args.image_folder, data_args.video_folder, data_args.num_frames)
+        (batch,) = batches_of(vlm, load_records(self.plan.data), files, COUNTED_RECORDS, COUNTED_RECORDS)
+        chosen = stage_of(model_args, moe_args).selects(vlm, model_args, moe_args)
+        return step_flops(vlm, chosen, batch) / len(batch["input_ids"])
+
+    def _conclude(self) -> None:
+        for name, arm in self.found.arms.items():
+            if name not in (SPARSE, STAGE2):
+                arm.lead = difference(self.tallies[SPARSE], self.tallies[name])
+        for name, entry in INTERVENTIONS.items():
+            if name in self.tallies:
+                lost = difference(self.tallies[name], self.tallies[SPARSE])
+                self.found.routing[name] = (entry.says, self._scores(name), lost)
+
+    def _scores(self, name: str) -> list[float]:
+        return [tally.score for tally in self.tallies[name]]
+
+    def _opened(self, folder: str | Path, what: str) -> VLM:
+        logger.info("Opening %s", what)
+        return open_vlm(folder, flag="--stage2")
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of at least one number."""
+    return sum(values) / len(values)

@@ -1,0 +1,123 @@
+"""What a comparison found: one object that the table, the picture and the JSON show."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two accuracies over the same questions, in fractions.
+
+    Args:
+        mean: of the right answers, this minus the other.
+        low, high: ends of its 95 % interval.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def points(self) -> str:
+        """In points of a hundred: `+0.55 [+0.21, +0.89]`."""
+        return f"{100 * self.mean:+.2f} [{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.low > 0:
+            return "better"
+        return "worse" if self.high < 0 else "no difference that these questions show"
+
+
+@dataclass
+class ArmResult:
+    """One arm, all seeds.
+
+    Args:
+        title: in words.
+        accuracy: of each seed.
+        steps: optimizer steps.
+        flops: of all steps; None for what has not been trained here.
+        seconds: of the steps at the speed that was logged.
+        bytes: of the weights on disk.
+        trained: numbers that trained.
+        gain: against stage 2.
+        lead: of the sparse arm against this one; None for itself.
+    """
+
+    title: str
+    accuracy: list[float]
+    steps: int = 0
+    flops: float | None = None
+    seconds: float = 0.0
+    bytes: int = 0
+    trained: int = 0
+    gain: Difference | None = None
+    lead: Difference | None = None
+
+    @property
+    def mean(self) -> float:
+        """Accuracy, mean over the seeds."""
+        return sum(self.accuracy) / len(self.accuracy)
+
+
+@dataclass
+class Comparison:
+    """Everything that is told.
+
+    Args:
+        task: what was asked.
+        questions: how many.
+        clusters: how many pictures they are about.
+        arms: name -> result, stage 2 first.
+        routing: intervention -> (what it does, accuracy of each seed, difference to the model as it is).
+        settings: flags, seeds and versions.
+    """
+
+    task: str
+    questions: int
+    clusters: int
+    arms: dict[str, ArmResult] = field(default_factory=dict)
+    routing: dict[str, tuple[str, list[float], Difference]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As nested dictionaries, for `compare.json`."""
+        routing = {
+            name: {"says": says, "accuracy": each, "difference": asdict(difference)}
+            for name, (says, each, difference) in self.routing.items()
+        }
+        return {**asdict(self), "routing": routing}
+
+    def lines(self) -> list[str]:
+        """The table, and what it says."""
+        return [*self._table(), "", *self._verdicts(), "", *self._routing()]
+
+    def _table(self) -> list[str]:
+        head = f"{'':20}{'accuracy':>10}{'seeds':>16}{'gain on stage 2':>26}{'steps':>8}{'PFLOP':>9}{'s':>8}{'MB':>8}"
+        lines = [f"{self.task}: {self.questions:,} questions about {self.clusters:,} pictures; points of 100", head]
+        for arm in self.arms.values():
+            each = " ".join(f"{100 * one:.2f}" for one in arm.accuracy) if len(arm.accuracy) > 1 else ""
+            gain = arm.gain.points() if arm.gain else ""
+            flops = f"{arm.flops / 1e15:9.3g}" if arm.flops else " " * 9
+            lines.append(
+                f"{arm.title:20}{100 * arm.mean:10.2f}{each:>16}{gain:>26}{arm.steps or '':>8}{flops}"
+                f"{f'{arm.seconds:.0f}' if arm.seconds else '':>8}{arm.bytes / 1e6:8.1f}"
+            )
+        return lines
+
+    def _verdicts(self) -> list[str]:
+        return [
+            f"MoE against {arm.title}: {arm.lead.points()}: {arm.lead.verdict}"
+            for arm in self.arms.values()
+            if arm.lead is not None
+        ]
+
+    def _routing(self) -> list[str]:
+        if not self.routing:
+            return []
+        return ["What routing is worth: the sparse model with"] + [
+            f"  {says:48} {difference.points()}" for says, _, difference in self.routing.values()
+        ]

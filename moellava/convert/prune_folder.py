@@ -1,0 +1,46 @@
+"""A sparse folder -> a smaller one, without the experts that carry little (`moellava prune`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from moellava.batches import batches_of
+from moellava.data.media import MediaFiles
+from moellava.data.records import Records
+from moellava.errors import UserError
+from moellava.model.manifest import Manifest
+from moellava.moe.prune import Kept, carried, prune
+from moellava.vlm import VLM, build, describe
+
+
+def opened(source: Manifest) -> VLM:
+    """A sparse model in its own precision. Raises UserError for a dense one."""
+    if not source.is_sparse:
+        raise UserError(f"{source.called} is dense: it has no experts that could go.")
+    source.require_start()
+    description = describe(source)
+    vlm = build(description, description.config.dtype or torch.float32, source.called)
+    vlm.require_tokenizer()
+    return vlm
+
+
+def prune_folder(
+    vlm: VLM, target: Path, records: Records, files: MediaFiles, count: int, keep: int, merge: bool
+) -> dict[int, Kept]:
+    """Measures what experts carry, leaves the heaviest, and writes the folder.
+
+    Args:
+        vlm: of `opened`; it is smaller afterwards.
+        target: the new folder.
+        records, files, count: what experts are measured on, and how many of them.
+        keep, merge: see `moellava.moe.prune.prune`.
+
+    Returns:
+        Decoder layer -> what it keeps.
+    """
+    spec, kept = prune(vlm.model, carried(vlm.model, batches_of(vlm, records, files, count)), keep, merge)
+    vlm.sparse(spec)
+    vlm.save(target, meta={"stage": "moe"})
+    return kept
