@@ -22,6 +22,7 @@ setup(
         "tiktoken",
         "einops",
         "numpy",
+        "pyarrow",
         "pillow>=12",
         "peft",
         "accelerate",

@@ -168,7 +168,7 @@ def test_random_shares_are_of_their_seed(tmp_path):
         ("datasets: []", 'no list "datasets"'),
         ("datasets: [a.json]", 'has no "json_path"'),
         ("datasets: [{json_path: a.json, sampling_strategy: 'half'}]", "sampling_strategy 'half'; known are"),
-        ("datasets: [{json_path: a.json, weight: 2}]", "has 'weight', which would not act"),
+        ("datasets: [{json_path: a.json, share: 2}]", "has 'share', which would not act"),
         ("datasets: [{json_path: a.json}]\nname: x", "has 'name', which would not act"),
         ("datasets: [{json_path: mix.yaml}]", "no other mixture"),
         ("datasets: [{json_path: gone.json}]", "gone.json: no such data file"),
