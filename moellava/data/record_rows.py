@@ -15,6 +15,8 @@ from moellava.data.record_shape import Medium, media_of, problem_of, tags_of
 from moellava.data.skip_lists import digest_of
 from moellava.errors import DataError
 
+_AS_JSON = json.JSONEncoder(ensure_ascii=False).encode
+
 MAX_DEPTH = 64
 """Lists and objects inside each other that a record may have. Python's own limit moves with whoever reads it."""
 
@@ -34,7 +36,7 @@ def _row(value: Any, number: int, reader: RecordReader) -> Row:
             record = reader.read(value)
             problem = problem_of(record)
             if problem is None:
-                content = json.dumps(record, ensure_ascii=False).encode("utf-8")
+                content = _AS_JSON(record).encode("utf-8")
                 media = media_of(record)
                 state = TAGGED if not media and tags_of(record["conversations"]) else SOUND
                 return Row(content, digest_of(encoded), state, [_place_of(m) for m in media if not is_embedded(m.path)])
@@ -53,7 +55,7 @@ def _place_of(medium: Medium) -> str:
 def _encoded(value: Any) -> tuple[bytes, bool]:
     """A value as JSON, and whether it is nested too deeply."""
     try:
-        encoded = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        encoded = _AS_JSON(value).encode("utf-8", "surrogatepass")
     except RecursionError:
         return b"", True
     opened = encoded.count(b"[") + encoded.count(b"{")  # those in texts too, but it is a quick look
