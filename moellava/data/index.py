@@ -39,7 +39,7 @@ class Row(NamedTuple):
         content: it, as JSON; of one that is wrong, a list of what messages call it and what is wrong.
         digest: of what its file says (`digest_of`).
         state: SOUND, TAGGED or WRONG.
-        media: the files that it shows, in the order of their tags: the first letter of the modality, and the path.
+        media: what it shows, in the order of the tags. See `place_of`.
     """
 
     content: bytes
@@ -111,7 +111,7 @@ class FileIndex:
 
     @property
     def media(self) -> Any:
-        """The files that the rows show: an Arrow column of lists of texts."""
+        """What the rows show: an Arrow column of lists of texts."""
         return self._table.column("media")
 
     @property

@@ -39,7 +39,7 @@ def _row(value: Any, number: int, reader: RecordReader) -> Row:
                 content = _AS_JSON(record).encode("utf-8")
                 media = media_of(record)
                 state = TAGGED if not media and tags_of(record["conversations"]) else SOUND
-                return Row(content, digest_of(encoded), state, [_place_of(m) for m in media if not is_embedded(m.path)])
+                return Row(content, digest_of(encoded), state, [place_of(m) for m in media])
         except UnicodeEncodeError as error:
             problem = f"has text with half of a surrogate pair, {error.object[error.start : error.end]!r}"
         except DataError as error:
@@ -47,8 +47,11 @@ def _row(value: Any, number: int, reader: RecordReader) -> Row:
     return wrong_row(called(value, number), problem, digest_of(encoded))
 
 
-def _place_of(medium: Medium) -> str:
-    """A file that a record shows, as its row has it."""
+def place_of(medium: Medium) -> str:
+    """A medium as the row of its record has it: the first letter of its modality, and its path; of one that the record
+    holds itself, a capital and its digest."""
+    if is_embedded(medium.path):
+        return f"{medium.modality[0].upper()}{digest_of(medium.path.encode()):016x}"
     return medium.modality[0] + medium.path
 
 
