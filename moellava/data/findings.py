@@ -74,7 +74,7 @@ class Findings:
 
     def _joined(self, rows: np.ndarray) -> np.ndarray:
         joined = np.concatenate([self._rows, rows])
-        return joined[np.argsort(joined[KEY], kind="stable")]
+        return joined[np.lexsort([joined[KEY]])]
 
 
 def findings(about: str, decides: Callable[[], Any], dtype: np.dtype, count: int) -> Findings:

@@ -203,8 +203,8 @@ def _found(path: Path, name: str) -> str:
     """Where a file of a mixture lies: as it is named, or beside the mixture."""
     if Path(name).suffix.lower() in MIXTURES:
         raise DataError(f"{path} lists {name}: a mixture holds data files, no other mixture")
-    beside = path.parent / name
-    return str(beside) if file_problem(name) == NO_FILE and file_problem(beside) != NO_FILE else name
+    places = [name, str(path.parent / name)]
+    return next((place for place in places if file_problem(place) != NO_FILE or glob.glob(place)), name)
 
 
 def _match(strategy: Any) -> re.Match[str] | None:

@@ -85,7 +85,7 @@ def _row(key: int, verdict: Verdict) -> tuple[int, int, int, int]:
 def joined(parts: Sequence[Judged]) -> Judged:
     """Verdicts in the order of their records."""
     numbers = np.concatenate([part.numbers for part in parts])
-    order = np.argsort(numbers, kind="stable")
+    order = np.lexsort([numbers])  # which keeps the order of equal ones
     rows = np.concatenate([part.rows for part in parts])
     told = {number: verdicts for part in parts for number, verdicts in part.told.items()}
     return Judged(numbers[order], rows[order], dict(sorted(told.items())))

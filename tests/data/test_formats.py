@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,10 +162,57 @@ def test_random_shares_are_of_their_seed(tmp_path):
     assert half != other and len(set(other)) == 5
 
 
+def ids_of(tmp_path, text: str) -> Counter[str]:
+    return Counter(row["id"][0] for row in load_records(mixture(tmp_path, text)))
+
+
+@pytest.mark.parametrize(
+    ("head", "of_a", "of_b", "expected"),
+    [
+        ("", "epochs: 2", "epochs: 1", (20, 3)),
+        ("", "epochs: 0.5", "", (5, 3)),
+        ("", "epochs: 2.25", "epochs: 3", (22, 9)),  # 22.5, to the even one
+        ("", "weight: 1", "weight: 1", (6, 6)),  # 13 records, 6.5 of each
+        ("", "weight: 3", "weight: 10", (3, 10)),
+        ("", "weight: 1, sampling_strategy: first:3", "weight: 1", (3, 3)),
+        ("temperature: 1\n", "", "", (10, 3)),
+        ("temperature: 2\n", "", "", (8, 5)),  # 3.16 to 1.73
+        ("temperature: 1000\n", "", "", (7, 6)),
+    ],
+)
+def test_how_often_records_come(head, of_a, of_b, expected, tmp_path):
+    text = f"{head}datasets:\n  - {{json_path: a.json, {of_a}}}\n  - {{json_path: b.json, {of_b}}}\n"
+    counts = ids_of(tmp_path, text)
+    assert (counts["a"], counts["b"]) == expected
+    each = Counter(row["id"] for row in load_records(mixture(tmp_path, text)))
+    for name, count in (("a", 10), ("b", 3)):
+        times = [each[f"{name}{number}"] for number in range(count)]
+        assert max(times) - min(times) <= 1
+
+
+def test_patterns_name_files_in_order(tmp_path, monkeypatch):
+    path = mixture(tmp_path, "datasets: [{json_path: '[ab].json', sampling_strategy: 'end:4'}]")
+    assert [row["id"] for row in load_records(path)] == ["a9", "b0", "b1", "b2"]
+    monkeypatch.chdir(tmp_path)
+    records = load_records("?.json")
+    assert len(records) == 13 and records.name(12) == "Record b2 of b.json" and records.key(10).startswith("b.json:0:")
+    with pytest.raises(DataError, match=r"none\*.json: no data file fits this pattern"):
+        load_records(["?.json", "none*.json"])
+    Path("odd[1].json").write_text(json.dumps([record("odd", "q", "a")]))
+    assert [row["id"] for row in load_records("odd[1].json")] == ["odd"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", 'no list "datasets"'),
+        ("temperature: 0\ndatasets: [{json_path: a.json}]", "temperature is a number above 0, not 0"),
+        ("datasets: [{json_path: a.json, epochs: x}]", "epochs is a number above 0, not 'x'"),
+        ("datasets: [{json_path: a.json, weight: .inf}]", "weight is a number above 0"),
+        ("datasets: [{json_path: a.json, epochs: 1, weight: 1}]", "has weight and epochs, and each says how much"),
+        ("temperature: 2\ndatasets: [{json_path: a.json, epochs: 1}]", "has temperature and epochs"),
+        ("datasets: [{json_path: a.json, weight: 1}, {json_path: b.json}]", "b.json has no weight"),
+        ("datasets: [{json_path: 'c*.json'}]", "no data file fits this pattern"),
         ("datasets: []", 'no list "datasets"'),
         ("datasets: [a.json]", 'has no "json_path"'),
         ("datasets: [{json_path: a.json, sampling_strategy: 'half'}]", "sampling_strategy 'half'; known are"),
