@@ -10,20 +10,20 @@ import bz2
 import codecs
 import gzip
 import io
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from moellava.data.json_lists import decoded, listed
+from moellava.data.json_lists import Broken, decoded, listed, parsed
 from moellava.data.record_keys import brief_text
+from moellava.data.shards import is_shard, shard_rows
 from moellava.data.tables import arrow_rows, dataset_rows, parquet_rows
 from moellava.errors import DataError
 from moellava.files import IS_FOLDER, NO_FILE, file_problem
 
-HEAD = 16
+HEAD = 512
 """Bytes at a file's beginning that tell its format."""
 
 UNPACK: dict[bytes, Callable[[Path], Any]] = {
@@ -41,18 +41,6 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 """Byte order mark -> encoding. The longer marks go first: UTF-16's begins UTF-32's."""
-
-
-class Broken(NamedTuple):
-    """A line that cannot be read, in its record's place.
-
-    Attributes:
-        problem: why, as the end of a sentence.
-        text: what stands there.
-    """
-
-    problem: str
-    text: str
 
 
 class FileFormat(NamedTuple):
@@ -86,14 +74,6 @@ def rows_of(path: str | Path) -> Iterator[Any]:
         yield from chosen.read(path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def parsed(text: str) -> Any:
-    """A JSON value. Raises ValueError where it is none, is nested too deeply, or names a key of an object twice."""
-    value, end = decoded(text, len(text) - len(text.lstrip()))
-    if text[end:].strip():
-        raise json.JSONDecodeError("Extra data", text, end)
-    return value
 
 
 def _is_folder(path: Path) -> bool:
@@ -143,12 +123,11 @@ def _json_rows(path: Path) -> Iterator[Any]:
 
 def _first_line(file: TextIO) -> str:
     """The first line that is not empty; of a list its first characters, since all of it may be one line."""
-    while (head := file.read(HEAD)) and not head.strip():
+    while (head := file.readline(HEAD)) and not head.strip():
         pass
-    head = head.lstrip()
-    if head.startswith("["):
-        return head
-    return (head if "\n" in head else head + file.readline()).split("\n", 1)[0]
+    if head.lstrip().startswith("[") or head.endswith("\n"):
+        return head.strip()
+    return (head + file.readline()).strip()
 
 
 def _filled(file: Iterable[str]) -> Iterator[str]:
@@ -227,6 +206,7 @@ FORMATS = (
     FileFormat("a data set of `datasets.save_to_disk`", lambda path, head: _is_folder(path), dataset_rows),
     FileFormat("Parquet", lambda path, head: head.startswith(b"PAR1"), parquet_rows),
     FileFormat("Arrow", _is_arrow, arrow_rows),
+    FileFormat("a WebDataset shard", is_shard, shard_rows),
     FileFormat("JSON or JSON Lines", lambda path, head: True, _json_rows),
 )
 """The first that fits reads a file. A mixture (`mixtures.py`) is a list of such files."""

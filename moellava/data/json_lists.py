@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 BLOCK = 2**20
 """Characters that are read at once."""
@@ -14,6 +14,26 @@ _GOES_ON = 2
 """Characters behind a number that may be its own, if a digit follows in the next block: `e+`."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class Broken(NamedTuple):
+    """A line that cannot be read, in its record's place.
+
+    Attributes:
+        problem: why, as the end of a sentence.
+        text: what stands there.
+    """
+
+    problem: str
+    text: str
+
+
+def parsed(text: str) -> Any:
+    """A JSON value. Raises ValueError where it is none, is nested too deeply, or names a key of an object twice."""
+    value, end = decoded(text, len(text) - len(text.lstrip()))
+    if text[end:].strip():
+        raise json.JSONDecodeError("Extra data", text, end)
+    return value
 
 
 def decoded(text: str, place: int = 0) -> tuple[Any, int]:

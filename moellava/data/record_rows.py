@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from moellava.data.embedded import is_embedded
-from moellava.data.formats import Broken
 from moellava.data.index import SOUND, TAGGED, Row, wrong_row
+from moellava.data.json_lists import Broken
 from moellava.data.record_keys import brief_text
 from moellava.data.record_reader import RecordReader
 from moellava.data.record_shape import Medium, media_of, problem_of, tags_of

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
+import re
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +240,52 @@ def test_the_same_record_of_a_mixture_and_of_its_file_has_the_same_key(tmp_path,
     path = mixture(tmp_path, "datasets: [{json_path: a.json}]")
     monkeypatch.chdir(tmp_path)
     assert load_records(path).key(4) == load_records("a.json").key(4)
+
+
+def shard(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def as_bytes(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.tar", "w"), ("a.tar.gz", "w:gz"), ("other", "w")])
+def test_shards_of_web_datasets(name, mode, tmp_path, image_tree):
+    picture = (image_tree / "a.png").read_bytes()
+    files = {
+        "train/0001.json": as_bytes(record(7, "<image>\nq", "ü", image="ignored.png")),
+        "train/0001.png": picture,
+        "train/0002.txt": b" A cat.\n",
+        "train/0002.jpg": picture,
+        "0003.json": as_bytes(record("x", "<image><image>", "b")),
+        "0003.0.png": picture,
+        "0003.1.PNG": picture,
+        "0003.cls": b"4",
+    }
+    records = load_records(shard(tmp_path / name, files, mode))
+    assert [row["id"] for row in records] == [7, "train/0002", "x"]
+    assert records[1]["conversations"] == record("x", "<image>", "A cat.")["conversations"]
+    for row in records:
+        assert [MediaFiles().read(medium).size for medium in media_of(row)] == [(64, 40)] * len(row["image"])
+    assert len(records[2]["image"]) == 2 and any("'cls' in 1 records" in notice for notice in records.notices)
+
+
+def test_a_shard_that_is_wrong_says_what(tmp_path):
+    files = {"1.json": b"{", "2.json": b"[1]", "3.bin": b"\xff\xfe", "4.json": as_bytes(record("good", "q", "a"))}
+    records, problems = read_records(shard(tmp_path / "a.tar", files))
+    assert [row["id"] for row in records] == ["good"]
+    said = ["Record 0 .*is not valid JSON .1.json", "Record 1 .*no JSON object .2.json", 'Record 3 .*has "bin", which']
+    for problem, words in zip(problems, said, strict=True):
+        assert re.search(words, problem.text), problem.text
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1400])
+    with pytest.raises(DataError, match="cut.tar"):
+        load_records(tmp_path / "cut.tar")
 
 
 BAD: list[tuple[str, bytes, str]] = [
