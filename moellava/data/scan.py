@@ -84,7 +84,9 @@ def shared(items: Sequence[Item], look: Callable[[Sequence[Item]], list[Found]])
     return found
 
 
-def mapped(look: Callable[[Item], Found], items: Sequence[Item], workers: int = 0, what: str = "") -> list[Found]:
+def mapped(
+    look: Callable[[Item], Found], items: Sequence[Item], workers: int = 0, what: str = "", chunk: int = CHUNK
+) -> list[Found]:
     """What `look` finds in each item, in their order.
 
     Args:
@@ -92,10 +94,11 @@ def mapped(look: Callable[[Item], Found], items: Sequence[Item], workers: int = 
         items: an indexable sequence.
         workers: processes that look; 0: this one does.
         what: is looked at, for messages where it takes long.
+        chunk: items that a worker looks at before it passes on what it has found.
     """
     loader = DataLoader(
         _Looking(look, items),
-        batch_size=CHUNK,
+        batch_size=chunk,
         num_workers=workers,
         collate_fn=list,
         generator=torch.Generator(),  # its own, so that looking draws no random number of the run's
