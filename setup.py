@@ -28,6 +28,7 @@ setup(
         "tiktoken",
         "einops",
         "numpy",
+        "pyarrow",
         "pillow>=12",
         "peft",
         "accelerate",

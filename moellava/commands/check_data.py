@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens-per-image", type=count, help="positions of an image, without a model (576)")
     parser.add_argument("--skip-list", help="write the keys of all records that have a problem to this file")
     parser.add_argument("--known", help="a skip list whose records are left out of the check")
+    parser.add_argument("--quick", action="store_true", help="read heads and endings of files, and decode nothing")
+    parser.add_argument("--workers", type=count, help="processes beside each other (default: as many as pay)")
     add_role_flags(parser)
     add_confine_flag(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -87,6 +89,8 @@ def main(argv: list[str]) -> int:
         args.max_length,
         known,
         roles_of(args),
+        in_full=not args.quick,
+        workers=args.workers,
     )
     if known is not None:
         known.require_used()

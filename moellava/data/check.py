@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+
+import numpy as np
 
 from moellava.constants import MODALITIES, ROLES
+from moellava.data.embedded import is_embedded
 from moellava.data.encoder import Encoder
 from moellava.data.media import MediaFiles
-from moellava.data.records import Problem, Records, media_of, read_records
+from moellava.data.records import Medium, Problem, Records, media_of, read_records
+from moellava.data.scan import mapped, workers_for
+from moellava.data.shown import Shown
 from moellava.data.skip_lists import SkipList
 from moellava.errors import DataError
 
@@ -40,6 +44,8 @@ def check(
     max_length: int | None = None,
     skip: SkipList | None = None,
     roles: tuple[str, str] = ROLES,
+    in_full: bool = True,
+    workers: int | None = None,
 ) -> CheckReport:
     """Reads every record, decodes every image and video in full and, with an encoder, masks every conversation.
 
@@ -50,21 +56,26 @@ def check(
         max_length: positions that a record may take.
         skip: records to leave out.
         roles: what the files call the human and the model, beside the usual names.
+        in_full: False: heads and endings of files are read, as before training, and nothing is decoded.
+        workers: processes that look, beside each other; None: as many as pay.
     """
     records, problems = read_records(paths, skip, roles)
-    report = CheckReport(_counts(paths, records, problems), problems, notices=records.notices)
-    broken = files.problems(chain.from_iterable(map(media_of, records)), in_full=True)
+    shown = Shown(records)
+    report = CheckReport(_counts(paths, records, problems, shown), problems, notices=records.notices)
+    checker = _Checker(records, files, encoder, max_length, in_full)
+    slices = np.array_split(np.flatnonzero(shown.in_file), -(-int(shown.in_file.sum()) // FILES) or 1)
+    count = sum(map(len, slices))
+    several = workers_for(count) if workers is None else workers
+    found = mapped(lambda numbers: checker.wrong(shown, numbers), slices, several, f"Reading {count} files", 1)
+    checker.broken = {medium: problem for wrong in found for medium, problem in wrong.items()}
+    several = workers_for(len(records)) if workers is None else workers
     split = 0
-    for index in range(len(records)):
-        record, name, key = records[index], records.name(index), records.key(index)
-        bad = [medium for medium in media_of(record) if medium in broken]
-        texts = [f"{name}: {broken[medium]}" for medium in bad]
-        if encoder is not None and not any(map(encoder.looks_at, bad)):
-            lengths, found = _measure(encoder, record, name, files, max_length)
-            texts += found
-            report.lengths += lengths
-            split += len(lengths) > 1
-        report.problems += [Problem(key, text) for text in texts]
+    looked_at = mapped(checker.of, range(len(records)), several, f"Looking at {len(records)} records")
+    for number, (turns, texts, lengths) in enumerate(looked_at):
+        report.counts["turns"] += turns
+        report.lengths += lengths
+        split += len(lengths) > 1
+        report.problems += [Problem(records.key(number), text) for text in texts]
     if split:
         report.counts["split"] = split
         report.notices.append(
@@ -74,19 +85,56 @@ def check(
     return report
 
 
-def _counts(paths: Sequence[str], records: Records, problems: list[Problem]) -> dict[str, int]:
-    shown = [media_of(record) for record in records]
-    shown_as = [[medium.modality for medium in media] for media in shown]
-    files = {medium for media in shown for medium in media}
+FILES = 64
+"""Files that a worker reads before it passes on what it has found."""
+
+
+@dataclass
+class _Checker:
+    """Looks at files and records. See `check`.
+
+    Attributes:
+        broken: what is wrong with files.
+    """
+
+    records: Records
+    files: MediaFiles
+    encoder: Encoder | None
+    max_length: int | None
+    in_full: bool
+    broken: dict[Medium, str] = field(default_factory=dict)
+
+    def wrong(self, shown: Shown, numbers: np.ndarray) -> dict[Medium, str]:
+        """What is wrong with some files."""
+        return self.files.problems([medium for _, media in shown.slices(numbers) for medium in media], self.in_full)
+
+    def of(self, number: int) -> tuple[int, list[str], list[int]]:
+        """Turns of a record, what is wrong with it, and positions of its samples."""
+        record, name = self.records[number], self.records.name(number)
+        media = dict.fromkeys(media_of(record))
+        bad = {medium: problem for medium in media if (problem := self._problem(medium))}
+        texts, lengths = [f"{name}: {problem}" for problem in bad.values()], list[int]()
+        if self.encoder is not None and not any(map(self.encoder.looks_at, bad)):
+            lengths, found = _measure(self.encoder, record, name, self.files, self.max_length)
+            texts += found
+        return len(record["conversations"]), texts, lengths
+
+    def _problem(self, medium: Medium) -> str | None:
+        """What is wrong with a file, or with what a record holds itself."""
+        return self.files.problem(medium, self.in_full) if is_embedded(medium.path) else self.broken.get(medium)
+
+
+def _counts(paths: Sequence[str], records: Records, problems: list[Problem], shown: Shown) -> dict[str, int]:
+    of_each = {name: shown.modality == place for place, name in enumerate(MODALITIES)}
     return {
         "files": len(paths),
         "records": len(records) + sum(problem.key is not None for problem in problems),
         "skip_listed": records.skipped,
-        **{f"with_{modality}": sum(modality in found for found in shown_as) for modality in MODALITIES},
-        "text_only": sum(not media for media in shown),
-        **{f"{modality}s_named": sum(found.count(modality) for found in shown_as) for modality in MODALITIES},
-        **{f"{modality}_files": sum(medium.modality == modality for medium in files) for modality in MODALITIES},
-        "turns": sum(len(record["conversations"]) for record in records),
+        **{f"with_{name}": int(shown.any_of(which).sum()) for name, which in of_each.items()},
+        "text_only": int((shown.counts == 0).sum()),
+        **{f"{name}s_named": int(which[shown.which].sum()) for name, which in of_each.items()},
+        **{f"{name}_files": int(which.sum()) for name, which in of_each.items()},
+        "turns": 0,
     }
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from moellava.constants import IGNORE_INDEX
 from moellava.data.collate import UNREADABLE
 from moellava.data.encoder import Encoder, Example
+from moellava.data.judge import Judge, counted_media
 from moellava.data.media import MediaFiles
 from moellava.data.preprocess import as_tensor
-from moellava.data.records import MODALITIES, Medium, Records, media_of
-from moellava.data.scan import mapped, shared
+from moellava.data.records import MODALITIES, Medium, Records
+from moellava.data.verdicts import CUT, DROPPED, SHOWS, WHOLE
 from moellava.data.video import Video
 from moellava.errors import BadFileError, DataError
 from moellava.log import get_logger
@@ -24,32 +24,6 @@ OVERLONG = ("error", "drop", "truncate")
 BAD_FILES = ("error", "skip")
 COUNTS = ("records", "skip_listed", "bad_files", "dropped", "truncated", "split", "samples")
 """What is counted; `split`, the records whose answers are samples each, only where there are any."""
-
-
-class Verdict(NamedTuple):
-    """What became of a record, or of one of its answers where each is a sample.
-
-    Attributes:
-        problems: why it cannot be trained on; any is an error.
-        left_out: the count of `COUNTS` that it goes into, if it is left out without being an error.
-        why: what is said about that.
-        length: positions that it takes in the model.
-        modalities: what it shows.
-        cut: whether its end was cut.
-        answer: number of the answer; None for the whole record.
-    """
-
-    problems: Sequence[str] = ()
-    left_out: str | None = None
-    why: str | None = None
-    length: int = 0
-    modalities: frozenset[str] = frozenset()
-    cut: bool = False
-    answer: int | None = None
-
-
-WHOLE = -1
-"""Stands for a whole record where the number of an answer might stand."""
 
 
 class SupervisedDataset(Dataset):
@@ -67,8 +41,8 @@ class SupervisedDataset(Dataset):
             limits or no image or video, or a video with too few frames. A file that proves damaged only when it is
             decoded leaves an empty sample in its record's place (`blank_sample`), so that all processes stay in step.
         takes_media: False refuses records with media.
-        workers: processes that look at the records, beside each other; 0: this one does. Processes that train together
-            share the records (`shared`).
+        workers: least number of processes that look at the records, beside each other; more where that is worth it.
+            Processes that train together share the records. See `Judge`.
 
     Attributes:
         lengths: positions that each sample takes in the model.
@@ -105,12 +79,7 @@ class SupervisedDataset(Dataset):
         self.bad_files = bad_files
         self.unreadable: dict[int, str] = {}
         self._counts = dict.fromkeys(COUNTS, 0) | {"records": len(records), "skip_listed": records.skipped}
-        self._kept = array("q")
-        self._answers = array("q")
-        self._lengths = array("q")
-        self._shows_media = array("b")
-        self._seen: set[str] = set()
-        self._scan(takes_media, workers)
+        self._judge(Judge(records, encoder, self.files, max_length, overlong, bad_files), takes_media, workers)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -124,7 +93,7 @@ class SupervisedDataset(Dataset):
         Raises:
             BadFileError: a file has become unreadable.
         """
-        number, answer = self._kept[index], self._answers[index]
+        number, answer = int(self._kept[index]), int(self._answers[index])
         record, name = self.records[number], self.records.name(number)
         limit = self.max_length if self.overlong == "truncate" else None
         try:
@@ -150,7 +119,7 @@ class SupervisedDataset(Dataset):
 
     @property
     def shows_media(self) -> list[bool]:
-        return [bool(flag) for flag in self._shows_media]
+        return self._shows_media.tolist()
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -172,87 +141,32 @@ class SupervisedDataset(Dataset):
                 get_logger().warning("skipped: %s", why)
                 self.unreadable[index] = why
 
-    def _scan(self, takes_media: bool, workers: int) -> None:
-        """Validates every record and keeps the indices and lengths of those that are trained on."""
-        broken = self._broken_files(takes_media)
-
-        def look(number: int) -> list[Verdict]:
-            record, name = self.records[number], self.records.name(number)
-            bad = [f"{name}: {broken[medium]}" for medium in media_of(record) if medium in broken]
-            return [self._bad(bad)] if bad else self._judge(record, name)
-
-        judged = shared(range(len(self.records)), lambda numbers: mapped(look, numbers, workers))
-        for number, verdicts in enumerate(judged):
-            self._counts["split"] += any(verdict.answer is not None for verdict in verdicts)
-            for verdict in verdicts:
-                self._take(number, verdict)
+    def _judge(self, judge: Judge, takes_media: bool, workers: int) -> None:
+        """Has every record looked at, and keeps the numbers and lengths of those that are trained on."""
+        if not takes_media and (named := counted_media(self.records)):
+            raise DataError(f"{named} are named in the data, but --is_multimodal False refuses media")
+        judged = judge.of_all(workers)
+        flags, answers = judged.rows["flags"], judged.rows["answer"]
+        kept = flags & DROPPED == 0
+        self._kept, self._answers = judged.numbers[kept].astype(np.int32), answers[kept]
+        self._lengths, shown = judged.rows["length"][kept], flags[kept]
+        self._shows_media = (shown & sum(SHOWS)) != 0
+        self._seen = {name for name, flag in zip(MODALITIES, SHOWS, strict=True) if (shown & flag).any()}
+        self._counts["dropped"] = int((~kept).sum())
+        self._counts["truncated"] = int((flags & CUT != 0).sum())
+        self._counts["split"] = len(np.unique(judged.numbers[answers != WHOLE]))
         self._counts["samples"] = len(self._kept)
-        problems = [problem for verdicts in judged for verdict in verdicts for problem in verdict.problems]
-        if not problems and not self._kept:
+        said = [verdict for verdicts in judged.told.values() for verdict in verdicts]
+        for verdict in said:
+            if verdict.left_out:
+                self._counts[verdict.left_out] += 1
+            if verdict.why:
+                get_logger().warning("skipped: %s", verdict.why)
+        problems = [problem for verdict in said for problem in verdict.problems]
+        if not problems and not len(self._kept):
             problems.append(f"no sample remains: {self._counts}")
         if problems:
             raise DataError(problems)
-
-    def _take(self, number: int, verdict: Verdict) -> None:
-        """Keeps a record, or counts it."""
-        self._counts["truncated"] += verdict.cut
-        if verdict.left_out:
-            self._counts[verdict.left_out] += 1
-        elif not verdict.problems:
-            self._kept.append(number)
-            self._answers.append(WHOLE if verdict.answer is None else verdict.answer)
-            self._lengths.append(verdict.length)
-            self._shows_media.append(bool(verdict.modalities))
-            self._seen |= verdict.modalities
-        if verdict.why:
-            get_logger().warning("skipped: %s", verdict.why)
-
-    def _broken_files(self, takes_media: bool) -> dict[Medium, str]:
-        """What is wrong with the files of images and videos that something is wrong with."""
-        media = list(dict.fromkeys(chain.from_iterable(map(media_of, self.records))))
-        if media and not takes_media:
-            counts = [f"{sum(medium.modality == name for medium in media)} {name}s" for name in MODALITIES]
-            raise DataError(f"{' and '.join(counts)} are named in the data, but --is_multimodal False refuses media")
-        problems = shared(media, lambda share: list(map(self.files.problems(share).get, share)))
-        return {medium: problem for medium, problem in zip(media, problems, strict=True) if problem}
-
-    def _bad(self, problems: Sequence[str]) -> Verdict:
-        """What becomes of a record whose files are not sound."""
-        return Verdict(left_out="bad_files", why=problems[0]) if self.bad_files == "skip" else Verdict(problems)
-
-    def _judge(self, record: dict[str, Any], name: str) -> list[Verdict]:
-        """What becomes of a record whose files are sound."""
-        problem = self.encoder.renderer.problem(record)
-        if problem:
-            return [Verdict([f"{name} {problem}"])]
-        limit = self.max_length if self.overlong == "truncate" else None
-        try:
-            examples = self.encoder.examples(record, name, self.files, max_length=limit)
-        except DataError as error:
-            problems = [text if name in text else f"{name}: {text}" for text in error.problems]
-            return [self._bad(problems) if isinstance(error, BadFileError) else Verdict(problems)]
-        if not examples:
-            return [Verdict([nothing_to_train(record, name)])]
-        return [self._measured(record, name, answer, example) for answer, example in examples]
-
-    def _measured(self, record: dict[str, Any], name: str, answer: int | None, example: Example) -> Verdict:
-        """What becomes of a sample, by its length."""
-        too_long = self.max_length is not None and example.length > self.max_length
-        if too_long and self.overlong == "error":
-            which = "" if answer is None else f", up to its answer {answer},"
-            limit = f"--model_max_length is {self.max_length} (see --overlong)"
-            return Verdict([f"{name}{which} takes {example.length} positions but {limit}"])
-        if not example.is_trained and not (example.cut or too_long):
-            return Verdict([nothing_to_train(record, name)])
-        if too_long or not example.is_trained:
-            return Verdict(left_out="dropped", answer=answer)
-        shown = frozenset("image" if self.encoder.in_frames else medium.modality for medium in example.media)
-        return Verdict(length=example.length, modalities=shown, cut=bool(example.cut), answer=answer)
-
-
-def nothing_to_train(record: dict[str, Any], name: str) -> str:
-    """The message for a record that would train nothing."""
-    return f'{name} has no answer to train on: "{record["conversations"][0]["value"][:80]}"'
 
 
 def opened(media: Sequence[Medium], encoder: Encoder, files: MediaFiles) -> list[Any]:

@@ -9,27 +9,29 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
-import json
+import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
+from moellava.data.json_lists import Broken, decoded, listed, parsed
 from moellava.data.record_keys import brief_text
+from moellava.data.shards import is_shard, shard_rows
 from moellava.data.tables import arrow_rows, dataset_rows, parquet_rows
 from moellava.errors import DataError
 from moellava.files import IS_FOLDER, NO_FILE, file_problem
 
-HEAD = 16
+HEAD = 512
 """Bytes at a file's beginning that tell its format."""
 
-UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ\x00": lzma.decompress,
+UNPACK: dict[bytes, Callable[[Path], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
 }
-"""First bytes of a packed file -> what unpacks it."""
+"""First bytes of a packed file -> what opens it."""
 
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -39,18 +41,6 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 """Byte order mark -> encoding. The longer marks go first: UTF-16's begins UTF-32's."""
-
-
-class Broken(NamedTuple):
-    """A line that cannot be read, in its record's place.
-
-    Attributes:
-        problem: why, as the end of a sentence.
-        text: what stands there.
-    """
-
-    problem: str
-    text: str
 
 
 class FileFormat(NamedTuple):
@@ -86,22 +76,6 @@ def rows_of(path: str | Path) -> Iterator[Any]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def parsed(text: str) -> Any:
-    """A JSON value. Raises ValueError where it is none, is nested too deeply, or names a key of an object twice."""
-    try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
-        raise ValueError(f"an object has the key {twice!r} twice")
-    return found
-
-
 def _is_folder(path: Path) -> bool:
     return file_problem(path) == IS_FOLDER
 
@@ -111,33 +85,74 @@ def _head(path: Path) -> bytes:
         return file.read(HEAD)
 
 
-def _text(path: Path) -> str:
-    """The text of a file, unpacked. Raises DataError if it is not UTF-8, or what its byte order mark says."""
-    content = path.read_bytes()
-    for magic, unpack in UNPACK.items():
-        if content.startswith(magic):
-            content = unpack(content)
-            break
-    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
+def _opened(path: Path) -> TextIO:
+    """A file of text, unpacked, in UTF-8 or what its byte order mark says. Line breaks are as they stand."""
+    head = _head(path)
+    unpack = next((unpack for magic, unpack in UNPACK.items() if head.startswith(magic)), None)
+    file: Any = path.open("rb") if unpack is None else unpack(path)
+    head = file.peek(HEAD)[:HEAD]
+    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
+    return io.TextIOWrapper(file, encoding=encoding, newline="\n")
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    """JSON in any wrapping: a list, one object, objects one a line, or objects one after another.
+
+    A list, and objects one a line, are read as they come, however large the file; the others as a whole.
+    """
     try:
-        return content.decode(encoding)
+        with _opened(path) as file:
+            first = _first_line(file)
+            if first.startswith("[") and not _says_lines(path):
+                file.seek(0)
+                yield from _listed(path, file)
+            elif _is_whole(first):
+                rest = _filled(file)
+                second = next(rest, None)
+                if second is None and not _says_lines(path):
+                    yield _one(path, parsed(first))
+                else:
+                    file.seek(0)
+                    yield from _lines(file)
+            else:
+                file.seek(0)
+                yield from _joined_rows(path, file.read().strip())
     except UnicodeDecodeError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _json_rows(path: Path) -> Iterator[Any]:
-    """JSON in any wrapping: a list, one object, objects one a line, or objects one after another."""
-    text = _text(path).strip()
+def _first_line(file: TextIO) -> str:
+    """The first line that is not empty; of a list its first characters, since all of it may be one line."""
+    while (head := file.readline(HEAD)) and not head.strip():
+        pass
+    if head.lstrip().startswith("[") or head.endswith("\n"):
+        return head.strip()
+    return (head + file.readline()).strip()
+
+
+def _filled(file: Iterable[str]) -> Iterator[str]:
+    return (line for line in file if line.strip())
+
+
+def _listed(path: Path, file: TextIO) -> Iterator[Any]:
+    """The values of a file that is one list. Raises DataError where it breaks off or something follows."""
+    try:
+        yield from listed(file)
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+
+
+def _joined_rows(path: Path, text: str) -> Iterator[Any]:
+    """The values of a text that begins with no whole line."""
     if not text:
         raise DataError(f"{path} is empty")
-    first = text.split("\n", 1)[0]
-    if text.startswith("{") and _is_whole(first):
-        return iter([_one(path, parsed(first))]) if first == text and not _says_lines(path) else _lines(text)
     try:
         values = list(_values(text))
     except ValueError as error:
         if _says_lines(path) or (text.startswith("{") and any(map(_is_whole, text.split("\n")))):
-            return _lines(text)
+            return _lines(text.split("\n"))
         raise DataError(f"{path} is not valid JSON: {error}") from error
     if len(values) == 1 and isinstance(values[0], list):
         return iter(values[0])
@@ -166,25 +181,21 @@ def _one(path: Path, value: Any) -> Any:
 
 def _values(text: str) -> Iterator[Any]:
     """JSON values one after another. Raises ValueError where one is broken."""
-    decoder = json.JSONDecoder(object_pairs_hook=_unique)
     place = 0
     while place < len(text):
-        try:
-            value, place = decoder.raw_decode(text, place)
-        except RecursionError as error:
-            raise ValueError("it is nested too deeply") from error
+        value, place = decoded(text, place)
         yield value
         while place < len(text) and text[place].isspace():
             place += 1
 
 
-def _lines(text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _lines(lines: Iterable[str]) -> Iterator[Any]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 yield parsed(line)
             except ValueError as error:
-                yield Broken(f"is not valid JSON (line {number}): {error}", line)
+                yield Broken(f"is not valid JSON (line {number}): {error}", line.rstrip("\n"))
 
 
 def _is_arrow(path: Path, head: bytes) -> bool:
@@ -195,6 +206,7 @@ FORMATS = (
     FileFormat("a data set of `datasets.save_to_disk`", lambda path, head: _is_folder(path), dataset_rows),
     FileFormat("Parquet", lambda path, head: head.startswith(b"PAR1"), parquet_rows),
     FileFormat("Arrow", _is_arrow, arrow_rows),
+    FileFormat("a WebDataset shard", is_shard, shard_rows),
     FileFormat("JSON or JSON Lines", lambda path, head: True, _json_rows),
 )
 """The first that fits reads a file. A mixture (`mixtures.py`) is a list of such files."""

@@ -9,11 +9,13 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from moellava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN
+from moellava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, MODALITIES
 from moellava.data.embedded import TO_FILES, Embedded, is_embedded
 from moellava.data.embedded import opened as opened_uri
 from moellava.data.images import USUAL_LIMITS, Limits, image_problem, image_size, normalised, open_image
@@ -62,12 +64,22 @@ class MediaFiles:
         self.confined = confined
         self._probed = Remembered(self._probe, CLIPS_KEPT)
 
+    def folder_of(self, modality: str) -> Path:
+        """What paths of a modality are relative to."""
+        return self.image_folder if modality == "image" else self.video_folder
+
+    @property
+    def settings(self) -> list[Any]:
+        """All that decides over what is found in a file, as JSON."""
+        folders = [os.path.abspath(self.folder_of(modality)) for modality in MODALITIES]
+        return [*folders, self.num_frames, astuple(self.limits), self.confined]
+
     def file_of(self, medium: Medium) -> Path:
         """Where an image or a video lies. Raises DataError where the record holds it itself, or where it lies outside
         its folder and may not."""
         if is_embedded(medium.path):
             raise DataError(f"an embedded {medium.modality} lies in no file, and here it has to: {TO_FILES}")
-        folder = self._folder(medium)
+        folder = self.folder_of(medium.modality)
         path = folder / medium.path
         if self.confined and not within(path, folder):
             raise DataError(f"{path}: lies outside {folder or Path()}, which --confine_media forbids")
@@ -85,12 +97,8 @@ class MediaFiles:
             found = image_problem(content, in_full, self.limits)
         else:
             found = video_problem(content, self.num_frames, in_full, self.limits)
-        forgotten = found and self._folder(medium) == Path() and not content.is_absolute() and not content.exists()
+        forgotten = found and self.folder_of(medium.modality) == Path() and not content.is_absolute() and not content.exists()
         return f"{found} ({NO_FOLDER.format(medium.modality)})" if forgotten else found
-
-    def _folder(self, medium: Medium) -> Path:
-        """What its path is relative to."""
-        return self.image_folder if medium.modality == "image" else self.video_folder
 
     def _content(self, medium: Medium) -> Path | Embedded:
         """Where a medium lies, or the content of an image that its record holds. Raises DataError: see `file_of`."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Generic, TypeVar
 
@@ -10,11 +12,55 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
+from moellava.log import get_logger
+
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 CHUNK = 64
 """Items that a worker looks at before it passes on what it has found."""
+
+WORTH_A_WORKER = 2000
+"""Items for which it pays to start a process more."""
+
+SECONDS = 10.0
+"""Between two messages about how far it has come."""
+
+
+def gathered(finding: Found) -> list[Found]:
+    """What each process that trains with this one has found, in the order of their ranks. Collective."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [finding]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, finding)
+    return found
+
+
+def share(count: int) -> tuple[int, int, int]:
+    """This process's even share of so many items, as the arguments of `range`."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, count, 1
+    return dist.get_rank(), count, dist.get_world_size()
+
+
+def workers_for(count: int, least: int = 0) -> int:
+    """Processes that look at so many items: as many as there are cores for each process of the run, where it pays."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    worth = min(own, count // WORTH_A_WORKER)
+    return max(worth if worth > 1 else 0, least)
+
+
+def told(items: Iterable[Item], count: int, what: str) -> Iterator[Item]:
+    """Items as they come, and now and then a message how many of `count` there were, where it takes long."""
+    began = last = time.monotonic()
+    for number, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last > SECONDS and number < count:
+            left = (now - began) / number * (count - number)
+            get_logger(__name__).info("%s: %d %% of them, about %.0f s left", what, 100 * number // count, left)
+            last = now
 
 
 def shared(items: Sequence[Item], look: Callable[[Sequence[Item]], list[Found]]) -> list[Found]:
@@ -38,22 +84,26 @@ def shared(items: Sequence[Item], look: Callable[[Sequence[Item]], list[Found]])
     return found
 
 
-def mapped(look: Callable[[Item], Found], items: Sequence[Item], workers: int = 0) -> list[Found]:
+def mapped(
+    look: Callable[[Item], Found], items: Sequence[Item], workers: int = 0, what: str = "", chunk: int = CHUNK
+) -> list[Found]:
     """What `look` finds in each item, in their order.
 
     Args:
         look: item -> finding; findings can be pickled.
         items: an indexable sequence.
         workers: processes that look; 0: this one does.
+        what: is looked at, for messages where it takes long.
+        chunk: items that a worker looks at before it passes on what it has found.
     """
     loader = DataLoader(
         _Looking(look, items),
-        batch_size=CHUNK,
+        batch_size=chunk,
         num_workers=workers,
         collate_fn=list,
         generator=torch.Generator(),  # its own, so that looking draws no random number of the run's
     )
-    return list(chain.from_iterable(loader))
+    return list(chain.from_iterable(told(loader, len(loader), what or "Looking")))
 
 
 class _Looking(Dataset, Generic[Item, Found]):

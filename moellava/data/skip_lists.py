@@ -95,6 +95,11 @@ class SkipList:
             )
         return False
 
+    def numbers_in(self, file: str) -> set[int]:
+        """Numbers of records that it may mean in a file: those that `holds` is worth asking about."""
+        name = Path(file).name
+        return {number for place, number in self._by_place if place == name}
+
     def require_used(self) -> None:
         """Raises DataError where the list names records, and none of them is in the files that were read."""
         if self.keys and len(self._unmet) == len(set(self.keys)):

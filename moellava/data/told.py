@@ -127,6 +127,8 @@ def told(value: Any, speakers: Speakers) -> Told | None:
     rows = _rows(value)
     if rows is None:
         return None
+    if (plain := _as_they_stand(rows, speakers)) is not None:
+        return Told(plain)
     ignored: set[str] = set()
     turns = [turn for number, row in enumerate(rows) for turn in _turns(row, number, speakers, ignored)]
     system, turns = _system_of(turns)
@@ -135,6 +137,17 @@ def told(value: Any, speakers: Speakers) -> Told | None:
     return Told(
         [_as_llava(turn) for turn in merged], system, _media_of(shown), ignored, bool(rows) and all(map(_is_pair, rows))
     )
+
+
+def _as_they_stand(rows: list[Any], speakers: Speakers) -> list[dict[str, Any]] | None:
+    """Turns that are LLaVA's already, nothing beside them; None for any other. Most records are of this form, and to
+    look up what each key and name means would be half the work of reading them."""
+    for row in rows:
+        if type(row) is not dict or len(row) != 2 or row.get("from") not in ROLES or type(row.get("value")) is not str:
+            return None
+    if any(speakers[name] != name for name in {row["from"] for row in rows}):
+        return None
+    return [{"from": row["from"], "value": row["value"]} for row in rows]
 
 
 def _rows(value: Any) -> list[Any] | None:

@@ -11,10 +11,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from moellava.data.embedded import is_embedded
+import numpy as np
+
+from moellava.data.findings import KEY, findings
 from moellava.data.media import CHECKING_THREADS, MediaFiles
-from moellava.data.records import Records, media_of
+from moellava.data.records import Medium, Records
 from moellava.data.scan import shared
+from moellava.data.shown import Shown, states_of
 from moellava.files import MODEL_FILES, file_digest, read_json
 from moellava.model.manifest import Manifest
 
@@ -78,6 +81,12 @@ ENDS = 4096
 would take hours, and a file's head is read anyway when it is checked."""
 
 
+UNREADABLE = b"unreadable"
+
+ENDS_ROW = np.dtype([(KEY, "<u8"), ("ends", "S96")])
+"""What `ends_digest` has found."""
+
+
 def run_identity(stage: str, groups: Sequence[Any], processes: int) -> dict[str, Any]:
     """What flags say of a run, by name, without those in `WITHOUT_EFFECT`.
 
@@ -139,9 +148,24 @@ def is_model_file(path: Path) -> bool:
 
 def media_content(records: Records, files: MediaFiles) -> str:
     """The content of all images and videos that lie in files, each once, by its size and its ends."""
-    media = dict.fromkeys(medium for record in records for medium in media_of(record) if not is_embedded(medium.path))
-    paths = [files.file_of(medium) for medium in media]
-    return f"{len(paths)} files, {combined(shared(paths, lambda share: threaded(ends_digest, share)))}"
+    shown = Shown(records)
+    media = list(shown.files())
+    digests = shared(media, lambda part: ends_of(part, files))
+    return f"{len(media)} files, {combined(digests)}"
+
+
+def ends_of(media: Sequence[Medium], files: MediaFiles) -> list[str]:
+    """The `ends_digest` of files, which is found out again where the state of a file has changed (see `states_of`)."""
+    kept = findings("ends", list, ENDS_ROW, len(media))
+    states = states_of(media, files)
+    counts, rows = kept.known(states)
+    found = dict(zip(states[counts > 0].tolist(), rows["ends"].tolist(), strict=True))
+    new = [place for place, count in enumerate(counts) if not count]
+    digests = threaded(ends_digest, [files.file_of(media[place]) for place in new])
+    fresh = {int(states[place]): digest.encode() for place, digest in zip(new, digests, strict=True)}
+    kept.add(np.array([row for row in fresh.items() if row[0] and row[1] != UNREADABLE], ENDS_ROW))
+    anew = iter(digests)
+    return [found[int(state)].decode() if count else next(anew) for state, count in zip(states, counts, strict=True)]
 
 
 def ends_digest(path: Path) -> str:
@@ -152,7 +176,7 @@ def ends_digest(path: Path) -> str:
             file.seek(max(size - ENDS, 0))
             return f"{size} {hashlib.sha256(head + file.read(ENDS)).hexdigest()}"
     except (OSError, ValueError):
-        return "unreadable"
+        return UNREADABLE.decode()
 
 
 def threaded(look: Any, items: Sequence[Any]) -> list[Any]:

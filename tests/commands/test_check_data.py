@@ -53,6 +53,27 @@ def test_the_skip_list_makes_the_rest_trainable(files, image_tree, tmp_path, cap
     assert "4 skip listed" in capsys.readouterr().out
 
 
+def test_quick_decodes_nothing(data_file, make_record, image_tree, tmp_path, capsys):
+    (tmp_path / "hole.png").write_bytes(hole := (image_tree / "a.png").read_bytes())
+    (tmp_path / "hole.png").write_bytes(hole[:60] + bytes(8) + hole[68:])
+    shutil.copy(image_tree / "cut.jpg", tmp_path)
+    rows = [make_record(n, "<image>\nq", "a", image=name) for n, name in enumerate(["hole.png", "cut.jpg"])]
+    asked = ["check-data", str(data_file(rows)), "--image-folder", str(tmp_path)]
+    for flags, problems in ((["--quick"], 1), ([], 2)):
+        assert main([*asked, *flags]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1] == f"{problems} problems" and "Record 1 of" in lines[problems - 1]
+
+
+def test_workers_find_what_one_process_finds(files, image_tree, capsys, monkeypatch):
+    monkeypatch.setattr("moellava.data.check.FILES", 1)
+    reports = []
+    for workers in (["--workers", "2"], []):
+        assert main(["check-data", *files, "--image-folder", str(image_tree), *workers]) == 1
+        reports.append(capsys.readouterr().out)
+    assert reports[0] == reports[1] and "Record cut" in reports[0]
+
+
 def test_findings_as_json(files, image_tree, capsys):
     main(["check-data", *files, "--image-folder", str(image_tree), "--json"])
     found = json.loads(capsys.readouterr().out)

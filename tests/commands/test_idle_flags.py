@@ -19,7 +19,7 @@ ACTS: dict[str, str] = {
     "serve": "model-path version device served-model-name host port api-key api-only batch-size max-requests "
     "max-new-tokens max-body-mb max-images max-image-pixels max-image-side max-aspect-ratio allow-domain",
     "check-data": "data image-folder video-folder num-frames max-image-pixels max-image-side max-aspect-ratio "
-    "tokenizer skip-list known user_key assistant_key confine_media json",
+    "tokenizer skip-list known quick workers user_key assistant_key confine_media json",
     "inspect": "model-path tokenizer version conversation json",
     "convert-data": "data output image-folder skip-list user_key assistant_key",
     "verify": "dir files",

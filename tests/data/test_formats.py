@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
+import re
+import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,14 +165,61 @@ def test_random_shares_are_of_their_seed(tmp_path):
     assert half != other and len(set(other)) == 5
 
 
+def ids_of(tmp_path, text: str) -> Counter[str]:
+    return Counter(row["id"][0] for row in load_records(mixture(tmp_path, text)))
+
+
+@pytest.mark.parametrize(
+    ("head", "of_a", "of_b", "expected"),
+    [
+        ("", "epochs: 2", "epochs: 1", (20, 3)),
+        ("", "epochs: 0.5", "", (5, 3)),
+        ("", "epochs: 2.25", "epochs: 3", (22, 9)),  # 22.5, to the even one
+        ("", "weight: 1", "weight: 1", (6, 6)),  # 13 records, 6.5 of each
+        ("", "weight: 3", "weight: 10", (3, 10)),
+        ("", "weight: 1, sampling_strategy: first:3", "weight: 1", (3, 3)),
+        ("temperature: 1\n", "", "", (10, 3)),
+        ("temperature: 2\n", "", "", (8, 5)),  # 3.16 to 1.73
+        ("temperature: 1000\n", "", "", (7, 6)),
+    ],
+)
+def test_how_often_records_come(head, of_a, of_b, expected, tmp_path):
+    text = f"{head}datasets:\n  - {{json_path: a.json, {of_a}}}\n  - {{json_path: b.json, {of_b}}}\n"
+    counts = ids_of(tmp_path, text)
+    assert (counts["a"], counts["b"]) == expected
+    each = Counter(row["id"] for row in load_records(mixture(tmp_path, text)))
+    for name, count in (("a", 10), ("b", 3)):
+        times = [each[f"{name}{number}"] for number in range(count)]
+        assert max(times) - min(times) <= 1
+
+
+def test_patterns_name_files_in_order(tmp_path, monkeypatch):
+    path = mixture(tmp_path, "datasets: [{json_path: '[ab].json', sampling_strategy: 'end:4'}]")
+    assert [row["id"] for row in load_records(path)] == ["a9", "b0", "b1", "b2"]
+    monkeypatch.chdir(tmp_path)
+    records = load_records("?.json")
+    assert len(records) == 13 and records.name(12) == "Record b2 of b.json" and records.key(10).startswith("b.json:0:")
+    with pytest.raises(DataError, match=r"none\*.json: no data file fits this pattern"):
+        load_records(["?.json", "none*.json"])
+    Path("odd[1].json").write_text(json.dumps([record("odd", "q", "a")]))
+    assert [row["id"] for row in load_records("odd[1].json")] == ["odd"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", 'no list "datasets"'),
+        ("temperature: 0\ndatasets: [{json_path: a.json}]", "temperature is a number above 0, not 0"),
+        ("datasets: [{json_path: a.json, epochs: x}]", "epochs is a number above 0, not 'x'"),
+        ("datasets: [{json_path: a.json, weight: .inf}]", "weight is a number above 0"),
+        ("datasets: [{json_path: a.json, epochs: 1, weight: 1}]", "has weight and epochs, and each says how much"),
+        ("temperature: 2\ndatasets: [{json_path: a.json, epochs: 1}]", "has temperature and epochs"),
+        ("datasets: [{json_path: a.json, weight: 1}, {json_path: b.json}]", "b.json has no weight"),
+        ("datasets: [{json_path: 'c*.json'}]", "no data file fits this pattern"),
         ("datasets: []", 'no list "datasets"'),
         ("datasets: [a.json]", 'has no "json_path"'),
         ("datasets: [{json_path: a.json, sampling_strategy: 'half'}]", "sampling_strategy 'half'; known are"),
-        ("datasets: [{json_path: a.json, weight: 2}]", "has 'weight', which would not act"),
+        ("datasets: [{json_path: a.json, share: 2}]", "has 'share', which would not act"),
         ("datasets: [{json_path: a.json}]\nname: x", "has 'name', which would not act"),
         ("datasets: [{json_path: mix.yaml}]", "no other mixture"),
         ("datasets: [{json_path: gone.json}]", "gone.json: no such data file"),
@@ -189,6 +240,52 @@ def test_the_same_record_of_a_mixture_and_of_its_file_has_the_same_key(tmp_path,
     path = mixture(tmp_path, "datasets: [{json_path: a.json}]")
     monkeypatch.chdir(tmp_path)
     assert load_records(path).key(4) == load_records("a.json").key(4)
+
+
+def shard(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def as_bytes(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.tar", "w"), ("a.tar.gz", "w:gz"), ("other", "w")])
+def test_shards_of_web_datasets(name, mode, tmp_path, image_tree):
+    picture = (image_tree / "a.png").read_bytes()
+    files = {
+        "train/0001.json": as_bytes(record(7, "<image>\nq", "ü", image="ignored.png")),
+        "train/0001.png": picture,
+        "train/0002.txt": b" A cat.\n",
+        "train/0002.jpg": picture,
+        "0003.json": as_bytes(record("x", "<image><image>", "b")),
+        "0003.0.png": picture,
+        "0003.1.PNG": picture,
+        "0003.cls": b"4",
+    }
+    records = load_records(shard(tmp_path / name, files, mode))
+    assert [row["id"] for row in records] == [7, "train/0002", "x"]
+    assert records[1]["conversations"] == record("x", "<image>", "A cat.")["conversations"]
+    for row in records:
+        assert [MediaFiles().read(medium).size for medium in media_of(row)] == [(64, 40)] * len(row["image"])
+    assert len(records[2]["image"]) == 2 and any("'cls' in 1 records" in notice for notice in records.notices)
+
+
+def test_a_shard_that_is_wrong_says_what(tmp_path):
+    files = {"1.json": b"{", "2.json": b"[1]", "3.bin": b"\xff\xfe", "4.json": as_bytes(record("good", "q", "a"))}
+    records, problems = read_records(shard(tmp_path / "a.tar", files))
+    assert [row["id"] for row in records] == ["good"]
+    said = ["Record 0 .*is not valid JSON .1.json", "Record 1 .*no JSON object .2.json", 'Record 3 .*has "bin", which']
+    for problem, words in zip(problems, said, strict=True):
+        assert re.search(words, problem.text), problem.text
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1400])
+    with pytest.raises(DataError, match="cut.tar"):
+        load_records(tmp_path / "cut.tar")
 
 
 BAD: list[tuple[str, bytes, str]] = [

@@ -188,9 +188,10 @@ def test_the_tables_know_no_key_twice():
 
 def test_tags_in_a_record_without_media_are_text_and_told(data_file):
     rows = [record(1, "How do I use the <video> tag, or <image>?", "Like <video>."), record(2, "q", "<image>")]
-    records, problems = read_records(data_file(rows))
+    path = data_file(rows)
+    records, problems = read_records(path)
     assert not problems and media_of(records[0]) == [] and list(records) == rows
-    assert records.notices == [f"{records.files[0]}: tags of images or videos are text in 1 records, which have none"]
+    assert records.notices == [f"{path}: tags of images or videos are text in 1 records, which have none"]
 
 
 @pytest.mark.parametrize("url", ["https://x.org/a.png", "s3://bucket/a.png", "http://x/a.png"])

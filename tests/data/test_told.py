@@ -13,7 +13,7 @@ from moellava.data.encoder import CountedImages, Encoder
 from moellava.data.records import load_records, media_of
 from moellava.data.render import TemplateRenderer
 from moellava.data.render.chat import ChatRenderer, parts_of_text
-from moellava.data.told import tagged
+from moellava.data.told import Speakers, tagged, told
 from moellava.data.view import trained_texts
 from moellava.errors import DataError
 from tests.attacks.records import IN_PARTS
@@ -272,3 +272,29 @@ def test_a_system_prompt_acts_in_a_composed_model_or_is_refused(tokenizers, data
 def test_a_record_of_json_in_a_text(data_file):
     row = load_records(data_file([{"conversations": json.dumps(llava("<image>", "a")), "image": "a.png"}]))[0]
     assert len(media_of(row)) == 1
+
+
+def test_turns_as_they_stand_are_read_as_all_others_are(monkeypatch):
+    words = st.sampled_from(["human", "gpt", "user", "system", "", "tool"])
+    rows = st.lists(
+        st.dictionaries(st.sampled_from(["from", "value", "loss", "role"]), words | st.text(max_size=3) | st.none())
+        | st.fixed_dictionaries({"value": st.text(max_size=3), "from": st.sampled_from(["human", "gpt"])}),
+        max_size=4,
+    )
+
+    @given(rows, st.sampled_from([("human", "gpt"), ("gpt", "human"), ("user", "human")]))
+    def both(rows, roles):
+        assert outcome(rows, roles) == outcome(rows, roles, monkeypatch)
+
+    def outcome(rows, roles, patch=None):
+        speakers = Speakers(roles)
+        with monkeypatch.context() as patched:
+            if patch:
+                patched.setattr("moellava.data.told._as_they_stand", lambda *_: None)
+            try:
+                found = told(rows, speakers)
+                return found, [list(turn) for turn in found.turns], speakers.seen
+            except DataError as error:
+                return str(error)
+
+    both()

@@ -1,0 +1,126 @@
+"""Which index a data file has: one that is kept under its content, or, of a small file, one that is made anew."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moellava.constants import ROLES
+from moellava.data.cache import cache_folder, kept
+from moellava.data.formats import rows_of
+from moellava.data.index import FileIndex, index_in_memory, open_index, save_index
+from moellava.data.record_reader import RecordReader
+from moellava.data.record_rows import rows_for
+from moellava.errors import DataError
+from moellava.files import file_digest, read_json, write_json
+from moellava.log import get_logger
+
+KEPT_FROM = 2**20
+"""Bytes of a data file from which its index is kept; to read a smaller one costs no more than to look for its index."""
+
+SETTLED = 2.0
+"""Seconds after which a file that changes would have another time of change, on any file system."""
+
+INDEXES, DIGESTS = "indexes", "digests"
+"""Folders of the cache: indexes by content, and the contents of files by their size and time of change."""
+
+logger = get_logger(__name__)
+
+
+def index_of(path: str | Path, roles: tuple[str, str] = ROLES) -> FileIndex:
+    """The index of a data file or folder; `facts` hold what is wrong with the whole of it.
+
+    Args:
+        path: of any format (see `formats.py`).
+        roles: what it calls the human and the model, beside the usual names.
+
+    Raises:
+        UserError: a package that its format needs is not installed.
+    """
+    files = files_of(Path(path))
+    if sum(size for _, size, _ in files) >= KEPT_FROM and (folder := cache_folder()) is not None:
+        name = f"{INDEXES}/{_name_of(Path(path), files, roles, folder)}"
+        try:
+            return open_index(kept(folder, name, lambda entry: _save(entry, path, roles), f"reading {path}"))
+        except _BrokenFileError:  # what is wrong with it may be mended, and its index is not kept
+            pass
+    return index_in_memory(*_read(path, roles))
+
+
+class _BrokenFileError(Exception):
+    """A data file that cannot be read to its end."""
+
+
+def _save(entry: Path, path: str | Path, roles: tuple[str, str]) -> None:
+    logger.info("Reading %s: its index is kept in %s", path, entry.parent)
+    began = time.monotonic()
+    rows, facts = _read(path, roles)
+    save_index(entry, rows, facts)
+    if facts["problems"]:
+        raise _BrokenFileError
+    logger.info("Read %s in %.0f s", path, time.monotonic() - began)
+
+
+def _read(path: str | Path, roles: tuple[str, str]) -> tuple[Iterator[Any], dict[str, Any]]:
+    """The rows of a file, and its facts, which are complete when the last row has been asked for."""
+    facts: dict[str, Any] = {"problems": [], "ignored": {}, "seen": []}
+
+    def rows() -> Iterator[Any]:
+        reader = RecordReader(roles)
+        try:
+            yield from rows_for(rows_of(path), reader)
+        except DataError as error:
+            facts["problems"] = error.problems
+        facts["ignored"] = reader.ignored
+        facts["seen"] = sorted(reader.speakers.seen)
+
+    return rows(), facts
+
+
+def files_of(path: Path) -> list[tuple[str, int, int]]:
+    """(name, size in bytes, time of change in ns) of a data file, or of the files in a folder; none where there are
+    none that can be read."""
+    try:
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
+        states = [(file, os.stat(file)) for file in found]
+    except (OSError, ValueError):  # whoever reads it says why
+        return []
+    return [(str(file), state.st_size, state.st_mtime_ns) for file, state in states if file.is_file()]
+
+
+def _name_of(path: Path, files: list[tuple[str, int, int]], roles: tuple[str, str], folder: Path) -> str:
+    """What decides over an index: what the files hold, how they are called, and the code that reads them."""
+    digests = [_digest(folder, *file) for file in files]
+    # A file's endings may decide over its format.
+    parts = [roles, path.suffixes, [Path(name).name for name, _, _ in files] if path.is_dir() else "", digests]
+    return _sha256([code_digest(), *parts])
+
+
+def _digest(folder: Path, name: str, size: int, changed: int) -> str:
+    """SHA-256 of a file, which is read again only when its size or its time of change is another."""
+    state = [os.path.realpath(name), size, changed]
+    memory = folder / DIGESTS / f"{_sha256(state)}.json"
+    if memory.is_file():
+        return str(read_json(memory))
+    digest = file_digest(name)
+    if time.time() - changed / 1e9 > SETTLED:
+        memory.parent.mkdir(exist_ok=True)
+        write_json(memory, digest)
+    return digest
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of the code that looks at data: another version of it looks anew."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return _sha256([[source.name, source.read_text(encoding="utf-8")] for source in sources])
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40]

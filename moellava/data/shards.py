@@ -1,0 +1,81 @@
+"""WebDataset shards: tar files in which the files of one name, side by side, are a record.
+
+000017.json   {"conversations": …}          a record, or
+000017.txt    A cat.                        what is said of the image
+000017.jpg                                  its image; several: 000017.0.jpg, 000017.1.jpg
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from moellava.constants import DEFAULT_IMAGE_TOKEN, ROLES
+from moellava.data.embedded import data_uri
+from moellava.data.json_lists import Broken, parsed
+from moellava.data.record_keys import brief
+from moellava.errors import DataError
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+CAPTIONS = ("txt", "caption")
+
+MAGIC, MAGIC_PLACE = b"ustar", 257
+"""What stands where in a tar file."""
+
+
+def is_shard(path: Path, head: bytes) -> bool:
+    """Whether a file is a tar file, also a packed one."""
+    named = path.suffix in (".tar", ".tgz") or path.suffixes[-2:-1] == [".tar"]
+    return named or head[MAGIC_PLACE : MAGIC_PLACE + len(MAGIC)] == MAGIC
+
+
+def shard_rows(path: Path) -> Iterator[Any]:
+    """The records of a shard; images in it become data URIs. Raises DataError if it cannot be read to its end."""
+    try:
+        with tarfile.open(path, "r|*") as tar:
+            for key, files in groupby(_files(tar), lambda file: file[0]):
+                yield _record(key, [(ending, content) for _, ending, content in files])
+    except tarfile.TarError as error:
+        raise DataError(f"{path} is no tar file that can be read: {error}") from error
+
+
+def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
+    """(name up to its first dot, last ending, content) of each file, in order."""
+    for member in tar:
+        folder, _, name = member.name.rpartition("/")
+        if member.isfile() and not name.startswith("."):
+            file = tar.extractfile(member)
+            stem, _, endings = name.partition(".")
+            yield f"{folder}/{stem}".lstrip("/"), endings.lower().rpartition(".")[2], file.read() if file else b""
+
+
+def _record(key: str, files: list[tuple[str, bytes]]) -> Any:
+    """A record of its files. What has another ending is a key of that name."""
+    record: dict[str, Any] = {"id": key}
+    images = [data_uri(content) for ending, content in files if ending in IMAGES]
+    for ending, content in files:
+        if ending in IMAGES:
+            continue
+        try:
+            text = content.decode("utf-8-sig")
+            value = parsed(text) if ending == "json" else text
+        except UnicodeDecodeError:
+            record[ending] = data_uri(content)
+            continue
+        except ValueError as error:
+            return Broken(f"is not valid JSON ({key}.json): {error}", text)
+        if ending == "json":
+            if not isinstance(value, dict):
+                return Broken(f"is no JSON object ({key}.json): {brief(value)}", text)
+            record |= value
+        elif ending in CAPTIONS:
+            said = (DEFAULT_IMAGE_TOKEN * len(images), text.strip())
+            record["conversations"] = [{"from": role, "value": words} for role, words in zip(ROLES, said, strict=True)]
+        else:
+            record[ending] = text
+    if images:
+        record["image"] = images  # in place of the names that they had
+    return record
