@@ -26,6 +26,7 @@ COMMANDS = {
     "merge-lora": ("moellava.commands.merge_lora", "base folder + adapter -> merged folder, logits compared"),
     "models": ("moellava.commands.models", "families and released models that are known"),
     "eval": ("moellava.commands.eval", "score a model on a benchmark"),
+    "routing": ("moellava.commands.routing", "which expert each token goes to: numbers, pictures, a page"),
 }
 """name -> (module with `main(argv: list[str]) -> int`, one-line help)."""
 

@@ -25,7 +25,7 @@ FLOORS = [
     {"model"},
     {"lmm"},
     {"vlm"},
-    {"serve", "adapters"},
+    {"serve", "adapters", "vis"},
     {"convert"},
     {"doctor"},
     {"train"},

@@ -28,6 +28,8 @@ ACTS: dict[str, str] = {
     "merge-lora": "model-path adapter output-dir trust_remote_code",
     "models": "markdown",
     "eval": "model-path benchmark shuffle-images limit batch-size output",
+    "routing": "model-path data output image-folder video-folder limit pictures batch-size max-length num-frames "
+    "version max-image-pixels max-image-side max-aspect-ratio user_key assistant_key confine_media",
 }
 """Command -> flags that are always read. Those of `MoESpec` are judged in tests/train/test_reconcile.py."""
 
