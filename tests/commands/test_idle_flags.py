@@ -30,6 +30,7 @@ ACTS: dict[str, str] = {
     "eval": "model-path benchmark shuffle-images limit batch-size output",
     "routing": "model-path data output image-folder video-folder limit pictures batch-size max-length num-frames "
     "version max-image-pixels max-image-side max-aspect-ratio user_key assistant_key confine_media",
+    "report": "run output",
 }
 """Command -> flags that are always read. Those of `MoESpec` are judged in tests/train/test_reconcile.py."""
 
