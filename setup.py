@@ -17,8 +17,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["moellava", "moellava.*"]),
-    # What the code reads that is no code: settings of DeepSpeed, tables, the demo's base models.
-    package_data={"moellava": ["py.typed", "**/*.json", "**/*.safetensors"]},
+    # What the code reads that is no code: settings of DeepSpeed, tables, the demo's base models, pages.
+    package_data={"moellava": ["py.typed", "**/*.json", "**/*.safetensors", "**/*.css", "**/*.js"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.18",
@@ -45,7 +45,8 @@ setup(
         "vision": ["torchvision"],
         "smolvlm": ["num2words", "transformers>=5.23"],
         "serve": ["gradio>=6.31", "fastapi", "uvicorn", "httpx"],
-        "demo": ["easy-vqa"],
+        "vis": ["matplotlib>=3.8", "pyarrow"],
+        "demo": ["easy-vqa", "matplotlib>=3.8", "pyarrow"],
         "test": [
             "pytest",
             "pytest-timeout",
@@ -55,6 +56,7 @@ setup(
             "av>=15",
             "datasets>=4",
             "pyarrow",
+            "matplotlib>=3.8",
             "pyyaml",
             "bitsandbytes>=0.48",
             "gradio>=6.31",

@@ -33,6 +33,8 @@ COMMANDS = {
     "models": ("moellava.commands.models", "families and released models that are known"),
     "compare": ("moellava.commands.compare", "was the MoE worth it? stage 3 and dense controls, scored alike"),
     "eval": ("moellava.commands.eval", "score a model on a benchmark"),
+    "routing": ("moellava.commands.routing", "which expert each token goes to: numbers, pictures, a page"),
+    "report": ("moellava.commands.report", "a run of train.py as one page and a few pictures"),
 }
 """name -> (module with `main(argv: list[str]) -> int`, one-line help)."""
 

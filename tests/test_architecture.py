@@ -26,7 +26,7 @@ FLOORS = [
     {"lmm"},
     {"vlm"},
     {"batches"},
-    {"serve", "adapters"},
+    {"serve", "adapters", "vis"},
     {"convert"},
     {"doctor"},
     {"train"},

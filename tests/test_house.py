@@ -47,11 +47,12 @@ OWN_LAYOUT = "which LLaVA's layout does not hold"
 
 LOOK = ("check-data", "inspect", "verify")
 ASK = ("chat", "eval", "answer", "serve")
-COMMANDS = ("train", *LOOK, *ASK, "upcycle", "prune", "merge-lora", "export", "export to llava")
+COMMANDS = ("train", *LOOK, *ASK, "routing", "upcycle", "prune", "merge-lora", "export", "export to llava")
 
 REFUSED: dict[str, dict[str, str]] = {
     "upcycle": dict.fromkeys(SPARSE, SPARSE_ALREADY),
     "prune": dict.fromkeys([name for name in FOLDERS if name not in SPARSE], "it has no experts that could go"),
+    "routing": dict.fromkeys([name for name in FOLDERS if name not in SPARSE], "is dense"),
     "verify": dict.fromkeys([name for name in FOLDERS if not name.startswith("published")], NO_GOLDEN),
     "export": {"published MoE": "drops tokens"},
     "export to llava": dict.fromkeys(RELEASED, OWN_LAYOUT),
@@ -137,6 +138,7 @@ def run_command(folder_of, trained, data, pictures, tmp_path, capsys) -> Callabl
             "inspect": [str(data), *model, *images],
             "chat": [*model, "--image-file", str(picture), "--question", QUESTION, "--max-new-tokens", "2"],
             "eval": [*model, "--limit", "2", "--batch-size", "2"],
+            "routing": [*model, "--data", str(data), *images, "--output", str(tmp_path / "out")],
             "upcycle": [*model, *out, "--num_experts", "2", "--moe_mode", "sparse"],
             "prune": [*model, *out, "--data", str(data), *images, "--keep", "2"],
             "merge-lora": [*model, *out, "--adapter", str(trained(name) / "adapter")],

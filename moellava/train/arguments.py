@@ -185,6 +185,7 @@ class RunArguments(AdapterArguments):
     model_max_length: int = _flag("Longest sample in tokens, image patches counted.", 512)
     group_by_modality_length: bool = _flag("Batches of one modality and similar lengths.", False)
     eval_samples: int = _flag("Records of --eval_data_path that are answered, and logged, at each evaluation.", 0)
+    report_html: bool = _flag("Write a page and pictures of the run at its end (`moellava report`).", False)
     mm_projector_lr: float | None = _flag("Learning rate of the projector; unset: --learning_rate.")
     skip_dry_save: bool = _flag("Do not write and reopen a complete folder before step 0.", False)
     logging_steps: float = _flag("Optimizer steps between two log lines.", 1)

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from moellava.moe.spec import given_options
+from moellava.vis.needed import missing
 
 
 class Flags(NamedTuple):
@@ -132,6 +133,10 @@ CONFLICTS: list[Rule] = [
     (
         lambda f: f.training.eval_samples > 0 and f.training.eval_strategy == "no",
         "--eval_samples {training.eval_samples} needs --eval_strategy steps or epoch, and --eval_data_path.",
+    ),
+    (
+        lambda f: f.training.report_html and missing(),
+        "--report_html True needs matplotlib and pyarrow: pip install 'moellava[vis]', or leave the flag out.",
     ),
     (
         lambda f: f.training.eval_strategy != "no" and not f.data.eval_data_path,

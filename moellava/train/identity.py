@@ -34,7 +34,7 @@ WITHOUT_EFFECT: dict[str, str] = {
             *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter"),
             *("include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "report_to"),
             *("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-            "skip_memory_metrics",
+            *("skip_memory_metrics", "report_html"),
         ),
         _LOGGED,
     ),

@@ -9,7 +9,6 @@ run's sums until then: elapsed (seconds), training (seconds without evaluations 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import time
@@ -23,65 +22,20 @@ from transformers import TrainerCallback
 from moellava.files import written
 from moellava.log import get_logger
 from moellava.train.progress import Clock
+from moellava.vis.run_files import RUN_LOG, nested, read_lines
 
 logger = get_logger(__name__)
 
-RUN_LOG = "run_log.jsonl"
 TEXT_LOG = "run.log"
 """The same in words, with all that was said beside it."""
-
-DIGITS = 5
-"""Significant digits of a number in the log."""
 
 PACKAGES = ("moellava", "torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft")
 """Whose versions a run's log tells, where they are installed."""
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; what a kill has left of half a line is dropped. Empty where there is no such file."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
-
-
 def is_kept(line: Mapping[str, Any], step: int) -> bool:
     """Whether a line stays in the log of a run that goes on behind a step; none does where it starts anew."""
     return 0 < step >= line.get("step", 0) and line.get("event") != "end"
-
-
-def nested(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """Log keys of the Trainer -> a line: statistics of routers under `layers`, by the layer's index."""
-    line: dict[str, Any] = {}
-    layers: dict[str, dict[str, Any]] = {}
-    for key, value in logs.items():
-        name, _, rest = key.partition("/")
-        if not rest:
-            line[key] = rounded(value)
-            continue
-        index, _, expert = rest.partition("/")
-        layer = layers.setdefault(index.removeprefix("layer_"), {})
-        name = name.removeprefix("expert_").removeprefix("router_")
-        if expert:
-            layer.setdefault(name, []).append(rounded(value))
-        else:
-            layer[name] = rounded(value)
-    return line | ({"layers": layers} if layers else {})
-
-
-def rounded(value: Any) -> Any:
-    """A number with `DIGITS` digits; None for one that JSON cannot hold; anything else as it is."""
-    if isinstance(value, bool | int | str | list | dict) or value is None:
-        return value
-    number = float(value)
-    return float(f"{number:.{DIGITS}g}") if math.isfinite(number) else None
 
 
 def versions() -> dict[str, str]:

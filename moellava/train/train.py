@@ -56,6 +56,7 @@ from moellava.train.samples import SampleAnswers, counts_text, first_sample
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
 from moellava.train.stopping import Stopped
 from moellava.train.trainer import StageTrainer
+from moellava.vis.report import report_of
 from moellava.vlm import VLM
 
 logger = get_logger(__name__)
@@ -135,6 +136,8 @@ def run(trainer: StageTrainer, stage: Stage, resume: Path | None) -> None:
     if is_rank_zero():
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
         mark_finished(output_dir)
+        if trainer.args.report_html:
+            logger.info("Report: %s", report_of(output_dir))
         logger.info("Stage %s is complete: %s", stage.name, output_dir)
     trainer.accelerator.wait_for_everyone()
 

@@ -33,6 +33,9 @@ ACTS: dict[str, str] = {
     "env": "json",
     "demo": "full smoke make-base output-dir processes started",
     "eval": "model-path task shuffle-images limit batch-size max-new-tokens processes output output-dir against",
+    "routing": "model-path data output image-folder video-folder limit pictures batch-size max-length num-frames "
+    "version max-image-pixels max-image-side max-aspect-ratio user_key assistant_key confine_media",
+    "report": "run output",
 }
 """Command -> flags that are always read. Those of `MoESpec` are judged in tests/train/test_reconcile.py."""
 

@@ -12,8 +12,9 @@ from moellava.data.dataset import SupervisedDataset
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
 from moellava.train.progress import Clock
-from moellava.train.run_log import RunLog, nested, read_lines, rounded
+from moellava.train.run_log import RunLog
 from moellava.train.samples import first_sample, prompt_text
+from moellava.vis.run_files import nested, read_lines, rounded
 from tests import tiny
 from tests.processes import train_here
 from tests.train.test_progress import routed
