@@ -43,6 +43,7 @@ from moellava.train.checkpoint import (
 from moellava.train.deepspeed.extensions import extension_root, remove_abandoned_locks
 from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 from moellava.train.folder import StageFolder
+from moellava.train.hub import hub_of
 from moellava.train.identity import folders_of, run_contents, run_identity
 from moellava.train.intact import require_intact
 from moellava.train.lock import locked
@@ -74,6 +75,9 @@ def train(
     with locked(output_dir) if is_rank_zero() else nullcontext():
         identity = run_identity(stage.name, (model_args, data_args, moe_args, args), args.world_size)
         finished = check_folder(output_dir, identity)
+        hub = hub_of(args) if is_rank_zero() else None
+        if hub:
+            hub = hub.prepared()
         if model_args.cache_dir:
             constants.HF_HUB_CACHE = model_args.cache_dir  # where all downloads go that name no folder
         if finished:
@@ -81,6 +85,8 @@ def train(
             logger.info("%s is complete: this run has finished before. Nothing to do.", output_dir)
         else:
             begin(stage, (model_args, data_args, moe_args, args), identity)
+        if hub:  # the other processes wait for --ddp_timeout seconds at the end of the run
+            hub.upload(output_dir)
     return output_dir
 
 

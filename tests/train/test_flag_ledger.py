@@ -59,7 +59,6 @@ def test_what_is_given_is_known_even_where_it_is_the_default():
 
 OTHER_VALUE = {
     "debug": "underflow_overflow",
-    "hub_strategy": "end",
     "train_sampling_strategy": "sequential",
     "eval_accumulation_steps": "2",
 }
@@ -312,6 +311,8 @@ ELSEWHERE = {
     "disable_tqdm": "moellava/train/trainer.py",
     "resume_from_checkpoint": "tests/train",
     "local_rank": "moellava/train/hf_flags.py",
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo"), "tests/train/test_hub.py"),
+    **dict.fromkeys(("hub_revision", "hub_strategy"), "tests/train/test_hub.py"),
 }
 """Flags that tests of their own show, or that a launcher gives."""
 
@@ -342,7 +343,7 @@ def test_hostile_values_of_all_flags_are_named(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_line_says_it_in_lines_without_a_traceback(tmp_path):
-    bad = {"learning_rate": "nan", "save_total_limit": "-1", "push_to_hub": "True"}
+    bad = {"learning_rate": "nan", "save_total_limit": "-1", "hub_always_push": "True"}
     done = run_train({"data_path": "d.json", "output_dir": tmp_path / "o", "model_name_or_path": "m"} | bad)
     assert done.returncode == 2
     assert all(f"--{name} {value}: " in done.stderr for name, value in bad.items())
