@@ -52,6 +52,7 @@ from moellava.train.memory import describe, estimate, zero_stage
 from moellava.train.samples import SampleAnswers
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
 from moellava.train.stopping import Stopped
+from moellava.train.trackers import ExpertHistograms
 from moellava.train.trainer import StageTrainer
 from moellava.vlm import VLM
 
@@ -164,6 +165,7 @@ def make_trainer(
     )
     if assembled.adapter:
         trainer.add_callback(GradientWatch(vlm.model, vlm.parts["vision_tower"], lambda: not trainer.step_labels))
+    trainer.add_callback(ExpertHistograms(trainer.callback_handler.callbacks))
     if args.eval_samples:
         trainer.add_callback(SampleAnswers(trainer, args.eval_samples))
     return trainer

@@ -40,7 +40,10 @@ ADAM = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
 OWN_LOOP = ("galore_", "apollo_", "lomo", "adalomo")
 """Optimizers that want to group parameters, or to step, by themselves: beginnings of their names."""
 
-EXTRAS = {"wandb": "wandb", "tensorboard": "train", "bitsandbytes": "quant", "deepspeed": "train"}
+EXTRAS = {
+    **{name: name for name in ("wandb", "mlflow", "trackio")},
+    **{"tensorboard": "train", "bitsandbytes": "quant", "deepspeed": "train"},
+}
 """Package -> the extra of ours that installs it."""
 
 

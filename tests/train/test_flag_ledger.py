@@ -157,7 +157,6 @@ BUILT: dict[str, tuple[str, str, Callable[[StageTrainer], Any]]] = {
     "full_determinism": ("True", "", lambda t: torch.are_deterministic_algorithms_enabled()),
     "log_level": ("error", "", lambda t: hf_logging.get_verbosity()),
     "output_dir": ("elsewhere", "", lambda t: t._get_output_dir(None)),
-    "neftune_noise_alpha": ("5", "", lambda t: t.neftune_noise_alpha),
     "average_tokens_across_devices": ("False", "", lambda t: t.args.average_tokens_across_devices),
 }
 """Flag -> value, other flags that it needs, and what of a trainer it changes."""
@@ -202,6 +201,11 @@ def test_a_flag_changes_what_is_built(name, build, as_before):
     assert fact(build(f"{needs} --{name} {value}")) != before
 
 
+def test_an_optimizer_of_8_bits_keeps_8_bits(build, as_before):
+    assert build("--optim adamw_8bit").create_optimizer().args.optim_bits == 8
+    assert build("--optim lion_32bit").create_optimizer().args.optim_bits == 32
+
+
 # -- what a run does with them -------------------------------------------------------------------------------------
 
 EVALUATED = "--eval_strategy steps --eval_steps 1"
@@ -233,6 +237,7 @@ RUN: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "num_train_epochs": ("1", "--max_steps -1", logged("loss")),
     "max_grad_norm": ("0.01", "--optim sgd --learning_rate 1", logged("loss")),
     "label_smoothing_factor": ("0.5", "", logged("loss")),
+    "neftune_noise_alpha": ("5", "", logged("loss")),
     "logging_strategy": ("no", "", rows_of),
     "logging_steps": ("2", "", rows_of),
     "logging_first_step": ("True", "--logging_steps 2", rows_of),
