@@ -39,6 +39,8 @@ setup(
     extras_require={
         "train": ["deepspeed>=0.19", "ninja", "tensorboard"],
         "wandb": ["wandb"],
+        "mlflow": ["mlflow"],
+        "trackio": ["trackio"],
         "video": ["av>=15"],
         "data": ["datasets>=4", "pyarrow", "pyyaml"],
         "quant": ["bitsandbytes>=0.48"],

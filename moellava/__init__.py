@@ -3,7 +3,9 @@
 from moellava import train, open_vlm, answer, upcycle        # docs/PYTHON.md
 """
 
+import importlib
 import logging
+import sys
 from typing import TYPE_CHECKING
 
 from moellava.startup import lazily
@@ -22,3 +24,12 @@ __all__ = ["VLM", "MoESpec", "Request", "__version__", "answer", "open_vlm", "tr
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 lazily(__name__)
+
+
+def register_auto_classes() -> None:
+    """Lets transformers' Auto classes and pipelines open sparse folders. See `moellava/auto_classes.py`."""
+    importlib.import_module("moellava.auto_classes").register_auto_classes()
+
+
+if "transformers" in sys.modules:  # else it waits for whoever calls it: importing transformers takes seconds
+    register_auto_classes()

@@ -19,8 +19,12 @@ from typing import Any
 
 from moellava.errors import UserError
 
-MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.tiktoken", "*.txt", "*.jinja")
-"""What is fetched from the hub of a model: weights, configs and tokenizers; code only where that was allowed."""
+PAGE = "README.md"
+"""What tells people, and the hub, what a folder is."""
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.tiktoken", "*.txt", "*.jinja", PAGE)
+"""What is fetched from the hub of a model: weights, configs, tokenizers, and the page, which says the licence; code
+only where that was allowed."""
 
 CODE_FILES = ("*.py",)
 
@@ -238,7 +242,7 @@ def flush_tree(folder: Path) -> None:
 DIGESTS = "digests.json"
 """SHA-256 of every file of a folder that we wrote, so that damage is seen."""
 
-NOT_DIGESTED = {DIGESTS, "README.md"}
+NOT_DIGESTED = {DIGESTS, PAGE}
 """Beside these nothing may be changed without a word."""
 
 

@@ -36,6 +36,7 @@ from moellava.model.extended import extend_in_place
 from moellava.model.features import FeatureCache
 from moellava.model.integrity import check_files, opening
 from moellava.model.manifest import Manifest, read_folder
+from moellava.model.origin import note_origin
 from moellava.model.parts import Keywords, parts_of
 from moellava.model.published import describe_published
 from moellava.model.saving import save_pretrained_folder
@@ -257,10 +258,16 @@ def describe(
     manifest.refuse_exported_code()
     require_plugins(plugins_of(manifest.config), manifest.folder, trust_remote_code)
     with opening(manifest.called):
-        if manifest.is_published:
-            return describe_published(manifest)
-        known = architecture or architecture_of(manifest)
-        return describe_composed(manifest) if known is None else describe_released(manifest, known, trust_remote_code)
+        description = _describe(manifest, trust_remote_code, architecture)
+        note_origin(description.config, manifest)
+        return description
+
+
+def _describe(manifest: Manifest, trust_remote_code: bool, architecture: Architecture | None) -> Description:
+    if manifest.is_published:
+        return describe_published(manifest)
+    known = architecture or architecture_of(manifest)
+    return describe_composed(manifest) if known is None else describe_released(manifest, known, trust_remote_code)
 
 
 def build(description: Description, dtype: torch.dtype, source: str = "this model") -> VLM:

@@ -23,7 +23,9 @@ with importing():
     import torch.distributed as dist
     from accelerate.state import AcceleratorState
     from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    from moellava.auto_classes import ConfigOnDemand
     from moellava.data.tokenizers import load_tokenizer
     from moellava.vlm import VLM
     from tests import processes, tiny
@@ -185,6 +187,14 @@ def tiny_llava() -> Callable:
 def batch() -> dict[str, torch.Tensor]:
     """One for `tiny_llava`."""
     return tiny.batch_for(tiny.tiny_llava())
+
+
+@pytest.fixture
+def plain_transformers(monkeypatch) -> None:
+    """transformers as it is where no moellava is imported: its Auto classes know none of ours."""
+    known = CONFIG_MAPPING._extra_content.items()
+    others = {name: config for name, config in known if not issubclass(config, ConfigOnDemand)}
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", others)
 
 
 @pytest.fixture(autouse=True)

@@ -161,11 +161,11 @@ def merge(
 
 
 def restore_section(vlm: VLM, origin: dict[str, Any]) -> None:
-    """Brings config and processor up to the template, stage and image shape that the adapter's run has used."""
+    """Brings config and processor up to the template, stage, image shape and data that the adapter's run has used."""
     said = section_of(origin)
     if said is not None:
         vlm.settle(said.version, said.image_aspect_ratio)
-        note(vlm.model.config, stage=said.stage)
+        note(vlm.model.config, stage=said.stage, made_of=said.made_of or vlm.section.made_of)
 
 
 def write_compared(vlm: VLM, probes: Probes, output_dir: Path, trust_remote_code: bool = False) -> dict[str, float]:

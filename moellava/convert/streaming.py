@@ -19,12 +19,13 @@ from transformers import PretrainedConfig
 
 from moellava.convert.tensor_files import DTYPES, TensorFiles
 from moellava.errors import UserError
-from moellava.files import staged
+from moellava.files import PAGE, staged
 from moellava.log import get_logger
 from moellava.model.build import class_of, on_meta
 from moellava.model.description import Description
 from moellava.model.extended import as_extended
-from moellava.model.saving import STAGING, folder_page, remove_old_weights
+from moellava.model.page import folder_page, write_page
+from moellava.model.saving import STAGING, remove_old_weights
 from moellava.model.section import note, note_plugins, plugins_of
 from moellava.model.weights import Place, locate, weight_files
 from moellava.moe import MoESpec
@@ -38,7 +39,7 @@ MMAP_THRESHOLD = -3
 """glibc's M_MMAP_THRESHOLD."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".index.json", ".pt", ".pth")
-NOT_COPIED = {"config.json", "README.md"}
+NOT_COPIED = {"config.json", PAGE}
 
 
 def convert_files(source: Path, target: Path, config: PretrainedConfig, spec: MoESpec, shard_bytes: int) -> None:
@@ -64,7 +65,7 @@ def convert_files(source: Path, target: Path, config: PretrainedConfig, spec: Mo
                 shutil.copy2(file, staging / file.name)
         write_plugins(plugins_of(new_config), staging)
         new_config.save_pretrained(staging)
-        (staging / "README.md").write_text(folder_page(new_config), encoding="utf-8")
+        write_page(folder_page(new_config), staging, target)
         names = {file.name for file in staging.iterdir()}
     remove_old_weights(target, names)
 

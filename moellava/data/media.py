@@ -97,7 +97,9 @@ class MediaFiles:
             found = image_problem(content, in_full, self.limits)
         else:
             found = video_problem(content, self.num_frames, in_full, self.limits)
-        forgotten = found and self.folder_of(medium.modality) == Path() and not content.is_absolute() and not content.exists()
+        forgotten = (
+            found and self.folder_of(medium.modality) == Path() and not content.is_absolute() and not content.exists()
+        )
         return f"{found} ({NO_FOLDER.format(medium.modality)})" if forgotten else found
 
     def _content(self, medium: Medium) -> Path | Embedded:

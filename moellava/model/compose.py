@@ -36,6 +36,7 @@ from moellava.model.families import Family, registered_family
 from moellava.model.integrity import opening
 from moellava.model.joined_towers import JoinedTowersConfig
 from moellava.model.manifest import Manifest
+from moellava.model.origin import made_of
 from moellava.model.projectors import ProjectorSpec, parse_projector
 from moellava.model.projectors.layers import initial_weights
 from moellava.model.section import Section, note, section_of
@@ -128,6 +129,7 @@ def describe_parts(llm: Manifest, towers: Sequence[Manifest], options: Compositi
         image_projector_type=options.image_projector_type,
         image_tower=" + ".join(tower.name for tower in towers),
         use_im_start_end=options.use_im_start_end,
+        made_of=made_of([llm, *towers]),
     ).put(config)
 
     def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:

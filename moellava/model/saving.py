@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 from moellava.files import flush, staged
 from moellava.model.extended import extend_in_place, extension_of
-from moellava.model.section import Section, note, plugins_of, section_of
+from moellava.model.page import folder_page, write_page
+from moellava.model.section import note, plugins_of
 from moellava.plugins import write_plugins
 
 STAGING = ".saving-model"
@@ -64,7 +65,7 @@ def save_pretrained_folder(
                 model.generation_config.save_pretrained(staging)
             write_inputs(tokenizer, processor, staging)
             write_plugins(plugins_of(model.config), staging)
-            (staging / "README.md").write_text(folder_page(model.config), encoding="utf-8")
+            write_page(folder_page(model.config), staging, path)
             names = {file.name for file in staging.iterdir()}
     except SafetensorError as error:
         raise OSError(errno.EIO, f"cannot write weights: {error}", str(path)) from error
@@ -143,37 +144,3 @@ def remove_old_weights(folder: Path, names: Collection[str]) -> None:
         if old.name not in names:
             old.unlink(missing_ok=True)
     flush(folder)
-
-
-def folder_page(config: Any) -> str:
-    """The folder's README: what it is, and what opens it."""
-    section = section_of(config) or Section()
-    why = extension_of(config).reasons
-    what = section.architecture or section.family or config.model_type
-    lines = [
-        f"# {section.stage or 'A composed'} model ({what}, template {section.version})",
-        "",
-        "    moellava chat --model-path . --image-file IMAGE",
-        "",
-    ]
-    if section.plugins:
-        lines += [
-            f"It was made with plug-ins, Python that runs with `--plugin` alone: {', '.join(section.plugins)}.",
-            "",
-        ]
-    if why:
-        lines += [
-            f"This folder needs moellava: {'; '.join(why)}. Plain transformers refuses it, by design.",
-            "",
-            "    from moellava.model.builder import load_pretrained_model",
-            '    tokenizer, model, processor, context_len = load_pretrained_model(".")',
-        ]
-    else:
-        lines += [
-            "It opens in plain transformers, without moellava:",
-            "",
-            f"    from transformers import AutoProcessor, {config.architectures[0]}",
-            f'    model = {config.architectures[0]}.from_pretrained(".")',
-            '    processor = AutoProcessor.from_pretrained(".")',
-        ]
-    return "\n".join(lines) + "\n"

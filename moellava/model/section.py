@@ -20,7 +20,7 @@ FORMAT = 2
 
 TYPES: dict[str, type] = {
     **{"use_im_start_end": bool, "image_token_ids": list, "head_bias": bool, "softcap": float},
-    **{"parts": dict, "plugins": list},
+    **{"parts": dict, "plugins": list, "made_of": dict},
 }
 """Field -> type, of those that are no texts."""
 
@@ -46,6 +46,7 @@ class Section:
         parts: of a released model that no entry names, where its parts are; field of `Keywords` -> beginnings of names.
         chat_template: the language model's own, in Jinja, which a stage with another template keeps for the next.
         plugins: names of the plug-ins that it was made with; the folder carries copies of those that are files.
+        made_of: names of the models and data that it was made of. See `origin.py`.
     """
 
     version: str = CHAT_TEMPLATE
@@ -62,6 +63,7 @@ class Section:
     parts: dict[str, list[str]] | None = None
     chat_template: str | None = None
     plugins: list[str] | None = None
+    made_of: dict[str, Any] | None = None
 
     def put(self, config: Any) -> None:
         """Writes the section into a config."""

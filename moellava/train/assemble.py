@@ -16,6 +16,7 @@ from moellava.lmm.loaders import find_model
 from moellava.log import get_logger
 from moellava.model.compose import Composition, describe_parts, version_for
 from moellava.model.manifest import TOWER, Manifest, read_folder
+from moellava.model.origin import note_data
 from moellava.model.projector_start import load_projector
 from moellava.model.section import plugins_of
 from moellava.moe import convert_engine
@@ -76,6 +77,7 @@ def assemble(
     else:
         vlm = composed(manifest, stage, model_args, data_args, dtype)
         refuse_template(vlm, stage, model_args, usual_template(manifest, stage))
+    note_data(vlm.model.config, data_args.data_path)
     choose_attention(vlm.model, model_args.attn_implementation)
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(vlm.model, model_args.pretrain_mm_mlp_adapter)

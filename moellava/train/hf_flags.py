@@ -60,6 +60,7 @@ NAMED_TRACKER: Need = (
     "--report_to wandb, or another tracker that names runs",
 )
 TRACKIO: Need = (lambda f: f.report_to in ("all", "trackio"), "--report_to trackio")
+PUSH: Need = (lambda f: f.push_to_hub, "--push_to_hub True")
 LAUNCHED: Need = (
     lambda f: f.local_rank in (-1, int(os.environ.get("LOCAL_RANK", "0"))),
     "a launcher that sets LOCAL_RANK to the same number; leave it out",
@@ -165,6 +166,13 @@ SERVED: dict[str, Served] = {
     "save_steps": Served(STEPS, whole=True),
     "save_total_limit": Served(COUNT),
     "resume_from_checkpoint": Served(),
+    # the complete folder on the hub; see `hub.py`
+    "push_to_hub": Served(),
+    "hub_model_id": Served(needs=PUSH),
+    "hub_token": Served(needs=PUSH),
+    "hub_private_repo": Served(needs=PUSH),
+    "hub_revision": Served(needs=PUSH),
+    "hub_strategy": Served(needs=PUSH),
     # loading of data
     "dataloader_num_workers": Served(Range(least=0, most=1024)),
     "dataloader_drop_last": Served(),
@@ -204,10 +212,6 @@ class Refused:
     same: tuple[Any, ...] = ()
 
 
-_HUB = Refused(
-    "is not served: a push would take half-written folders and optimizer states along. Upload the finished folder: "
-    "`hf upload REPOSITORY OUTPUT_DIR --exclude 'checkpoint-*'` (`huggingface-cli upload` in older versions)."
-)
 _BEST = Refused(
     "is not served: the last folder is what the next stage takes. Evaluate checkpoints with `moellava eval` "
     "(--save_strategy steps, --save_total_limit N) and pass the best one on."
@@ -217,15 +221,20 @@ _METRICS = Refused(
     "answers."
 )
 _COMPILE = Refused(
-    "is not served: the head runs on the supervised positions alone, whose number changes with each batch, and the "
-    "model would be compiled anew each time. Leave the flag out."
+    "is not served: lengths, images and supervised positions change with each batch, and the model is compiled again "
+    "and again: 10 to 13 graphs in 8 steps, which took 30 times as long, for the same losses. Leave the flag out."
 )
 _LIGER = Refused(
-    "is not served: its kernels take the loss over, and the loss here needs no full logits anyway. Leave the flag out."
+    "is not served: it patches classes by their names, which MoE layers and extended models here have not, and takes "
+    "the loss over, which needs no full logits here. Leave the flag out."
 )
 _FSDP = Refused(
     "is not served: folders are gathered from whole parameters or from DeepSpeed's. Parameters are split with "
     "--deepspeed scripts/zero3.json."
+)
+_CHECKPOINTS = (
+    "is not served: checkpoints hold optimizer states, and stay here. The complete folder is uploaded: --hub_strategy "
+    "end, which is also what happens without the flag."
 )
 _ORDER = Refused("is not served: our sampler deals the samples. --group_by_modality_length True groups by length.")
 _EVAL_PRECISION = Refused(
@@ -234,13 +243,7 @@ _EVAL_PRECISION = Refused(
 _RESUME = Refused("is not served: a run goes on with the same samples in the same order. Leave the flag out.")
 
 REFUSED: dict[str, Refused] = {
-    "push_to_hub": _HUB,
-    "hub_token": _HUB,
-    "hub_private_repo": _HUB,
-    "hub_model_id": _HUB,
-    "hub_strategy": _HUB,
-    "hub_always_push": _HUB,
-    "hub_revision": _HUB,
+    "hub_always_push": Refused("is not served: a run uploads once, when its folder is complete."),
     "load_best_model_at_end": _BEST,
     "metric_for_best_model": _BEST,
     "greater_is_better": _BEST,
@@ -295,9 +298,13 @@ REFUSED_VALUES: dict[tuple[str, str], str] = {
     ("lr_scheduler_type", "reduce_lr_on_plateau"): "is not served: its rate follows evaluations. Choose cosine.",
     ("lr_scheduler_type", "greedy"): "is not served: its rate follows evaluations. Choose cosine.",
     ("save_strategy", "best"): _BEST.reason,
+    **{("hub_strategy", name): _CHECKPOINTS for name in ("every_save", "checkpoint", "all_checkpoints")},
     ("output_dir", ""): "names no folder.",
 }
 """Values of served flags that are refused."""
+
+SECRETS = ("hub_token",)
+"""Flags whose values nobody is shown, and no file keeps."""
 
 _LARGEST = 2**63 - 1
 
@@ -305,6 +312,11 @@ _LARGEST = 2**63 - 1
 def word(value: Any) -> str:
     """A value as it is typed."""
     return str(getattr(value, "value", value))
+
+
+def typed(name: str, value: Any) -> str:
+    """A flag as it is typed, for messages."""
+    return f"--{name} {'…' if name in SECRETS else word(value)}"
 
 
 def hf_names() -> list[str]:
@@ -326,7 +338,7 @@ def find_problems(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> list
         if problem is None and name in judged:
             problem = _judge(name, value, defaults[name], flags)
         if problem:
-            found.append(f"--{name} {word(value)}: {problem}")
+            found.append(f"{typed(name, value)}: {problem}")
     return found
 
 

@@ -18,7 +18,7 @@ from moellava.data.media import CHECKING_THREADS, MediaFiles
 from moellava.data.records import Medium, Records
 from moellava.data.scan import shared
 from moellava.data.shown import Shown, states_of
-from moellava.files import MODEL_FILES, file_digest, read_json
+from moellava.files import MODEL_FILES, PAGE, file_digest, read_json
 from moellava.model.manifest import Manifest
 
 _LOGGED = "what is logged and shown, and where"
@@ -72,7 +72,8 @@ WITHOUT_EFFECT: dict[str, str] = {
 """Flags that may differ between a run and its continuation -> why. Every other one counts."""
 
 NOT_OF_THE_MODEL = {
-    *("digests.json", "run.json", "trainer_state.json", "parameters.json", "moe_certificate.json", "training_args.bin")
+    *("digests.json", "run.json", "trainer_state.json", "parameters.json", "moe_certificate.json", "training_args.bin"),
+    PAGE,
 }
 """Files in a model's folder that say how it was made, not what it is."""
 

@@ -44,6 +44,7 @@ from moellava.train.checkpoint import (
 from moellava.train.deepspeed.extensions import extension_root, remove_abandoned_locks
 from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 from moellava.train.folder import StageFolder
+from moellava.train.hub import hub_of
 from moellava.train.identity import folders_of, run_contents, run_identity
 from moellava.train.intact import require_intact
 from moellava.train.lock import locked
@@ -55,6 +56,7 @@ from moellava.train.run_log import TEXT_LOG, RunLog
 from moellava.train.samples import SampleAnswers, counts_text, first_sample
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
 from moellava.train.stopping import Stopped
+from moellava.train.trackers import ExpertHistograms
 from moellava.train.trainer import StageTrainer
 from moellava.vis.report import report_of
 from moellava.vlm import VLM
@@ -79,6 +81,9 @@ def train(
     with locked(output_dir) if is_rank_zero() else nullcontext():
         identity = run_identity(stage.name, (model_args, data_args, moe_args, args), args.world_size)
         finished = check_folder(output_dir, identity)
+        hub = hub_of(args) if is_rank_zero() else None
+        if hub:
+            hub = hub.prepared()
         if model_args.cache_dir:
             constants.HF_HUB_CACHE = model_args.cache_dir  # where all downloads go that name no folder
         if finished:
@@ -86,6 +91,8 @@ def train(
             logger.info("%s is complete: this run has finished before. Nothing to do.", output_dir)
         else:
             begin(stage, (model_args, data_args, moe_args, args), identity)
+        if hub:  # the other processes wait for --ddp_timeout seconds at the end of the run
+            hub.upload(output_dir)
     return output_dir
 
 
@@ -172,6 +179,7 @@ def make_trainer(
     trainer.add_callback(run_log)
     if assembled.adapter:
         trainer.add_callback(GradientWatch(vlm.model, vlm.parts["vision_tower"], lambda: not trainer.step_labels))
+    trainer.add_callback(ExpertHistograms(trainer.callback_handler.callbacks))
     if args.eval_samples:
         trainer.add_callback(SampleAnswers(trainer, args.eval_samples, run_log))
     return trainer

@@ -262,6 +262,12 @@ class StageTrainer(Trainer):
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise UserError(self.folder.failed_save(error, self.state.global_step)) from error
 
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """Nothing: see `hub.py`."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: checkpoints are not uploaded."""
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes a complete folder that the next stage, chat and (if dense) plain transformers open.
 

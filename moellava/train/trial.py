@@ -17,7 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.optimization import get_scheduler
 
 from moellava.errors import UserError
-from moellava.train.hf_flags import word
+from moellava.train.hf_flags import typed, word
 
 T = TypeVar("T")
 
@@ -40,7 +40,10 @@ ADAM = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
 OWN_LOOP = ("galore_", "apollo_", "lomo", "adalomo")
 """Optimizers that want to group parameters, or to step, by themselves: beginnings of their names."""
 
-EXTRAS = {"wandb": "wandb", "tensorboard": "train", "bitsandbytes": "quant", "deepspeed": "train"}
+EXTRAS = {
+    **{name: name for name in ("wandb", "mlflow", "trackio")},
+    **{"tensorboard": "train", "bitsandbytes": "quant", "deepspeed": "train"},
+}
 """Package -> the extra of ours that installs it."""
 
 
@@ -68,7 +71,7 @@ def blame(make: Callable[..., Any], given: Mapping[str, Any], error: Exception) 
     if guilty:
         return "\n".join(guilty)
     without = [name for name in given if fault_of(make, _others(given, name)) is None]
-    return f"{' '.join(f'--{name} {word(given[name])}' for name in without or given)}: {said(error)}"
+    return f"{' '.join(typed(name, given[name]) for name in without or given)}: {said(error)}"
 
 
 def fault_of(make: Callable[..., Any], given: Mapping[str, Any]) -> Exception | None:
@@ -90,7 +93,7 @@ def named(name: str, value: Any, error: Exception) -> str:
     """One line: the flag, what was said, and the extra to install if a package is missing."""
     text = said(error)
     extra = next((extra for package, extra in EXTRAS.items() if package in text and "install" in text), None)
-    return f"--{name} {word(value)}: {text}" + (f" Here: pip install 'moellava[{extra}]'." if extra else "")
+    return f"{typed(name, value)}: {text}" + (f" Here: pip install 'moellava[{extra}]'." if extra else "")
 
 
 def said(error: Exception) -> str:

@@ -49,7 +49,8 @@ def test_upcycling_streams_and_keeps_the_logits(conforming, tiny_lmm, tmp_path, 
     assert max(probe["max_abs_delta"] for probe in certificate["probes"].values()) < 1e-6
     sparse = reopen(target)
     assert sparse.architecture is ARCHITECTURES[conforming] and len(moe_layers(sparse.model)) >= 2
-    assert sparse.section == Section(version="chat_template", architecture=conforming, stage="moe")
+    origin = {"models": {conforming: {}}}
+    assert sparse.section == Section("chat_template", "moe", conforming, made_of=origin)
 
 
 @pytest.mark.slow

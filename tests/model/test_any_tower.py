@@ -99,7 +99,7 @@ def two_towers(make_base, tmp_path, **options) -> tuple[VLM, list[Path]]:
     return compose(make_base("llama").folder, [str(first), str(second)], choice), [first, second]
 
 
-def test_features_of_two_towers_are_joined_patch_by_patch(make_base, tmp_path):
+def test_features_of_two_towers_are_joined_patch_by_patch(make_base, plain_transformers, tmp_path):
     vlm, folders = two_towers(make_base, tmp_path)
     batch = question(vlm)
     with torch.no_grad():

@@ -41,7 +41,7 @@ def extended(make_base, clip_tower):
 
 
 @pytest.mark.parametrize("beyond", BEYOND)
-def test_round_trip_and_refusal(beyond, extended, inputs, tmp_path):
+def test_round_trip_and_refusal(beyond, extended, inputs, plain_transformers, tmp_path):
     made = extended(beyond)
     batch = inputs(made.model)
     with torch.no_grad():

@@ -26,6 +26,7 @@ FULL = Section(
     softcap=30.0,
     parts={"vision_encoder": ["vision_tower"]},
     chat_template="{{ messages }}",
+    made_of={"models": {"org/llm": {"license": "mit"}}},
 )
 
 

@@ -59,7 +59,6 @@ def test_what_is_given_is_known_even_where_it_is_the_default():
 
 OTHER_VALUE = {
     "debug": "underflow_overflow",
-    "hub_strategy": "end",
     "train_sampling_strategy": "sequential",
     "eval_accumulation_steps": "2",
 }
@@ -158,7 +157,6 @@ BUILT: dict[str, tuple[str, str, Callable[[StageTrainer], Any]]] = {
     "full_determinism": ("True", "", lambda t: torch.are_deterministic_algorithms_enabled()),
     "log_level": ("error", "", lambda t: hf_logging.get_verbosity()),
     "output_dir": ("elsewhere", "", lambda t: t._get_output_dir(None)),
-    "neftune_noise_alpha": ("5", "", lambda t: t.neftune_noise_alpha),
     "average_tokens_across_devices": ("False", "", lambda t: t.args.average_tokens_across_devices),
 }
 """Flag -> value, other flags that it needs, and what of a trainer it changes."""
@@ -203,6 +201,11 @@ def test_a_flag_changes_what_is_built(name, build, as_before):
     assert fact(build(f"{needs} --{name} {value}")) != before
 
 
+def test_an_optimizer_of_8_bits_keeps_8_bits(build, as_before):
+    assert build("--optim adamw_8bit").create_optimizer().args.optim_bits == 8
+    assert build("--optim lion_32bit").create_optimizer().args.optim_bits == 32
+
+
 # -- what a run does with them -------------------------------------------------------------------------------------
 
 EVALUATED = "--eval_strategy steps --eval_steps 1"
@@ -234,6 +237,7 @@ RUN: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "num_train_epochs": ("1", "--max_steps -1", logged("loss")),
     "max_grad_norm": ("0.01", "--optim sgd --learning_rate 1", logged("loss")),
     "label_smoothing_factor": ("0.5", "", logged("loss")),
+    "neftune_noise_alpha": ("5", "", logged("loss")),
     "logging_strategy": ("no", "", rows_of),
     "logging_steps": ("2", "", rows_of),
     "logging_first_step": ("True", "--logging_steps 2", rows_of),
@@ -312,6 +316,8 @@ ELSEWHERE = {
     "disable_tqdm": "moellava/train/trainer.py",
     "resume_from_checkpoint": "tests/train",
     "local_rank": "moellava/train/hf_flags.py",
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo"), "tests/train/test_hub.py"),
+    **dict.fromkeys(("hub_revision", "hub_strategy"), "tests/train/test_hub.py"),
 }
 """Flags that tests of their own show, or that a launcher gives."""
 
@@ -342,7 +348,7 @@ def test_hostile_values_of_all_flags_are_named(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_line_says_it_in_lines_without_a_traceback(tmp_path):
-    bad = {"learning_rate": "nan", "save_total_limit": "-1", "push_to_hub": "True"}
+    bad = {"learning_rate": "nan", "save_total_limit": "-1", "hub_always_push": "True"}
     done = run_train({"data_path": "d.json", "output_dir": tmp_path / "o", "model_name_or_path": "m"} | bad)
     assert done.returncode == 2
     assert all(f"--{name} {value}: " in done.stderr for name, value in bad.items())

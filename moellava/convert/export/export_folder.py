@@ -27,6 +27,7 @@ from moellava.model.build import on_meta
 from moellava.model.description import Description
 from moellava.model.extended import REMOTE
 from moellava.model.manifest import Manifest
+from moellava.model.page import write_page
 from moellava.model.saving import write_inputs
 from moellava.vlm import build, describe
 
@@ -81,8 +82,7 @@ def export_folder(
         certificate = proven(description, manifest.called, staging, name, config) if verify else None
         if certificate is not None:
             certificate.save(staging)
-        page = exported_page(config, name, certificate, manifest.called)
-        (staging / "README.md").write_text(page, encoding="utf-8")
+        write_page(exported_page(config, name, certificate, manifest.called), staging, target)
     return certificate
 
 

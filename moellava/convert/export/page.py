@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moellava.convert.export.proof import FILE, Certificate
+from moellava.model.page import front_matter, opening_lines, origin_lines
 from moellava.model.section import Section, section_of
 
 IDENTITY_IN_VLLM = '{"projector_hidden_act": "torch.nn.modules.linear.Identity"}'
@@ -22,28 +23,23 @@ def exported_page(config: Any, name: str, certificate: Certificate | None, calle
         certificate: its proof, if there is one.
         called: the model that it was made of.
     """
-    code = ", trust_remote_code=True" if getattr(config, "auto_map", None) else ""
     section = section_of(config) or Section()
     proof = ["Nothing was compared (`--verify False`)."] if certificate is None else certificate.lines()
-    return (
-        "\n".join(
-            [
-                f"# {config.architectures[0]} ({name})",
-                "",
-                f"Exported by moellava from {called} (conversation template {section.version}). It opens without it:",
-                "",
-                "    from transformers import AutoModelForImageTextToText, AutoProcessor",
-                f'    model = AutoModelForImageTextToText.from_pretrained("."{code})',
-                f'    processor = AutoProcessor.from_pretrained("."{code})',
-                "",
-                *(["    " + line for line in engine_lines(config.to_dict())]),
-                "",
-                *proof,
-                "" if certificate is None else f"\nAll figures: {FILE}",
-            ]
-        ).rstrip()
-        + "\n"
-    )
+    lines = [
+        f"# {config.architectures[0]} ({name})",
+        "",
+        f"Exported by moellava from {called} (conversation template {section.version}). It opens without it:",
+        "",
+        *opening_lines(config),
+        "",
+        *(f"    {line}" for line in engine_lines(config.to_dict())),
+        "",
+        *proof,
+        "" if certificate is None else f"\nAll figures: {FILE}",
+        "",
+        *origin_lines(section),
+    ]
+    return front_matter(config, ["exported"], library="transformers") + "\n".join(lines).rstrip() + "\n"
 
 
 def engine_lines(config: Mapping[str, Any], folder: str | Path = ".") -> list[str]:

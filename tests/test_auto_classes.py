@@ -1,0 +1,96 @@
+"""transformers' own tools open sparse folders, once our classes are registered."""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import moellava
+from moellava.auto_classes import PREFIX
+from moellava.model import extended
+from moellava.serve.answer import answer
+from moellava.serve.prompt import Request
+from moellava.vlm import open_vlm
+from tests.processes import run_python, train_here
+
+QUESTION = "what is it?"
+
+
+@pytest.fixture(scope="module")
+def sparse(flags_for, tmp_path_factory):
+    """A stage-3 folder."""
+    root = tmp_path_factory.mktemp("auto")
+    short = {"max_steps": 1, "save_strategy": "no", "skip_dry_save": True}
+    for stage in ("pretrain", "finetune", "moe"):
+        folder = train_here(flags_for(root, stage) | short)
+    return folder
+
+
+def test_the_auto_classes_open_a_sparse_folder(sparse, pictures):
+    moellava.register_auto_classes()
+    vlm = open_vlm(sparse, device="cpu", dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(sparse, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(sparse)
+    assert type(model) is type(vlm.model) and type(AutoConfig.from_pretrained(sparse)) is type(vlm.model.config)
+    assert type(AutoModel.from_pretrained(sparse)) is type(vlm.model)
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    batch = processor(images=Image.open(pictures[0]), text=text, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**batch).logits, vlm.model(**batch).logits)
+    words = pipeline("image-text-to-text", model=sparse, dtype=torch.float32)
+    asked = [{"role": "user", "content": [{"type": "image", "path": str(pictures[0])}, turns[0]["content"][1]]}]
+    said = words(asked, max_new_tokens=6, return_full_text=False)[0]["generated_text"]
+    assert said.strip() == answer(vlm, [Request(QUESTION, [pictures[0]])], max_new_tokens=6)[0].strip() != ""
+
+
+def test_every_type_of_model_is_known_and_made_when_a_folder_asks_for_it():
+    moellava.register_auto_classes()
+    moellava.register_auto_classes()  # a second time changes nothing
+    assert {PREFIX + name for name in ("llava", "llava_next", "qwen2_vl", "smolvlm")} <= set(CONFIG_MAPPING.keys())
+    config = CONFIG_MAPPING[f"{PREFIX}llava_next"].from_dict({"text_config": {"model_type": f"{PREFIX}qwen2"}})
+    assert type(config) is extended.extended_config(extended.base_of("llava_next").config_class)
+    assert config.text_config.model_type == "qwen2" and PREFIX == extended.PREFIX
+
+
+LIGHT = """
+import sys
+import moellava
+assert not {"torch", "transformers"} & set(sys.modules)
+assert callable(moellava.register_auto_classes)
+from transformers import AutoConfig
+try:
+    AutoConfig.from_pretrained(sys.argv[1])
+except ValueError:
+    moellava.register_auto_classes()
+print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_importing_moellava_is_light_and_its_classes_can_be_registered(sparse):
+    assert run_python(LIGHT, sparse, fresh=True).split() == ["ExtendedLlavaConfig"]
+
+
+def test_importing_moellava_registers_where_transformers_is_there(plain_transformers):
+    importlib.reload(moellava)
+    assert f"{PREFIX}llava" in CONFIG_MAPPING
+
+
+def test_a_tool_is_run_with_our_classes_known(sparse, tmp_path, monkeypatch, capsys, plain_transformers):
+    tool = "import sys\nfrom transformers import AutoConfig\nprint(AutoConfig.from_pretrained(sys.argv[1]).model_type)"
+    (tmp_path / "some_tool.py").write_text(tool)
+    with pytest.raises(ValueError, match="moellava_llava"):
+        AutoConfig.from_pretrained(sparse)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.argv", ["auto_classes", "some_tool", str(sparse)])
+    monkeypatch.delitem(sys.modules, "moellava.auto_classes")
+    runpy.run_module("moellava.auto_classes", run_name="__main__")
+    assert capsys.readouterr().out.split() == ["moellava_llava"]
