@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from moellava.moe.spec import given_options
 
+OWN_BALANCE = "router_aux_loss_coef"
+"""The option that a model with experts of its own takes in all stages; `reconcile.py` judges it."""
+
 
 class Flags(NamedTuple):
     """The four groups of flags of `arguments.py`, as rules read them."""
@@ -102,7 +105,7 @@ CONFLICTS: list[Rule] = [
         "--ep_size {moe.ep_size} does not divide the {processes} processes of this run.",
     ),
     (
-        lambda f: not f.moe.moe_enable and (f.moe.moe_preset or f.moe.given()),
+        lambda f: not f.moe.moe_enable and (f.moe.moe_preset or f.moe.given().keys() - {OWN_BALANCE}),
         "MoE flags need --moe_enable True; without it they would do nothing: {sparse}.",
     ),
     (
