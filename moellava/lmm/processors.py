@@ -1,13 +1,12 @@
 """Processors from their folders, also where torchvision is not installed.
 
 transformers has image processors for Pillow alone, but its video processors want torchvision, and a processor that has
-one cannot even be built without. There it gets one of ours (`video_processors.py`), which reads the same settings and
-writes them back when the processor is saved.
+one cannot even be built without. There it gets one of ours (`data/frame_processors.py`), which reads the same settings
+and writes them back when the processor is saved.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils.import_utils import is_torchvision_available
 
+from moellava.data.frame_processors import AREAS, UNKNOWN, FrameProcessor, FrameRecipe, with_frames
 from moellava.errors import UserError
 from moellava.files import read_json
 from moellava.lmm.architecture import ARCHITECTURES, Architecture
-from moellava.lmm.video_processors import AREAS, UNKNOWN, FrameProcessor, FrameRecipe
 
 SETTINGS = ("processor_config.json", "preprocessor_config.json")
 """Files that describe a processor; folders of older versions have the second only."""
@@ -121,18 +120,4 @@ def video_settings_of(folder: Path, recipe: FrameRecipe) -> dict[str, Any]:
 
 def build_without_torchvision(cls: Any, recipe: FrameRecipe, *, video_settings: dict[str, Any], **parts: Any) -> Any:
     """`cls` from its parts, with a video processor of ours by a recipe in these settings."""
-    return _with_frames(cls)(**parts, video_processor=FrameProcessor(recipe, video_settings))
-
-
-@functools.cache
-def _with_frames(cls: Any) -> Any:
-    """`cls`, taking a video processor of ours for one of transformers'."""
-
-    def check_argument_for_proper_class(self: Any, argument_name: str, argument: Any) -> Any:
-        if isinstance(argument, FrameProcessor):
-            return FrameProcessor
-        return cls.check_argument_for_proper_class(self, argument_name, argument)
-
-    # Of the same name, which is what the processor writes into its folder.
-    attributes = {check_argument_for_proper_class.__name__: check_argument_for_proper_class, "__module__": __name__}
-    return type(cls.__name__, (cls,), attributes)
+    return with_frames(cls)(**parts, video_processor=FrameProcessor(recipe, video_settings))

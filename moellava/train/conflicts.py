@@ -8,6 +8,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from moellava.constants import TILED
 from moellava.moe.spec import given_options
 
 OWN_BALANCE = "router_aux_loss_coef"
@@ -26,6 +27,11 @@ class Flags(NamedTuple):
     def processes(self) -> int:
         """Of this run, as launchers set it."""
         return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether images are to be cut into tiles."""
+        return bool(TILED.fullmatch(self.data.image_aspect_ratio or ""))
 
     @property
     def adapts(self) -> bool:
@@ -121,12 +127,12 @@ CONFLICTS: list[Rule] = [
         "--overlong {data.overlong}: choose error, drop or truncate.",
     ),
     (
-        lambda f: f.data.image_aspect_ratio not in (None, "square", "pad", "anyres"),
-        "--image_aspect_ratio {data.image_aspect_ratio}: choose square, pad or anyres.",
+        lambda f: f.data.image_aspect_ratio not in (None, "square", "pad") and not f.in_tiles,
+        "--image_aspect_ratio {data.image_aspect_ratio}: choose square, pad, anyres or anyres_max_N, as anyres_max_9.",
     ),
     (
-        lambda f: f.data.image_grid_pinpoints and f.model.image_tower and f.data.image_aspect_ratio != "anyres",
-        "--image_grid_pinpoints {data.image_grid_pinpoints} needs --image_aspect_ratio anyres.",
+        lambda f: f.data.image_grid_pinpoints and f.model.image_tower and not f.in_tiles,
+        "--image_grid_pinpoints {data.image_grid_pinpoints} needs --image_aspect_ratio anyres or anyres_max_N.",
     ),
     (lambda f: f.data.num_frames < 1, "--num_frames {data.num_frames}: a video is at least 1 frame."),
     (lambda f: f.data.bad_files not in ("error", "skip"), "--bad_files {data.bad_files}: choose error or skip."),
