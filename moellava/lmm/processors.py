@@ -20,6 +20,7 @@ from moellava.data.frame_processors import AREAS, UNKNOWN, FrameProcessor, Frame
 from moellava.errors import UserError
 from moellava.files import read_json
 from moellava.lmm.architecture import ARCHITECTURES, Architecture
+from moellava.model.shaped import PixtralProcessor, processor_class
 
 SETTINGS = ("processor_config.json", "preprocessor_config.json")
 """Files that describe a processor; folders of older versions have the second only."""
@@ -40,13 +41,13 @@ def load_processor(folder: Path, architecture: Architecture, model_type: str) ->
     Args:
         folder: of the model.
         architecture: its own.
-        model_type: of its config.json, by which transformers knows the class of the processor, unless the folder
-            itself says it.
+        model_type: of its config.json, by which transformers knows the class of the processor, where the folder itself
+            does not say it: a LLaVA with Pixtral's tower has Pixtral's.
 
     Raises:
         UserError: transformers has no processor for it; a file of it is missing, or a package that it needs.
     """
-    name = PROCESSOR_MAPPING_NAMES.get(model_type) or named_class(folder)
+    name = named_class(folder) or PROCESSOR_MAPPING_NAMES.get(model_type)
     if name is None:
         raise UserError(
             f"transformers {transformers.__version__} has no processor for {model_type!r} models, of which {folder} is "
@@ -58,7 +59,7 @@ def load_processor(folder: Path, architecture: Architecture, model_type: str) ->
                 f"{folder} lacks {' and '.join(names)}: no processor can be built for {architecture.name}. Copy the "
                 "file from where the model comes from."
             )
-    cls = getattr(transformers, name)
+    cls = processor_class() if name == PixtralProcessor.__name__ else getattr(transformers, name)
     try:
         if VIDEO in inspect.signature(cls.__init__).parameters and not is_torchvision_available():
             return without_torchvision(cls, folder, architecture.video or recipe_of(folder))

@@ -38,6 +38,7 @@ from moellava.model.manifest import Manifest
 from moellava.model.projectors import ProjectorSpec, parse_projector
 from moellava.model.projectors.layers import initial_weights
 from moellava.model.section import Section, note, section_of
+from moellava.model.shaped import NATIVE, PixtralProcessor, processor_class, shaped_processor
 from moellava.model.tiles import (
     LAYOUTS,
     NEWLINE,
@@ -84,8 +85,8 @@ class Composition:
         image_projector_type: a name by one of the patterns in `PROJECTORS`.
         mm_vision_select_layer: index of the tower's hidden states (-1: the last layer's, before any final norm).
         mm_vision_select_feature: patch, cls_patch to keep the class token, or full to keep all tokens.
-        image_aspect_ratio: square; pad to pad images to a square first; anyres to cut them into tiles; or anyres_max_N
-            with a bound, see `tiles.py`.
+        image_aspect_ratio: square; pad to pad images to a square first; anyres to cut them into tiles; anyres_max_N
+            with a bound, see `tiles.py`; or native to keep their shape, see `shaped.py`.
         image_grid_pinpoints: grids of tiles, see `parse_pinpoints`; None: those of LLaVA-1.6 or LLaVA-OneVision.
         use_im_start_end: also add tokens that stand before and after an image.
     """
@@ -259,11 +260,12 @@ def open_processor(folder: Path, tokenizer: Any, layout: Layout) -> Any:
     """The processor of a folder, around a tokenizer that is open: its `from_pretrained` would open another one first,
     which takes longer than all the rest."""
     settings, _ = layout.processor.get_processor_dict(folder)
+    named = processor_class() if settings.get("processor_class") == PixtralProcessor.__name__ else layout.processor
     own = (settings.get("image_processor") or {}).get("image_processor_type")
     cls: Any = JoinedImageProcessor if own == JoinedImageProcessor.__name__ else AutoImageProcessor
     image_processor = cls.from_pretrained(folder, trust_remote_code=False)
     parts = around(layout, image_processor, tokenizer, settings.get("video_processor"))
-    return layout.processor.from_args_and_dict(parts, settings)
+    return named.from_args_and_dict(parts, settings)
 
 
 def adopted(config: PretrainedConfig, manifest: Manifest) -> Section:
@@ -370,7 +372,9 @@ def make_processor(
     vision, strategy = config.vision_config, config.vision_feature_select_strategy
     projector = parse_projector(section.image_projector_type or "mlp2x_gelu")
     sizes = projector_sizes(vision, config.text_config.hidden_size, strategy)
-    layout = layout_of(config)
+    layout, template = layout_of(config), saved_chat_template(section.version, tokenizer)
+    if section.image_aspect_ratio == NATIVE:
+        return shaped_processor(image_processor, tokenizer, config, template)
     if layout.images is not None:
         images: Any = tiling_image_processor(image_processor, config)
     else:
@@ -378,5 +382,5 @@ def make_processor(
     return layout.processor(
         *around(layout, images, tokenizer, None),
         **layout.counted(config, projector.tokens(sizes)),
-        chat_template=saved_chat_template(section.version, tokenizer),
+        chat_template=template,
     )

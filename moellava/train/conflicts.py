@@ -127,8 +127,9 @@ CONFLICTS: list[Rule] = [
         "--overlong {data.overlong}: choose error, drop or truncate.",
     ),
     (
-        lambda f: f.data.image_aspect_ratio not in (None, "square", "pad") and not f.in_tiles,
-        "--image_aspect_ratio {data.image_aspect_ratio}: choose square, pad, anyres or anyres_max_N, as anyres_max_9.",
+        lambda f: f.data.image_aspect_ratio not in (None, "square", "pad", "native") and not f.in_tiles,
+        "--image_aspect_ratio {data.image_aspect_ratio}: choose square, pad, native, anyres or anyres_max_N, as "
+        "anyres_max_9.",
     ),
     (
         lambda f: f.data.image_grid_pinpoints and f.model.image_tower and not f.in_tiles,
