@@ -1,5 +1,7 @@
 """Numbers and token strings that the whole package agrees on."""
 
+import re
+
 IGNORE_INDEX = -100
 """Label of a position that is not trained on (the default of `torch.nn.CrossEntropyLoss`)."""
 
@@ -22,3 +24,7 @@ ROLES = ("human", "gpt")
 
 MODALITIES = ("image", "video")
 """What a record may show: a key of the record, and the name of the tag that stands for one in its questions."""
+
+TILED = re.compile(r"anyres(?:_max_(?P<cap>[1-9]\d*))?")
+"""Values of --image_aspect_ratio that cut images into tiles; `cap` bounds the patches of the tiles of one image, as a
+multiple of a tile's."""

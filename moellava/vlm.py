@@ -41,7 +41,7 @@ from moellava.model.parts import Keywords, parts_of
 from moellava.model.published import describe_published
 from moellava.model.saving import save_pretrained_folder
 from moellava.model.section import Section, note, note_plugins, plugins_of, section_of
-from moellava.model.tiles import require_same_layout
+from moellava.model.tiles import require_same_layout, with_ratio
 from moellava.model.weights import require_sizes, shapes_in
 from moellava.moe import MoESpec, convert_engine
 from moellava.plugins import require_plugins
@@ -171,7 +171,7 @@ class VLM:
         else:
             ratio = image_aspect_ratio or section.image_aspect_ratio
             require_same_layout(ratio, section.image_aspect_ratio, self.source)
-            note(self.model.config, version=version, image_aspect_ratio=ratio)
+            note(with_ratio(self.model.config, ratio), version=version, image_aspect_ratio=ratio)
             self.processor = make_processor(self.processor.image_processor, self.tokenizer, self.model.config)
         self.__dict__.pop("encoder", None)
 

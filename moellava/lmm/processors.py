@@ -1,13 +1,12 @@
 """Processors from their folders, also where torchvision is not installed.
 
 transformers has image processors for Pillow alone, but its video processors want torchvision, and a processor that has
-one cannot even be built without. There it gets one of ours (`video_processors.py`), which reads the same settings and
-writes them back when the processor is saved.
+one cannot even be built without. There it gets one of ours (`data/frame_processors.py`), which reads the same settings
+and writes them back when the processor is saved.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils.import_utils import is_torchvision_available
 
+from moellava.data.frame_processors import AREAS, UNKNOWN, FrameProcessor, FrameRecipe, with_frames
 from moellava.errors import UserError
 from moellava.files import read_json
 from moellava.lmm.architecture import ARCHITECTURES, Architecture
-from moellava.lmm.video_processors import AREAS, UNKNOWN, FrameProcessor, FrameRecipe
+from moellava.model.shaped import PixtralProcessor, processor_class
 
 SETTINGS = ("processor_config.json", "preprocessor_config.json")
 """Files that describe a processor; folders of older versions have the second only."""
@@ -41,13 +41,13 @@ def load_processor(folder: Path, architecture: Architecture, model_type: str) ->
     Args:
         folder: of the model.
         architecture: its own.
-        model_type: of its config.json, by which transformers knows the class of the processor, unless the folder
-            itself says it.
+        model_type: of its config.json, by which transformers knows the class of the processor, where the folder itself
+            does not say it: a LLaVA with Pixtral's tower has Pixtral's.
 
     Raises:
         UserError: transformers has no processor for it; a file of it is missing, or a package that it needs.
     """
-    name = PROCESSOR_MAPPING_NAMES.get(model_type) or named_class(folder)
+    name = named_class(folder) or PROCESSOR_MAPPING_NAMES.get(model_type)
     if name is None:
         raise UserError(
             f"transformers {transformers.__version__} has no processor for {model_type!r} models, of which {folder} is "
@@ -59,7 +59,7 @@ def load_processor(folder: Path, architecture: Architecture, model_type: str) ->
                 f"{folder} lacks {' and '.join(names)}: no processor can be built for {architecture.name}. Copy the "
                 "file from where the model comes from."
             )
-    cls = getattr(transformers, name)
+    cls = processor_class() if name == PixtralProcessor.__name__ else getattr(transformers, name)
     try:
         if VIDEO in inspect.signature(cls.__init__).parameters and not is_torchvision_available():
             return without_torchvision(cls, folder, architecture.video or recipe_of(folder))
@@ -121,18 +121,4 @@ def video_settings_of(folder: Path, recipe: FrameRecipe) -> dict[str, Any]:
 
 def build_without_torchvision(cls: Any, recipe: FrameRecipe, *, video_settings: dict[str, Any], **parts: Any) -> Any:
     """`cls` from its parts, with a video processor of ours by a recipe in these settings."""
-    return _with_frames(cls)(**parts, video_processor=FrameProcessor(recipe, video_settings))
-
-
-@functools.cache
-def _with_frames(cls: Any) -> Any:
-    """`cls`, taking a video processor of ours for one of transformers'."""
-
-    def check_argument_for_proper_class(self: Any, argument_name: str, argument: Any) -> Any:
-        if isinstance(argument, FrameProcessor):
-            return FrameProcessor
-        return cls.check_argument_for_proper_class(self, argument_name, argument)
-
-    # Of the same name, which is what the processor writes into its folder.
-    attributes = {check_argument_for_proper_class.__name__: check_argument_for_proper_class, "__module__": __name__}
-    return type(cls.__name__, (cls,), attributes)
+    return with_frames(cls)(**parts, video_processor=FrameProcessor(recipe, video_settings))

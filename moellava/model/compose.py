@@ -17,12 +17,11 @@ from transformers import (
     BaseImageProcessor,
     GenerationConfig,
     LlavaConfig,
-    LlavaNextConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
 
-from moellava.constants import CHAT_TEMPLATE
+from moellava.constants import CHAT_TEMPLATE, DEFAULT_VIDEO_TOKEN, TILED
 from moellava.data.encoder import image_tokens
 from moellava.data.render.jinja import saved_chat_template
 from moellava.data.tokenizer_facts import fitting_version
@@ -40,10 +39,12 @@ from moellava.model.origin import made_of
 from moellava.model.projectors import ProjectorSpec, parse_projector
 from moellava.model.projectors.layers import initial_weights
 from moellava.model.section import Section, note, section_of
+from moellava.model.shaped import NATIVE, PixtralProcessor, processor_class, shaped_processor
 from moellava.model.tiles import (
-    ANYRES,
     LAYOUTS,
     NEWLINE,
+    Layout,
+    around,
     layout_of,
     new_newline,
     tiled_config,
@@ -59,7 +60,6 @@ from moellava.model.towers import (
     check_select_layer,
     complete_processor,
     composed_tower,
-    counting,
     projector_sizes,
     select_strategy,
     tower_config,
@@ -69,6 +69,9 @@ from moellava.model.weights import read_tensors
 
 OLD_BUFFERS = ("rotary_emb.inv_freq", "position_ids", ".masked_bias", ".attn.bias")
 """Endings of tensors that older checkpoints store although they follow from the config."""
+
+VIDEO = (DEFAULT_VIDEO_TOKEN,)
+"""The special token that LLaVA-OneVision's processor knows beside `<image>`."""
 
 PROJECTOR_OF = {"gelu": "mlp2x_gelu"}
 """Hugging Face's `projector_hidden_act` -> the projector that its class then has."""
@@ -83,8 +86,9 @@ class Composition:
         image_projector_type: a name by one of the patterns in `PROJECTORS`.
         mm_vision_select_layer: index of the tower's hidden states (-1: the last layer's, before any final norm).
         mm_vision_select_feature: patch, cls_patch to keep the class token, or full to keep all tokens.
-        image_aspect_ratio: square; pad to pad images to a square first; or anyres to cut them into tiles.
-        image_grid_pinpoints: grids of tiles, see `parse_pinpoints`; None: those of LLaVA-1.6.
+        image_aspect_ratio: square; pad to pad images to a square first; anyres to cut them into tiles; anyres_max_N
+            with a bound, see `tiles.py`; or native to keep their shape, see `shaped.py`.
+        image_grid_pinpoints: grids of tiles, see `parse_pinpoints`; None: those of LLaVA-1.6 or LLaVA-OneVision.
         use_im_start_end: also add tokens that stand before and after an image.
     """
 
@@ -120,8 +124,8 @@ def describe_parts(llm: Manifest, towers: Sequence[Manifest], options: Compositi
     with opening(llm.called):
         text = own_config(llm) if family is None else text_config(family, family.text_config(llm.config))
     config: Any = llava_config(vision, text, projector, strategy, options.mm_vision_select_layer)
-    if options.image_aspect_ratio == ANYRES:
-        config = tiled_config(config, projector, options.image_grid_pinpoints)
+    if TILED.fullmatch(options.image_aspect_ratio):
+        config = tiled_config(config, projector, options.image_aspect_ratio, options.image_grid_pinpoints)
     Section(
         version=options.version,
         family=None if family is None else family.name,
@@ -135,7 +139,7 @@ def describe_parts(llm: Manifest, towers: Sequence[Manifest], options: Compositi
     def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         drawn = initial_weights(projector, projector_sizes(vision, text.hidden_size, strategy))
         words = own_tensors(llm, config, dtype) if family is None else language_model_tensors(llm, family)
-        if isinstance(config, LlavaNextConfig):
+        if layout_of(config).grids:
             words[NEWLINE] = new_newline(config, dtype)
         return words | {
             **vision_tensors(towers, vision, configs, dtype),
@@ -189,11 +193,14 @@ def describe_new(
         tensors: gives all of them, under the composed model's names.
     """
     section = section_of(config) or Section()
-    token_ids = [rows]
+    layout, token_ids = layout_of(config), [rows]
     if tokenizer is not None:
         token_ids = place_image_token(tokenizer, rows, image_tokens(section.use_im_start_end))
         note(config, image_token_ids=token_ids)
     config.image_token_index = token_ids[0]
+    if layout.frames is not None:
+        last = [rows + 1] if tokenizer is None else place_image_token(tokenizer, rows + len(token_ids), VIDEO)
+        config.video_token_index, token_ids = last[0], token_ids + last
 
     def load(dtype: torch.dtype) -> Any:
         state = tensors(dtype)
@@ -213,7 +220,7 @@ def describe_new(
         image_processor = joined([tower_image_processor(tower.folder, one) for tower, one in pairs])
         return tokenizer, make_processor(image_processor, tokenizer, config)
 
-    return Description(source.folder, config, layout_of(config).keywords, inputs, load, streams=False)
+    return Description(source.folder, config, layout.keywords, inputs, load, streams=False)
 
 
 def describe_composed(manifest: Manifest) -> Description:
@@ -236,7 +243,7 @@ def describe_composed(manifest: Manifest) -> Description:
         if section is not None and section.chat_template and section.version != CHAT_TEMPLATE:
             tokenizer.chat_template = section.chat_template  # the file beside it is the stage's own template
         try:
-            processor = open_processor(manifest.folder, tokenizer, layout.processor)
+            processor = open_processor(manifest.folder, tokenizer, layout)
         except OSError as error:
             raise UserError(
                 f"{manifest.called} holds no processor: copy processor_config.json (of older folders, "
@@ -251,14 +258,16 @@ def describe_composed(manifest: Manifest) -> Description:
     return Description(manifest.folder, config, layout.keywords, inputs, load)
 
 
-def open_processor(folder: Path, tokenizer: Any, processor_class: Any) -> Any:
+def open_processor(folder: Path, tokenizer: Any, layout: Layout) -> Any:
     """The processor of a folder, around a tokenizer that is open: its `from_pretrained` would open another one first,
     which takes longer than all the rest."""
-    settings, _ = processor_class.get_processor_dict(folder)
+    settings, _ = layout.processor.get_processor_dict(folder)
+    named = processor_class() if settings.get("processor_class") == PixtralProcessor.__name__ else layout.processor
     own = (settings.get("image_processor") or {}).get("image_processor_type")
     cls: Any = JoinedImageProcessor if own == JoinedImageProcessor.__name__ else AutoImageProcessor
     image_processor = cls.from_pretrained(folder, trust_remote_code=False)
-    return processor_class.from_args_and_dict([image_processor, tokenizer], settings)
+    parts = around(layout, image_processor, tokenizer, settings.get("video_processor"))
+    return named.from_args_and_dict(parts, settings)
 
 
 def adopted(config: PretrainedConfig, manifest: Manifest) -> Section:
@@ -355,7 +364,7 @@ def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
 def make_processor(
     image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig
 ) -> Any:
-    """The processor of Hugging Face's LLaVA or LLaVA-NeXT, which makes of images and prompts just what training reads.
+    """The processor of the composed class, which makes of images and prompts just what training reads.
 
     Args:
         image_processor: the tower's own, or that of a composed model.
@@ -365,13 +374,15 @@ def make_processor(
     vision, strategy = config.vision_config, config.vision_feature_select_strategy
     projector = parse_projector(section.image_projector_type or "mlp2x_gelu")
     sizes = projector_sizes(vision, config.text_config.hidden_size, strategy)
-    if isinstance(config, LlavaNextConfig):
+    layout, template = layout_of(config), saved_chat_template(section.version, tokenizer)
+    if section.image_aspect_ratio == NATIVE:
+        return shaped_processor(image_processor, tokenizer, config, template)
+    if layout.images is not None:
         images: Any = tiling_image_processor(image_processor, config)
     else:
         images = composed_image_processor(image_processor, section.image_aspect_ratio)
-    return layout_of(config).processor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        **counting(vision, strategy, projector.tokens(sizes)),
-        chat_template=saved_chat_template(section.version, tokenizer),
+    return layout.processor(
+        *around(layout, images, tokenizer, None),
+        **layout.counted(config, projector.tokens(sizes)),
+        chat_template=template,
     )

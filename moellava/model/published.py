@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+from moellava.constants import TILED
 from moellava.data.tokenizers import TOKENIZER_FILES, load_tokenizer
 from moellava.errors import UserError
 from moellava.log import get_logger
@@ -38,8 +39,8 @@ from moellava.model.manifest import Manifest
 from moellava.model.projectors import layers, parse_projector
 from moellava.model.published_lora import is_lora, lora_tensors
 from moellava.model.section import Section, section_of
-from moellava.model.tiles import ANYRES, NEWLINE, WAYS, tiled_config
-from moellava.model.towers import tower_config, tower_prefix, tower_tensors
+from moellava.model.tiles import NEWLINE, WAYS, tiled_config
+from moellava.model.towers import tower_config, tower_prefix, tower_shape, tower_tensors
 from moellava.model.weights import has_weights, read_file, read_tensors
 
 TOWER_KEY = re.compile(r"(?:model|transformer)\.(?:image_tower\.image_tower|vision_tower\.vision_tower)\.(.+)")
@@ -182,7 +183,7 @@ def projector_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 MERGED = "spatial_unpad"
-"""How LLaVA-1.6 puts the features of tiles together, which is all that Hugging Face's LLaVA-NeXT does."""
+"""How LLaVA-1.6 and LLaVA-OneVision put the features of tiles together, which is all that Hugging Face's classes do."""
 
 
 def published_grids(manifest: Manifest) -> Any:
@@ -200,7 +201,8 @@ def composed_config(manifest: Manifest, tower: Manifest, family: Family) -> Any:
     """A published config as that of a composed model. Raises UserError where that has no such thing."""
     raw = manifest.config
     aspect_ratio = raw.get("image_aspect_ratio") or "square"
-    if aspect_ratio not in WAYS:
+    in_tiles = TILED.fullmatch(aspect_ratio)
+    if aspect_ratio not in WAYS and not in_tiles:
         raise UserError(
             f"{manifest.folder} shows images in a way that is not known here (image_aspect_ratio {aspect_ratio!r}). "
             f"Known: {', '.join(WAYS)}."
@@ -208,13 +210,14 @@ def composed_config(manifest: Manifest, tower: Manifest, family: Family) -> Any:
     vision = tower_config(tower.config, tower.called)
     name = raw.get("image_projector_type") or raw.get("mm_projector_type") or "linear"
     # The reference drops the first token for 'patch' whatever the tower: of a SigLIP, which has no class token, a
-    # patch is lost.
-    strategy = "full" if raw.get("mm_vision_select_feature") == "cls_patch" else "default"
+    # patch is lost. LLaVA-NeXT's code, which has tiles, takes all tokens of a SigLIP.
+    keeps_all = raw.get("mm_vision_select_feature") == "cls_patch" or (in_tiles and not tower_shape(vision).extras)
+    strategy = "full" if keeps_all else "default"
     text = text_config(family, (family.published_text_config or family.text_config)(raw))
     projector, layer = parse_projector(name), raw.get("mm_vision_select_layer", -2)
     config: Any = llava_config(vision, text, projector, strategy, layer)
-    if aspect_ratio == ANYRES:
-        config = tiled_config(config, projector, published_grids(manifest))
+    if in_tiles:
+        config = tiled_config(config, projector, aspect_ratio, published_grids(manifest))
     Section(
         version=family.version,
         family=family.name,

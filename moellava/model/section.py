@@ -36,7 +36,7 @@ class Section:
         stage: the stage that left it; None: it is as it was composed or released.
         architecture: of a released model, its entry in `ARCHITECTURES`; None for a composed one.
         family: of a composed model, the family of its language model.
-        image_aspect_ratio: how images are brought to the tower's shape, square or pad.
+        image_aspect_ratio: how images are brought to the tower's shape, a value of --image_aspect_ratio.
         image_projector_type: name of the projector.
         image_tower: where the tower came from; of several, joined by " + ".
         use_im_start_end: whether an image stands between `<im_start>` and `<im_end>`.

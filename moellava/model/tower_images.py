@@ -14,6 +14,7 @@ from transformers import (
     BatchFeature,
     CLIPImageProcessorPil,
     LlavaImageProcessorPil,
+    PixtralImageProcessorPil,
     PretrainedConfig,
     SiglipImageProcessorPil,
 )
@@ -193,6 +194,8 @@ def composed_image_processor(processor: BaseImageProcessor, aspect_ratio: str) -
         raise UserError(f"--image_aspect_ratio {aspect_ratio!r} is unknown. Known: {', '.join(ASPECT_RATIOS)}")
     if isinstance(processor, JoinedImageProcessor):
         return joined([composed_image_processor(one, aspect_ratio) for one in processor.processors])
+    if isinstance(processor, PixtralImageProcessorPil):
+        processor = resized(processor.to_dict(), processor.size["longest_edge"])
     is_padding = isinstance(processor, LlavaImageProcessorPil)
     if is_padding == (aspect_ratio == "pad"):
         return processor

@@ -32,6 +32,9 @@ MOVED = 1e-3
 PIXELS = "pixel_values"
 """What LLaVA hands to its tower."""
 
+SIZES = "image_sizes"
+"""Heights and widths of the images in a padded batch, as towers take them that read any shape."""
+
 DEVIATION = 0.1
 """Of the random weights that a probe fills a model with."""
 
@@ -92,6 +95,31 @@ def _shape_of(config_class: Any, fields: str) -> TowerShape:
             return look(random_model(shallow))
         except (*FAILURES, StrictDataclassError, CannotBeTowerError):  # what says a thing of each layer cannot be cut
             return look(random_model(config))
+
+
+@functools.lru_cache(maxsize=64)
+@torch.no_grad()
+def _reads_shapes(config_class: Any, fields: str) -> bool:
+    config = config_class.from_dict(json.loads(fields))
+    shape = shape_of(config)
+    if SIZES not in inspect.signature(MODEL_MAPPING[config_class].forward).parameters or not shape.in_one_row:
+        return False
+    config.num_hidden_layers = 1
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        model = random_model(config)
+        pixels = torch.zeros(2, 3, *(2 * [2 * shape.patch_size]))
+        narrow = torch.randn(3, 2 * shape.patch_size, shape.patch_size)
+        pixels[0, :, :, : shape.patch_size], pixels[1] = narrow, torch.randn_like(pixels[1])
+        sizes = torch.tensor([[2 * shape.patch_size, shape.patch_size], [2 * shape.patch_size] * 2])
+        rows = model(pixels, image_sizes=sizes, output_hidden_states=True).hidden_states[-1]
+        alone = model(narrow[None], output_hidden_states=True).hidden_states[-1]
+    return rows.shape[:2] == (1, 6) and bool(changes(rows[0, :2], alone[0]).max() <= MOVED * alone.abs().max())
+
+
+def reads_shapes(config: PretrainedConfig) -> bool:
+    """Whether a tower reads images of any shape, told by `image_sizes`: each as it would alone, patch by patch."""
+    config_class: Any = type(config)
+    return _reads_shapes(config_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
 
 
 def check_signature(config: PretrainedConfig) -> None:

@@ -1,7 +1,8 @@
 """Language models that have experts of their own (Mixtral, OLMoE, Qwen3-MoE …): their balancing loss and their load.
 
 Hugging Face's LLaVA calls the decoder alone, so the loss that its causal language model would add is lost. Here the
-decoder is asked for its routers' logits, and the class's own `load_balancing_loss_func` says what they cost.
+decoder is asked for its routers' logits, and the class's own `load_balancing_loss_func` says what they cost. Where the
+class has none (DeepSeek-V2, GLM-4.5, Llama 4 …), Mixtral's does, if a run asks for it.
 
 Legend: N real tokens, E experts, k choices.
 """
@@ -10,12 +11,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moellava.moe.decoder import decoder_layers, is_sparse
 from moellava.moe.losses import Reduce
@@ -28,21 +30,28 @@ LOSS = "load_balancing_loss_func"
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 """What causal language models call the loss's weight."""
 
+CHOICES = ("num_experts_per_tok", "moe_topk", "moe_top_k")
+"""What configs call k."""
+
+LOGITS = "router_logits"
+"""What decoders call the logits of their routers."""
+
 
 @dataclass(frozen=True)
 class OwnBalance:
-    """A language model's own balancing loss.
+    """The balancing loss of a language model that has experts of its own.
 
     Args:
         function: (logits of all routers, E, k, attention mask [B, L]) -> scalar; k when the load is even.
-        n_experts, k: E and k.
+        k: experts that a token visits.
         coefficient: its weight beside the cross-entropy.
+        is_own: whether the model's class has it.
     """
 
-    function: Callable[..., Tensor]
-    n_experts: int
+    function: Callable[..., Any]
     k: int
     coefficient: float
+    is_own: bool = True
 
 
 def has_own_experts(model: Any) -> bool:
@@ -62,7 +71,32 @@ def own_balance(decoder: Any) -> OwnBalance | None:
     named = [getattr(whole, name) for name in COEFFICIENTS if hasattr(whole, name)]
     if not named or not hasattr(whole, "num_experts"):
         return None
-    return OwnBalance(function, whole.num_experts, whole.num_experts_per_tok, float(named[0]))
+    return OwnBalance(function, whole.num_experts_per_tok, float(named[0]))
+
+
+def usual_balance(decoder: Any, coefficient: float) -> OwnBalance | None:
+    """Mixtral's balancing loss (Switch, arXiv:2101.03961, eq. 4-6) for a decoder whose class has none.
+
+    It takes the k largest logits for the choice, and their softmax for probabilities: what a router adds to its logits
+    before it chooses (DeepSeek-V3's bias and groups) does not count.
+
+    Returns:
+        None where the decoder does not hand out its routers' logits, or k differs from layer to layer.
+    """
+    named: Any = next((value for name in CHOICES if (value := getattr(decoder.config, name, None)) is not None), 0)
+    counts = set(named) if isinstance(named, list | tuple) else {named}
+    recorded = getattr(decoder, "_can_record_outputs", None) or {}
+    if LOGITS not in recorded or not named or len(counts) != 1:
+        return None
+    return OwnBalance(load_balancing_loss_func, counts.pop(), coefficient, is_own=False)
+
+
+def balance_of(decoder: Any, coefficient: float | None = None) -> OwnBalance | None:
+    """The balancing loss of a decoder with a weight that was given, or with its own; None: there is none."""
+    own = own_balance(decoder)
+    if coefficient is None:
+        return own
+    return usual_balance(decoder, coefficient) if own is None else replace(own, coefficient=coefficient)
 
 
 class OwnRouters:
@@ -70,14 +104,15 @@ class OwnRouters:
 
     Args:
         model: a vision-language model.
+        coefficient: the weight of its balancing loss; None: its class's own loss with its own weight, if it has one.
 
     Attributes:
-        balance: its own loss; None where its class has none.
+        balance: the loss; None where there is none.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, coefficient: float | None = None):
         self.decoder = model.get_decoder()
-        self.balance = own_balance(self.decoder)
+        self.balance = balance_of(self.decoder, coefficient)
         self.stats: list[RouterStats] = []
         self._logits: tuple[Tensor, ...] = ()
         if self.balance is not None:
@@ -88,7 +123,7 @@ class OwnRouters:
         return inputs, options | ({"output_router_logits": True} if decoder.training else {})
 
     def _note(self, decoder: nn.Module, inputs: tuple, output: Any) -> None:
-        given = getattr(output, "router_logits", None) if decoder.training else None
+        given = getattr(output, LOGITS, None) if decoder.training else None
         self._logits = tuple(logits for logits in given or () if logits is not None)
 
     @property
@@ -113,14 +148,14 @@ class OwnRouters:
         self._count(attention_mask.bool(), image_mask)
         if not self._logits:
             return torch.zeros((), device=attention_mask.device)
-        return self.balance.function(self._logits, self.balance.n_experts, self.balance.k, attention_mask)
+        return self.balance.function(self._logits, self._logits[0].shape[-1], self.balance.k, attention_mask)
 
     @torch.no_grad()
     def _count(self, token_mask: Tensor, image_mask: Tensor) -> None:
         assert self.balance is not None
         real = token_mask.reshape(-1)
         if not self.stats:
-            self.stats = [RouterStats(self.balance.n_experts) for _ in self._logits]
+            self.stats = [RouterStats(logits.shape[-1]) for logits in self._logits]
         for stats, logits in zip(self.stats, self._logits, strict=True):
             logit_NE = logits.detach().reshape(-1, logits.shape[-1]).float()[real.to(logits.device)]
             expert_Nk = logit_NE.topk(self.balance.k, dim=-1).indices

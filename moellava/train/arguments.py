@@ -110,12 +110,13 @@ class DataArguments:
     confine_media: bool = _flag("Refuse paths that lead out of --image_folder or --video_folder, also by links.", False)
     num_frames: int = _flag("Frames that stand for a video, evenly spread over it.", NUM_FRAMES)
     image_aspect_ratio: str | None = _flag(
-        "square (as the tower's processor does), pad (to a square, mean colour) or anyres (tiles, as LLaVA-1.6). "
+        "square (as the tower's processor does), pad (to a square, mean colour), native (as it is, for Pixtral), "
+        "anyres (tiles, as LLaVA-1.6) or anyres_max_N (tiles of at most N squares' tokens, as LLaVA-OneVision). "
         "Unset: the folder's, or square."
     )
     image_grid_pinpoints: str | None = _flag(
         "Grids of tiles for anyres: '[(336, 672), …]', width and height in pixels, or '(1x1),...,(3x3)' squares of the "
-        "tower. Unset: the folder's, or LLaVA-1.6's."
+        "tower. Unset: the folder's, or those of LLaVA-1.6 or LLaVA-OneVision."
     )
     is_multimodal: bool = _flag("False refuses records with images or videos: a text-only run.", True)
     lazy_preprocess: bool = _flag("Tokenize when a record is first needed; False tokenizes all before step 0.", True)

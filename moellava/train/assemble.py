@@ -23,7 +23,7 @@ from moellava.moe import convert_engine
 from moellava.moe.certificate import Certificate, upcycle_certified
 from moellava.train.adapt import adapt
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
-from moellava.train.reconcile import reconcile, refuse_template, retrain
+from moellava.train.reconcile import own_balance_weight, reconcile, refuse_template, retrain
 from moellava.train.stages import FINETUNE, PRETRAIN, Stage
 from moellava.vlm import VLM, build, describe
 
@@ -40,11 +40,13 @@ class Assembled:
         vlm: ready for the first step, parameters not yet frozen.
         certificate: how far the sparse model is from the dense one; None where nothing was upcycled.
         adapter: what --lora_enable and --use_vision_lora have attached; None without them.
+        balance: see `own_balance_weight`.
     """
 
     vlm: VLM
     certificate: Certificate | None = None
     adapter: Adapter | None = None
+    balance: float | None = None
 
 
 def assemble(
@@ -78,6 +80,7 @@ def assemble(
         vlm = composed(manifest, stage, model_args, data_args, dtype)
         refuse_template(vlm, stage, model_args, usual_template(manifest, stage))
     note_data(vlm.model.config, data_args.data_path)
+    balance = None if moe_args.moe_enable else own_balance_weight(vlm, stage, model_args, moe_args)
     choose_attention(vlm.model, model_args.attn_implementation)
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(vlm.model, model_args.pretrain_mm_mlp_adapter)
@@ -86,7 +89,7 @@ def assemble(
     adapter = adapt(vlm, model_args, moe_args, args) if args.lora_enable or model_args.use_vision_lora else None
     if moe_args.moe_enable and args.deepspeed:
         convert_engine(vlm.model, "deepspeed", ep_size=moe_args.ep_size)
-    return Assembled(vlm, certificate, adapter)
+    return Assembled(vlm, certificate, adapter, balance)
 
 
 def training_dtype(args: TrainingArguments) -> torch.dtype:

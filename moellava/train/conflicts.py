@@ -8,8 +8,12 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from moellava.constants import TILED
 from moellava.moe.spec import given_options
 from moellava.vis.needed import missing
+
+OWN_BALANCE = "router_aux_loss_coef"
+"""The option that a model with experts of its own takes in all stages; `reconcile.py` judges it."""
 
 
 class Flags(NamedTuple):
@@ -24,6 +28,11 @@ class Flags(NamedTuple):
     def processes(self) -> int:
         """Of this run, as launchers set it."""
         return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether images are to be cut into tiles."""
+        return bool(TILED.fullmatch(self.data.image_aspect_ratio or ""))
 
     @property
     def adapts(self) -> bool:
@@ -104,7 +113,7 @@ CONFLICTS: list[Rule] = [
         "--ep_size {moe.ep_size} does not divide the {processes} processes of this run.",
     ),
     (
-        lambda f: not f.moe.moe_enable and (f.moe.moe_preset or f.moe.given()),
+        lambda f: not f.moe.moe_enable and (f.moe.moe_preset or f.moe.given().keys() - {OWN_BALANCE}),
         "MoE flags need --moe_enable True; without it they would do nothing: {sparse}.",
     ),
     (
@@ -120,12 +129,13 @@ CONFLICTS: list[Rule] = [
         "--overlong {data.overlong}: choose error, drop or truncate.",
     ),
     (
-        lambda f: f.data.image_aspect_ratio not in (None, "square", "pad", "anyres"),
-        "--image_aspect_ratio {data.image_aspect_ratio}: choose square, pad or anyres.",
+        lambda f: f.data.image_aspect_ratio not in (None, "square", "pad", "native") and not f.in_tiles,
+        "--image_aspect_ratio {data.image_aspect_ratio}: choose square, pad, native, anyres or anyres_max_N, as "
+        "anyres_max_9.",
     ),
     (
-        lambda f: f.data.image_grid_pinpoints and f.model.image_tower and f.data.image_aspect_ratio != "anyres",
-        "--image_grid_pinpoints {data.image_grid_pinpoints} needs --image_aspect_ratio anyres.",
+        lambda f: f.data.image_grid_pinpoints and f.model.image_tower and not f.in_tiles,
+        "--image_grid_pinpoints {data.image_grid_pinpoints} needs --image_aspect_ratio anyres or anyres_max_N.",
     ),
     (lambda f: f.data.num_frames < 1, "--num_frames {data.num_frames}: a video is at least 1 frame."),
     (lambda f: f.data.bad_files not in ("error", "skip"), "--bad_files {data.bad_files}: choose error or skip."),

@@ -15,7 +15,9 @@ from moellava.model.tiles import parse_pinpoints
 from moellava.model.tower_images import canvas_of
 from moellava.model.towers import selected_features
 from moellava.moe import MoESpec, change_spec
+from moellava.moe.own_routers import balance_of, has_own_experts
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments
+from moellava.train.conflicts import OWN_BALANCE
 from moellava.train.stages import PRETRAIN, Stage
 from moellava.vlm import VLM
 
@@ -99,6 +101,32 @@ def refuse_template(vlm: VLM, stage: Stage, model_args: ModelArguments, usual: s
             f"--version {version} does not fit the tokenizer of {vlm.source}: {fit.verdict}. Templates that fit: "
             f"{', '.join(names) or 'none'}. Leave the flag out for {usual}, or add --force_version True."
         )
+
+
+def own_balance_weight(vlm: VLM, stage: Stage, model_args: ModelArguments, moe_args: MoEArguments) -> float | None:
+    """The weight that --router_aux_loss_coef gives the balancing loss of a language model with experts of its own.
+
+    Raises:
+        UserError: it is given, and nothing would read it: no experts, none that can be watched, or none that learn.
+    """
+    given = moe_args.given().get(OWN_BALANCE)
+    if given is None:
+        return None
+    flag = f"--{OWN_BALANCE} {given:g}"
+    if not has_own_experts(vlm.model):
+        raise UserError(
+            f"{flag} needs --moe_enable True: the language model of {vlm.source} has no experts of its own, and "
+            "nothing would read the flag."
+        )
+    if stage is PRETRAIN or model_args.freeze_backbone:
+        frozen = "--tune_mm_mlp_adapter True" if stage is PRETRAIN else "--freeze_backbone True"
+        raise UserError(f"{flag}: the language model, whose experts it would balance, is frozen by {frozen}.")
+    if balance_of(vlm.model.get_decoder(), given) is None:
+        raise UserError(
+            f"{flag}: the experts in the language model of {vlm.source} have no routers that tell their logits, so "
+            "they cannot be balanced. Leave the flag out."
+        )
+    return given
 
 
 def routing_of(stored: MoESpec, moe_args: MoEArguments) -> MoESpec:

@@ -170,6 +170,7 @@ def make_trainer(
     trainer = StageTrainer(
         vlm=vlm,
         folder=StageFolder(Path(args.output_dir), vlm, stage.name, assembled.adapter, masters),
+        balance=assembled.balance,
         args=args,
         data_collator=collator,
         **datasets,

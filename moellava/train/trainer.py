@@ -40,10 +40,11 @@ class StageTrainer(Trainer):
     Args:
         vlm: its model.
         folder: writes complete model folders.
+        balance: see `watch_own_experts`.
         kwargs: of `transformers.Trainer`.
     """
 
-    def __init__(self, *, vlm: VLM, folder: StageFolder, **kwargs):
+    def __init__(self, *, vlm: VLM, folder: StageFolder, balance: float | None = None, **kwargs):
         super().__init__(model=vlm.model, **kwargs)
         self.vlm = vlm
         self.folder = folder
@@ -51,7 +52,7 @@ class StageTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the supervised tokens of the whole step
         self.head = SupervisedHead(self.model.get_output_embeddings())
         self.is_moe = bool(moe_layers(self.model))
-        self.own_routers = watch_own_experts(vlm)
+        self.own_routers = watch_own_experts(vlm, balance)
         self.step_tokens = 0.0
         self.step_labels = 0
         self.step_records: list[str] = []
@@ -359,15 +360,26 @@ def counts_of(dataset: SupervisedDataset) -> str:
     return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in dataset.report().items())
 
 
-def watch_own_experts(vlm: VLM) -> OwnRouters | None:
-    """The routers of a composed model whose language model is sparse of itself; None: there is nothing to watch."""
-    if vlm.architecture is not None or moe_layers(vlm.model) or not has_own_experts(vlm.model):
+def watch_own_experts(vlm: VLM, balance: float | None = None) -> OwnRouters | None:
+    """The routers of a composed model whose language model is sparse of itself; None: there is nothing to watch.
+
+    Args:
+        balance: the weight that a flag gives the balancing loss; a released model's is watched with such a flag alone.
+    """
+    is_released = vlm.architecture is not None
+    if (is_released and balance is None) or moe_layers(vlm.model) or not has_own_experts(vlm.model):
         return None
-    routers, name = OwnRouters(vlm.model), vlm.model.config.text_config.model_type
+    routers, name = OwnRouters(vlm.model, balance), vlm.model.config.get_text_config().model_type
     if routers.balance is None:
-        logger.info("The language model (%s) has experts and no balancing loss of its own: it trains without.", name)
+        logger.info(
+            "The language model (%s) has experts and no balancing loss of its own: it trains without. "
+            "--router_aux_loss_coef 0.01 would add Mixtral's.",
+            name,
+        )
         return None
-    logger.info("The language model (%s) has experts: its balancing loss counts %g times.", name, routers.coefficient)
+    whose = "its" if routers.balance.is_own else "it has no balancing loss of its own, and Mixtral's"
+    told = "balancing loss counts" if routers.balance.is_own else "counts"
+    logger.info("The language model (%s) has experts: %s %s %g times.", name, whose, told, routers.coefficient)
     return routers
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from moellava.data.frame_processors import UNKNOWN, FrameProcessor
 from moellava.lmm.architecture import ARCHITECTURES
 from moellava.lmm.architectures.qwen2_vl import fit_frame
 from moellava.lmm.architectures.qwen3_vl import fit_video
 from moellava.lmm.processors import build_without_torchvision, video_settings_of
-from moellava.lmm.video_processors import UNKNOWN, FrameProcessor
 from tests.lmm.tiny import WITH_VIDEO
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "video_processors.npz"

@@ -20,11 +20,11 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES as 
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES as VIDEO_PROCESSORS
 from transformers.utils.import_utils import is_torchvision_available
 
+from moellava.data.frame_processors import UNKNOWN
 from moellava.data.media_reader import placeholder_of
 from moellava.errors import UserError
 from moellava.lmm.architecture import ARCHITECTURES
 from moellava.lmm.processors import VIDEO, build_without_torchvision
-from moellava.lmm.video_processors import UNKNOWN
 from tests.lmm.tiny import NATIVE, TINY
 from tests.model.tiny_language_models import COMMON as TEXT
 from tests.model.tiny_language_models import OVERRIDES as TEXT_OVERRIDES

@@ -1,4 +1,5 @@
-"""Images in tiles: composed as Hugging Face's LLaVA-NeXT, whose processor and model agree with every sample of ours."""
+"""Images in tiles: composed as Hugging Face's LLaVA-NeXT or LLaVA-OneVision, whose processor and model agree with every
+sample of ours."""
 
 from __future__ import annotations
 
@@ -8,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
+)
+from transformers.utils.import_utils import is_torchvision_available
 
 from moellava.cli import main
 from moellava.convert.export.llava import write_published
@@ -37,28 +44,89 @@ def tiled(tiny_base, clip_tower):
     return tiny.compose_tiny(tiny_base("vicuna"), clip_tower, "v1", image_aspect_ratio="anyres")
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
-def test_plain_transformers_computes_the_same_of_the_same_input(tower, towers, tiny_base, tmp_path):
-    vlm = tiny.compose_tiny(tiny_base("vicuna"), towers[tower], "v1", image_aspect_ratio="anyres")
+BOUND = "anyres_max_3"
+"""A bound that the larger ones of `PICTURES` exceed."""
+
+PADDED = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
+
+CLASSES = {"anyres": LlavaNextForConditionalGeneration, BOUND: LlavaOnevisionForConditionalGeneration}
+
+
+@pytest.fixture(scope="module")
+def bounded(tiny_base, siglip_tower):
+    """The same with a SigLIP tower and a bound."""
+    return tiny.compose_tiny(
+        tiny_base("vicuna"), siglip_tower, "v1", image_aspect_ratio=BOUND, image_projector_type="mlp2x_gelu"
+    )
+
+
+def processor_of(folder: Path):
+    """As plain transformers opens it; OneVision's with a video processor of ours where torchvision is not installed."""
+    if is_torchvision_available() or "Onevision" not in (folder / "processor_config.json").read_text():
+        return AutoProcessor.from_pretrained(folder)
+    return tiny.reopen(folder).processor
+
+
+@pytest.mark.parametrize(
+    ("tower", "ratio"),
+    [
+        ("clip", "anyres"),
+        pytest.param("siglip", "anyres", marks=pytest.mark.slow),
+        pytest.param("clip", BOUND, marks=pytest.mark.slow),
+        ("siglip", BOUND),
+    ],
+)
+def test_plain_transformers_computes_the_same_of_the_same_input(tower, ratio, towers, tiny_base, tmp_path):
+    options = {"image_aspect_ratio": ratio, "image_projector_type": "mlp2x_gelu"}
+    vlm = tiny.compose_tiny(tiny_base("vicuna"), towers[tower], "v1", **options)
     vlm.save(tmp_path / "folder")
-    plain, info = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "folder", output_loading_info=True)
-    assert not any(info.values())
-    processor, reader = AutoProcessor.from_pretrained(tmp_path / "folder"), vlm.encoder.reader
+    plain, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "folder", output_loading_info=True)
+    assert not any(info.values()) and type(plain) is CLASSES[ratio]
+    processor, reader = processor_of(tmp_path / "folder"), vlm.encoder.reader
     lengths = [reader.run_length(picture.size, 1) for picture in PICTURES]
-    assert len(set(lengths)) > 2
+    assert len(set(lengths)) > (1 if ratio == BOUND else 2)
     prompts = ["USER: <image>\nwhat? ASSISTANT:"] * len(PICTURES)
-    batch = processor(images=PICTURES, text=prompts, return_tensors="pt", padding=True, padding_side="left")
+    batch = processor(
+        images=[[picture] for picture in PICTURES], text=prompts, return_tensors="pt", padding=True, padding_side="left"
+    )
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == lengths
     with torch.no_grad():
         wanted, found = plain.eval()(**batch).logits, vlm.model(**batch).logits
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
-def test_a_batch_answers_as_single_requests_do(tiled):
+@pytest.mark.parametrize("name", ["tiled", "bounded"])
+def test_a_batch_answers_as_single_requests_do(name, request):
+    tiled = request.getfixturevalue(name)
     requests = [Request("what?", [picture]) for picture in PICTURES]
     requests += [Request("compare", PICTURES[:2]), Request("no picture")]
     alone = [answer(tiled, [request], max_new_tokens=6)[0] for request in requests]
     assert answer(tiled, requests, max_new_tokens=6) == alone and not any(one.error for one in alone)
+
+
+def test_processor_and_model_agree_on_the_tokens_of_any_size(bounded):
+    """Of an image alone, as many as the bound lets through; of several of a record, a square each and its newline."""
+    reader, body = bounded.encoder.reader, bounded.model.model
+    sizes = torch.randint(1, 400, (40, 2), generator=torch.Generator().manual_seed(0)).tolist()
+    for wide, high in sizes:
+        media = reader.read([[Image.new("RGB", (wide, high))]])
+        with torch.no_grad():
+            (features,) = body.get_image_features(**media.tensors, return_dict=True).pooler_output
+        assert len(media.runs[0][0].ids) == len(features) == reader.run_length((wide, high), 1), (wide, high)
+        assert (
+            len(features) <= 4 + 1.21 * 12 + 12
+        )  # the whole image, and of the tiles a tenth more along each side, and newlines
+    assert {reader.run_length((wide, high), 2) for wide, high in sizes} == {5}
+
+
+def test_a_bound_may_be_another_one_later(bounded, tiny_base, siglip_tower):
+    vlm = tiny.compose_tiny(tiny_base("vicuna"), siglip_tower, "v1", image_aspect_ratio="anyres_max_9")
+    before = vlm.encoder.reader.run_length((100, 100), 1)
+    vlm.settle("v1", BOUND)
+    assert vlm.encoder.reader.run_length((100, 100), 1) == bounded.encoder.reader.run_length((100, 100), 1) < before
+    assert vlm.model.config.vision_aspect_ratio == vlm.section.image_aspect_ratio == BOUND
+    with pytest.raises(UserError, match="--image_aspect_ratio anyres, but .* for anyres_max_3: .* of three classes"):
+        vlm.settle("v1", "anyres")
 
 
 @pytest.fixture
@@ -76,11 +144,12 @@ def flags_in_tiles(flags_for, parts, tmp_path):
     return lambda stage: flags_for(tmp_path, stage) | given
 
 
-def test_the_stages_train_on_tiles(flags_in_tiles, tmp_path, capsys):
+@pytest.mark.parametrize("ratio", ["anyres", pytest.param("anyres_max_3", marks=pytest.mark.slow)])
+def test_the_stages_train_on_tiles(ratio, flags_in_tiles, tmp_path, capsys):
     for stage in ("pretrain", "finetune", "moe"):
-        train_here(flags_in_tiles(stage))
+        train_here(flags_in_tiles(stage) | {"image_aspect_ratio": ratio})
     sections = [tiny.reopen(tmp_path / stage).section for stage in ("pretrain", "finetune", "moe")]
-    assert [section.image_aspect_ratio for section in sections] == ["anyres"] * 3
+    assert [section.image_aspect_ratio for section in sections] == [ratio] * 3
     before, after = (tiny.weights_of(tmp_path / stage) for stage in ("pretrain", "finetune"))
     newline = next(name for name in after if name.endswith("image_newline"))
     assert not torch.equal(before[newline], after[newline]), "it trains with the projector"
@@ -114,14 +183,17 @@ def test_upcycling_keeps_the_logits(tiled, tmp_path):
     )
 
 
-def test_llava_16s_own_layout_is_read_and_written(tiled, clip_tower, tmp_path):
-    tiled.model.config.moellava["image_tower"] = str(clip_tower)
+@pytest.mark.parametrize(("name", "ratio", "tower"), [("tiled", "anyres", "clip"), ("bounded", BOUND, "siglip")])
+def test_llava_16s_own_layout_is_read_and_written(name, ratio, tower, towers, tmp_path, request):
+    tiled = request.getfixturevalue(name)
+    tiled.model.config.moellava["image_tower"] = str(towers[tower])
     write_published(tiled, tmp_path / "llava-v1.6")
     raw = json.loads((tmp_path / "llava-v1.6" / "config.json").read_text())
-    assert raw["image_aspect_ratio"] == "anyres" and [28, 56] in raw["image_grid_pinpoints"]
+    assert raw["image_aspect_ratio"] == ratio and [28, 56] in raw["image_grid_pinpoints"]
     assert "model.image_newline" in torch.load(tmp_path / "llava-v1.6" / "pytorch_model.bin", weights_only=True)
     again = open_vlm(tmp_path / "llava-v1.6", device="cpu")
     ours, theirs = tiled.model.state_dict(), again.model.state_dict()
+    assert type(again.model) is type(tiled.model)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert sorted(again.model.config.image_grid_pinpoints) == sorted(tiled.model.config.image_grid_pinpoints)
     raw["mm_patch_merge_type"] = "spatial"
@@ -136,12 +208,13 @@ def test_llava_16s_own_layout_is_read_and_written(tiled, clip_tower, tmp_path):
         ({"mm_vision_select_feature": "cls_patch"}, "50|tokens are taken where"),
         ({"image_projector_type": "pool_mlp2x_gelu"}, "needs a token for every patch"),
         ({"image_grid_pinpoints": "[(30, 56)]"}, "30 × 56 pixels are no whole number of the tower's squares of 28"),
+        ({"image_aspect_ratio": "anyres_max_1"}, "cut into 6 squares in a row, .* Use anyres_max_3 or more"),
         ({"image_grid_pinpoints": "many"}, "give pairs of width and height"),
     ],
 )
 def test_what_cannot_be_tiled_is_named(options, words, tiny_base, clip_tower):
     with pytest.raises(UserError, match=words):
-        tiny.compose_tiny(tiny_base("vicuna"), clip_tower, "v1", image_aspect_ratio="anyres", **options)
+        tiny.compose_tiny(tiny_base("vicuna"), clip_tower, "v1", **{"image_aspect_ratio": "anyres"} | options)
 
 
 def test_grids_are_named_as_llavas():

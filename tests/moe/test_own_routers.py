@@ -17,6 +17,9 @@ WITHOUT = (
 )
 """Sparse by their layers, with no balancing loss in transformers."""
 
+UNWATCHED = "zamba"
+"""Its experts are one block that layers share, without a router."""
+
 SAMPLE = ("qwen3_moe", "mixtral", "jetmoe", "olmoe")
 
 
@@ -53,11 +56,45 @@ def test_the_loss_is_that_of_the_language_model(model_type):
     check_own_loss(model_type)
 
 
+def check_usual_loss(model_type: str) -> None:
+    """Mixtral's loss, written out over the logits of all layers and real tokens, E · Σ of an expert's share of
+    the choices, k in sum, and its mean probability."""
+    _, model = composed(model_type)
+    assert OwnRouters(model).balance is None
+    ids, mask = torch.randint(20, 250, (2, 9), generator=torch.Generator().manual_seed(0)), torch.ones(2, 9).long()
+    mask[1, -4:] = 0
+    routers = OwnRouters(model, 0.5)
+    assert routers.balance is not None and not routers.balance.is_own and routers.coefficient == 0.5
+    model(input_ids=ids, attention_mask=mask)
+    seen = [logits.reshape(-1, logits.shape[-1])[mask.flatten().bool()] for logits in routers._logits]
+    logit_NE, k = torch.cat(seen).float(), routers.balance.k
+    choices_NE = torch.zeros_like(logit_NE).scatter(1, logit_NE.topk(k).indices, 1.0)
+    wanted = logit_NE.shape[1] * (choices_NE.mean(0) * logit_NE.softmax(1).mean(0)).sum()
+    found = routers.loss(mask, ids < 100)
+    torch.testing.assert_close(found, wanted)
+    found.backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.get_decoder().parameters())
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "aria_text"])
+def test_a_language_model_without_a_loss_takes_the_usual_one(model_type):
+    check_usual_loss(model_type)
+
+
+def test_a_given_weight_stands_in_place_of_the_own():
+    _, model = composed("qwen3_moe")
+    routers = OwnRouters(model, 0.25)
+    assert routers.balance.is_own and routers.coefficient == 0.25
+    assert OwnRouters(composed(UNWATCHED)[1], 0.25).balance is None
+
+
 @pytest.mark.slow
-def test_every_sparse_language_model_has_its_own_loss_or_none():
-    for model_type in [*SPARSE.split(), "dbrx"]:
+def test_every_sparse_language_model_has_its_own_loss_or_takes_the_usual_one():
+    for model_type in [*SPARSE.split(), "nemotron_h", "dbrx"]:
+        if model_type == UNWATCHED:
+            continue
         if model_type in WITHOUT.split():
-            assert OwnRouters(composed(model_type)[1]).balance is None, model_type
+            check_usual_loss(model_type)
         else:
             check_own_loss(model_type)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moellava.data.sampler import GroupedSampler
+from moellava.errors import UserError
 from moellava.train.trainer import RunHooks
 from tests.model.tiny_language_models import tiny_language_model
 from tests.processes import losses_of, train_here
@@ -63,18 +64,51 @@ def evaluation_of(folder):
     return next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_a_sparse_language_model_trains_with_its_own_balance(stage, flags_for, tokenizer_folder, tmp_path):
-    """Its loss and its experts' load are logged; where the language model is frozen, the loss counts nothing."""
-    base = tmp_path / "base"
-    tiny_language_model("qwen3_moe").save_pretrained(base)
-    shutil.copytree(tokenizer_folder, base, dirs_exist_ok=True)
-    flags = flags_for(tmp_path, stage) | {"model_name_or_path": base, "max_steps": 2, "skip_dry_save": True}
-    if flags.pop("pretrain_mm_mlp_adapter", None):
-        flags["untrained_projector"] = True
-    folder = train_here(flags | {"save_strategy": "no", "logging_steps": 1})
+@pytest.fixture
+def sparse_flags(flags_for, tokenizer_folder, tmp_path):
+    """(type of a sparse language model, stage) -> the flags of a run of two steps from it."""
+
+    def flags_of(model_type, stage):
+        base = tmp_path / "base"
+        tiny_language_model(model_type).save_pretrained(base)
+        shutil.copytree(tokenizer_folder, base, dirs_exist_ok=True)
+        flags = flags_for(tmp_path, stage) | {"model_name_or_path": base, "max_steps": 2, "skip_dry_save": True}
+        if flags.pop("pretrain_mm_mlp_adapter", None):
+            flags["untrained_projector"] = True
+        return flags | {"save_strategy": "no", "logging_steps": 1}
+
+    return flags_of
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stage", "given", "weight"),
+    [
+        ("qwen3_moe", "pretrain", None, 0.0),
+        ("qwen3_moe", "finetune", None, 0.001),
+        pytest.param("qwen3_moe", "finetune", 0.5, 0.5, marks=pytest.mark.slow),
+        ("deepseek_v2", "finetune", 0.25, 0.25),
+    ],
+)
+def test_a_sparse_language_model_trains_with_a_balance(model_type, stage, given, weight, sparse_flags, caplog):
+    """Its own, or the usual one that a flag asks for. The loss and its experts' load are logged; where the language
+    model is frozen, the loss counts nothing."""
+    folder = train_here(sparse_flags(model_type, stage) | {"router_aux_loss_coef": given})
     log = [line for line in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "ce" in line]
     assert all(1.0 < line["aux"] < 4.0 for line in log)  # as many as a token chooses, 2, where the load is even
     assert sum(log[0][f"expert_load_image/layer_0/expert_{e}"] for e in range(4)) == pytest.approx(1.0)
-    weight = 0.001 if stage == "finetune" else 0.0
+    assert f"counts {weight:g} times" in caplog.text
     assert log[0]["loss"] == pytest.approx(log[0]["ce"] + weight * log[0]["aux"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "flags", "words"),
+    [
+        ("qwen3_moe", {"freeze_backbone": True}, "the language model, .* is frozen by --freeze_backbone True"),
+        ("zamba", {}, "experts in the language model .* have no routers that tell their logits"),
+        ("qwen3", {}, "--router_aux_loss_coef 0.25 needs --moe_enable True: .* no experts of its own"),
+        ("qwen3_moe", {"router_z_loss_coef": 0.1}, "MoE flags need --moe_enable True.*--router_z_loss_coef 0.1"),
+    ],
+)
+def test_a_balance_that_nothing_would_read_is_refused(model_type, flags, words, sparse_flags):
+    with pytest.raises(UserError, match=words):
+        train_here(sparse_flags(model_type, "finetune") | {"router_aux_loss_coef": 0.25} | flags)

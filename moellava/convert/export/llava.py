@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moellava.constants import TILED
 from moellava.errors import UserError
 from moellava.files import staged
 from moellava.model.build import ROPE_FIELDS
@@ -18,7 +19,7 @@ from moellava.model.projectors import parse_projector
 from moellava.model.projectors.layers import to_published
 from moellava.model.published import MERGED
 from moellava.model.section import Section, section_of
-from moellava.model.tiles import ANYRES, NEWLINE
+from moellava.model.tiles import NEWLINE
 from moellava.model.towers import tower_prefix
 from moellava.moe import MoESpec, gather_moe_state_dict, moe_layers
 from moellava.vlm import VLM
@@ -100,7 +101,7 @@ def published_config(model: Any) -> dict[str, Any]:
         "tokenizer_padding_side": "right",
         "use_mm_proj": True,
     }
-    if section.image_aspect_ratio == ANYRES:
+    if TILED.fullmatch(section.image_aspect_ratio):
         grids = [[wide, high] for high, wide in model.config.image_grid_pinpoints]
         fields |= {"image_grid_pinpoints": grids, "mm_patch_merge_type": MERGED}
     if layers:

@@ -1,9 +1,9 @@
 """InternVL3 in Hugging Face's layout."""
 
+from moellava.data.frame_processors import LLAVA as LLAVA_FRAMES
+from moellava.data.frame_processors import FrameRecipe, whole_frames
 from moellava.lmm.architecture import Architecture, register_architecture
 from moellava.lmm.templates import chatml
-from moellava.lmm.video_processors import LLAVA as LLAVA_FRAMES
-from moellava.lmm.video_processors import FrameRecipe, whole_frames
 from moellava.model.parts import LLAVA
 
 INTERNVL = register_architecture(

@@ -1,10 +1,10 @@
 """LLaVA-NeXT-Video: LLaVA-1.6 with a way for videos."""
 
+from moellava.data.frame_processors import LLAVA as LLAVA_FRAMES
+from moellava.data.frame_processors import FrameRecipe, whole_frames
 from moellava.lmm.architecture import Architecture, register_architecture
 from moellava.lmm.architectures.llava_1_6 import LLAVA_1_6, over_language_models
 from moellava.lmm.templates import vicuna
-from moellava.lmm.video_processors import LLAVA as LLAVA_FRAMES
-from moellava.lmm.video_processors import FrameRecipe, whole_frames
 
 _SQUARE = {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
 

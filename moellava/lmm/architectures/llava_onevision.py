@@ -1,9 +1,8 @@
 """LLaVA-OneVision: Qwen2 and a SigLIP tower, for an image in tiles, for several images, and for videos."""
 
+from moellava.data.frame_processors import ONEVISION
 from moellava.lmm.architecture import Architecture, register_architecture
 from moellava.lmm.templates import MEDIA, filled
-from moellava.lmm.video_processors import LLAVA as LLAVA_FRAMES
-from moellava.lmm.video_processors import FrameRecipe, whole_frames
 from moellava.model.parts import LLAVA
 
 TEMPLATE = filled(
@@ -23,9 +22,7 @@ LLAVA_ONEVISION = register_architecture(
         model_type="llava_onevision",
         keywords=LLAVA._replace(others=("image_newline",)),
         template=TEMPLATE,
-        video=FrameRecipe(
-            "LlavaOnevisionVideoProcessor", LLAVA_FRAMES | {"size": {"height": 384, "width": 384}}, whole_frames
-        ),
+        video=ONEVISION,
         models={
             "llava-onevision-0.5b-ov": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
             "llava-onevision-7b-ov": "llava-hf/llava-onevision-qwen2-7b-ov-hf",

@@ -1,9 +1,9 @@
 """Qwen2-VL: images and videos of any size as patches, whose merger lies inside the vision encoder."""
 
+from moellava.data.frame_processors import QWEN as QWEN_FRAMES
+from moellava.data.frame_processors import FrameRecipe, Settings, fitted, patched
 from moellava.lmm.architecture import Architecture, register_architecture
 from moellava.lmm.templates import chatml
-from moellava.lmm.video_processors import QWEN as QWEN_FRAMES
-from moellava.lmm.video_processors import FrameRecipe, Settings, fitted, patched
 from moellava.model.parts import Keywords
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -2,11 +2,11 @@
 
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
+from moellava.data.frame_processors import QWEN as QWEN_FRAMES
+from moellava.data.frame_processors import FrameRecipe, Settings, fitted, patched
 from moellava.lmm.architecture import Architecture, register_architecture
 from moellava.lmm.architectures.qwen2_vl import IMAGE, VIDEO
 from moellava.lmm.templates import chatml
-from moellava.lmm.video_processors import QWEN as QWEN_FRAMES
-from moellava.lmm.video_processors import FrameRecipe, Settings, fitted, patched
 from moellava.model.parts import Keywords
 
 

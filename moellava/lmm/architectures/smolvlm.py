@@ -4,9 +4,9 @@ import torch
 from PIL import Image
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
+from moellava.data.frame_processors import COMMON, FrameRecipe, Settings, pixels_of
 from moellava.lmm.architecture import Architecture, register_architecture
 from moellava.lmm.templates import IN_ORDER, filled
-from moellava.lmm.video_processors import COMMON, FrameRecipe, Settings, pixels_of
 from moellava.model.parts import Keywords
 
 

@@ -9,12 +9,14 @@ Shapes: T frames of a video, H × W pixels.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from einops import rearrange
 from PIL import Image
 from transformers import CLIPImageProcessorPil
@@ -22,6 +24,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
 )
+from transformers.utils.import_utils import is_torchvision_available
 from transformers.video_utils import VideoMetadata
 
 Settings = dict[str, Any]
@@ -175,3 +178,27 @@ def fitted(shape: tuple[int, int, int], factor: int, time: int, least: int, most
 
 UNKNOWN = FrameRecipe("", {}, lambda settings, videos: {})
 """Of an architecture without a recipe: its settings are kept, and a video is shown as images."""
+
+ONEVISION = FrameRecipe("LlavaOnevisionVideoProcessor", LLAVA | {"size": {"height": 384, "width": 384}}, whole_frames)
+"""Of LLaVA-OneVision, released or composed."""
+
+
+@functools.cache
+def with_frames(cls: Any) -> Any:
+    """`cls`, taking a video processor of ours for one of transformers'."""
+
+    def check_argument_for_proper_class(self: Any, argument_name: str, argument: Any) -> Any:
+        if isinstance(argument, FrameProcessor):
+            return FrameProcessor
+        return cls.check_argument_for_proper_class(self, argument_name, argument)
+
+    # Of the same name, which is what the processor writes into its folder.
+    attributes = {check_argument_for_proper_class.__name__: check_argument_for_proper_class, "__module__": __name__}
+    return type(cls.__name__, (cls,), attributes)
+
+
+def onevision_frames(settings: Settings) -> Any:
+    """LLaVA-OneVision's video processor in these settings: transformers' own where torchvision is installed."""
+    if is_torchvision_available():
+        return transformers.LlavaOnevisionVideoProcessor(**settings)
+    return FrameProcessor(ONEVISION, settings)
