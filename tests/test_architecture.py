@@ -26,10 +26,10 @@ FLOORS = [
     {"lmm"},
     {"vlm"},
     {"serve", "adapters"},
+    {"eval"},
     {"convert"},
     {"doctor"},
     {"train"},
-    {"eval"},
     {"commands"},
     {"cli"},
 ]

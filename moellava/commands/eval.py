@@ -22,6 +22,7 @@ from moellava.eval.checkpoint import checkpoint_digest
 from moellava.eval.journal import Journal, claim
 from moellava.eval.judge import URL_VARIABLE, Judge
 from moellava.eval.launch import end_with_parent, own_command, run_processes
+from moellava.eval.layout import DATA_FOLDER
 from moellava.eval.scoring import RESULT, against, read_tally, report, texts_of, write_result
 from moellava.eval.suite import BENCHMARKS
 from moellava.eval.summary import summary
@@ -29,9 +30,6 @@ from moellava.files import require_output
 from moellava.log import printable
 from moellava.processes import rank, world_size
 from moellava.vlm import VLM, open_vlm
-
-DATA_FOLDER = "playground/data/eval"
-"""Where LLaVA's `eval.zip` is unpacked by its own guide."""
 
 
 def parser() -> argparse.ArgumentParser:

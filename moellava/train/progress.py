@@ -11,6 +11,9 @@ from moellava.log import get_logger
 
 logger = get_logger(__name__)
 
+SCORE = "eval_score/"
+"""Prefix of the log keys of benchmarks (`--eval_task`)."""
+
 LOAD = "expert_load/"
 """Prefix of the log keys `expert_load/layer_{L}/expert_{E}`: share of routed tokens, in the unit interval."""
 
@@ -19,6 +22,7 @@ def format_line(step: int, last_step: int, logs: dict[str, Any]) -> str:
     """One log step as a line: losses apart, rate, throughput, and each MoE layer's load as percentages."""
     shown = [f"step {step}/{last_step}"]
     shown += [f"{key} {logs[key]:.4f}" for key in ("loss", "ce", "aux", "z", "eval_loss") if key in logs]
+    shown += [f"{key.removeprefix('eval_')} {value:.4f}" for key, value in logs.items() if key.startswith(SCORE)]
     if "learning_rate" in logs:
         shown.append(f"lr {logs['learning_rate']:.2e}")
     if "tokens_per_second" in logs:

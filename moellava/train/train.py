@@ -51,6 +51,7 @@ from moellava.train.memory import describe, estimate, zero_stage
 from moellava.train.samples import SampleAnswers
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
 from moellava.train.stopping import Stopped
+from moellava.train.tasks import TaskScores, tasks_of
 from moellava.train.trainer import StageTrainer
 from moellava.vlm import VLM
 
@@ -160,6 +161,9 @@ def make_trainer(
         trainer.add_callback(GradientWatch(vlm.model, vlm.parts["vision_tower"], lambda: not trainer.step_labels))
     if args.eval_samples:
         trainer.add_callback(SampleAnswers(trainer, args.eval_samples))
+    if args.eval_task:
+        tasks = tasks_of(args.eval_task, args.eval_task_folder, args.eval_task_limit)
+        trainer.add_callback(TaskScores(trainer, tasks, args.per_device_eval_batch_size))
     return trainer
 
 
