@@ -27,11 +27,11 @@ FLOORS = [
     {"vlm"},
     {"batches"},
     {"serve", "adapters", "vis"},
+    {"eval"},
     {"convert"},
     {"doctor"},
     {"train"},
-    {"eval", "demo"},
-    {"compare"},
+    {"compare", "demo"},
     {"commands"},
     {"cli"},
 ]

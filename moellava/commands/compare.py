@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moellava.commands.eval import DATA_FOLDER
+from moellava.eval.layout import DATA_FOLDER
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.values import count
 from moellava.compare.arms import ARMS, DENSE, SPARSE, split_flags

@@ -12,13 +12,11 @@ from moellava.commands.values import count
 from moellava.errors import UserError
 from moellava.eval.judge import URL_VARIABLE
 from moellava.eval.launch import own_command, run_processes
+from moellava.eval.layout import DATA_FOLDER
 from moellava.eval.suite import BENCHMARKS
 from moellava.files import require_output
 from moellava.log import printable
 from moellava.startup import importing
-
-DATA_FOLDER = "playground/data/eval"
-"""Where LLaVA's `eval.zip` is unpacked by its own guide."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,6 +19,9 @@ from moellava.files import NO_FILE, file_problem, read_json, refuse_pointer
 
 Row = dict[str, Any]
 
+DATA_FOLDER = "playground/data/eval"
+"""Where LLaVA's `eval.zip` is unpacked by its own guide."""
+
 
 @dataclass(frozen=True)
 class Layout:

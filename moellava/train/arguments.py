@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moellava.data.images import USUAL_LIMITS, Limits
 from moellava.data.media import NUM_FRAMES
 from moellava.errors import UserError
+from moellava.eval.layout import DATA_FOLDER as TASK_FOLDER
 from moellava.moe.spec import PRESETS, MoESpec, MoESpecFlags, given_options
 from moellava.startup import lazily
 
@@ -187,6 +188,9 @@ class RunArguments(AdapterArguments):
     group_by_modality_length: bool = _flag("Batches of one modality and similar lengths.", False)
     eval_samples: int = _flag("Records of --eval_data_path that are answered, and logged, at each evaluation.", 0)
     report_html: bool = _flag("Write a page and pictures of the run at its end (`moellava report`).", False)
+    eval_task: list[str] = _flag("Benchmarks that are scored every --eval_steps, such as easy-vqa.", [])
+    eval_task_folder: str = _flag("Where their folders lie (docs/EVAL.md).", TASK_FOLDER)
+    eval_task_limit: int | None = _flag("Ask so many of their questions, drawn at random; unset: all.")
     mm_projector_lr: float | None = _flag("Learning rate of the projector; unset: --learning_rate.")
     skip_dry_save: bool = _flag("Do not write and reopen a complete folder before step 0.", False)
     logging_steps: float = _flag("Optimizer steps between two log lines.", 1)

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from moellava.constants import TILED
+from moellava.eval.layout import DATA_FOLDER as TASK_FOLDER
+from moellava.eval.suite import BENCHMARKS
 from moellava.moe.spec import given_options
 from moellava.vis.needed import missing
 
@@ -55,6 +57,30 @@ class Flags(NamedTuple):
 
 Rule = tuple[Callable[[Flags], object], str]
 """When flags contradict each other, and the message; what stands in braces is read from `Flags`."""
+
+TASK_CONFLICTS: list[Rule] = [
+    (
+        lambda f: set(f.training.eval_task) - set(BENCHMARKS),
+        f"--eval_task {{training.eval_task}}: the known ones are {', '.join(BENCHMARKS)}.",
+    ),
+    (
+        lambda f: f.training.eval_task and not f.training.eval_steps,
+        "--eval_task {training.eval_task} needs --eval_steps, the optimizer steps between two scores.",
+    ),
+    (
+        lambda f: not f.training.eval_task and f.training.eval_task_limit is not None,
+        "--eval_task_limit {training.eval_task_limit} needs --eval_task.",
+    ),
+    (
+        lambda f: f.training.eval_task_limit is not None and f.training.eval_task_limit < 1,
+        "--eval_task_limit {training.eval_task_limit}: at least 1 question.",
+    ),
+    (
+        lambda f: f.training.eval_task_folder != TASK_FOLDER and not set(f.training.eval_task) - {"easy-vqa"},
+        "--eval_task_folder {training.eval_task_folder} needs an --eval_task that lies in a folder.",
+    ),
+]
+"""Of benchmarks during training."""
 
 CONFLICTS: list[Rule] = [
     (
@@ -144,6 +170,7 @@ CONFLICTS: list[Rule] = [
         lambda f: f.training.eval_samples > 0 and f.training.eval_strategy == "no",
         "--eval_samples {training.eval_samples} needs --eval_strategy steps or epoch, and --eval_data_path.",
     ),
+    *TASK_CONFLICTS,
     (
         lambda f: f.training.report_html and missing(),
         "--report_html True needs matplotlib and pyarrow: pip install 'moellava[vis]', or leave the flag out.",

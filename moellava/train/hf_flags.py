@@ -34,6 +34,8 @@ Need = tuple[Callable[[Any], object], str]
 """What has to hold of all flags together for one of them to act, and in words what it needs."""
 
 EVALUATION: Need = (lambda f: f.eval_strategy != "no" or f.eval_on_start, "--eval_strategy steps or epoch")
+STEPS_BETWEEN: Need = (lambda f: f.eval_strategy == "steps" or f.eval_task, "--eval_strategy steps, or --eval_task")
+EVALUATED: Need = (lambda f: EVALUATION[0](f) or f.eval_task, f"{EVALUATION[1]}, or --eval_task")
 EVAL_DATA: Need = (lambda f: f.eval_data_path, "--eval_data_path")
 WORKERS: Need = (lambda f: f.dataloader_num_workers > 0, "--dataloader_num_workers above 0")
 PROCESSES: Need = (
@@ -157,9 +159,9 @@ SERVED: dict[str, Served] = {
     "trackio_static_space_id": Served(needs=TRACKIO),
     # evaluation
     "eval_strategy": Served(),
-    "eval_steps": Served(STEPS, whole=True, needs=(lambda f: f.eval_strategy == "steps", "--eval_strategy steps")),
+    "eval_steps": Served(STEPS, whole=True, needs=STEPS_BETWEEN),
     "eval_delay": Served(NATURAL, needs=EVALUATION),
-    "per_device_eval_batch_size": Served(COUNT, needs=EVALUATION),
+    "per_device_eval_batch_size": Served(COUNT, needs=EVALUATED),
     "eval_on_start": Served(needs=EVAL_DATA),
     # saving and going on
     "save_strategy": Served(),

@@ -19,6 +19,9 @@ from moellava.log import WHOLE, get_logger
 
 logger = get_logger(__name__)
 
+SCORE = "eval_score/"
+"""Prefix of the log keys of benchmarks (`--eval_task`)."""
+
 LOAD = "expert_load/"
 """Prefix of the log keys `expert_load/layer_{L}/expert_{E}`: share of routed tokens, in the unit interval."""
 
@@ -163,7 +166,7 @@ def scores_of(logs: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """What an evaluation found, by name."""
     for key, value in logs.items():
         if key.startswith("eval_") and not key.endswith(NOT_SCORES) and isinstance(value, int | float):
-            yield key, value
+            yield (key.removeprefix("eval_") if key.startswith(SCORE) else key), value
 
 
 def parts_of_line(step: int, last_step: int, logs: Mapping[str, Any], clock: Clock) -> dict[str, str]:

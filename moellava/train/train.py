@@ -56,6 +56,7 @@ from moellava.train.run_log import TEXT_LOG, RunLog
 from moellava.train.samples import SampleAnswers, counts_text, first_sample
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
 from moellava.train.stopping import Stopped
+from moellava.train.tasks import TaskScores, tasks_of
 from moellava.train.trackers import ExpertHistograms
 from moellava.train.trainer import StageTrainer
 from moellava.vis.report import report_of
@@ -183,6 +184,9 @@ def make_trainer(
     trainer.add_callback(ExpertHistograms(trainer.callback_handler.callbacks))
     if args.eval_samples:
         trainer.add_callback(SampleAnswers(trainer, args.eval_samples, run_log))
+    if args.eval_task:
+        tasks = tasks_of(args.eval_task, args.eval_task_folder, args.eval_task_limit)
+        trainer.add_callback(TaskScores(trainer, tasks, args.per_device_eval_batch_size))
     return trainer
 
 

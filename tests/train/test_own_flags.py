@@ -275,6 +275,9 @@ ELSEWHERE = {
     "quant_type": "adapters/test_lora.py",
     "cache_dir": "train/test_arguments.py",
     "eval_samples": "train/test_samples.py",
+    "eval_task": "train/test_tasks.py",
+    "eval_task_folder": "train/test_tasks.py",
+    "eval_task_limit": "train/test_tasks.py",
     "skip_dry_save": "train/test_train.py",
     "report_html": "vis/test_report.py",
 }
