@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # The whole of moellava on a small benchmark, from a fresh machine to a table of scores: environment, base models, data,
 # the three stages, scores on easy-VQA's official test split, one question in chat: about 10 minutes on 2 cores.
 #

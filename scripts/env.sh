@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Makes the environment that everything here runs in, and enters it:
 #
 #     source scripts/env.sh

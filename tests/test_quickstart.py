@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/QUICKSTART.md and docs/PYTHON.md do what they say: from the wheel alone, command by command, word for word."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the pages say is true: commands parse, flags exist, links and paths lead somewhere, and no flag is left out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LLaVA-NeXT's mixtures: a YAML file that lists data files, and how much of each.
 
 seed: 0                           # of the draws; 0 unless said

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes the demo's base models from the easy-VQA training split: `base/lm` and `base/tower`.
 
     python -m moellava.demo.make_base [--output-dir DIR] [--lm-steps N] [--tower-steps N] [--only lm|tower]

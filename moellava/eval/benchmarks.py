@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a benchmark is: questions about images with one right answer each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers to a benchmark's questions, and the report that says how they came about."""
 
 from __future__ import annotations

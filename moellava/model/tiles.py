@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a composed model sees an image: as one square, in Hugging Face's LLaVA, or in tiles, in its LLaVA-NeXT.
 
 LLaVA-1.6 (https://llava-vl.github.io/blog/2024-01-30-llava-next/) brings an image to the best of several grids of the

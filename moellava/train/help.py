@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `moellava train --help` prints: our flags in groups, and of Hugging Face's those that a run usually has."""
 
 from __future__ import annotations

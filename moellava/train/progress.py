@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run shows: one bar, one line per log step."""
 
 from __future__ import annotations

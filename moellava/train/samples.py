@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers to a few records of the evaluation data, shown beside the evaluation's loss (`--eval_samples N`).
 
 A prompt is a sample of the data set up to its first supervised token, so that it is exactly what training has shown the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recipes: their flags parse, and their promises are checked."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores: what counts as right, and whose answer is whose."""
 
 from __future__ import annotations

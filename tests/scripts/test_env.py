@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """scripts/env.sh: which build of torch a new environment gets."""
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ esac
 """
 """In place of an environment's Python: what `pip install --dry-run` reports, and what pip is told when it installs."""
 
+CPU = "https://download.pytorch.org/whl/cpu"
 NVIDIA_SMI = "#!/bin/sh\necho 'GPU 0: one'\n"
 
 
@@ -34,9 +36,9 @@ def program(path: Path, text: str) -> None:
         (
             ["filelock", "nvidia-cublas==13.1; platform_system == 'Linux'"],
             False,
-            "https://download.pytorch.org/whl/cpu mine",
+            f"{CPU} mine",
         ),
-        (["filelock", "cuda-toolkit[cublas]==13.0"], False, "https://download.pytorch.org/whl/cpu mine"),
+        (["filelock", "cuda-toolkit[cublas]==13.0"], False, f"{CPU} mine"),
         (["filelock", "nvidia-cublas==13.1"], True, "mine"),
         (["filelock"], False, "mine"),
     ],
