@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Package metadata. CI installs with `-c constraints.txt`, which pins what was tested."""
 
 import re

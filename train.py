@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`deepspeed train.py …`, `torchrun train.py …`, `python train.py …`: one stage of training."""
 
 import sys

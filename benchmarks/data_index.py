@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What it costs to read a data set of any size: time and memory of its first index, of opening it, and of an epoch.
 
     python benchmarks/data_index.py --records 20000 --json FILE

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step of decoding, and a picture that is asked about again: ours beside a dense model and transformers' own MoE.
 
     python benchmarks/generate.py --json generate.json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forward + backward of one MoE layer: dense, native, the DeepSpeed engine here, and the stock DeepSpeed layer.
 
     python benchmarks/moe_layer.py --json moe_layer.json

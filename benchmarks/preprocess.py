@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conversations per second per core: `preprocess` beside one pass of the bare fast tokenizer over the same text.
 
     python benchmarks/preprocess.py --json FILE

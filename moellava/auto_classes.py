@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our classes among transformers' Auto classes, so that its own tools open sparse folders.
 
     import moellava

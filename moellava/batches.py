@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records as inputs of a model, for those who watch it rather than train it."""
 
 from __future__ import annotations

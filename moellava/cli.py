@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `moellava` command. Each subcommand lives in its own module and is imported only when it is called."""
 
 from __future__ import annotations

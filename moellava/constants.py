@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers and token strings that the whole package agrees on."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conversation templates: how turns become text, and which of that text is trained on.
 
 A template renders a conversation to `Piece`s. The prompt is their join and the mask is their flags, so what a model

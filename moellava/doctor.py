@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What can be done with a model folder, found out before anything trains: parts, template, media, adapters, experts.
 
 No weights are read. The class runs on paper (`moellava.model.vision_probes.on_paper`), its processor on blank images,

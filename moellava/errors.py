@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Errors that a user can mend. Everything else is a bug and keeps its traceback."""
 
 

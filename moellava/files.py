@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files and folders: what is read, what is written whole or not at all, and where a name leads. Nobody else does this.
 
 A write goes beside its target, on the same disk, is flushed, and moves to its place in one step. So a full disk or a

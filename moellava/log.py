@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One logger for the package; only rank 0 speaks. And what a terminal is shown: text, never commands."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LLaVA's helpers under LLaVA's names and signatures."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plug-ins: Python of a user's own that registers a template, tokenizer, family, projector or architecture.
 
     moellava chat --plugin mine.py --model-path DIR …

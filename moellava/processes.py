@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The processes of a run, as launchers set them and as torch.distributed joins them."""
 
 from __future__ import annotations

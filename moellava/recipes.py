@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The three stages with the hyper-parameters of LLaVA-1.5 and MoE-LLaVA, for language models that differ in a row.
 
 `moellava recipe` writes one as a run file, and `scripts/v1` starts one, with environment variables in place of what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact names: a duplicate raises, an unknown name lists the known ones."""
 
 from __future__ import annotations

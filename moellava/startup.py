@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What makes a command start sooner: nothing that is heavy is imported before it is needed."""
 
 from __future__ import annotations

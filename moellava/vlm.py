@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One type for every vision-language model, and the one way to open any folder.
 
 A folder is opened in three steps: it is *read* (`Manifest`), *described* as data (`Description`), and *built* (`VLM`).

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Serves the demo's stages 2 and 3 by `transformers serve`, and compares 12 answers with moellava's own:
 #
 #     bash scripts/check_transformers_serve.sh [STAGE2 [STAGE3]]

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Serves the demo's stages 2 and 3 in vLLM, and compares 12 answers with moellava's own, token for token:
 #
 #     bash scripts/check_vllm.sh [STAGE2 [STAGE3]]

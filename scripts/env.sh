@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Makes the environment that everything here runs in, and enters it:
 #
 #     source scripts/env.sh
@@ -45,17 +46,25 @@ moellava_stamp() {
   cksum <"$moellava_root/constraints.txt"
 }
 
+moellava_cpu_builds=https://download.pytorch.org/whl/cpu
+
+# Whether pip would fetch a build of torch for CUDA, several GB. pip is asked, since indexes and mirrors differ.
+moellava_takes_cuda() {
+  "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --dry-run --ignore-installed --no-deps \
+    --report - -c "$moellava_root/constraints.txt" torch 2>/dev/null | grep -Eq '"(nvidia|cuda)-'
+}
+
 moellava_install() {
-  local python=$1 start=$SECONDS
+  local python=$1 start=$SECONDS index=${PIP_EXTRA_INDEX_URL:-}
   moellava_say "installing into $VENV (one to two minutes; $VENV/install.log says what it does)"
-  if ! moellava_has_gpu; then
-    moellava_say "there is no GPU. Should that log show a CUDA build of torch coming (several GB), stop this and start" \
-      "it again with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
-  fi
   if ! "$VENV/bin/python" -c 'import pip' 2>/dev/null; then
     "$python" -m venv --clear "$VENV" || return 1
   fi
-  if ! "$VENV/bin/python" -m pip install --disable-pip-version-check -c "$moellava_root/constraints.txt" \
+  if ! moellava_has_gpu && moellava_takes_cuda; then
+    moellava_say "there is no GPU: torch is taken from $moellava_cpu_builds, where its builds for CPUs are"
+    index="$moellava_cpu_builds $index"
+  fi
+  if ! PIP_EXTRA_INDEX_URL=$index "$VENV/bin/python" -m pip install --disable-pip-version-check -c "$moellava_root/constraints.txt" \
     -e "$moellava_root[${EXTRAS:-train,demo,test}]" >"$VENV/install.log" 2>&1; then
     grep -v 'neither a file nor a directory' "$VENV/install.log" | tail -n 20 >&2
     return 1

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # All checks, as CI runs them: environment, lint, types, tests. Arguments go to pytest: `bash scripts/test.sh -k masking`.
 #   WORKERS   test processes side by side (2)
 set -euo pipefail

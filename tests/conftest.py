@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests ask for by name: the tiny things of `tests/tiny.py`, made once a session, and `tests/processes.py`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Can the tests fail? Mutations of the package, one at a time, in a copy of the repository that pytest then runs.
 
     python -m tests.mutants                                  all of them, with the tests that have to kill them

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One-line mutations of the package: what a slip would look like that nobody sees, and the tests that must see it.
 
 Each stands for a mistake that has been made, here or elsewhere, and that no traceback tells of: the run goes on and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A prepared start: a process that has imported what every run imports, and forks for each launch.
 
 A fresh `python train.py` spends over five CPU seconds on imports before anything happens. What is forked here is a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one harness for real processes: what a user would type, run to its end or killed, with nothing left behind."""
 
 from __future__ import annotations

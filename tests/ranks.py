@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A launcher that forks its ranks: `python -m tests.ranks --master_port PORT COUNT SCRIPT …`.
 
 It tells them what `torchrun` tells its own; from a prepared process (see `prepared.py`) they start at once. The real

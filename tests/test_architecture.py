@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rooms of the package: imports run downward, deepspeed stays where training is, modules stay short."""
 
 from __future__ import annotations

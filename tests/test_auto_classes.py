@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """transformers' own tools open sparse folders, once our classes are registered."""
 
 from __future__ import annotations

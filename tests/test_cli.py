@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What may go wrong with the output of any command: one place sees to it, for all of them."""
 
 from __future__ import annotations

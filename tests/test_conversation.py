@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Templates: rendered text, copies, and errors."""
 
 from __future__ import annotations

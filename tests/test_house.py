@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One house: every command takes every model, or says why not; and one folder is prompted the same everywhere.
 
 `TABLE` says what each command does with each folder: 'works', or words of its refusal. Where training is refused or

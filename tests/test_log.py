@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a terminal is shown: text, never commands."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LLaVA's helpers."""
 
 from __future__ import annotations

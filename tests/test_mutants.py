@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mutations still apply, and the command that tries them tells those that are killed from one that survives."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plug-ins: what they register acts in every command, and a folder that needs one says so, and runs nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A process from the prepared one is what a fresh one would be, and none is left behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What processes of a run tell each other."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the pages say is true: commands parse, flags exist, links and paths lead somewhere, and no flag is left out."""
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from moellava.train.arguments import ARGUMENT_CLASSES, RENAMED_FLAGS, make_parse
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+MADE = ("make_data.py",)
+"""Scripts that a page shows."""
 CAPTIONS_BEGIN = 30
 """Column of the README's tree in which its captions begin."""
 ENGINES = ("vllm", "transformers")
 ENGINE_FLAGS = {"--continuous-batching", "--enable-mixed-moe-lora-format", "--model-impl"}
 """Programs that serve exported models, and flags of theirs that pages name. They are not installed here."""
+ASKED = ("--help", "--help_all", "--print_config")
+"""What is asked of training without training."""
 WITHHELD = "…"
 """Stands in a page's command for flags that the reader adds."""
 
@@ -44,8 +49,9 @@ def commands_of(page: Path) -> list[list[str]]:
 def help_of(command: str) -> str:
     """What `moellava COMMAND --help` prints."""
     output = io.StringIO()
+    asked = "--help_all" if command == "train" else "--help"
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
-        importlib.import_module(COMMANDS[command][0]).main(["--help"])
+        importlib.import_module(COMMANDS[command][0]).main([asked])
     return output.getvalue()
 
 
@@ -61,30 +67,33 @@ def flags_in(words: list[str]) -> set[str]:
 
 
 def check_training(words: list[str]) -> None:
-    """A command that starts train.py: complete ones must pass every check that comes before loading."""
-    own = words[words.index("train.py") + 1 :]
-    if WITHHELD in own:
+    """A command that trains: complete ones must pass every check that comes before loading."""
+    start = next(at for at, word in enumerate(words) if word in ("train.py", "moellava.train", "train"))
+    own = [word for word in words[start + 1 :] if word not in ASKED]
+    if WITHHELD in own or own[:1] and own[0].endswith(".yaml"):  # whose content tests/test_quickstart.py reads
         assert flags_in(own) <= train_flags()
-    elif own != ["--help"]:
+    elif own:
         parse_arguments(own)
 
 
 def check_command(words: list[str]) -> None:
     """Fails if a reader who types the command would be told that it does not exist."""
     program, *rest = words
-    if "train.py" in rest:
+    if "train.py" in rest or "moellava.train" in rest or words[:2] == ["moellava", "train"]:
         check_training(words)
     elif program == "moellava":
         known = help_of(rest[0]) if rest[0] in COMMANDS else "--help"
         unknown = [flag for flag in flags_in(rest) if flag not in known]
         assert not unknown, f"{words}: {unknown}"
+    elif words[:2] == ["python", "-c"]:
+        compile(words[2], str(words), "exec")
     elif program in ("bash", "source", "python"):
         path = next((word for word in rest if not word.startswith("-")), None)
         if rest[:1] == ["-m"]:
             assert importlib.util.find_spec(rest[1]), words
         elif path:
             found = [ROOT / name for name in expand_braces(path)]
-            assert all(name.exists() for name in found), words
+            assert path in MADE or all(name.exists() for name in found), words
     else:
         assert program in ("pre-commit", "export", "pip", "git", "cd", "pytest", *ENGINES), f"who knows {program!r}?"
 
@@ -123,7 +132,16 @@ def test_flags_named_in_prose_exist(page):
         flag for code in re.findall(r"`([^`\n]+)`", prose) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
     }
     known = train_flags() | {flag for name in COMMANDS for flag in re.findall(r"--[a-z][\w-]*", help_of(name))}
-    launchers = {"--help", "--full", "--hostfile", "--num_accelerators", "--num_gpus", "--nproc-per-node", "--json"}
+    launchers = {
+        "--help",
+        "--full",
+        "--hostfile",
+        "--num_accelerators",
+        "--num_gpus",
+        "--nproc-per-node",
+        "--json",
+        "--module",
+    }
     theirs = launchers | ENGINE_FLAGS
     assert named <= known | theirs, sorted(named - known - theirs)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Registries: names are given once, and an unknown one lists the known."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The start of a command: nothing heavy is imported before it is needed, and the garbage collector rests meanwhile."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any folder opens as one type, and what it says decides how: parts, template, images, probes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one factory of tiny things: tokenizers, language models, towers, LLaVA models, records, pictures and videos.
 
 Everything is seeded, so that a test sees the same weights in every run. What depends on the package's own functions

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run with adapters leaves the merged model, as any stage does, and the adapter alone in peft's format.
 
 adapter/adapter_config.json          peft's

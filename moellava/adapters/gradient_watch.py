@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """That adapters learn: the gradients of the first step, looked at before the optimizer uses them."""
 
 from __future__ import annotations

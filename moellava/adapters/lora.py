@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA: which linears get an adapter, that every one of them did, and that all of them learn.
 
 Adapters are peft's layers, put in place of linears of the decoder, the vision encoder or both

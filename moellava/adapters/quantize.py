@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linears in 4 or 8 bits under adapters (QLoRA, arXiv:2305.14314), through bitsandbytes.
 
 A quantised linear here shows the world the weight that it computes with: its state dict holds that weight,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava chat`: one question, or a conversation, about images and videos.
 
 moellava chat --model-path DIR --image-file cat.png --question "What is this?"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava compare`: was the MoE worth it? Stage 3 and dense controls from one stage-2 folder, scored alike.
 
     moellava compare --stage2 DIR --data FILE --task easy-vqa --output-dir OUT -- --num_experts 4 --learning_rate 2e-5 …
@@ -10,11 +11,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moellava.eval.layout import DATA_FOLDER
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.values import count
 from moellava.compare.arms import ARMS, DENSE, SPARSE, split_flags
 from moellava.errors import UserError
+from moellava.eval.layout import DATA_FOLDER
 from moellava.files import require_output, write_json
 from moellava.log import printable
 from moellava.startup import importing

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava convert-data`: data files of any format -> LLaVA JSON Lines."""
 
 from __future__ import annotations

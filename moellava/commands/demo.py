@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava demo`: from two small base models to a sparse model that answers questions about pictures, with scores."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava env`: versions, devices, engines, and what is missing for what."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava eval`: scores a model on benchmarks, and writes each score beside how it was taken."""
 
 from __future__ import annotations

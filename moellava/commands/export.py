@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava export`: a model as a folder that opens without moellava, with its proof."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flags of a command that were given, and would do nothing: refused by name, each table of them one of data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava inspect`: records as the model sees them, what can be done with a model, or what a tokenizer does.
 
 With records or a conversation: the rendered text with the trained tokens in green (in «…» without colour), the ids, the

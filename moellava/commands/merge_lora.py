@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava merge-lora`: base folder + adapter -> merged folder, with proof that both compute the same."""
 
 from __future__ import annotations

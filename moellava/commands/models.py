@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava models`: the released models that are known by an id, and the language model families."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava prune`: a sparse folder -> a smaller one, without the experts that carry little."""
 
 from __future__ import annotations

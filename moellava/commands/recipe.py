@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava recipe`: the hyper-parameters of LLaVA-1.5 and MoE-LLaVA for a language model, as a run file to edit.
 
 moellava recipe                            what there is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all commands that read records have in common: the flags for them."""
 
 from __future__ import annotations

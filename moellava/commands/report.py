@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava report`: a run of train.py as one page and a few pictures, while it trains or afterwards."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava routing`: which expert each token of some records goes to, as numbers, pictures and one page."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava serve`: a model behind OpenAI's API, and a page to talk to it."""
 
 from __future__ import annotations

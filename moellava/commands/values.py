@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values of flags: each range once, as argparse takes it."""
 
 from __future__ import annotations

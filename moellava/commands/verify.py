@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava verify DIR`: recomputes the golden.safetensors that lies in a folder; with --files, compares its files with
 the digests that were noted when they were written."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arms of a comparison: what is trained from one and the same stage-2 folder, and for how long.
 
 A sparse model is better than the dense one it was made from because it has trained longer, because each token is given

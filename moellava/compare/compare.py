@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Was the MoE worth it? Stage 3 and its dense controls, trained from one stage-2 folder and asked the same."""
 
 from __future__ import annotations

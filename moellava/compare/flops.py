@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Floating-point operations of a training step, counted while one runs."""
 
 from __future__ import annotations

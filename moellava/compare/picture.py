@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture of a comparison: each arm's gain on stage 2, and what the sparse model loses by each intervention."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a comparison found: one object that the table, the picture and the JSON show."""
 
 from __future__ import annotations

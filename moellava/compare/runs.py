@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trainings of a comparison: each is a run of train.py in its own folder, and goes on where it was stopped."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores of a comparison: all models are asked the same questions, and one that has been asked is not asked again."""
 
 from __future__ import annotations

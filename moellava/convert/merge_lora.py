@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Base folder + adapter -> merged folder, with proof that both compute the same.
 
 The logits of a probe batch are computed three times: with the adapter beside the frozen weights, with the merged

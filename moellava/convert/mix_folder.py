@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several fine-tunes of one model -> one sparse folder whose experts they are (`moellava upcycle --from A B C`)."""
 
 from __future__ import annotations

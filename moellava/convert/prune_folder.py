@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sparse folder -> a smaller one, without the experts that carry little (`moellava prune`)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava upcycle` without holding the model: tensors go from the dense files to the sparse ones one by one.
 
 The sparse folder's names, shapes and places are known before the first tensor is read, so each is written where it

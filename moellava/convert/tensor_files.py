@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """safetensors files of known names, shapes and places, that are filled in any order: nothing is held until the end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A dense folder -> a sparse one, with its certificate, without training."""
 
 from __future__ import annotations

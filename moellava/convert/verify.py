@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recomputes the golden.safetensors that lies in a folder.
 
 A golden file holds inputs (input_ids with -200 for an image, attention_mask, labels, images) and what the code that

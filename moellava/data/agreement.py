@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a chat template becomes the ids under the mask that plain transformers makes of it.
 
 The mask engine cuts a prompt at special tokens by their rules, which are many. It is tried on conversations, once for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is found out about data once, kept in a folder of this machine, whatever run asks for it again.
 
     MOELLAVA_CACHE, or else HF_HOME/moellava, XDG_CACHE_HOME/moellava, ~/.cache/moellava

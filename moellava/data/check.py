@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every record, image and video of a data set, all problems in one pass."""
 
 from __future__ import annotations

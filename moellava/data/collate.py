@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples -> batches. Here and nowhere else does a placeholder become the model's own tokens.
 
 input_ids of a sample     1  7 -200 8            (one -200 per image, one -201 per video)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records -> samples. What can be wrong with the data is found when the data set is made, before training."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What decoders raise on damaged files, and how that becomes a problem of the file.
 
 Pillow and PyAV promise no exceptions of their own: what a file makes them raise depends on where its damage is. The

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images and videos that a record holds itself, as data URIs: `data:image/png;base64,iVBORw0…`."""
 
 from __future__ import annotations

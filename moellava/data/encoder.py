@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one way from a record to what a model reads: renderer, mask engine and media reader together.
 
     record    <image>\\nWhat is it?  A cat.

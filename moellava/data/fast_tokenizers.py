@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builders of fast tokenizers from the vocabulary files that have none: SentencePiece, tiktoken, BPE merges.
 
 Each returns a `tokenizers.Tokenizer` that gives exactly the ids of the format's own library, with character offsets,

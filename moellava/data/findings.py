@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was found out about records and files, as rows of numbers under 64-bit keys, kept for the next run.
 
 A key is a digest of all that decides over a finding, so that a finding never goes stale: what has changed has another

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All that decides over how an encoder reads a record, as one digest: what it has found once is found again by it.
 
 What cannot be seen from outside is asked: the encoder reads a few conversations, and sizes a few images. So the date

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data files of any format -> their records, one by one, as JSON values.
 
 A format is an entry of `FORMATS`: how it is recognised (by the first bytes of a file, by its name, or as a folder) and

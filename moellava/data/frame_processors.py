@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Video processors for Pillow, where torchvision is not installed and transformers' own cannot be had.
 
 Each does to the frames that it gets what transformers' class for the architecture does, by the same settings, which are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image files: opened in full or not at all, and shown as a viewer shows them."""
 
 from __future__ import annotations

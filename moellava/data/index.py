@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The index of a data file: its records as they are read, in an Arrow file that all processes and workers map.
 
 A row holds a record as JSON (or, of one that is wrong, what is wrong), the digest that skip lists know it by, a digest

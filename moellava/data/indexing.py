@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which index a data file has: one that is kept under its content, or, of a small file, one that is made anew."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """JSON values out of texts, also out of a list that is larger than the memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every record of a data set is looked at before training, once: what was found is kept for the next run."""
 
 from __future__ import annotations

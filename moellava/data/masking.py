@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one masking engine: rendered pieces in, token ids and labels out.
 
 A prompt is cut at the template's special tokens and at images, each stretch of text between two cuts is tokenized once,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The images and videos that records show: where they lie, what is wrong with them, and what is in them.
 
 For a model without a way for videos, a video is its frames: `<video>` in a question becomes as many `<image>`s.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images and videos -> tensors and the tokens that stand for them, by a model's own processor.
 
 Every processor spells one placeholder out into a run of tokens: `<image>` into 576 of the same, or tiles with rows and

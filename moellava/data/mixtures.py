@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data files as they are named: patterns, and LLaVA-NeXT's mixtures, YAML files that list files and how much of each.
 
 seed: 0                           # of the draws; 0 unless said

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conversations -> input ids and labels: LLaVA's `preprocess` functions as named rows over the masking engine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the keys of a record mean, as data. Whatever carries meaning acts or is refused by name; nothing is dropped.
 
 A key that is in no table is looked at: if its value is what a path of a file or a list of turns looks like, the record

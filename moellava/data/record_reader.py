@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A record as its file has it -> a record as LLaVA has it, by the tables of `record_keys.py`."""
 
 from __future__ import annotations

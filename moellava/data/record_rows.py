@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The values of a data file -> the rows of its index: the records as they are read, or what is wrong with them."""
 
 from __future__ import annotations

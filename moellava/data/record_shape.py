@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a record is, and what is wrong with one whatever the template. See `records.py`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of data files, by their indexes. All that is wrong with the files is found in one pass.
 
 A record is `{"id", "image": path | [path, …], "conversations": [{"from": "human" | "gpt", "value": text}, …]}`, where

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a method has found out, kept."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data files of any format -> one file as LLaVA has it: JSON Lines, and embedded images as files of their own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order of samples in training: batches of like length and like modality, the same for the same seed and epoch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Looking at all records before training: shared between the processes of a run, and between workers in each."""
 
 from __future__ import annotations

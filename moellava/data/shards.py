@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """WebDataset shards: tar files in which the files of one name, side by side, are a record.
 
 000017.json   {"conversations": …}          a record, or

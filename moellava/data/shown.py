@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The images and videos of many records, each once, without a Python object for each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists of records to leave out. `moellava check-data --skip-list` writes them, `--skip_list` in training reads them.
 
     a/train.json:1:5b1c98a0f3d2e417	Record 1 of a/train.json has …

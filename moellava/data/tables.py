@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of Parquet and Arrow files and of data sets on disk, as JSON values; images in them become data URIs.
 
 What reads them is installed with `pip install 'moellava[data]'`, and imported when a file asks for it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What has to be known about a tokenizer before training with it, found out by trying."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenizers: what differs between them, as rows of data, and the one way to load any of them.
 
 `load_tokenizer` returns a fast tokenizer that gives the ids of its own library, with the special tokens that the

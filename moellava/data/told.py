@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The conversation of a record, however it is written, as LLaVA writes it.
 
     {"role": "system", "content": "Be brief."}                         system prompt

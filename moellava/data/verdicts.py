@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What became of records when they were looked at, in numbers where nothing has to be said about them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Video files: which frames are looked at, and those frames as images. Read with PyAV, which is imported when needed.
 
 video     0 1 2 3 4 5 6 7 8 9      F = 10 frames

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sample as the model sees it: every token with its text and whether it is trained on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny Qwen2-architecture language model and its tokenizer, which have read the training split's text and no picture.
 
 What it reads is laid out as the `qwen` template lays out a conversation, with the caption where the image will stand:

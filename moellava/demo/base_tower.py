@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny CLIP vision tower, trained contrastively on the training images and captions made from their answers.
 
 The image embedding is the maximum over the last layer's patch states: those states, not CLIP's class token, are what a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo: from base models to a sparse vision-language model that answers questions about pictures.
 
 Run it as `moellava demo`, or in a clone as `bash scripts/demo.sh`, which makes the environment first. Each step is one

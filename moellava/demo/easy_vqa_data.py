@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """easy-VQA as LLaVA records, and what its answers say about each image.
 
 easy-VQA (Victor Zhou, MIT; PyPI `easy-vqa`) is a published benchmark: 64×64 images of one coloured shape, 13 answers,

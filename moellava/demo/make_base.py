@@ -1,9 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes the demo's base models from the easy-VQA training split: `base/lm` and `base/tower`.
 
     python -m moellava.demo.make_base [--output-dir DIR] [--lm-steps N] [--tower-steps N] [--only lm|tower]
 
 What it makes is kept in the package, so that the demo need not; `moellava demo --make-base` runs it again.
-About 20 minutes on two cores. The test split is never opened. The last images of the training split are kept back
+About 10 minutes on two cores. The test split is never opened. The last images of the training split are kept back
 from the tower to report an accuracy.
 """
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo's three recipes: how much data each stage sees, and how it learns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the demo's commands: printed first, logged to a file, not repeated once done, and loud when they fail."""
 
 from __future__ import annotations

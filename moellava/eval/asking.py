@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Asks a model the questions of a benchmark: in batches, by one process or several, each question once."""
 
 from __future__ import annotations

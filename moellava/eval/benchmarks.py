@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a benchmark is: where its questions lie, how answers are scored, and what its server takes."""
 
 from __future__ import annotations

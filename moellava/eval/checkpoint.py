@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which model a score is of: a hash of its files."""
 
 from __future__ import annotations

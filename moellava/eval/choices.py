@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which option an answer to a multiple-choice question means."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """easy-VQA (Victor Zhou, MIT; PyPI `easy-vqa`): 9,673 test questions about 1,000 pictures of one coloured shape."""
 
 from __future__ import annotations

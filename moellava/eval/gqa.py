@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GQA (arXiv:1902.09506): compositional questions with one right word each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tasks of `moellava eval`: read, checked, asked, scored and written."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers on the disk as they come: a run that is killed goes on, and asks nothing twice.
 
 In the folder of a task, `answers.jsonl` holds a line a question once all are answered. Until then each process appends

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A language model that grades answers, behind any endpoint of OpenAI's API (`/v1/chat/completions`)."""
 
 from __future__ import annotations

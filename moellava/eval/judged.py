@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks whose answers a language model grades: LLaVA-Bench (in the wild) and MM-Vet.
 
 What the judge is asked follows the published protocols in words of our own, and judges differ: compare scores that

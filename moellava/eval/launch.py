@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several processes of one command on this machine, without a launcher: what `torchrun` sets, and no more."""
 
 from __future__ import annotations

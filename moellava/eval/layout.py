@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How benchmarks lie on the disk: a folder each in one root, as LLaVA's `eval.zip` unpacks (docs/EVAL.md lists them).
 
 What a question file and what annotations say is read here, with an error that names file and line.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MMBench (arXiv:2307.06281), in English and Chinese: a question is asked with its options in every turn."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MME (arXiv:2306.13394): two questions about each image, one with 'yes' and one with 'no'; 14 subtasks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """POPE (arXiv:2305.10355): is there such an object in the image? In three splits, by which objects are asked about."""
 
 from __future__ import annotations

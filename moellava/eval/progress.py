@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far a benchmark is: a bar on a terminal, else a line now and then; on the first process alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ScienceQA (arXiv:2209.09513): multiple choice, half of it without an image."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The result of a benchmark: a score, how sure it is, and all that is needed to take it again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SEED-Bench (arXiv:2307.16125): multiple choice about images, and about videos, each shown as its middle frame."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A table as an .xlsx file, which MMBench's server takes: Office Open XML (ECMA-376), one sheet."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All benchmarks: to import this module is to register them. A new one is one file beside it, and one word here."""
 
 from moellava.eval import easy_vqa, gqa, judged, mmbench, mme, pope, scienceqa, seed_bench, vqa

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores as sums over questions, with how sure they are.
 
 Every score here is a function of sums over its questions: right answers by questions, or true positives, false

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks that are scored by VQA's soft accuracy: VQAv2, VizWiz and TextVQA."""
 
 from __future__ import annotations

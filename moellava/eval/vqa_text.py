@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VQA's comparison of short answers: how they are brought to one form, and the soft accuracy (arXiv:1505.00468).
 
 The official processing (`vqaEval.py` of GT-Vision-Lab/VQA) takes punctuation away, number words to digits, articles

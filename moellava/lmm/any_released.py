@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A released model of no registered architecture: opened by its own class, and taken apart by what probes find.
 
 Its template is its processor's own, its samples are made as for every model, and what cannot be done with it is said

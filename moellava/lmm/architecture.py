@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a released architecture is, as data: one `Architecture` each, registered by a file of `architectures/`.
 
 A model of a known architecture is one more row of its `models`, or one `register_model(…)` in a program of your own

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`COLLATORS`, as docs/ADD_A_MODEL.md calls them. Most architectures are served by `moellava.data.collate` as it is."""
 
 from moellava.data.collate import MediaCollator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`TO_LOAD_IMAGE`, as docs/ADD_A_MODEL.md calls it. Samples are made by `moellava.data.dataset` for every model."""
 
 from moellava.lmm.architecture import FieldView

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A released model, described: its class is transformers' own, and its folder's processor and template are settled."""
 
 from __future__ import annotations

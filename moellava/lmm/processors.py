@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processors from their folders, also where torchvision is not installed.
 
 transformers has image processors for Pillow alone, but its video processors want torchvision, and a processor that has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Architectures whose code lies in their own repository.
 
 An adapter of `RemoteProcessor` gives what reads images there the shape that `MediaReader` asks for. The Python files

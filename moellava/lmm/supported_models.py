@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Registering released models, by the names that docs/ADD_A_MODEL.md uses.
 
     MULTIMODAL_KEYWORDS["my-family"] = ["vision_tower", "multi_modal_projector"]

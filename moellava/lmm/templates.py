@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Building blocks of the chat templates on record, for models that are published without one that can be trained on.
 
 They render the prompts that the models know. LLaVA's own end every answer with the end-of-sequence token, as LLaVA was

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A language model of no registered family: opened by its own class, probed, and taken apart for a composed model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From named tensors to a model: missing, unexpected and misshapen weights are errors, never a warning."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`load_pretrained_model`, as LLaVA calls it; what opens folders here is `moellava.vlm.open_vlm`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Language model + vision tower + projector -> Hugging Face's LLaVA, with its tokenizer and processor.
 
 `describe_parts` says what is composed of a language model and a tower; `describe_composed`, what a folder holds that a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model folder as data: what is built from it, and what makes the model's inputs."""
 
 from __future__ import annotations

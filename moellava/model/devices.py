@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a model computes, and in what precision."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Hugging Face's classes lack, as a subclass of any of them: MoE layers, other projectors, towers and heads.
 
 An extended folder must not open silently wrong in plain transformers, which would drop the weights that it does not

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What differs between language models, as data: one `Family` each, registered by a file of `language_model/`.
 
 A family says how a checkpoint of its own format (the base model's, or one that LLaVA or MoE-LLaVA wrote around it)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What images and videos become for the language model, computed once: kept by what is shown, while there is room.
 
 `generate` of transformers takes such features in place of pixels (`mm_encoder_outputs`), whatever the class. A picture

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face's hooks, so that a model can be pickled and copied after a forward.
 
 transformers notes hidden states through functions that it hangs on layers at the first forward that asks for them, as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a folder's files are what they should be: looked at before anything is built from them.
 
 What a folder holds comes from disks, from networks and from strangers. Three things make every fault of it a named one:

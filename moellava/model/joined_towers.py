@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Hugging Face's LLaVA has no tower for: towers whose class and register tokens are left out, and several towers.
 
 Hugging Face's class drops the first token of a tower or none. Where two and more stand before the patches (DINOv2 with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model folder holds, read once. Nothing below reads its config.json again or resolves its name."""
 
 from __future__ import annotations

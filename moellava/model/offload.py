@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a model whose weights stay on the disk: each module's are read when it is called, and dropped after it.
 
 For comparing models that do not fit into memory, as certificates of `moellava upcycle` do. Slow.

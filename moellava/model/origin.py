@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model was made of, for its page: models with their licences, and data sets. It is names, never paths.
 
 A folder that the hub gave has its id in its path, and its licence in the page beside it. A folder of ours carries on

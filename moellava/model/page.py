@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The README of a folder: a model card for the hub, and how the folder is opened. All pages are written here.
 
 A page that somebody has edited, or written, stays as it is. Ours end with a line that tells them apart.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of a vision-language model, by the names of its parameters; which names, is data: `Keywords`.
 
 model.vision_tower.…            vision_tower

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a causal language model is put together, found out by trying, so that none has to be listed.
 
 Hugging Face's LLaVA takes a *body* (ids or embeddings -> hidden states) and gives it a plain linear head of its own. So

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A projector that has learnt already, from `mm_projector.bin` or a folder of any stage, into a composed model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders that LLaVA and MoE-LLaVA wrote, in and out, without their code.
 
 Such a folder is the language model's own checkpoint with a few things added, all under its inner module's name

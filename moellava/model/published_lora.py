@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LLaVA's LoRA folders: low-rank matrices for a language model, and beside them what trained in full.
 
 adapter_config.json, adapter_model.bin (or .safetensors)   peft's, over the names of LLaVA's class

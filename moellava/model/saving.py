@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One complete folder, or the old one: weights, config, tokenizer, processor, and a page that says how to open it.
 
 Everything is first written beside the target, on the same disk, and flushed. Only then do the files move, `config.json`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `moellava` section of a config.json: what a folder says of itself that Hugging Face's config has no word for.
 
 It is read and written here and nowhere else; on a config it is a plain dict, as JSON wants it.

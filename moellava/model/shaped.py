@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images in their own shape: a tower that reads `image_sizes` beside pixels (Pixtral), in Hugging Face's LLaVA.
 
 Each image is brought to at most the tower's side along its longer edge and to whole patches, a batch is padded to its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a composed model sees an image: as one square, in Hugging Face's LLaVA, or in tiles, in its LLaVA-NeXT or
 LLaVA-OneVision.
 

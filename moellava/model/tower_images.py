@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image processors of towers: the one beside a tower, brought to its size, padded to a square, or several in one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a vision model gives for an image, found out by trying, so that none has to be listed.
 
 Hugging Face's LLaVA asks a tower for its hidden states and gives those of one layer to the projector, with or without

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vision towers: any vision model that gives a row of patches, from its own folder or from that of an image-text model.
 
 What a tower gives is found by probes (`tower_probes.py`); its pictures are made by `tower_images.py`; what Hugging

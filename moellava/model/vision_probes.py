@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the parts of a released vision-language model are, found out by a forward, so that no class has to be listed.
 
 What is known of any class is its decoder, its embedding and its head: these are the **language model**. An image then

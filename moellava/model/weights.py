@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights as they lie in a folder: safetensors, or pickles of nothing but tensors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtures of Experts: upcycling, routing, losses. Knows no model family; imports deepspeed when asked."""
 
 from typing import TYPE_CHECKING

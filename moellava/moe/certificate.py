@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a conversion did to the model: logits of the dense and of the sparse model on the same probes.
 
 Shapes: N real tokens of a probe, V entries of the vocabulary.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What routers know about the batch, and how their decisions outlive a recomputed forward.
 
 Shapes: B sequences, L positions, T = B × L.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a decoder has its layers and their MLPs, found out without names where the names are not the usual ones.
 
 A layer's MLP is the largest of its children that takes hidden states alone, gives as many back, and mixes no tokens:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The DeepSpeed engine: `deepspeed.moe.layer.MoE` with this package's routing and dispatch.
 
 What stays DeepSpeed's: the class that its engine recognises, process groups, ZeRO over expert groups, gradient

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs experts over the tokens that chose them.
 
 Legend: T tokens, N real ones, k choices, D hidden, R routed rows (one per token and choice that is kept) sorted by

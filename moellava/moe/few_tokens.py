@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts over the few tokens of a decoding step, without gradient: what costs time there is not the matrix products
 but how many operations surround them.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options that say everything of themselves: a dataclass field holds its default, help, range and choices.
 
 From these follow the check of its values, and its flag in every command that takes it.

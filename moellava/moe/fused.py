@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts as one autograd node: few operations per expert, and nothing kept that can be computed again.
 
 Legend: T tokens, D hidden, I intermediate units, R routed rows sorted by expert, n the rows of one expert, M those of

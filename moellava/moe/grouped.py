@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts by grouped matrix products: all experts of a layer in three kernel launches, for GPUs.
 
 Legend: T tokens, D hidden, R routed rows sorted by expert, E experts, I intermediate units, P = 2 I columns of a linear

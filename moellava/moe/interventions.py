@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What routing is worth: a sparse model whose routers or experts are changed while it is asked, and for that long.
 
 Where an upcycled model is better than its dense control, one wants to know what of it is routing. Each intervention

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sparse MLP, tensor in, tensor out: what both engines share, and the native engine.
 
 Legend: B sequences, L positions, T = B × L tokens, N real tokens, D hidden, E experts, k choices.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses and counts of the routers.
 
 Legend: N real tokens, E experts, k choices, S sequences.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts that are different fine-tunes of one model (Branch-Train-MiX, arXiv:2403.07816), and the routers for them.
 
 Each source's MLPs become one expert of every sparse layer. What is not an expert (attention, embeddings, vision, and

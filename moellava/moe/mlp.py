@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense MLPs as material for experts: which linear is which, slices, and the ways to start an expert.
 
 Legend: D hidden, I intermediate units.

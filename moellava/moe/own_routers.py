@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Language models that have experts of their own (Mixtral, OLMoE, Qwen3-MoE …): their balancing loss and their load.
 
 Hugging Face's LLaVA calls the decoder alone, so the loss that its causal language model would add is lost. Here the

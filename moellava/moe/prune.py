@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Smaller sparse models: experts that carry little are dropped, or merged into those that stay.
 
 An expert carries Σ over the tokens that visit it of gate × ‖its output‖₂: what it adds to the residual stream. Merging

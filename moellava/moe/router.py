@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routing: which experts a token visits, and how much each counts. All of it in fp32.
 
 Legend: N real tokens (of T), D hidden, E experts, k choices, S sets of G slices (`init granular`). `x_ND` is tokens ×

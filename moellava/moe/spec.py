@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a sparse model is: the options of upcycling and routing, as one dataclass that config.json keeps.
 
 An option stands here once: its field says name, default, help, range and choices, and flags follow from that.

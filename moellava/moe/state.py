@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State dicts of sparse models in one naming: experts under their global index, whatever engine and ep_size ran.
 
 A name of the native engine is `…mlp.experts.{e}.<part>`; the DeepSpeed engine's own is

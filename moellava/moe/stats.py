@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counters of a router for the log: load, entropy, dropped and dead experts, for image and text tokens.
 
 Legend: N real tokens, E experts, k choices.

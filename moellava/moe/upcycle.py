@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse upcycling: replaces the MLPs of a decoder by Mixtures of Experts made from them (arXiv:2212.05055)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where each token goes, in any sparse model: the one place where routing is watched.
 
 Layers of ours note each routing in their counters (`RouterStats.add`), which a watch takes the place of. A language

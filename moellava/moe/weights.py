@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tensors of experts: by name, and flat, as `torch.autograd.Function.apply` takes them.
 
 Legend: D hidden, I intermediate units, P = 2 I columns of a linear that holds w1 above w3.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers of any vision-language model: to many requests at once, or one as it grows. No deepspeed, no trainer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m moellava.serve.cli`: the name that MoE-LLaVA knows `moellava chat` by.
 
 Also `deepspeed moellava/serve/cli.py …`, as its users type it: one process, for all experts of a layer lie in it.

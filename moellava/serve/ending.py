@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where an answer ends, and what of it is its text.
 
 Shapes: B rows, L prompt tokens.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One way to answer: Hugging Face's `generate`, with what is ours as processors and criteria.
 
 Shapes: B rows, L prompt tokens (image patches counted), V vocabulary. With beams every row stands several times in a

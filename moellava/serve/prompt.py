@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model is asked: a question or a conversation with its images and videos."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`deepspeed --module moellava.train …`, `torchrun -m moellava.train …`, `python -m moellava.train …`."""
 
 import sys

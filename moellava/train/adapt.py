@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From flags to adapters: which linears they stand beside, and what trains in full beside them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The flags of ours: dataclasses, what some of them mean in terms of others, and spellings of before.
 
 A flag that is accepted does something. What cannot be served is refused by name (`conflicts.py`),

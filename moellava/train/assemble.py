@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From flags to the model of a stage: what is composed, what is loaded, and what each stage refuses to start from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nothing is lost: checkpoints appear whole or not at all, and a folder belongs to one run.
 
 A checkpoint is written to `OUTPUT/.saving/checkpoint-N`, flushed to disk, and renamed to `OUTPUT/checkpoint-N`; only

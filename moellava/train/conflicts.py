@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flags of `train.py` that contradict each other: one row each, all reported at once and by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where every command that trains comes in: `moellava train`, `python train.py`, `deepspeed --module moellava.train`,
 `torchrun -m moellava.train`. What only asks for help is answered before torch is there."""
 

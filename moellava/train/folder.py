@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a stage leaves: one complete folder, whichever engine and however many processes trained it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `moellava train --help` prints: our flags in groups, and of Hugging Face's those that a run usually has."""
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ GROUPS = (
 )
 """Title of a group, the dataclass of its flags, and the one whose flags stand elsewhere."""
 
+HIDDEN = {"remove_unused_columns", "prediction_loss_only"}
+"""Flags of Hugging Face with a default of ours that no other value goes with: they are refused, and not explained."""
+
 USAGE = "moellava train [run.yaml] [--flag value …]"
 DESCRIPTION = """One stage of training, from flags or a file of them to a complete folder (docs/TRAIN.md).
 On several GPUs: deepspeed --module moellava.train …, or torchrun -m moellava.train …, with the same flags."""
@@ -82,7 +86,7 @@ def help_text() -> str:
         usual.add_argument(*spellings(name), help=text)
     for title, group, elsewhere in GROUPS:
         there = {item.name for item in fields(elsewhere)} if elsewhere else set()
-        add_flags(parser.add_argument_group(title), group, there)
+        add_flags(parser.add_argument_group(title), group, there | HIDDEN)
     return parser.format_help()
 
 

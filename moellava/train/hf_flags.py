@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What becomes of each flag of `transformers.TrainingArguments`: it is served, within a range, or refused by name.
 
 Judged by reading transformers' Trainer beside ours: our loss, sampler and folder take the place of much that a flag

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`--push_to_hub`: the folder that a run leaves goes to the hub, once, when it is complete.
 
 Whether it can go there is found out before anything loads: who the token belongs to, and whether the repository can be

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which run a folder belongs to: all that changes its numbers, data and weights by content, so that they may move."""
 
 from __future__ import annotations

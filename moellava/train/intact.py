@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint is as it was written, or refused; and nothing in it is code that runs.
 
 Digests of all its files lie beside them. They are no secret, so they guard against damage alone: against code that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run at a time in a folder: a lock that dies with its process, however that ends."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cross-entropy on supervised positions only.
 
 The language-model head runs where a label is, and nowhere else (DESIGN, decision 8): with a vocabulary of 150,000 and

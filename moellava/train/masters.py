@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fp32 masters of 16-bit weights, for the native engine; DeepSpeed keeps its own.
 
 A step of 2e-5 is smaller than half the distance between two bf16 numbers near 1, so a 16-bit weight of a norm would

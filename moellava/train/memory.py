@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run will need, said before it starts: weights, gradients and optimizer states of one process.
 
 Bytes as in ZeRO (arXiv:1910.02054, section 3): AdamW keeps two fp32 moments per trained parameter, and an fp32 copy of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Named parameter groups: projector or rest, with or without weight decay, experts apart.
 
 DeepSpeed refuses an optimizer whose experts are not in groups of their own ('None of the param groups are marked as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All flags of training, ours and Hugging Face's: words or a file -> the four dataclasses, conflicts refused."""
 
 from __future__ import annotations

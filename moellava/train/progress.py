@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run shows: one bar, one line per log step. A line is short whatever the model; a log file holds it whole."""
 
 from __future__ import annotations

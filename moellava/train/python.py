@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training from Python: `moellava.train(…)`, as often as one likes in a process."""
 
 from __future__ import annotations

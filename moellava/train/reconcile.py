@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flags and folder, brought together: what the user gave acts, or is refused by name; else the folder decides.
 
 The order is: what was given, what the folder says, what fits the family, the default. The log says what was decided.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run as a file: `moellava train run.yaml`, YAML or JSON, whose keys are the flags' names."""
 
 from __future__ import annotations

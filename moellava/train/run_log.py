@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`run_log.jsonl`: every line of a run as numbers, written as it is said, and continued by a run that goes on.
 
 A line is a JSON object: `event` (start, train, eval, sample, end), `step`, `time` (Unix seconds), and what the event

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run shows of its data: counts and the first sample before it starts, and answers to a few records of the
 evaluation data beside the evaluation's loss (`--eval_samples N`).
 

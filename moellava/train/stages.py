@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The three stages as objects: what each trains, and which folder it starts from.
 
 pretrain   language model + tower  ->  the projector learns (`--tune_mm_mlp_adapter True`)

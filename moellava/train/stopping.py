@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs that end before their last step: by a signal, with a checkpoint; or by numbers that are not finite, without one.
 
 Once a step, before the optimizer moves anything, all processes tell each other whether one of them has seen either.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks while a model trains (`--eval_task easy-vqa --eval_steps N`): scores in the log and for TensorBoard.
 
 Questions and scores are those of `moellava eval`, of the model as it stands; its weights, and what is drawn for the

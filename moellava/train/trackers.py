@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The load of experts as histograms, in the trackers of `--report_to` that have them.
 
 Scalars go to every tracker through transformers' own callbacks: `expert_load/layer_3/expert_0` and so on, 64 curves of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One stage of training, from flags to a complete folder.
 
     deepspeed train.py --version qwen --model_name_or_path … --data_path … --output_dir …

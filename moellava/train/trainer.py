@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HF's Trainer with our loss, our parameter groups, and saves that cannot lose a run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What only shows when it is built is built before anything loads: arguments, trackers, optimizer, schedule.
 
 transformers and torch report a user's mistake in many types of exceptions, and rarely by its flag. Here each of them

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which expert each token of some records went to, in every sparse layer, and where the token stands.
 
 Legend: T tokens of all samples, L sparse layers, k choices.

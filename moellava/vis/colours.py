@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Colours that are told apart with any eyes: Okabe and Ito's eight, and what to do with more experts than colours."""
 
 from __future__ import annotations

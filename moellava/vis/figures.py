@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of routing as PNG files, readable at their size for one layer of two experts and for 24 of 64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers of routing: load, entropy, drops, specialisation and pathways.
 
 Legend: T tokens, L sparse layers, E experts of a layer, k choices, F values of a factor.

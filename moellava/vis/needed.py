@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packages that pictures and tables are made with: installed with `moellava[vis]`, imported when they are asked for."""
 
 from __future__ import annotations

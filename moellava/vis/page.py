@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A page that is one file: style, script and data inside, and nothing from any network."""
 
 from __future__ import annotations

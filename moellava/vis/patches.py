@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the tokens of an image lie in it: rows and columns, found out from the run itself.
 
     a square           576 tokens                                  24 rows of 24

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the report of a run: a page and pictures, while it trains or afterwards."""
 
 from __future__ import annotations

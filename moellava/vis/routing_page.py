@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of `moellava routing`: load, the picture and the text by experts, pathways, specialisation."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of a run as PNG files: its numbers over time, and the load of its experts."""
 
 from __future__ import annotations

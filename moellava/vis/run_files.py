@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the folder of a run tells of it, finished or not: its log, what trained, the certificate, its flags.
 
 Legend: S log steps, L sparse layers, E experts of a layer.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of `moellava report`: one run in one file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers of routing as Parquet files, each column with what it is in its metadata."""
 
 from __future__ import annotations

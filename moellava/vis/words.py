@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classes of text tokens, by their letters alone: no dictionary, no language."""
 
 from __future__ import annotations

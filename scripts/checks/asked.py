@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an engine is asked and told: the questions of `own_answers.py` as messages of OpenAI's API, and settings.
 
 Needs nothing installed: each engine has an environment of its own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares an engine's answers with moellava's own, prints a table, writes JSON; exit status 1 where they differ.
 
     python scripts/checks/compare.py --title NAME --own OWN.json --theirs ENGINE.json --output FILE [--unlike BASE.json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # What the checks of engines share. Sourced by scripts/check_*.sh, in the root of the repository.
 
 # shellcheck disable=SC1091

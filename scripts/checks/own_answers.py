@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """moellava's own answers to questions about pictures of easy-VQA's test split: what an engine's are compared with.
 
     python scripts/checks/own_answers.py --model-path DIR --output FILE

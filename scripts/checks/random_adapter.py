@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A LoRA adapter of random matrices on a sparse model, and the model that it makes: what an engine is tried with.
 
     python scripts/checks/random_adapter.py --model-path STAGE3 --adapter DIR --merged DIR

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A server's answers to the questions of `own_answers.py`, by OpenAI's API. Needs nothing installed.
 
     python scripts/checks/serve_answers.py --url http://127.0.0.1:8000 --pid PID --model-path DIR \\

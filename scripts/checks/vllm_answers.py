@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM's answers to the questions of `own_answers.py`, with its `LLM` class, in its own virtual environment.
 
 python scripts/checks/vllm_answers.py --model-path DIR --asked OWN.json --output FILE

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Starts a stage of a recipe: sourced by the scripts beside this file with the recipe's name and the stage's, and with
 # flags of train.py, which may follow a script's name:
 #

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters: where they attach, that they learn, what a run leaves, and that merging changes nothing."""
 
 import json

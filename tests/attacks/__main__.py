@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every attack there is, and what came of it.
 
     python -m tests.attacks                          # a quick share of each: a minute

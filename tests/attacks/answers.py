@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions, options, chat lines and outputs that are wrong: each is named, and what else was asked is answered.
 
 python -m tests.attacks --only answers --all

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flags that contradict each other, or that nothing would read: each combination ends in a line that names the flag."""
 
 from __future__ import annotations

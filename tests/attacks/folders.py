@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damaged model folders: each opens as what it was, or is named; none as another model.
 
     python -m tests.attacks.folders          # a share of seconds

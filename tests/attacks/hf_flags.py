@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hostile values of every flag of `train.py`: each is a value that can be read, or a line that names the flag."""
 
 from __future__ import annotations

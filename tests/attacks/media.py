@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damaged images and videos: each is read, or is a named problem of its file.
 
 Sound files of every format that Pillow writes, and of many that FFmpeg does, are damaged in ways that disks, networks

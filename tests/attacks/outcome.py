@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What became of bad inputs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random records in random dialects, keys and wrappings, many of them damaged: read faithfully, or refused by name.
 
 A record that is read has lost nothing: every text in it is in the rendered prompt, or is the path of what it shows, or

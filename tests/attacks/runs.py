@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs that are killed at any operation on their files, and started again: the end is the same to the bit.
 
 A child of this process trains; an audit hook counts what it does to files below its output folder (opens for writing,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests to a server that are wrong, by 32 clients at once: each is named or read, and the server goes on.
 
 python -m tests.attacks --only serving --all

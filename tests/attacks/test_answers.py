@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wrong questions, options, lines and outputs. See `answers.py`."""
 
 from moellava.cli import COMMANDS

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damaged folders. See `folders.py`."""
 
 from tests.attacks.folders import attacks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random records: none is lost, none ends in a traceback. See `records.py`."""
 
 import pytest

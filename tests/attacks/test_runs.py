@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A share of the kills; all of them are a command's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wrong requests to a server. See `serving.py`."""
 
 import gc

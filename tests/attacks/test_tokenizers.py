@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenizers under chat templates. See `tokenizers.py`."""
 
 from tests.attacks.tokenizers import BAD, FEW, RULES, TALKS, attacks

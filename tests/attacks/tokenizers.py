@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real tokenizers under real chat templates, and templates that are none: the ids of plain transformers, or named.
 
     python -m tests.attacks --only tokenizers          # a share of seconds

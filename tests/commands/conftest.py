@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Model folders as commands are given them, without weights: what reads records needs none."""
 
 from __future__ import annotations

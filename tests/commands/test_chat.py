@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava chat` as people type it: one shot, interactive, several images, mistakes, and no deepspeed."""
 
 from __future__ import annotations

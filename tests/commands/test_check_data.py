@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava check-data`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava convert-data`: what it writes is read as what it was made from; nothing is overwritten or half written."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava env`: what is installed, and what is missing for what."""
 
 from __future__ import annotations

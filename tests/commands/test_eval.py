@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava eval` on a small composed model."""
 
 from __future__ import annotations

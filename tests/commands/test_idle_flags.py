@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every flag of every subcommand is judged: it acts whatever stands beside it, or where it would not, it is refused."""
 
 from __future__ import annotations

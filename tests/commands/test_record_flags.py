@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flags that are about records act in every command that reads them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava serve`: flags that are refused, and a server of its own process that is asked and told to end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers of flags, over every command that takes one."""
 
 from __future__ import annotations

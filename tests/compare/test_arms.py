@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arms: which flags reach which, in which order they run, and for how long."""
 
 from __future__ import annotations

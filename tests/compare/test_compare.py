@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava compare` on a tiny composed model: every arm is trained, asked and told, and nothing is done twice."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table and the picture: what is better is called so, and nothing is where nothing was found."""
 
 from __future__ import annotations

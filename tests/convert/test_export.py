@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava export` as it is typed: a process of its own opens what was written; of what is wrong nothing is left."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava export --to llava`: what it writes, and what it refuses to. (The layout itself:
 tests/model/test_published.py.)"""
 

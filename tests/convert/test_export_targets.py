@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every family of language models × every option of upcycling × what it is exported as: plain transformers computes
 what the model does. In this process for the most part; tests/convert/test_export.py has real ones."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava upcycle --from A B C`: each source is an expert, the rest their mean; routers know the sources' data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava prune`: the folder that is written holds the experts that carry most, and opens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava upcycle`: the same weights as in memory, shard by shard, with a certificate and bounded memory."""
 
 from __future__ import annotations

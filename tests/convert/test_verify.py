@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava verify` on what the reference implementation wrote and computed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests of data share: an encoder over LLaVA's processor, whose images are 4 tokens each."""
 
 from __future__ import annotations

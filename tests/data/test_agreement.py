@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ids under the mask and those of plain transformers: hidden tokens keep the ids of others, other rules are refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The check of a data set: what it finds with a tokenizer, and that it finds what training would stop at."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches: padding, the tokens of images and videos, and what is blank where nothing is shown."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/CUSTOM.md: the worked example runs, and what the page names exists."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The data set: samples, lengths, truncation, and all problems before training."""
 
 from __future__ import annotations

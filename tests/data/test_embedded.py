@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images that a record holds itself: read like files, named when they are broken."""
 
 from __future__ import annotations

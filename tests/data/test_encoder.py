@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one encoder: ids, labels and media of a record, with and without a model; and where a sample is cut."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every wrapping that a data file may have: the same records come out of it, and a bad file is named."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ids and labels against the reference implementation's, row by row."""
 
 from __future__ import annotations

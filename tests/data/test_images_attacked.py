@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images and videos as users have them: on their side, transparent, of many bits, enormous, damaged."""
 
 from __future__ import annotations

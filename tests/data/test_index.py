@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Indexes of data files: kept by content, shared by processes, and the same as a reading."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was found out about records and files is found again, and only what changed is looked at."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Properties of the masking engine over random conversations, all templates and all tokenizers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Videos in the records of a composed model: each is its frames as images, and its file is looked at first."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a composed model's processor makes of images: one run for all, and the pixels of LLaVA's own steps."""
 
 from __future__ import annotations

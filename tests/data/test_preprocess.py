@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`preprocess` and its rows: dispatch, truncation and errors."""
 
 from __future__ import annotations

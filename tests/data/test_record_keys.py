@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every key of the tables acts, is refused by name, or is known to mean nothing; an unknown one is told or refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data files: what is read, and every way in which they are wrong."""
 
 from __future__ import annotations

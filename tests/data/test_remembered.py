@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is remembered, how much of it, and that it can be sent to another process."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records that processes and workers look at together."""
 
 import os

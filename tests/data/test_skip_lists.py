@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A skip list names a record by what it says: no file loses a record because of another one's name or content."""
 
 from __future__ import annotations

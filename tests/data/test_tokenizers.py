@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every sort of tokenizer: the ids of its own library, its special tokens, and what survives saving."""
 
 from __future__ import annotations

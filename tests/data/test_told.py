@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Today's dialects, as LLaVA writes them: parts, system turns, tools; and the layout that the user has typed."""
 
 from __future__ import annotations

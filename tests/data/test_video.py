@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Videos: which frames, exactly those, and clear errors."""
 
 from __future__ import annotations

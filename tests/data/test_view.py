@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the viewer and the tokenizer doctor show is what training gets: the labels of `Encoded`, and no others."""
 
 from __future__ import annotations

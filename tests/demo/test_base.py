@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The committed base models, and the recipe that makes them."""
 
 from __future__ import annotations

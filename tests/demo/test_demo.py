@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo itself, with a few steps and a few questions, through the real launcher."""
 
 from __future__ import annotations

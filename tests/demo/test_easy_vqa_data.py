@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the training answers say about an image, and the records made from them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recipes: their flags parse, and their promises are checked."""
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ import pytest
 from moellava.demo.demo import Demo, table
 from moellava.demo.recipes import DEFAULT, FULL, RECIPES, SMOKE
 from moellava.train.arguments import parse_arguments
+from tests.processes import ROOT
 
 GOOD = {
     "stage2": {"accuracy": 0.99, "accuracy_shuffled_images": 0.5},
@@ -51,3 +53,9 @@ def test_the_short_recipe_promises_nothing():
 def test_the_table_shows_all_four_scores():
     assert table(GOOD).count("99.00%") == 2
     assert table(GOOD).count("50.00%") == 2
+
+
+def test_every_page_says_the_same_time():
+    said = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "scripts/demo.sh")}
+    assert DEFAULT.duration in said["README.md"] and DEFAULT.duration in said["scripts/demo.sh"]
+    assert FULL.duration in said["scripts/demo.sh"]

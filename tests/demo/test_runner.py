@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps are not repeated, and failures are loud."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny model, and the miniatures of all benchmarks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A miniature of each benchmark's folder, in the layout in which it is published: a few questions, random pictures.
 
 Each function writes one into a root, as LLaVA's `eval.zip` unpacks with the benchmark's own files beside it.

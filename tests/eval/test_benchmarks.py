@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark's questions, and images that change places."""
 
 from __future__ import annotations

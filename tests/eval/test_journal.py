@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers that outlive the process which has given them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers that a language model grades, by a stand-in of OpenAI's API on this machine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several processes: each question once, all end together, and a run that was killed goes on."""
 
 from __future__ import annotations

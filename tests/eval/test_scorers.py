@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each scorer on examples of its benchmark's own definition, and with bad, empty and missing answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores as sums, and how sure they are."""
 
 from __future__ import annotations

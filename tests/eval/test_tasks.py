@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every task's miniature, by the command itself: read, answered, gone on with after a kill, scored, and written."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every class of transformers for images and text, opened, trained and saved, most of them without an entry of ours.
 
 python -m tests.lmm.any_released_model --all            writes docs/SUPPORTED_MODELS.md; torchvision has to be installed

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random models of the released architectures, opened, and data sets of them."""
 
 from __future__ import annotations

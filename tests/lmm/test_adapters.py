@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters in released models: in the vision encoder, the decoder or both; quantised; killed, resumed and merged."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Released models without an entry: their parts found, trained by their folder's name, or refused with the reason."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chat with released models: training's prompt, Hugging Face's generate, batches, streams, one command."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of released models as batches: the ids are the processor's own, and only answers and terminators train."""
 
 import pytest

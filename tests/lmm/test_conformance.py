@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every architecture has to do, on a tiny random model of its class; `pytest tests/lmm --model-id ID` for one."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The unusual architectures through train.py: a short run each, with a batch that has no image, and LoRA."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Architectures whose models want more: PaliGemma's prefix, Llama 3.2 Vision's cross-attention."""
 
 import pytest

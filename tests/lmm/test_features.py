@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Features of pictures are computed once, for every class that takes them, and change no answer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Golden rows of every architecture: what is rendered, its ids, and what of it is trained.
 
 `tests/golden/released.jsonl` is written by

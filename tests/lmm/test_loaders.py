@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opening released models: architectures, processors, templates, and what is refused."""
 
 import dataclasses

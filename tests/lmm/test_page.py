@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/ADD_A_MODEL.md: its lines for a program of one's own do what they say."""
 
 import textwrap

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of every architecture's real class, by its keywords."""
 
 import pytest

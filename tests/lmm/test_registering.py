@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A class of transformers that no entry names, registered while the program runs, in the four steps of the guide."""
 
 import json

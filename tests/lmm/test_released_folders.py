@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava upcycle` and `moellava merge-lora` on folders of released models."""
 
 import json

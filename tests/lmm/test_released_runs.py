@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Released models from the command line, in real processes: the whole way, and a rank without any image."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Architectures with code of their own: our adapters against stand-ins that have the interface of that code."""
 
 import importlib.util

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The registry of released models: what is known by an id, and what a config.json is found to be."""
 
 import pytest

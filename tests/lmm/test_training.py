@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Released models through train.py: what trains, what is left behind, and MoE layers in them."""
 
 import json

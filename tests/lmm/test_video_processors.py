@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our video processors beside transformers' own, whose results were recorded where torchvision is installed.
 
 tests/golden/video_processors.npz holds, for each recipe, settings, three frames of 56 × 40 pixels, and what

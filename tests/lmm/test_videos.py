@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Videos in released models: what their processors make of the same frames, and masks that leave them out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One row for every released architecture: a tiny random model of its real class, with a processor to match.
 
 A new architecture is one more `TinyArchitecture` here; the tests of this folder run over all rows.

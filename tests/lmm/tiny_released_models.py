@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every class of transformers for images and text as a tiny released model: the few fields that make it so, as data.
 
 A model is its class's default config with small sizes, by the names that configs have for them, and a processor built

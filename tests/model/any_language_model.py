@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every causal language model of transformers, composed with a tower without an entry of ours.
 
 python -m tests.model.any_language_model --all            the table of docs/LANGUAGE_MODELS.md

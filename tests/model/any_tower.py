@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every vision model of transformers as a tower, without an entry of ours.
 
 python -m tests.model.any_tower --all            the table of docs/TOWERS.md

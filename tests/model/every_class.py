@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the commands that try every class of transformers have in common: their flags, and short words for a table."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vision models without an entry of ours: composed by what probes find, equal to their own class, or refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights into models: what is missing, left over or misshapen is an error, whatever the folder."""
 
 from __future__ import annotations

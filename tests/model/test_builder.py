@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`load_pretrained_model`, as LLaVA's users call it."""
 
 from __future__ import annotations

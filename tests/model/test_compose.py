@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Composition: for every family the parts keep what they compute, and the folder opens without moellava."""
 
 from __future__ import annotations

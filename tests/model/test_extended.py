@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What plain transformers lacks: it saves and opens here, and there it is refused, never silently wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Families are data: their renamings invert, and a config finds its family or an error that lists the known ones."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is shown is encoded once, whoever asks and however often, and never after it has become something else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders that are not what was written, and folders that bring code along."""
 
 from __future__ import annotations

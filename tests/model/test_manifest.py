@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a folder holds is told by its config, read once; its name tells nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of a folder: the hub reads it, it says where the model is from, and a user's own is never overwritten."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parts by keywords, on a small module tree."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Projectors: names, exactness of the padded ones, and the reference's layout."""
 
 from __future__ import annotations

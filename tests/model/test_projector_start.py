@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A projector that has learnt already: from which files it comes, and what it has to fit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every entry of `PROJECTORS`: it composes, counts its tokens, trains, saves, starts a stage, upcycles and exports."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders that LLaVA and MoE-LLaVA wrote: every family, dense and sparse, there and back."""
 
 from __future__ import annotations

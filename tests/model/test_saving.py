@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders appear whole or not at all: full disks, stale shards, tied weights, and what the folder says of itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a folder says of itself: written and read back, also as older versions wrote it."""
 
 from __future__ import annotations

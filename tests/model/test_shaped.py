@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images in their own shape, for a Pixtral tower in Hugging Face's LLaVA: as its class reads them by `image_sizes`."""
 
 from __future__ import annotations

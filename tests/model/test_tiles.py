@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images in tiles: composed as Hugging Face's LLaVA-NeXT or LLaVA-OneVision, whose processor and model agree with every
 sample of ours."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Towers: which token of which layer, how many there are, and what becomes of an image."""
 
 from __future__ import annotations

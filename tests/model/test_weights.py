@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading weights: shards, damaged files, and pickles that hold code."""
 
 from __future__ import annotations

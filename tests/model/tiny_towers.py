@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every vision model of transformers as a tiny one: the few config fields that make it so, as data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Certificates: what they measure, and that a broken exact recipe stops."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradient checkpointing: the router learns, decisions are replayed, nothing is counted twice."""
 
 from __future__ import annotations

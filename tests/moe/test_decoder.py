@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers and MLPs are found without names, and experts run by the fused formula only where it is all that they do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The DeepSpeed engine: equal to the native one in one process, and over real processes under the launcher."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A decoding step: what a forward with gradients computes, by few operations, counted rather than timed."""
 
 from __future__ import annotations

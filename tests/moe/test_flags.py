@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An option stands once, as a field: its flag, help, range and place in config.json follow, in every command."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fused experts against a plain loop over the modules, which autograd differentiates."""
 
 from __future__ import annotations

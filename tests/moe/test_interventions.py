@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Interventions: nothing is lost where experts are copies, what is said happens where they are not, all comes back."""
 
 from __future__ import annotations

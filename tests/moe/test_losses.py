@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Router losses against loops over tokens, and what they must not depend on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Language models that are sparse of themselves: their own balancing loss, to the digit, and their experts' load."""
 
 from __future__ import annotations

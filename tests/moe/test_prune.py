@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pruning: what experts carry is what one adds up by hand; copies lose nothing; merging is a weighed mean."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which experts a token visits, and with which weight."""
 
 from __future__ import annotations

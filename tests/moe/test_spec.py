@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options: which layers, which values are refused, what config.json keeps."""
 
 from __future__ import annotations

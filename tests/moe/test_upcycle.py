@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conversion: exact where it says so, for every decoder; and what routers see and report."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routing is watched in one place, for layers of ours and for language models that are sparse of themselves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs several command lines of train.py one after the other in this process: what stands in each line of stdin.
 
 Importing torch, transformers and peft takes longer than a tiny stage; the stages of one family share it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checks of engines: what they take for equal, and what an engine is told. The engines themselves run by hand."""
 
 from __future__ import annotations

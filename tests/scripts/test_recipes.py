@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every shipped script, recipe and JSON parses, says what it promises, and can be overridden."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every stage script trains for two steps on tiny models, each stage from the folder of the one before.
 
 The flags are the scripts' own but for sizes and paths, which environment variables set. Phi-2's third script runs as a

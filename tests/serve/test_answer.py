@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers: the same alone, in a batch and as a stream; from the template of training; ended where it ends."""
 
 from __future__ import annotations

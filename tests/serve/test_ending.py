@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where answers end, for every shape of terminator, in real tokenizers; and what of them is certain while they grow."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face's generate with our processors and criteria: in batches, with beams, as a stream, dense and sparse."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chat about videos: a composed model sees the frames, in the place of the tag."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flags: conflicts are refused by name and all at once; old spellings work; nothing is accepted in vain."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a stage starts from: which template it is given, and which files of it come from the hub."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that prove damaged only when they are decoded, in the middle of a run: a named problem, or a counted skip."""
 
 from __future__ import annotations

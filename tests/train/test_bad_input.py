@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mistakes are found before a step is made, named, and lose nothing."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints appear whole or not at all, and a folder belongs to one run."""
 
 import json

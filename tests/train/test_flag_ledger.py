@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every flag of `train.py` is judged, and the judgement is true: it acts, or is refused by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The losses of the stages are what they have always been: `tests/golden/losses.json`, made before the models were one.
 
 That file holds six steps of each stage, in fp32 and one process, by the code that still had composed and released

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`--push_to_hub` against a stand-in of the hub: a server that speaks as much of its API as an upload needs."""
 
 from __future__ import annotations

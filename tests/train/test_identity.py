@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run is known by all that changes its numbers: every flag, and weights, data and files by content."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint is as it was written, or refused by name; no code in it runs."""
 
 from __future__ import annotations

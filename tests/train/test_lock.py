@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two runs never share a folder, and a lock dies with its process."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The head runs on supervised positions only, and the loss is what the full logits would give."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """16-bit runs without DeepSpeed train fp32 masters, and leave 16-bit folders."""
 
 from __future__ import annotations

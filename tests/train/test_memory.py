@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The estimate is the arithmetic of ZeRO, parameter by parameter."""
 
 import json

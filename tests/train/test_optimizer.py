@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameter groups: which learning rate and which decay a parameter gets, and that none is forgotten."""
 
 from __future__ import annotations

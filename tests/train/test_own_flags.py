@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each flag of ours, with a value that is not its default, from each start: it changes what is put together before step
 0, or is refused by name."""
 

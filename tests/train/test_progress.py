@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lines of a run: short whatever the model, with all that matters; and totals."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flags against the folder of a run: what is given acts and is saved, or is refused by name."""
 
 from __future__ import annotations

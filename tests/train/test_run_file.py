@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run as a file: its keys are flags, the command line goes before it, and every run leaves one to start from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`run_log.jsonl` and what a run says of its data: before it starts, while it trains, when it goes on, at its end."""
 
 from __future__ import annotations

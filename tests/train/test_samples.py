@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sample answers during training: what chat would say, to what training shows, without touching the run."""
 
 import json

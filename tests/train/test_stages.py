@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which parts of a model a stage trains, by its flags."""
 
 from __future__ import annotations

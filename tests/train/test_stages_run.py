@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The three stages in real processes: what trains, what is left behind, and that a killed run goes on unchanged."""
 
 import json

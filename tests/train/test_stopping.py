@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs that end early: asked to, with a checkpoint; or because their numbers are no numbers, without a mark."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks during training: what `moellava eval` scores, in the log and for TensorBoard, without touching the run."""
 
 from __future__ import annotations

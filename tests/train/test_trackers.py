@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trackers get the load of experts as histograms; a tracker that is not installed is named before anything loads."""
 
 from __future__ import annotations

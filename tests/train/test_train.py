@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run in one process: that its end may be killed too, and what flags do to its loss."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What happens around a step: how its loss is weighed, and which order an epoch has."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Videos through train.py: a composed model's stage on them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers of routing, against routings whose numbers are known."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where tokens lie in an image, for runs of every layout; and classes of words."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava report`: a run as one page, from its log or the Trainer's, while it trains and at its end."""
 
 from __future__ import annotations

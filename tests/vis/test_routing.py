@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moellava routing`: tables with what they say, pictures, one page that loads nothing, refusals."""
 
 from __future__ import annotations

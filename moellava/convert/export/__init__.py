@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model as a folder that opens without moellava."""
 
 AUTO, NATIVE, CODE, LLAVA = "auto", "native", "code", "llava"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An adapter of ours as one of peft's on an exported folder.
 
 What the adapter's run trained in full (routers, the projector) goes into the exported weights: engines put

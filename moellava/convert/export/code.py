@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model as a class of Hugging Face's and one file of modelling code, for what is none of its classes.
 
 The code is `modeling_template.py` with this model's constants and class names; the tensors keep their names.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A composed model as the folder that LLaVA and MoE-LLaVA read (see published.py for the layout)."""
 
 from __future__ import annotations

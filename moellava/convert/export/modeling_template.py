@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sparse vision-language model: the class of transformers that it was made from, with experts in place of MLPs.
 
 Written by `moellava export`; it needs nothing but torch and transformers. The constants are this model's.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model as one of Hugging Face's own classes: its config, and its tensors under the names of the hub."""
 
 from __future__ import annotations

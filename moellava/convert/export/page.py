@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The README of an exported folder: what opens it, and how near it is to the model that it was made of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A new folder's tensors as data: what each is made of. Nothing is read until it is written.
 
 Legend: D hidden, E experts, I intermediate units of an expert.

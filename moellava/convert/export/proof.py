@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The proof of an export: what plain transformers computes from the new folder, in a process of its own, beside what
 the model computed that it was made of.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opens an exported folder as anybody would, and notes what its model computes. Run as a script, without moellava.
 
 python -I reopened.py FOLDER PROBES OUTPUT [--code] [--adapter DIR]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is exported: a model's structure, and its tensors one by one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conversations -> pieces of text with their trained flags: by a template of ours, or by a Jinja chat template."""
 
 from moellava.data.render.chat import ChatRenderer

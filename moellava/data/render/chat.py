@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Jinja chat template as a renderer (`--version chat_template`).
 
 Its messages are texts, with media tags in them, or lists of parts, media and texts. `spans.py` renders the conversation

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Jinja chat template with all that its rendering depends on, so that the same messages always give the same text."""
 
 from __future__ import annotations

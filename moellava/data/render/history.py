@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers rendered with the real texts of a conversation, for chat templates that do more than set them in a frame.
 
 Many templates rewrite earlier turns: they drop the reasoning of all answers but the last, or write an empty one in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our templates as Jinja, for the folders that we save: plain Hugging Face processors then give training's prompts.
 
 A message's content is text, or a list of `{"type": "image"}` and `{"type": "text", "text": …}`. An image becomes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Limits for chat templates, which come with folders from anywhere: none loops for ever, none fills the memory.
 
 transformers renders templates in a sandbox that keeps them from the interpreter, and not from its time and memory. Its

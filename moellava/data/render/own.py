@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A folder's own chat template as it is read: one of several, and with the date on which a run began."""
 
 from __future__ import annotations

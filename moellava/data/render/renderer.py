@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every renderer has: a name, pieces of a conversation, and what ends an answer."""
 
 from __future__ import annotations

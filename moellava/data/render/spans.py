@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trained spans of a Jinja chat template, found by prefix difference.
 
 A conversation is rendered up to each answer, with the generation prompt, and once more with the answer: what was added

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The templates of `conversation.py` as renderers, and the choice of a renderer by its name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a chat template would write differently at every rendering, so that training and answers would differ."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gemma 3 with images."""
 
 from moellava.lmm.architecture import Architecture, register_architecture

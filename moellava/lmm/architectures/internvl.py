@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """InternVL3 in Hugging Face's layout."""
 
 from moellava.data.frame_processors import LLAVA as LLAVA_FRAMES

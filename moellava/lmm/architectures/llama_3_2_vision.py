@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Llama 3.2 Vision: an image is one token, and text reads it through cross-attention.
 
 Its class skips cross-attention for a batch without images. In a batch where another row has one, it masks what the MLPs

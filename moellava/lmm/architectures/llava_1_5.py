@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LLaVA-1.5: Vicuna, a CLIP tower, an MLP between them."""
 
 from moellava.lmm.architecture import Architecture, register_architecture

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LLaVA-1.6 (LLaVA-NeXT): images are cut into tiles; over Vicuna, Mistral or Yi, which have turns of their own."""
 
 from collections.abc import Collection

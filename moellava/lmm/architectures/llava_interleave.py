@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LLaVA-Interleave: LLaVA's class over Qwen2, trained on several images."""
 
 from moellava.lmm.architecture import Architecture, register_architecture

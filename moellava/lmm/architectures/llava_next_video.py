@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LLaVA-NeXT-Video: LLaVA-1.6 with a way for videos."""
 
 from moellava.data.frame_processors import LLAVA as LLAVA_FRAMES

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LLaVA-OneVision: Qwen2 and a SigLIP tower, for an image in tiles, for several images, and for videos."""
 
 from moellava.data.frame_processors import ONEVISION

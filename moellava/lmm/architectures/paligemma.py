@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PaliGemma: images and question are read in both directions, the answer from left to right."""
 
 from __future__ import annotations

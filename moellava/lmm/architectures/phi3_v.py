@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Phi-3-Vision: code of its own, whose processor takes one text at a time.
 
 Images are numbered in the prompt, `<|image_1|>`, and their tokens are the ids -1, -2 ….

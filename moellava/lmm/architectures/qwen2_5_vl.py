@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen2.5-VL: Qwen2-VL with another encoder, laid out and spoken to alike."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen2-VL: images and videos of any size as patches, whose merger lies inside the vision encoder."""
 
 from moellava.data.frame_processors import QWEN as QWEN_FRAMES

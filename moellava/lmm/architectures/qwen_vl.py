@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen-VL-Chat: code of its own, without a processor.
 
 Its tokenizer reads `Picture 1: <img>PATH</img>`, and its model opens the file, in its forward pass.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SmolVLM2: an image as squares and one of the whole; a video as squares, with the times of its frames in words."""
 
 import torch

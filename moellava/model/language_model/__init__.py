@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One short file per language model family; importing this package registers all of them."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Llama, Vicuna, SmolLM2: Hugging Face's own names throughout."""
 
 from __future__ import annotations

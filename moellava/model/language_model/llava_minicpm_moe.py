@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MiniCPM, read into Hugging Face's Granite architecture, which has the same three scalings of a Llama.
 
 Residual branches count `scale_depth / sqrt(layers)`, embeddings `scale_emb`, and the logits are divided by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mistral and what is tuned from it, OpenChat for one: Hugging Face's own names throughout."""
 
 from __future__ import annotations

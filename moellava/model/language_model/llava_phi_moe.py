@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Phi-1.5 and Phi-2: a two-layer MLP beside the attention, and a head with a bias.
 
 Checkpoints of LLaVA's code were written without that bias; a model composed from the base keeps it (see `extended.py`).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen1.5, Qwen2 and Qwen2.5: Hugging Face's own names throughout."""
 
 from __future__ import annotations

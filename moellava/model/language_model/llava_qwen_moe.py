@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen-1, read into Hugging Face's Qwen2 architecture: the same mathematics under other names.
 
 `c_attn` is the query, key and value projections joined; the MLP is `c_proj(w1(x) * silu(w2(x)))` with half of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """StableLM-2. Its first configs, `stablelm_epoch` and those inside published checkpoints, use other field names."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Projectors from the tower's features to the language model's embeddings, one entry of `PROJECTORS` each.
 
 layers.py        linear, identity, mlpNx_gelu          as Hugging Face's LLaVA lays them out

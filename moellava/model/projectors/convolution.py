@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Projectors that convolve over the grid of patches and give fewer tokens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a projector is: an entry of `PROJECTORS` under the pattern of its name, and a name that has been read."""
 
 from __future__ import annotations

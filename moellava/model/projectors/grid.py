@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Projectors that join 2 × 2 patches of the grid into one token."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Projectors that are linear layers, laid out as Hugging Face's LLaVA has them.
 
 Hugging Face's projector is two linear layers around an activation. `mlp2x_gelu` is just that. `linear` and `identity`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Projectors whose learnt queries read the tower's features: one token each, however many features there are."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routes: OpenAI's `/v1/models` and `/v1/chat/completions`, and `/health`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which experts of a sparse model read the pictures and the words of a prompt, and wrote its answer.
 
 Legend: B rows, L positions of a forward, T = B × L, D hidden, E experts, k choices, P parts (`PARTS`).

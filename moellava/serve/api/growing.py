@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One answer of a batch while it grows: its text up to what is certain, where it stops, how likely its tokens were.
 
 Shapes: B rows, V vocabulary.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What stands before every route, the page's included: who may ask, from where, and how much a request may bring."""
 
 from __future__ import annotations

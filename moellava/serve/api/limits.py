@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a server takes on: how much a request may bring, and how many requests there may be at a time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page: pictures and questions, an answer that streams, and for a sparse model which experts read and wrote."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that Gradio would fetch: where a client writes a URL for an upload, its server downloads it. Refused here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shares of experts as a table of HTML: a row a layer, a column an expert, the darker the more."""
 
 from __future__ import annotations

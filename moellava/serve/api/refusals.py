@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a client is told of a request that is not answered: a status, a message without addresses or paths, OpenAI's
 JSON around it."""
 

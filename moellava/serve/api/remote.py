@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures from the web: refused, but for the hosts that the server's owner has named."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One worker answers what waits, in batches; clients read their answers in the event loop.
 
     client --> Job --> waiting --> worker: a batch of jobs with equal options --> pieces --> Job --> client

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The body of a chat completion, as OpenAI's API has it: what is taken of it, and what it asks the model.
 
 A field that this server would not act on is refused by name, unless it changes nothing about the answer.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What DeepSpeed compiles for itself: locks of builds that were killed, and an operator that training does without.
 
 DeepSpeed loads its C++ operators through torch, which guards a build by a file named `lock` and holds it open. A run

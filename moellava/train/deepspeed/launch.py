@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python train.py --deepspeed …` without a launcher: one process says so itself."""
 
 from __future__ import annotations

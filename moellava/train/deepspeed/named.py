@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSpeed's settings by name: `--deepspeed zero2` is the file zero2.json of this package."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizer states of a sparse model that do not depend on `ep_size`.
 
 DeepSpeed's own checkpoint holds flat partitions, one a rank, cut for the processes and expert groups of the run that

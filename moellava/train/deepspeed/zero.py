@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ZeRO-3 needs beside a JSON file: parameters that are whole while a model is put together."""
 
 from __future__ import annotations

@@ -1,2 +1,3 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 source "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh" openchat finetune_moe "$@"

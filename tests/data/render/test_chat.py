@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`--version chat_template`: any tokenizer's own template."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chat templates that rewrite earlier turns, mark answers or open a reasoning: what is trained, in how many texts."""
 
 from __future__ import annotations

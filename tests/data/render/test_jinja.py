@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Jinja templates that saved folders carry."""
 
 from __future__ import annotations

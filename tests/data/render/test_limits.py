@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chat templates that would loop for ever or fill the memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A folder's own chat template: one of several, with the day on which a run began, for messages in parts as well."""
 
 from __future__ import annotations

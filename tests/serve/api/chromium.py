@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A headless Chromium for the tests of the page, from npm's registry, and its DevTools protocol over a pipe.
 
 `@sparticuz/chromium` holds a Chromium with the libraries that it needs beside it, so that nothing has to be installed.

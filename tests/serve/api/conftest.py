@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny sparse model, and a server of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A server in a thread of this process, with real sockets: what tests of it share."""
 
 from __future__ import annotations

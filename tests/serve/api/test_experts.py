@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which experts read and wrote: counted for each row by itself, padding left out."""
 
 from __future__ import annotations

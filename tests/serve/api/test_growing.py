@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Texts that grow: what is certain, and what stops them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is refused before anything is decoded, who may ask, and what a client that leaves gives back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page in a real browser: pictures, a stream, stop, regenerate, clear, experts, a browser that is closed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A lock is removed when, and only when, nobody holds it."""
 
 import os

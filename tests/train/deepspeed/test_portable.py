@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizer states by parameter: experts under their global indices, whichever rank holds them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ZeRO-3: a dense model is put together whole and trains; experts are refused by name."""
 
 import pytest

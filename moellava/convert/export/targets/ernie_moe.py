@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ernie 4.5 MoE: a bias takes part in choosing experts, rotary positions are interleaved"""
 
 from __future__ import annotations

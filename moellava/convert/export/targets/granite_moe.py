@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Granite-MoE, for MiniCPM, which is read into Granite: every layer is sparse"""
 
 from __future__ import annotations

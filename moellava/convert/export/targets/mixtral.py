@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtral (arXiv:2401.04088), for engines that know no other: every layer is sparse"""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen2-MoE (arXiv:2407.10671, section 2.2.2): one shared expert, counted by a gate"""
 
 from __future__ import annotations

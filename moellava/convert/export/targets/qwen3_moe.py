@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen3-MoE (arXiv:2505.09388) and the same within Qwen3-VL: queries and keys are normalised, no shared expert"""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Native targets: language models of Hugging Face's with experts, and the rules by which a sparse model of ours becomes
 one of them. A target is an entry; which fits, follows from the model.
 

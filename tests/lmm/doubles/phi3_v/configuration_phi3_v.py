@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Config of the stand-in for Phi-3-Vision."""
 
 from transformers import PretrainedConfig

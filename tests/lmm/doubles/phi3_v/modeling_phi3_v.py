@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stand-in for Phi-3-Vision's model: image features take the places of the negative ids, in order."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stand-in for Phi-3-Vision's processor: <|image_1|> becomes as many -1 as the image has tokens; one text at a time."""
 
 import re

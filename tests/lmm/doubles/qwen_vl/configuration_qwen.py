@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Config of the stand-in for Qwen-VL-Chat."""
 
 from transformers import PretrainedConfig

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stand-in for Qwen-VL-Chat's model: it reads paths out of the ids, and opens the files itself."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stand-in for Qwen-VL-Chat's tokenizer: paths between <img> and </img> become one token a byte."""
 
 import base64
