@@ -9,9 +9,9 @@ from pathlib import Path
 from moellava.errors import UserError
 from moellava.files import IS_FOLDER, NO_FILE, file_problem, problem_of_writing
 from moellava.log import printable
+from moellava.startup import importing
 from moellava.vis.needed import require_packages
-from moellava.vis.report import REPORT, write_report
-from moellava.vis.run_files import open_run
+from moellava.vis.report import REPORT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,6 +25,9 @@ def main(argv: list[str]) -> int:
     """Runs the command. Raises UserError where there is no run, or no place to write to."""
     args = _parser().parse_args(argv)
     require_packages("moellava report")
+    with importing():
+        from moellava.vis.report import write_report
+        from moellava.vis.run_files import open_run
     run = open_run(Path(args.run))
     output = Path(args.output) if args.output is not None else run.folder / REPORT
     problem: str | None = file_problem(output) or "it is a file, not a folder"

@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moellava.commands.records import DATA_HELP, add_confine_flag, add_limit_flags, add_role_flags, limits_of, roles_of
 from moellava.commands.values import count
-from moellava.data.dataset import SupervisedDataset
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.records import load_records
 from moellava.files import require_new_folder
 from moellava.log import printable
-from moellava.moe.watch import require_experts
-from moellava.vis.collect import Collected, collect
-from moellava.vis.measures import Summary, summarise
+from moellava.startup import importing
 from moellava.vis.needed import require_packages
-from moellava.vlm import open_vlm
+
+if TYPE_CHECKING:
+    from moellava.vis.collect import Collected
+    from moellava.vis.measures import Summary
 
 SAMPLES, PICTURES, BATCH = 64, 4, 4
 
@@ -48,6 +49,11 @@ def main(argv: list[str]) -> int:
     require_frames(args.num_frames, "--num-frames")
     output = require_new_folder(args.output, "--output")
     records = load_records(args.data, roles=roles_of(args))
+    with importing():
+        from moellava.data.dataset import SupervisedDataset
+        from moellava.moe.watch import require_experts
+        from moellava.vis.collect import collect
+        from moellava.vlm import open_vlm
     vlm = open_vlm(args.model_path, version=args.version)
     require_experts(vlm.model, vlm.source)
     files = MediaFiles(args.image_folder, args.video_folder, args.num_frames, limits_of(args), args.confine_media)
@@ -62,6 +68,7 @@ def main(argv: list[str]) -> int:
 def write(output: Path, seen: Collected, pictures: int) -> list[str]:
     """Writes tables, figures and the page; returns what is said about them."""
     from moellava.vis.figures import write_figures
+    from moellava.vis.measures import summarise
     from moellava.vis.page import write_page
     from moellava.vis.routing_page import routing_page
     from moellava.vis.tables import columns_of, write_tables

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moellava.vis.run_files import Run, open_run
+if TYPE_CHECKING:
+    from moellava.vis.run_files import Run
 
 REPORT = "report"
 """The folder of a run that its report is written to."""
@@ -27,4 +29,6 @@ def write_report(run: Run, output: Path | None = None) -> list[Path]:
 
 def report_of(folder: Path) -> Path:
     """The page of a run's report, written anew. Raises UserError: see `open_run`."""
+    from moellava.vis.run_files import open_run
+
     return write_report(open_run(folder))[-1]
