@@ -9,7 +9,7 @@ from pathlib import Path
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.values import amount, truth
 from moellava.convert.export.adapter import export_adapter
-from moellava.convert.export.export_folder import AUTO, CHOICES, LLAVA, export_folder
+from moellava.convert.export.export_folder import AUTO, LLAVA, choices, export_folder
 from moellava.convert.export.llava import write_published
 from moellava.convert.export.page import engine_lines
 from moellava.convert.export.proof import NotProvenError
@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", required=True, help="the folder to write; it must be new, or empty")
     parser.add_argument(
         "--to",
-        choices=CHOICES,
+        choices=choices(),
         default=AUTO,
         help="native: one of Hugging Face's own classes, the first that is exact (or one by its name); code: its dense "
         "class with one file of modelling code; auto: native where there is one, else code; llava: the layout of LLaVA "

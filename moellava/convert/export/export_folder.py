@@ -33,10 +33,13 @@ logger = get_logger(__name__)
 
 STAGING = ".exporting"
 AUTO, NATIVE, CODE, LLAVA = "auto", "native", "code", "llava"
-CHOICES = (AUTO, NATIVE, CODE, LLAVA, *TARGETS)
-"""Values of `--to`: the first native target or else code; a native one; code; LLaVA's layout; a target by its name."""
-
 GENERATION = "generation_config.json"
+
+
+def choices() -> tuple[str, ...]:
+    """Values of `--to`: the first native target or else code; a native one; code; LLaVA's layout; a target by its name,
+    those of plug-ins too."""
+    return (AUTO, NATIVE, CODE, LLAVA, *TARGETS)
 
 
 def export_folder(
@@ -53,7 +56,7 @@ def export_folder(
     Args:
         manifest: of the folder.
         target: the new folder.
-        to: of `CHOICES`, but LLaVA's layout.
+        to: of `choices`, but LLaVA's layout.
         verify: reopen the new folder and compare.
         shard_bytes: largest file of the new folder.
         dropless: write a model whose experts drop tokens as what it is where they drop none.
