@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from importlib.metadata import EntryPoint
@@ -14,13 +15,18 @@ import torch
 from moellava import plugins
 from moellava.cli import main
 from moellava.conversation import conv_templates
+from moellava.convert.export.targets import TARGETS
 from moellava.convert.upcycle_folder import upcycle_folder
+from moellava.data.tokenizers import TOKENIZERS
 from moellava.errors import UserError
+from moellava.eval.benchmarks import BENCHMARKS
 from moellava.lmm.architecture import ARCHITECTURES, SUPPORTED_MODELS
+from moellava.model.families import FAMILIES
 from moellava.model.manifest import read_folder
 from moellava.model.projectors import PROJECTORS
 from moellava.model.section import section_of
 from moellava.moe import MoESpec
+from moellava.moe.spec import MODES, PRESETS
 from moellava.plugins import PLUGINS, load_plugin
 from moellava.train.arguments import parse_arguments
 from moellava.vlm import open_vlm
@@ -30,6 +36,9 @@ from tests.processes import ROOT, run_python, train_here, words_of
 PAGE = (ROOT / "docs" / "PLUGINS.md").read_text(encoding="utf-8")
 EXAMPLE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
 REGISTRIES = (conv_templates, PROJECTORS, ARCHITECTURES, SUPPORTED_MODELS)
+REGISTRIES += (TOKENIZERS, FAMILIES, TARGETS, BENCHMARKS, MODES, PRESETS)
+
+EVERYTHING = ROOT / "tests" / "plugin_of_everything.py"
 
 
 @pytest.fixture
@@ -173,3 +182,48 @@ def test_another_content_is_another_run(mine, anew, parts, flags_for, tmp_path):
     mine.write_text(EXAMPLE.replace("one word", "two words"))
     with pytest.raises(UserError, match=r"content of --plugin mine\.py"):
         train_here(flags)
+
+
+@pytest.fixture
+def own_parts(parts, anew, tmp_path) -> dict[str, Path]:
+    """The plug-in that adds one of each, a language model of its family with its tokenizer, and its tower."""
+    plugin = tmp_path / "everything.py"
+    shutil.copyfile(EVERYTHING, plugin)
+    for name, model_type in (("lm", "my_llm"), ("tower", "my_tower")):
+        shutil.copytree(parts / name, tmp_path / name)
+        config = json.loads((parts / name / "config.json").read_text()) | {"model_type": model_type}
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    (tmp_path / "lm" / "tokenizer.json").rename(tmp_path / "lm" / "mine.json")
+    (tmp_path / "lm" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MyTokenizer"}))
+    return {"plugin": plugin, "lm": tmp_path / "lm", "tower": tmp_path / "tower"}
+
+
+@pytest.mark.slow
+def test_one_of_each_is_added_by_a_file(own_parts, flags_for, tmp_path, capsys):
+    """A template, tokenizer, family, tower, projector, released model, architecture, mode and preset of upcycling, a
+    benchmark and an export target: each by its entry alone, and each acts in the command that reads it."""
+    plugin = str(own_parts["plugin"])
+    flags = flags_for(tmp_path, "finetune") | {"pretrain_mm_mlp_adapter": None, "untrained_projector": True}
+    flags |= {"plugin": plugin, "model_name_or_path": own_parts["lm"], "image_tower": own_parts["tower"]}
+    flags |= {"image_projector_type": "mine2x_gelu", "max_steps": 1, "save_strategy": "no", "version": None}
+    trained = train_here(flags)
+    vlm = open_vlm(trained, device="cpu")
+    said, vision = vlm.section, vlm.model.config.vision_config
+    assert (said.version, said.family, said.image_projector_type) == ("mine", "mine", "mine2x_gelu")
+    assert vision.model_type == "my_tower" and "Answer in one word." in vlm.processor.chat_template
+    train_here(
+        {"plugin": plugin, "moe_enable": True, "model_name_or_path": trained, "output_dir": tmp_path / "moe"}
+        | {"moe_mode": "last", "moe_preset": "mine", "max_steps": 1, "save_strategy": "no", "num_experts": 2}
+        | {name: flags[name] for name in ("data_path", "image_folder", "report_to")}
+    )
+    sparse = tiny.reopen(tmp_path / "moe")
+    assert sparse.spec.layers_of(4) == {3: 2} and sparse.spec.router_aux_loss_coef == 0.5
+    words = ["--plugin", plugin, "--model-path", str(trained)]
+    assert main(["eval", *words, "--benchmark", "mine"]) == 0 and "mine" in capsys.readouterr().out
+    capsys.readouterr()
+    assert main(["models", "--plugin", plugin]) == 0
+    shown = capsys.readouterr().out
+    assert "my-llava" in shown and "my-vip-llava" in shown
+    words = ["--plugin", plugin, "--model-path", str(tmp_path / "moe"), "--output-dir", str(tmp_path / "out")]
+    assert main(["export", *words, "--to", "my-moe", "--verify", "False"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]["model_type"] == "qwen2_moe"

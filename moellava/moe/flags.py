@@ -39,7 +39,7 @@ class Range:
 
 
 def option(
-    default: Any, text: str, within: Range | None = None, choices: tuple[str, ...] = (), is_fixed: bool = False
+    default: Any, text: str, within: Range | None = None, choices: Collection[str] = (), is_fixed: bool = False
 ) -> Any:
     """A dataclass field that is an option.
 
@@ -47,7 +47,7 @@ def option(
         default: its value where nothing is given.
         text: what `--help` says of it; choices, range and default are added there.
         within: range of a number, or of each number in a list.
-        choices: the names that it takes.
+        choices: the names that it takes; a registry's are those that it has when a value is given.
         is_fixed: what has been made with one value cannot go on with another; see `fixed_option`.
     """
     metadata = {"help": text, "range": within, "choices": choices, "is_fixed": is_fixed}
@@ -56,7 +56,7 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def fixed_option(default: Any, text: str, within: Range | None = None, choices: tuple[str, ...] = ()) -> Any:
+def fixed_option(default: Any, text: str, within: Range | None = None, choices: Collection[str] = ()) -> Any:
     """An option of how something is made, which cannot be changed afterwards. For the arguments see `option`."""
     return option(default, text, within, choices, is_fixed=True)
 

@@ -23,6 +23,11 @@ MODES.register("second_half", lambda n_layers: range(n_layers // 2, n_layers))
 MODES.register("sparse", lambda n_layers: range(0, n_layers, 2))
 MODES.register("dense", lambda n_layers: range(n_layers))
 
+CUSTOM = "custom"
+"""The `moe_mode` of layers that are given by index."""
+
+MODES.register(CUSTOM, lambda n_layers: ())
+
 PRESETS: Registry = Registry("moe_preset")
 PRESETS.register(
     "today",
@@ -48,9 +53,6 @@ PRESETS.register(
 )
 """name -> the values it gives to fields that the user left at their default."""
 
-CUSTOM = "custom"
-"""The `moe_mode` of layers that are given by index."""
-
 READ_WITH = {
     "init_noise": ("init", "noise"),
     "init_drop_ratio": ("init", "drop"),
@@ -73,7 +75,7 @@ class MoESpec:
         "second_half",
         "Which decoder layers become sparse: one half, every second one (sparse: 0, 2, 4 …), all of them (dense), or "
         "those of --moe_layers_idx (custom).",
-        choices=(*MODES, CUSTOM),
+        choices=MODES,
     )
     moe_layers_idx: list[int] | None = fixed_option(None, "Decoder layers by index, from 0, instead of --moe_mode.")
     num_experts: list[int] = fixed_option(

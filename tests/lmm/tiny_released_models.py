@@ -26,6 +26,7 @@ from moellava.data.media_reader import placeholder_of
 from moellava.errors import UserError
 from moellava.lmm.architecture import ARCHITECTURES
 from moellava.lmm.processors import VIDEO, build_without_torchvision
+from moellava.model.shaped import PixtralProcessor, processor_class
 from tests.lmm.tiny import NATIVE, TINY
 from tests.model.tiny_language_models import COMMON as TEXT
 from tests.model.tiny_language_models import OVERRIDES as TEXT_OVERRIDES
@@ -128,9 +129,7 @@ MARKS = (
 
 def needs_torchvision(model_type: str) -> bool:
     """Whether there is no processor of the class without torchvision."""
-    return model_type in ("mistral3", "mistral_large4") or set(IMAGE_PROCESSORS.get(model_type) or ()) == {
-        "torchvision"
-    }
+    return set(IMAGE_PROCESSORS.get(model_type) or ()) == {"torchvision"}
 
 
 def released_models() -> list[str]:
@@ -265,7 +264,8 @@ def of_parts(model_type: str, tokenizer: Any) -> Any:
     """A processor of the class, of parts."""
     if model_type in NONE_BUILT:
         raise UserError(NONE_BUILT[model_type])
-    cls = getattr(hf, PROCESSORS.get(model_type) or PROCESSOR_OF[model_type])
+    name = PROCESSORS.get(model_type) or PROCESSOR_OF[model_type]
+    cls = processor_class() if name == PixtralProcessor.__name__ else getattr(hf, name)
     known = inspect.signature(cls.__init__).parameters
     parts: dict[str, Any] = {"tokenizer": tokenizer}
     if "image_processor" in known:
