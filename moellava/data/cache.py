@@ -72,9 +72,11 @@ def kept(folder: Path, name: str, build: Callable[[Path], None], what: str) -> P
     entry = folder / name
     if entry.is_dir():
         return entry
-    with locked(folder, name, what):
+    with locked(folder, name, what) as is_held:
         if not entry.is_dir():
             entry.parent.mkdir(parents=True, exist_ok=True)
+            for left in entry.parent.glob(f"{entry.name}.new-*") if is_held else ():
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
             temporary = Path(tempfile.mkdtemp(prefix=f"{entry.name}.new-", dir=entry.parent))
             temporary.chmod(0o755)  # other users of the cache read it
             try:
@@ -88,25 +90,27 @@ def kept(folder: Path, name: str, build: Callable[[Path], None], what: str) -> P
 
 
 @contextmanager
-def locked(folder: Path, name: str, what: str) -> Iterator[None]:
-    """Holds the lock of an entry. It dies with its process. One process holds one at a time: no two inside each other.
+def locked(folder: Path, name: str, what: str) -> Iterator[bool]:
+    """Holds the lock of an entry; False where the file system has none. It dies with its process. One process holds one
+    at a time: no two inside each other.
 
     All entries share one file, of which each locks a byte of its own, so that no lock files are left about.
     """
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _lock(descriptor, place, what)
-        yield
+        yield _lock(descriptor, place, what)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, place: int, what: str) -> None:
+def _lock(descriptor: int, place: int, what: str) -> bool:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
     except (BlockingIOError, PermissionError):
         get_logger(__name__).info("Waiting for another process that is %s", what)
         fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, place)
     except OSError as error:  # a file system without locks: each process works for itself, and the first entry stays
-        get_logger(__name__).info("%s has no locks (%s)", LOCK, error.strerror)
+        get_logger(__name__).info("The cache's disk has no locks: %s", error.strerror)
+        return False
+    return True

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from moellava.constants import ROLES
-from moellava.data.cache import cache_folder, kept
+from moellava.data.cache import PLACE, cache_folder, kept
 from moellava.data.formats import rows_of
 from moellava.data.index import FileIndex, index_in_memory, open_index, save_index
 from moellava.data.record_reader import RecordReader
 from moellava.data.record_rows import rows_for
-from moellava.errors import DataError
+from moellava.errors import DataError, UserError
 from moellava.files import file_digest, read_json, write_json
 from moellava.log import get_logger
 
@@ -41,7 +41,7 @@ def index_of(path: str | Path, roles: tuple[str, str] = ROLES) -> FileIndex:
         roles: what it calls the human and the model, beside the usual names.
 
     Raises:
-        UserError: a package that its format needs is not installed.
+        UserError: a package that its format needs is not installed; the index cannot be written.
     """
     files = files_of(Path(path))
     if sum(size for _, size, _ in files) >= KEPT_FROM and (folder := cache_folder()) is not None:
@@ -50,6 +50,11 @@ def index_of(path: str | Path, roles: tuple[str, str] = ROLES) -> FileIndex:
             return open_index(kept(folder, name, lambda entry: _save(entry, path, roles), f"reading {path}"))
         except _BrokenFileError:  # what is wrong with it may be mended, and its index is not kept
             pass
+        except OSError as error:
+            raise UserError(
+                f"The index of {path} cannot be kept in {folder}: {error.strerror or error}. Make room there, or name "
+                f"another folder by {PLACE}."
+            ) from error
     return index_in_memory(*_read(path, roles))
 
 

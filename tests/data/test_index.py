@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ from moellava.data.cache import cache_folder, kept
 from moellava.data.json_lists import listed
 from moellava.data.records import load_records, read_records
 from moellava.data.skip_lists import read_skip_list, write_skip_list
-from moellava.errors import DataError
+from moellava.errors import DataError, UserError
 from tests.tiny import record
 
 
@@ -175,6 +176,32 @@ def test_an_entry_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         kept(tmp_path, "sub/entry", build, "making it")
     assert list((tmp_path / "sub").iterdir()) == []
+
+
+def test_what_a_killed_process_has_left_goes(tmp_path):
+    (tmp_path / "entry.new-1").mkdir()
+    (tmp_path / "entry.new-1" / "x").write_text("half")
+    (tmp_path / "entry2.new-1").mkdir()
+    kept(tmp_path, "entry", lambda entry: None, "making it")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "entry", "entry2.new-1"]
+
+
+def test_without_locks_each_works_for_itself(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(cache.fcntl, "lockf", refuse)
+    (tmp_path / "entry.new-1").mkdir()
+    assert kept(tmp_path, "entry", lambda entry: None, "making it").is_dir() and (tmp_path / "entry.new-1").is_dir()
+
+
+def test_a_full_disk_is_told_with_the_way_out(folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(indexing, "save_index", full)
+    with pytest.raises(UserError, match="a.json cannot be kept in .*No space left.* by MOELLAVA_CACHE"):
+        load_records(written(tmp_path / "a.json", ROWS))
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 1000])
