@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moellava.files import flush_tree, problem_of_writing
+from moellava.files import flush_tree, problem_of_writing, read_json, write_json
 from moellava.log import get_logger
 
 PLACE = "MOELLAVA_CACHE"
@@ -55,6 +55,18 @@ def _problem(folder: Path) -> str | None:
             folder, problem, PLACE,
         )  # fmt: skip
     return problem
+
+
+def remembered(folder: Path, name: str, find: Callable[[], str]) -> str:
+    """A text of the cache that `find` gives, once. Where it cannot be written, it is found anew each time."""
+    path = folder / f"{name}.json"
+    if path.is_file():
+        return str(read_json(path))
+    found = find()
+    with suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, found)
+    return found
 
 
 def kept(folder: Path, name: str, build: Callable[[Path], None], what: str) -> Path:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pickle
+from array import array
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from moellava.data import cache, index, indexing
 from moellava.data.cache import cache_folder, kept
 from moellava.data.json_lists import listed
-from moellava.data.records import load_records, read_records
+from moellava.data.records import Records, load_records, read_records
 from moellava.data.skip_lists import read_skip_list, write_skip_list
 from moellava.errors import DataError, UserError
 from tests.tiny import record
@@ -84,8 +86,23 @@ def test_the_content_of_a_file_is_not_read_again_while_it_rests(folder, tmp_path
     monkeypatch.setattr(indexing, "file_digest", lambda name: pytest.fail(f"{name} is read"))
     assert list(load_records(path)) == ROWS
     path.write_text(path.read_text().replace("a39", "b39"))
+    aged(path)
     with pytest.raises(pytest.fail.Exception):
         load_records(path)
+
+
+def test_the_content_of_records_is_that_of_earlier_versions(folder, tmp_path, monkeypatch):
+    """A digest over the offsets and the bytes of all records: runs that it names can go on."""
+    path = written(tmp_path / "a.json", ROWS[1:3])
+    rows = [json.dumps(row, ensure_ascii=False).encode() for row in ROWS[1:3]]
+    ends = array("q", [0, len(rows[0]), len(rows[0]) + len(rows[1])])
+    expected = f"sha256 {hashlib.sha256(ends.tobytes() + b''.join(rows)).hexdigest()[:32]}"
+    assert load_records(path).content() == expected
+    monkeypatch.setattr("moellava.data.records.KEPT_FROM", 0)
+    assert load_records(path).content() == load_records(path).content() == expected
+    assert load_records(written(tmp_path / "b.json", ROWS[2:0:-1])).content() != expected
+    monkeypatch.setattr(Records, "_content", lambda self: pytest.fail("it is read again"))
+    assert load_records(path).content() == expected
 
 
 def test_a_file_that_may_still_change_in_the_same_tick_is_read_again(folder, tmp_path):
