@@ -220,7 +220,8 @@ def _apart(numbers: Sequence[int], indexes: Sequence[FileIndex]) -> list[np.ndar
 
 def _take(records: Records, file: str, index: FileIndex, rows: np.ndarray, skip: SkipList) -> list[Problem]:
     """Adds records of a file, or leaves them out; what is wrong with the others, and with the file."""
-    named = np.intersect1d(rows, np.fromiter(skip.numbers_in(file), np.int64))
+    numbers = list(skip.numbers_in(file))
+    named = np.unique(rows[np.isin(rows, numbers)]) if numbers else rows[:0]
     left_out = [row for row in named.tolist() if skip.holds(key_of(file, row, int(index.digests[row])))]
     kept = rows[~np.isin(rows, left_out)] if left_out else rows
     records.skipped += len(rows) - len(kept)
