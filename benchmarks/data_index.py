@@ -3,12 +3,13 @@
 
     python benchmarks/data_index.py --records 20000 --json FILE
 
-A JSON list of records as LLaVA's instruction data has them (1.4 kB each, six turns, an image in six of seven) is
-generated, and deleted in the end. Every step is a fresh process; memory is what it has beyond the same process with all
-imports done and nothing read. For an epoch, eight forked workers read all records once, each an eighth in random order;
-their memory is the sum over them and their parent of the proportional set size (PSS: a page that n processes share
-counts a nth for each), after a tenth of the epoch and at its end. Beside it, in the same run: `json.load`, and `datasets`
-where it is installed, each by itself.
+A JSON list of records as LLaVA's instruction data has them (1.1 kB each, six turns, an image in six of seven) is
+generated, and deleted in the end. Every step is a fresh process; memory is what it has beyond the same process with
+all imports done and nothing read. For an epoch, eight forked workers read all records once, each an eighth in random
+order; their memory is the sum over them and their parent of the proportional set size (PSS: a page that n processes
+share counts a nth for each), after a tenth of the epoch and at its end. Beside it, in the same run: `json.load`, and
+`datasets` where it is installed, each by itself. The steps about lengths make a data set as a run does before it
+begins; at 665,000 records, leave them out by --only.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from typing import Any
 
 WORKERS = 8
 
-WORDS = (
+SENTENCE = (
     "the a an of in on with and is are there what where which who how many color red blue green small large left right "
     "cat dog man woman child street table window tree car sky grass water building sign plate bowl cup chair picture "
     "shows standing sitting holding looking wearing near behind front background appears scene image"
-).split()
+)
 
 
 def generated(count: int) -> Iterator[dict[str, Any]]:
     """Records, the same for the same number of them."""
-    draw = random.Random(0)
-    pool = [" ".join(draw.choices(WORDS, k=draw.randint(20, 60))) for _ in range(5000)]
+    draw, words = random.Random(0), SENTENCE.split()
+    pool = [" ".join(draw.choices(words, k=draw.randint(20, 60))) for _ in range(5000)]
     for number in range(count):
         turns = []
         for turn in range(3):
@@ -95,6 +96,40 @@ def ours(path: str) -> dict[str, float]:
     from moellava.data.records import load_records
 
     return measured(lambda: load_records(path))
+
+
+def lengths(path: str) -> dict[str, float]:
+    """A data set, as a run makes it before its first step: every record encoded and every file looked at, or, the
+    second time, found again. The tokenizer is a small one."""
+    imports()
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from moellava.data.dataset import SupervisedDataset
+    from moellava.data.encoder import CountedImages, Encoder
+    from moellava.data.media import MediaFiles
+    from moellava.data.records import load_records
+    from moellava.data.render import TemplateRenderer
+    from moellava.data.tokenizers import load_tokenizer
+    from tests.tiny import write_tokenizer
+
+    records, images = load_records(path), Path(path).parent / "images"
+    if not images.exists():
+        pictures(images, len(records))
+    encoder = Encoder(
+        load_tokenizer(write_tokenizer(Path(path).parent / "tokenizer")), TemplateRenderer("v1"), CountedImages(576)
+    )
+    return measured(lambda: SupervisedDataset(records, encoder, MediaFiles(images)))
+
+
+def pictures(folder: Path, count: int) -> None:
+    """An image for every record: links to one of 1,000 files."""
+    from PIL import Image
+
+    target = folder / "coco" / "train2017"
+    target.mkdir(parents=True)
+    for number in range(1000):
+        Image.effect_noise((336, 336), 50 + number % 100).save(folder / f"{number}.jpg")
+    for number in range(count):
+        os.symlink(f"../../{number % 1000}.jpg", target / f"{number:012d}.jpg")
 
 
 def by_json(path: str) -> dict[str, float]:
@@ -184,6 +219,8 @@ STEPS: dict[str, Callable[[str], dict[str, float]]] = {
     "first index": ours,
     "opening": ours,
     "an epoch, 8 workers": epoch,
+    "lengths, first": lengths,
+    "lengths, again": lengths,
     "json.load": by_json,
     "datasets, first": by_datasets,
     "datasets, opening": by_datasets,

@@ -821,6 +821,50 @@ EXPORTING = (
     ),
 )
 
+KEEPING = (
+    Mutation(
+        "lengths-outlive-their-images",
+        "data/judge.py",
+        "np.where(decides[shown.modality], states, np.uint64(0))",
+        "np.where(decides[shown.modality] & False, states, np.uint64(0))",
+        "An image is exchanged for a larger one, and its sample is longer than --model_max_length says.",
+        ("data/test_judge.py",),
+    ),
+    Mutation(
+        "equal-records-become-many-samples",
+        "data/judge.py",
+        "kept.add(judged.only(np.isin(judged.numbers, firsts)).rows)",
+        "kept.add(judged.rows)",
+        "A record that stands twice in the data is four samples from the second start on.",
+        ("data/test_judge.py",),
+    ),
+    Mutation(
+        "lengths-outlive-the-template",
+        "data/judge.py",
+        "return [fingerprint(self.encoder), self.files.settings",
+        'return ["", self.files.settings',
+        "Another template or tokenizer trains with the lengths of the first.",
+        ("data/test_judge.py",),
+    ),
+    Mutation(
+        "files-that-have-changed-are-not-read",
+        "data/indexing.py",
+        "state = [os.path.realpath(name), size, changed]",
+        "state = [os.path.realpath(name)]",
+        "A data file is mended, and the run trains on what it held before.",
+        ("data/test_index.py",),
+    ),
+    Mutation(
+        "some-records-come-three-times",
+        "data/mixtures.py",
+        "sorted(list(rows) * times + random.Random(seed).sample(rows, rest))",
+        "sorted(list(rows) * times + random.Random(seed).choices(rows, k=rest))",
+        "Of a mixture's records, some come far more often than others.",
+        ("data/test_formats.py",),
+    ),
+)
+
+
 MUTATIONS = (
     *MASKING,
     *PROBING,
@@ -837,4 +881,5 @@ MUTATIONS = (
     *SERVING,
     *EXPORTING,
     *TRUST,
+    *KEEPING,
 )

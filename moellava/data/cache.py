@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moellava.files import flush_tree, problem_of_writing
+from moellava.files import flush_tree, problem_of_writing, read_json, write_json
 from moellava.log import get_logger
 
 PLACE = "MOELLAVA_CACHE"
@@ -58,6 +58,18 @@ def _problem(folder: Path) -> str | None:
     return problem
 
 
+def remembered(folder: Path, name: str, find: Callable[[], str]) -> str:
+    """A text of the cache that `find` gives, once. Where it cannot be written, it is found anew each time."""
+    path = folder / f"{name}.json"
+    if path.is_file():
+        return str(read_json(path))
+    found = find()
+    with suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, found)
+    return found
+
+
 def kept(folder: Path, name: str, build: Callable[[Path], None], what: str) -> Path:
     """An entry of the cache, which one process makes while others wait.
 
@@ -73,9 +85,11 @@ def kept(folder: Path, name: str, build: Callable[[Path], None], what: str) -> P
     entry = folder / name
     if entry.is_dir():
         return entry
-    with locked(folder, name, what):
+    with locked(folder, name, what) as is_held:
         if not entry.is_dir():
             entry.parent.mkdir(parents=True, exist_ok=True)
+            for left in entry.parent.glob(f"{entry.name}.new-*") if is_held else ():
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
             temporary = Path(tempfile.mkdtemp(prefix=f"{entry.name}.new-", dir=entry.parent))
             temporary.chmod(0o755)  # other users of the cache read it
             try:
@@ -89,25 +103,27 @@ def kept(folder: Path, name: str, build: Callable[[Path], None], what: str) -> P
 
 
 @contextmanager
-def locked(folder: Path, name: str, what: str) -> Iterator[None]:
-    """Holds the lock of an entry. It dies with its process. One process holds one at a time: no two inside each other.
+def locked(folder: Path, name: str, what: str) -> Iterator[bool]:
+    """Holds the lock of an entry; False where the file system has none. It dies with its process. One process holds one
+    at a time: no two inside each other.
 
     All entries share one file, of which each locks a byte of its own, so that no lock files are left about.
     """
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _lock(descriptor, place, what)
-        yield
+        yield _lock(descriptor, place, what)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, place: int, what: str) -> None:
+def _lock(descriptor: int, place: int, what: str) -> bool:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
     except (BlockingIOError, PermissionError):
         get_logger(__name__).info("Waiting for another process that is %s", what)
         fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, place)
     except OSError as error:  # a file system without locks: each process works for itself, and the first entry stays
-        get_logger(__name__).info("%s has no locks (%s)", LOCK, error.strerror)
+        get_logger(__name__).info("The cache's disk has no locks: %s", error.strerror)
+        return False
+    return True

@@ -26,8 +26,8 @@ SOUND, TAGGED, WRONG = range(3)
 BATCH_ROWS, BATCH_BYTES = 8192, 2**23
 """Rows and bytes that are written at once."""
 
-READS = 256
-"""Rows that are read before their pages are given back: a page that is read brings fifteen more with it."""
+READS = 32
+"""Rows that are read before their pages are given back: each brings a hundred kilobytes and more with it."""
 
 RECORDS, FACTS = "records.arrow", "facts.json"
 """The files of an index."""

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from moellava.constants import ROLES
-from moellava.data.cache import cache_folder, kept
+from moellava.data.cache import PLACE, cache_folder, kept, remembered
 from moellava.data.formats import rows_of
 from moellava.data.index import FileIndex, index_in_memory, open_index, save_index
 from moellava.data.record_reader import RecordReader
 from moellava.data.record_rows import rows_for
-from moellava.errors import DataError
-from moellava.files import file_digest, read_json, write_json
+from moellava.errors import DataError, UserError
+from moellava.files import file_digest
 from moellava.log import get_logger
 
 KEPT_FROM = 2**20
@@ -42,7 +42,7 @@ def index_of(path: str | Path, roles: tuple[str, str] = ROLES) -> FileIndex:
         roles: what it calls the human and the model, beside the usual names.
 
     Raises:
-        UserError: a package that its format needs is not installed.
+        UserError: a package that its format needs is not installed; the index cannot be written.
     """
     files = files_of(Path(path))
     if sum(size for _, size, _ in files) >= KEPT_FROM and (folder := cache_folder()) is not None:
@@ -51,6 +51,11 @@ def index_of(path: str | Path, roles: tuple[str, str] = ROLES) -> FileIndex:
             return open_index(kept(folder, name, lambda entry: _save(entry, path, roles), f"reading {path}"))
         except _BrokenFileError:  # what is wrong with it may be mended, and its index is not kept
             pass
+        except OSError as error:
+            raise UserError(
+                f"The index of {path} cannot be kept in {folder}: {error.strerror or error}. Make room there, or name "
+                f"another folder by {PLACE}."
+            ) from error
     return index_in_memory(*_read(path, roles))
 
 
@@ -100,28 +105,24 @@ def _name_of(path: Path, files: list[tuple[str, int, int]], roles: tuple[str, st
     digests = [_digest(folder, *file) for file in files]
     # A file's endings may decide over its format.
     parts = [roles, path.suffixes, [Path(name).name for name, _, _ in files] if path.is_dir() else "", digests]
-    return _sha256([code_digest(), *parts])
+    return sha256_of([code_digest(), *parts])
 
 
 def _digest(folder: Path, name: str, size: int, changed: int) -> str:
     """SHA-256 of a file, which is read again only when its size or its time of change is another."""
+    if time.time() - changed / 1e9 < SETTLED:
+        return file_digest(name)
     state = [os.path.realpath(name), size, changed]
-    memory = folder / DIGESTS / f"{_sha256(state)}.json"
-    if memory.is_file():
-        return str(read_json(memory))
-    digest = file_digest(name)
-    if time.time() - changed / 1e9 > SETTLED:
-        memory.parent.mkdir(exist_ok=True)
-        write_json(memory, digest)
-    return digest
+    return remembered(folder, f"{DIGESTS}/{sha256_of(state)}", lambda: file_digest(name))
 
 
 @functools.cache
 def code_digest() -> str:
     """Of the code that looks at data: another version of it looks anew."""
     sources = sorted(Path(__file__).parent.rglob("*.py"))
-    return _sha256([[source.name, source.read_text(encoding="utf-8")] for source in sources])
+    return sha256_of([[source.name, source.read_text(encoding="utf-8")] for source in sources])
 
 
-def _sha256(content: Any) -> str:
+def sha256_of(content: Any) -> str:
+    """A digest of JSON."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40]

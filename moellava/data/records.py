@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moellava.constants import MODALITIES, ROLES
+from moellava.data.cache import cache_folder, remembered
 from moellava.data.index import TAGGED, WRONG, FileIndex
-from moellava.data.indexing import index_of
+from moellava.data.indexing import DIGESTS, KEPT_FROM, index_of
 from moellava.data.mixtures import listing_of, taken
 from moellava.data.record_keys import brief_text
 from moellava.data.record_reader import RecordReader
@@ -143,6 +144,12 @@ class Records(Sequence[dict[str, Any]]):
 
     def content(self) -> str:
         """A digest of all records as they are read, in their order, wherever their files lie."""
+        if self.nbytes < KEPT_FROM or (folder := cache_folder()) is None:
+            return self._content()
+        name = f"{DIGESTS}/{hashlib.sha256(self.said.tobytes()).hexdigest()[:40]}"
+        return remembered(folder, name, self._content)
+
+    def _content(self) -> str:
         sizes = np.concatenate([np.empty(0, np.int64)] + [part.held.sizes[part.rows] for part in self.chosen])
         digest = hashlib.sha256(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64).tobytes())
         for part in self.chosen:
@@ -214,7 +221,8 @@ def _apart(numbers: Sequence[int], indexes: Sequence[FileIndex]) -> list[np.ndar
 
 def _take(records: Records, file: str, index: FileIndex, rows: np.ndarray, skip: SkipList) -> list[Problem]:
     """Adds records of a file, or leaves them out; what is wrong with the others, and with the file."""
-    named = np.intersect1d(rows, np.fromiter(skip.numbers_in(file), np.int64))
+    numbers = list(skip.numbers_in(file))
+    named = np.unique(rows[np.isin(rows, numbers)]) if numbers else rows[:0]
     left_out = [row for row in named.tolist() if skip.holds(key_of(file, row, int(index.digests[row])))]
     kept = rows[~np.isin(rows, left_out)] if left_out else rows
     records.skipped += len(rows) - len(kept)

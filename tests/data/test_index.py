@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import pickle
+from array import array
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,9 @@ import torch
 from moellava.data import cache, index, indexing
 from moellava.data.cache import cache_folder, kept
 from moellava.data.json_lists import listed
-from moellava.data.records import load_records, read_records
+from moellava.data.records import Records, load_records, read_records
 from moellava.data.skip_lists import read_skip_list, write_skip_list
-from moellava.errors import DataError
+from moellava.errors import DataError, UserError
 from tests.tiny import record
 
 
@@ -84,8 +87,23 @@ def test_the_content_of_a_file_is_not_read_again_while_it_rests(folder, tmp_path
     monkeypatch.setattr(indexing, "file_digest", lambda name: pytest.fail(f"{name} is read"))
     assert list(load_records(path)) == ROWS
     path.write_text(path.read_text().replace("a39", "b39"))
+    aged(path)
     with pytest.raises(pytest.fail.Exception):
         load_records(path)
+
+
+def test_the_content_of_records_is_that_of_earlier_versions(folder, tmp_path, monkeypatch):
+    """A digest over the offsets and the bytes of all records: runs that it names can go on."""
+    path = written(tmp_path / "a.json", ROWS[1:3])
+    rows = [json.dumps(row, ensure_ascii=False).encode() for row in ROWS[1:3]]
+    ends = array("q", [0, len(rows[0]), len(rows[0]) + len(rows[1])])
+    expected = f"sha256 {hashlib.sha256(ends.tobytes() + b''.join(rows)).hexdigest()[:32]}"
+    assert load_records(path).content() == expected
+    monkeypatch.setattr("moellava.data.records.KEPT_FROM", 0)
+    assert load_records(path).content() == load_records(path).content() == expected
+    assert load_records(written(tmp_path / "b.json", ROWS[2:0:-1])).content() != expected
+    monkeypatch.setattr(Records, "_content", lambda self: pytest.fail("it is read again"))
+    assert load_records(path).content() == expected
 
 
 def test_a_file_that_may_still_change_in_the_same_tick_is_read_again(folder, tmp_path):
@@ -176,6 +194,32 @@ def test_an_entry_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         kept(tmp_path, "sub/entry", build, "making it")
     assert list((tmp_path / "sub").iterdir()) == []
+
+
+def test_what_a_killed_process_has_left_goes(tmp_path):
+    (tmp_path / "entry.new-1").mkdir()
+    (tmp_path / "entry.new-1" / "x").write_text("half")
+    (tmp_path / "entry2.new-1").mkdir()
+    kept(tmp_path, "entry", lambda entry: None, "making it")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "entry", "entry2.new-1"]
+
+
+def test_without_locks_each_works_for_itself(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(cache.fcntl, "lockf", refuse)
+    (tmp_path / "entry.new-1").mkdir()
+    assert kept(tmp_path, "entry", lambda entry: None, "making it").is_dir() and (tmp_path / "entry.new-1").is_dir()
+
+
+def test_a_full_disk_is_told_with_the_way_out(folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(indexing, "save_index", full)
+    with pytest.raises(UserError, match="a.json cannot be kept in .*No space left.* by MOELLAVA_CACHE"):
+        load_records(written(tmp_path / "a.json", ROWS))
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 1000])

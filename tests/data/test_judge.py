@@ -102,11 +102,13 @@ def test_a_second_start_looks_at_nothing(kept, looked_at, data_file, pictures, t
 def test_only_what_changed_is_looked_at(kept, looked_at, data_file, pictures, tokenizers):
     made(ROWS, data_file, pictures, tokenizers["phi"])
     looked_at.clear()
-    rows = [ROWS[4], record("new", "q", "a"), ROWS[0], ROWS[2], ROWS[2]]
+    new = record("new", "q", "a")
+    rows = [ROWS[4], new, ROWS[0], ROWS[2], ROWS[2], new]
     (pictures / "c.png").write_bytes((pictures / "a.png").read_bytes() + b"\0")
     data = made(rows, data_file, pictures, tokenizers["phi"])
-    assert looked_at == ["c.png", "new"] and len(data) == 5
-    assert [data[n]["record"].split()[1] for n in range(5)] == ["last", "new", "one", "text", "text"]
+    assert looked_at == ["c.png", "new", "new"] and len(data) == 6
+    assert [data[n]["record"].split()[1] for n in range(6)] == ["last", "new", "one", "text", "text", "new"]
+    assert summary(made(rows, data_file, pictures, tokenizers["phi"])) == summary(data)
 
 
 def test_the_size_of_an_image_counts_where_it_decides(kept, looked_at, data_file, image_tree, pictures, tokenizers):
