@@ -73,5 +73,8 @@ setup(
             "pre-commit",
         ],
     },
-    entry_points={"console_scripts": ["moellava=moellava.cli:main"]},
+    entry_points={
+        "console_scripts": ["moellava=moellava.cli:main"],
+        "lmms_eval.models": ["moellava=moellava.eval.lmms:MANIFEST"],
+    },
 )
