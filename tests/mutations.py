@@ -865,6 +865,41 @@ KEEPING = (
 )
 
 
+SEEING = (
+    Mutation(
+        "map-turned",
+        "vis/patches.py",
+        "(self.first + row * self.pitch + column, row, column)",
+        "(self.first + row * self.pitch + column, column, row)",
+        "The map of experts over a picture is turned about its diagonal.",
+        ("vis/test_patches.py",),
+    ),
+    Mutation(
+        "chance-tells",
+        "vis/measures.py",
+        "return max(bits - float(chance), 0.0)",
+        "return max(bits, 0.0)",
+        "Experts that few tokens were seen of look specialised.",
+        ("vis/test_measures.py",),
+    ),
+    Mutation(
+        "padding-seen",
+        "vis/collect.py",
+        "rows = np.arange(total) if one.token_N is None else one.token_N.numpy()",
+        "rows = np.arange(len(one.expert_Nk))",
+        "Behind padding, tokens are shown with the experts of others.",
+        ("vis/test_routing.py",),
+    ),
+    Mutation(
+        "steps-logged-twice",
+        "train/run_log.py",
+        'return 0 < step >= line.get("step", 0) and line.get("event") != "end"',
+        'return 0 < step and line.get("event") != "end"',
+        "Steps that a run makes again after a stop stand twice in its log, and in its totals.",
+        ("train/test_run_log.py",),
+    ),
+)
+
 MUTATIONS = (
     *MASKING,
     *PROBING,
@@ -882,4 +917,5 @@ MUTATIONS = (
     *EXPORTING,
     *TRUST,
     *KEEPING,
+    *SEEING,
 )

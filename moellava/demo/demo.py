@@ -76,6 +76,9 @@ class Demo:
             commands = self.scoring(stage)
             self.journal.step(f"{stage}-scores", list(commands.values()), partial(self.score, commands), lambda: None)
             scores[stage] = {key: self.result(stage, key)["accuracy"] for key in CONDITIONS}
+        say("\nWhere the tokens of stage 3 go, and its run as a page")
+        for name, command in self.looking().items():
+            self.journal.step(name, command, partial(self.look, name, command), lambda: None)
         return scores
 
     def log(self, name: str) -> Path:
@@ -155,6 +158,22 @@ class Demo:
         """Runs the two commands at once, each on half of the cores."""
         for said in run_side_by_side(commands, max(1, self.cores // len(commands))).values():
             say("\n".join(f"     {line}" for line in said.splitlines() if SCORE_LINE.match(line)))
+
+    def looking(self) -> dict[str, list[str]]:
+        """The commands that look at stage 3, by the folder beside the scores that they write."""
+        model, data = short(self.folder / "stage3"), ["--data", short(self.data("stage3"))]
+        where = {name: ["--output", short(self.scores_file.parent / name)] for name in ("routing", "report")}
+        images = ["--image-folder", str(self.images)]
+        return {
+            "routing": ["moellava", "routing", "--model-path", model, *data, *images, *where["routing"]],
+            "report": ["moellava", "report", model, *where["report"]],
+        }
+
+    def look(self, name: str, command: list[str]) -> None:
+        """Runs one of them, into an empty folder."""
+        shutil.rmtree(self.scores_file.parent / name, ignore_errors=True)
+        said = run(command, self.log(name), self.cores, show=None).strip().splitlines()
+        say("\n".join(f"     {line}" for line in said[-4:]))
 
     def chat(self) -> None:
         """Asks the last stage a question of the test split, and shows the right answer beside what it says."""

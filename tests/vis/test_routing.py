@@ -14,8 +14,12 @@ from PIL import Image
 
 from moellava.cli import main
 from moellava.commands.routing import said
+from moellava.data.dataset import SupervisedDataset
+from moellava.data.media import MediaFiles
+from moellava.data.records import load_records
 from moellava.moe import MoESpec, upcycle
 from moellava.vis import needed
+from moellava.vis.collect import collect
 from moellava.vis.figures import DPI, draw_load, draw_map, draw_pathways, draw_specialisation
 from moellava.vis.measures import summarise
 from moellava.vis.page import as_json, table
@@ -70,6 +74,19 @@ def test_a_sparse_folder_is_looked_at(folders, parts, tmp_path, capsys):
     assert all(stated[expert] == pytest.approx(share) for expert, share in counted.items())
     assert choices.groupby(["token", "layer"]).gate.sum().round(4).eq(1).all()
     check_page((output / "routing.html").read_text())
+
+
+def test_a_token_goes_where_it_goes_whatever_its_batch(folders, parts):
+    vlm = tiny.reopen(folders["sparse"])
+    dataset = SupervisedDataset(load_records(parts / "sft.json"), vlm.encoder, MediaFiles(parts / "images"))
+    alone, together = (collect(vlm, dataset, 8, size) for size in (1, 8))
+    assert together.records == [dataset[3 * number]["record"] for number in range(8)]
+    for name in ("expert_TLk", "sample_T", "position_T", "token_T", "trained_T", "row_T", "column_T"):
+        assert np.array_equal(getattr(alone, name), getattr(together, name)), name
+    np.testing.assert_allclose(alone.gate_TLk, together.gate_TLk, atol=1e-5)
+    assert not np.isnan(together.entropy_TL).any() and [one.first for one in alone.pictures] == [
+        one.first for one in together.pictures
+    ]
 
 
 def check_page(text: str) -> dict:
