@@ -33,6 +33,7 @@ FLOORS = [
     {"eval", "demo"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 """From the ground up. A room may import from itself and from the floors below it."""
 
