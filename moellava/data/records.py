@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from moellava.constants import MODALITIES, ROLES
 from moellava.data.formats import Broken
 from moellava.data.mixtures import Entry, entries
-from moellava.data.record_keys import brief, brief_text
+from moellava.data.record_keys import asked_in, brief, brief_text
 from moellava.data.record_reader import RecordReader
 from moellava.data.skip_lists import SkipList, digest_of, key_of, read_skip_list
 from moellava.errors import DataError
@@ -259,7 +259,9 @@ def trained_answers(source: Source) -> list[bool]:
 def problem_of(record: dict[str, Any]) -> str | None:
     """What is wrong with a record whatever the template, as the end of a sentence; None if nothing is."""
     if "conversations" not in record:
-        return f'has no "conversations" (its keys: {brief_text(", ".join(map(str, record)) or "none")})'
+        return (
+            f'has no "conversations" (its keys: {brief_text(", ".join(map(str, record)) or "none")}){asked_in(record)}'
+        )
     return problem_of_turns(record["conversations"]) or _problem_of_counts(record)
 
 
