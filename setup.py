@@ -19,7 +19,9 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["moellava", "moellava.*"]),
     # What the code reads that is no code: settings of DeepSpeed, tables, the demo's base models, pages.
-    package_data={"moellava": ["py.typed", "**/*.json", "**/*.safetensors", "**/*.css", "**/*.js"]},
+    package_data={
+        "moellava": ["py.typed", *(f"**/*.{end}" for end in ("json", "safetensors", "html", "css", "js", "yaml"))]
+    },
     install_requires=[
         "torch>=2.6",
         "transformers>=5.18",

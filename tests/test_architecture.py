@@ -35,6 +35,7 @@ FLOORS = [
     {"compare", "demo"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 """From the ground up. A room may import from itself and from the floors below it."""
 

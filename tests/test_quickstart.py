@@ -65,6 +65,9 @@ def install_wheel(folder: Path) -> Path:
     (wheel,) = wheels.glob("*.whl")
     done = run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], fresh=True)
     assert done.returncode == 0, done.stderr
+    carried = {path.relative_to(source) for path in (source / "moellava").rglob("*") if path.is_file()}
+    lost = sorted(str(path) for path in carried if not (target / path).is_file())
+    assert not lost, f"setup.py leaves them out of the wheel: {lost}"
     return target
 
 

@@ -35,7 +35,7 @@ def upcycle_folder(source: Manifest, target: Path, spec: MoESpec, shard_bytes: i
         UserError: no dense vision-language model, or one whose decoder cannot be cut into experts.
     """
     if source.is_sparse:
-        raise UserError(f"{source.called} is sparse already. `train.py --moe_enable True` trains it further.")
+        raise UserError(f"{source.called} is sparse already. `moellava train --moe_enable True` trains it further.")
     architecture = registered(source)
     if architecture is not None:  # first: of those that are refused, the code would have to run to describe the folder
         architecture.refuse_upcycling(source.called)

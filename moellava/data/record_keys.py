@@ -141,6 +141,21 @@ def brief_text(value: Any) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+SINGLE_TURNS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
+"""Pairs of keys in which other formats keep one question and its answer; Alpaca's question goes on in `input`."""
+
+
+def asked_in(record: Mapping[Any, Any]) -> str:
+    """What to do with a record that has one question and its answer under keys of another format, or nothing."""
+    pair = next((pair for pair in SINGLE_TURNS if set(pair) <= record.keys()), None)
+    if pair is None:
+        return ""
+    question, answer = pair
+    asked = f"{question} and input" if "input" in record else question
+    turns = f'[{{"from": "human", "value": {asked}}}, {{"from": "gpt", "value": {answer}}}]'
+    return f': one question and its answer (Alpaca\'s format, or like it), which go into "conversations": {turns}'
+
+
 def is_empty(value: Any) -> bool:
     """Whether a value says nothing: null, an empty text, list or object. Tables have such in every row."""
     return value is None or (isinstance(value, str | list | dict) and not value)

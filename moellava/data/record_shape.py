@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from moellava.constants import MODALITIES, ROLES
-from moellava.data.record_keys import brief, brief_text
+from moellava.data.record_keys import asked_in, brief, brief_text
 
 Source = Sequence[dict[str, Any]]
 """A conversation as LLaVA stores it: `[{"from": "human" | "gpt", "value": text}, …]`."""
@@ -63,7 +63,8 @@ def trained_answers(source: Source) -> list[bool]:
 def problem_of(record: dict[str, Any]) -> str | None:
     """What is wrong with a record whatever the template, as the end of a sentence; None if nothing is."""
     if "conversations" not in record:
-        return f'has no "conversations" (its keys: {brief_text(", ".join(map(str, record)) or "none")})'
+        keys = brief_text(", ".join(map(str, record)) or "none")
+        return f'has no "conversations" (its keys: {keys}){asked_in(record)}'
     return problem_of_turns(record["conversations"]) or _problem_of_counts(record)
 
 

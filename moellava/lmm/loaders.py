@@ -78,7 +78,7 @@ def describe_released(manifest: Manifest, architecture: Architecture, trust_remo
     if architecture.remote_code and not trust_remote_code:
         raise UserError(
             f"{architecture.name} models need the Python code of their own repository. Read it, then add "
-            "--trust_remote_code True to train.py or `moellava merge-lora`; the other commands do not run it."
+            "--trust_remote_code True to `moellava train` or `moellava merge-lora`; the other commands do not run it."
         )
     if architecture.load is None:
         base_of(manifest.config.get("model_type", ""))  # a class that is not there is told before files are looked for

@@ -48,7 +48,7 @@ def adapt(vlm: VLM, model_args: ModelArguments, moe_args: MoEArguments, args: Tr
         if zero_stage(args.deepspeed) == 3:
             raise UserError(
                 f"--bits {args.bits} and --deepspeed {args.deepspeed} (ZeRO-3) conflict: packed weights cannot be "
-                "split by it. Use ZeRO-2 (scripts/zero2.json); the quantised weights are small."
+                "split by it. Use ZeRO-2 (--deepspeed zero2); the quantised weights are small."
             )
         from moellava.adapters.quantize import quantise
 

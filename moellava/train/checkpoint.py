@@ -79,7 +79,7 @@ def check_folder(output_dir: Path, identity: dict[str, Any]) -> bool:
         if (output_dir / "config.json").exists():
             raise UserError(
                 f"--output_dir {output_dir} already holds a model (config.json, but no {RUN_FILE}): "
-                "no run of train.py has left it there. Choose another folder."
+                "no run of training has left it there. Choose another folder."
             )
         if last_checkpoint(output_dir):
             raise UserError(

@@ -41,15 +41,15 @@ EVAL_DATA: Need = (lambda f: f.eval_data_path, "--eval_data_path")
 WORKERS: Need = (lambda f: f.dataloader_num_workers > 0, "--dataloader_num_workers above 0")
 PROCESSES: Need = (
     lambda f: int(os.environ.get("WORLD_SIZE", "1")) > 1,
-    "several processes (`torchrun` or `deepspeed train.py …`)",
+    "several processes (`torchrun` or `deepspeed --module moellava.train …`)",
 )
 DDP: Need = (
     lambda f: PROCESSES[0](f) and not f.deepspeed,
-    "several processes without --deepspeed (`torchrun train.py …`)",
+    "several processes without --deepspeed (`torchrun -m moellava.train …`)",
 )
 DENSE_DDP: Need = (
     lambda f: DDP[0](f) and not f.moe_enable,
-    "`torchrun train.py …` without --moe_enable: an expert that no token visits has no gradient",
+    "`torchrun -m moellava.train …` without --moe_enable: an expert that no token visits has no gradient",
 )
 DEEPSPEED: Need = (lambda f: find_spec("deepspeed"), "the package deepspeed: pip install 'moellava[train]'")
 ACCELERATOR: Need = (
@@ -233,7 +233,7 @@ _LIGER = Refused(
 )
 _FSDP = Refused(
     "is not served: folders are gathered from whole parameters or from DeepSpeed's. Parameters are split with "
-    "--deepspeed scripts/zero3.json."
+    "--deepspeed zero3."
 )
 _CHECKPOINTS = (
     "is not served: checkpoints hold optimizer states, and stay here. The complete folder is uploaded: --hub_strategy "
@@ -291,7 +291,7 @@ REFUSED: dict[str, Refused] = {
     ),
     "save_on_each_node": Refused("is not served: all nodes share one --output_dir."),
     "debug": Refused("is not served: it prints, and ends in a traceback. Leave the flag out."),
-    "do_train": Refused("False is not served: train.py trains. `moellava eval` evaluates.", same=(True,)),
+    "do_train": Refused("False is not served: `moellava train` trains. `moellava eval` evaluates.", same=(True,)),
     "do_eval": Refused("is not served: evaluation is asked for with --eval_strategy."),
     "do_predict": Refused("is not served: `moellava eval` answers."),
 }
@@ -372,5 +372,5 @@ def deepspeed_problem(value: str) -> str | None:
         text = value if value.startswith("{") else Path(value).read_text(encoding="utf-8")
         read = json.loads(text)
     except (OSError, ValueError) as error:
-        return f"{' '.join(str(error).split())}. It takes a JSON file such as scripts/zero2.json."
+        return f"{' '.join(str(error).split())}. It takes zero2 or another name, or a JSON file (docs/TRAIN.md)."
     return None if isinstance(read, dict) else "it holds no JSON object."

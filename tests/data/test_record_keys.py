@@ -244,3 +244,19 @@ def test_control_characters_of_records_do_not_reach_a_terminal(data_file):
     rows = [{"id": "\x1b[31m\ud83d", "conversations": []}, {"photo": "\x1b[2J.png", "\x07": 1, "conversations": TEXT}]
     problems = read_records(data_file(rows))[1]
     assert len(problems) == 2 and all(problem.text.isprintable() for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (
+            {"instruction": "add", "input": "1 and 2", "output": "3"},
+            '{"from": "human", "value": instruction and input}, {"from": "gpt", "value": output}',
+        ),
+        ({"prompt": "hi", "completion": "ho"}, '{"from": "human", "value": prompt}'),
+        ({"question": "hi", "answer": "ho", "image": "a.png"}, '{"from": "gpt", "value": answer}'),
+    ],
+)
+def test_one_question_and_answer_of_another_format_are_told_where_they_go(entry, said, refusal):
+    assert 'has no "conversations"' in refusal(entry) and said in refusal(entry)
+    assert "which go into" not in refusal({"text": "hi"})

@@ -98,3 +98,20 @@ def test_a_run_leaves_its_file_and_starts_from_it(tmp_path, flags_for, losses_of
     again = train(left, output_dir=tmp_path / "again")
     assert losses_of(again) == losses_of(tmp_path / "pretrain")
     assert yaml.safe_load((again / NAME).read_text())["output_dir"] == str(tmp_path / "again")
+
+
+def test_training_may_be_repeated_in_a_process(tmp_path, flags_for, losses_of):
+    """Other precision, or DeepSpeed, in between: nothing of one run is left for the next."""
+    flags = flags_for(tmp_path, "pretrain") | {"max_steps": 1, "save_strategy": "no", "skip_dry_save": True}
+    between = {"half": {"bf16": True}, "split": {"deepspeed": "zero2"}}
+    first, *_, last = [
+        losses_of(train(flags, output_dir=tmp_path / name, **between.get(name, {})))
+        for name in ("one", "half", "split", "two")
+    ]
+    assert first == last != {}
+
+
+def test_a_forgotten_image_folder_is_told(tmp_path, flags_for):
+    flags = flags_for(tmp_path, "pretrain") | {"image_folder": None}
+    with pytest.raises(UserError, match=r"no such image file \(no --image_folder is given, which such paths are rel"):
+        train(flags)

@@ -38,6 +38,6 @@ def refuse_zero3_experts(deepspeed: str | dict[str, Any] | None, moe_enable: boo
     if moe_enable and zero_stage(deepspeed) == 3:
         raise UserError(
             f"--deepspeed {deepspeed} asks for ZeRO-3, which DeepSpeed refuses for --moe_enable True: use ZeRO-2 "
-            "(scripts/zero2.json), with --ep_size to split the experts, or with the optimizer offloaded "
-            "(scripts/zero2_offload.json)."
+            "(--deepspeed zero2), with --ep_size to split the experts, or with the optimizer offloaded "
+            "(--deepspeed zero2_offload)."
         )
