@@ -21,6 +21,7 @@ COMMANDS = {
     "check-data": ("moellava.commands.check_data", "every record and file of a data set"),
     "convert-data": ("moellava.commands.convert_data", "data files of any format -> LLaVA JSON Lines"),
     "verify": ("moellava.commands.verify", "recompute the golden.safetensors of a folder"),
+    "plan": ("moellava.commands.plan", "memory and speed of a run on so many devices, before it starts"),
     "upcycle": ("moellava.commands.upcycle", "dense folder -> MoE folder, with its certificate"),
     "export": ("moellava.commands.export", "write a model in the layout of LLaVA and MoE-LLaVA"),
     "merge-lora": ("moellava.commands.merge_lora", "base folder + adapter -> merged folder, logits compared"),

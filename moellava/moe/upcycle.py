@@ -246,13 +246,14 @@ def update_router_bias(model: nn.Module, reduce: Reduce | None = None) -> None:
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters of the routed experts and of the MLPs that every token visits, of this rank."""
-    found = []
-    for layer in sparse_modules(model):
-        for expert in layer.local_experts().values():
-            found += list(expert.parameters())
-        if layer.shared is not None:
-            found += list(layer.shared.parameters())
-    return found
+    shared = [layer.shared for layer in sparse_modules(model) if layer.shared is not None]
+    return [*routed_expert_parameters(model), *(parameter for mlp in shared for parameter in mlp.parameters())]
+
+
+def routed_expert_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the routed experts of this rank."""
+    experts = [expert for layer in sparse_modules(model) for expert in layer.local_experts().values()]
+    return [parameter for expert in experts for parameter in expert.parameters()]
 
 
 def router_parameters(model: nn.Module) -> list[nn.Parameter]:

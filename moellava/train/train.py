@@ -41,13 +41,14 @@ from moellava.train.checkpoint import (
     mark_finished,
 )
 from moellava.train.deepspeed.extensions import extension_root, remove_abandoned_locks
+from moellava.train.deepspeed.portable import expert_parallel_size
 from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 from moellava.train.folder import StageFolder
 from moellava.train.identity import folders_of, run_contents, run_identity
 from moellava.train.intact import require_intact
 from moellava.train.lock import locked
 from moellava.train.masters import Masters, raise_trained
-from moellava.train.memory import describe, estimate, zero_stage
+from moellava.train.memory import describe, estimate, layout_of
 from moellava.train.samples import SampleAnswers
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
 from moellava.train.stopping import Stopped
@@ -243,7 +244,8 @@ def report(assembled: Assembled, stage: Stage, args: TrainingArguments) -> None:
     if assembled.certificate:
         assembled.certificate.save(output_dir)
         logger.info("%s", "\n".join(assembled.certificate.lines()))
-    logger.info("%s", describe(estimate(assembled.vlm.model, zero_stage(args.deepspeed), args.world_size)))
+    layout = layout_of(args.deepspeed, args.world_size, expert_parallel_size(assembled.vlm.model))
+    logger.info("%s", describe(estimate(assembled.vlm.model, layout)))
 
 
 def main(argv: list[str] | None = None) -> int:
