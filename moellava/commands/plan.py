@@ -168,7 +168,10 @@ def measured(groups: Groups, encoder: Encoder) -> Data:
         name = records.name(number)
         for _, example in encoder.examples(records[number], name, files, max_length=args.model_max_length):
             trained = sum(label != IGNORE_INDEX for label in example.labels)
-            found.append((example.length, trained, len(example.media)))
+            if trained:
+                found.append((example.length, trained, len(example.media)))
+    if not found:
+        raise UserError(f"--data {' '.join(data_args.data_path)}: no record has anything to train on.")
     longest, supervised, media = (max(each) for each in zip(*found, strict=True))
     mean = sum(length for length, _, _ in found) / len(found)
     return Data(Batch(1, longest, max(supervised, 1), media), mean)

@@ -92,7 +92,9 @@ def expert_stream(mlp: nn.Module, spec: MoESpec, n_experts: int, layer_index: in
     if _keeps_mlp(spec):
         yield from ((f"shared.{part}", tensor) for part, tensor in mlp.state_dict().items())
     for index in range(n_experts):
-        state = _make_expert(mlp, spec, index, generator).state_dict()
+        # A plain copy is the MLP itself: what is written out needs none in memory.
+        is_copy = spec.init == "copy" and spec.granularity == 1
+        state = (mlp if is_copy else _make_expert(mlp, spec, index, generator)).state_dict()
         for part in list(state):
             yield f"experts.{index}.{part}", state.pop(part)  # gone before the next expert is made
 

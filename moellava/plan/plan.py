@@ -198,10 +198,7 @@ class Lines:
 def row_of(asked: Asked, layout: Layout, held: Held, samples: int, checkpointing: bool, traced: Traced) -> Row:
     """One way to run, with its memory and its bounds."""
     memory = dict(held.fixed)
-    if layout.zero >= 2 or asked.accumulation > 1:
-        memory["activations"] = traced.activations
-    else:  # the gradients fill up while the activations go
-        memory["activations"] = max(traced.with_gradients - gradient_bytes(held, layout), 0.0)
+    memory["activations"] = beside_gradients(asked, layout, held, traced)
     if layout.zero >= 3:
         memory["gathered"] = 2 * held.largest
     # When the optimizer steps, the activations are gone; DeepSpeed copies a process's gradients as fp32 then.
@@ -216,9 +213,15 @@ def row_of(asked: Asked, layout: Layout, held: Held, samples: int, checkpointing
     return Row(layout, samples, checkpointing, memory, tokens / (flops / rate / 1e12), tokens / seconds)
 
 
-def gradient_bytes(held: Held, layout: Layout) -> float:
-    """Of one process at the end of a backward, one copy of each."""
-    return held.trained if layout.deepspeed else held.trained / held.element * FP32_BYTES
+def beside_gradients(asked: Asked, layout: Layout, held: Held, traced: Traced) -> float:
+    """Bytes of activations at a step's peak. In the only backward of a step, gradients fill up while activations go, so
+    that not all of both are there at one time; of split gradients a process keeps its share."""
+    if asked.accumulation > 1:
+        return traced.activations
+    whole = held.trained if layout.deepspeed else held.trained / held.element * FP32_BYTES
+    share = held.fixed["gradients"] / whole if layout.zero >= 2 else 1.0
+    peak = traced.activations + (traced.with_gradients - traced.activations) * share
+    return max(peak - whole * share, 0.0)
 
 
 def moved_seconds(asked: Asked, layout: Layout, held: Held, samples: int, checkpointing: bool, traced: Traced) -> float:

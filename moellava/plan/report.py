@@ -64,6 +64,8 @@ def flags_of(row: Row) -> list[str]:
 
 def launcher(gpus: int, per_host: int) -> str:
     """The beginning of the command."""
+    if gpus == 1:
+        return "python"  # a launcher would have gradients summed, over one process, in a second copy
     hosts, left = divmod(gpus, per_host)
     if hosts == 0 or (hosts == 1 and not left):
         return f"torchrun --nproc-per-node {gpus}"

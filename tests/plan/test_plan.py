@@ -79,6 +79,7 @@ def test_a_row_says_its_flags_and_the_table_every_layout_once():
     assert len(table(shown, 8)) == 3 and "ZeRO-2 offload" in table(shown, 8)[2]
 
 
-def test_several_hosts_are_started_as_such():
+def test_one_process_needs_no_launcher_and_several_hosts_are_started_as_such():
+    assert launcher(1, 8) == "python"
     assert launcher(4, 8) == "torchrun --nproc-per-node 4"
     assert launcher(16, 8).startswith("torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend")
