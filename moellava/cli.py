@@ -27,6 +27,7 @@ COMMANDS = {
     "check-data": ("moellava.commands.check_data", "every record and file of a data set"),
     "convert-data": ("moellava.commands.convert_data", "data files of any format -> LLaVA JSON Lines"),
     "verify": ("moellava.commands.verify", "recompute the golden.safetensors of a folder"),
+    "plan": ("moellava.commands.plan", "memory and speed of a run on so many devices, before it starts"),
     "upcycle": ("moellava.commands.upcycle", "dense folder -> MoE folder, with its certificate"),
     "prune": ("moellava.commands.prune", "sparse folder -> a smaller one, without experts that carry little"),
     "export": ("moellava.commands.export", "write a model in the layout of LLaVA and MoE-LLaVA"),

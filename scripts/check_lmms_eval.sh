@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Lets lmms-eval drive a model of the demo, over questions that lie here, and compares its score with `moellava eval`:
 #
 #     bash scripts/check_lmms_eval.sh [MODEL]

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Builds the documentation's site into build/site, and fails at any warning. `bash scripts/docs.sh serve` shows it instead.
 #   DOCS_VENV   the environment to build in (.venv-docs); it holds mkdocs alone, the code is read and not imported
 #   PYTHON      the interpreter to make it with (python3)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plug-in that adds one of each: what the commonest changes are, and all that each of them takes.
 
 tests/test_plugins.py runs it. In the package the same lines stand in the file that docs/CUSTOM.md, docs/ADD_A_MODEL.md

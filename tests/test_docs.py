@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The site: its table of contents has every page, links and anchors lead somewhere, and its API pages name what exists.
 
 `bash scripts/docs.sh` builds it, and fails at any warning; that needs packages which tests do without.

@@ -14,11 +14,10 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from moellava.convert.tensor_files import DTYPES, TensorFiles
+from moellava.convert.tensor_files import TensorFiles
 from moellava.errors import UserError
 from moellava.files import PAGE, staged
 from moellava.log import get_logger
@@ -28,7 +27,7 @@ from moellava.model.extended import as_extended
 from moellava.model.page import folder_page, write_page
 from moellava.model.saving import STAGING, remove_old_weights
 from moellava.model.section import note, note_plugins, plugins_of
-from moellava.model.weights import Place, locate, weight_files
+from moellava.model.weights import file_dtypes, locate, read_all, weight_files
 from moellava.moe import MoESpec
 from moellava.moe.decoder import decoder_layers, mlp_names
 from moellava.moe.upcycle import expert_stream
@@ -100,22 +99,23 @@ def _convert(
     layers = decoder_layers(dense)
     counts, mlps = spec.layers_of(len(layers)), _mlp_names(dense, spec)
     output = TensorFiles(target, _planned(sparse, file_dtypes(places), mlps), limit)
-    waiting = {index: set(parts) for index, (_, parts) in mlps.items()}
     layer_of = {f"{prefix}{part}": index for index, (prefix, parts) in mlps.items() for part in parts}
-    for name, place in places.items():
+    waiting: dict[int, dict[str, Tensor]] = {index: {} for index in mlps}
+    for name, tensor in read_all(places):
         if name not in layer_of:
-            output.write(name, place.read())
+            output.write(name, tensor)
             continue
         index = layer_of[name]
         prefix, parts = mlps[index]
-        waiting[index].discard(name.removeprefix(prefix))
-        if waiting[index]:
+        waiting[index][name.removeprefix(prefix)] = tensor
+        if len(waiting[index]) < len(parts):
             continue
         mlp = getattr(layers[index], prefix.removesuffix(".").rpartition(".")[2])
-        mlp.load_state_dict({part: places[prefix + part].read() for part in parts}, assign=True)
+        mlp.load_state_dict(waiting.pop(index), assign=True)
         for part, tensor in expert_stream(mlp, spec, counts[index], index):
             output.write(f"{prefix}{part}", tensor)
         mlp.to("meta")
+        del tensor  # it holds the file's mapping
         logger.info("Layer %d has %d experts", index, counts[index])
     if output.missing:
         raise UserError(f"{source} lacks tensors of its config.json: {', '.join(sorted(output.missing)[:5])} …")
@@ -154,14 +154,3 @@ def _planned(
                 dtype = tensor.dtype if name.startswith(f"{prefix}router.") else dtypes.get(prefix + parts[0])
         planned[name] = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
     return planned
-
-
-def file_dtypes(places: dict[str, Place]) -> dict[str, torch.dtype]:
-    """Name -> dtype, from the files' headers alone."""
-    by_name = {text: dtype for dtype, text in DTYPES.items()}
-    found: dict[str, torch.dtype] = {}
-    for file in {place.file for place in places.values()}:
-        with safe_open(file, framework="pt") as handle:
-            own = {name: place for name, place in places.items() if place.file == file}
-            found |= {name: by_name[handle.get_slice(place.name).get_dtype()] for name, place in own.items()}
-    return found

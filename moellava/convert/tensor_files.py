@@ -13,20 +13,7 @@ from torch import Tensor
 
 from moellava.errors import UserError
 from moellava.model.saving import INDEX
-
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""torch dtype -> its name in a safetensors header."""
+from moellava.model.weights import DTYPES
 
 
 @dataclass(frozen=True)

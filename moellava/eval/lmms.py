@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The face of lmms-eval (0.7): `lmms-eval --model moellava --model_args pretrained=DIR` drives any folder.
 
 lmms-eval finds `MANIFEST` by the entry point `lmms_eval.models` of this package, and alone imports this module.

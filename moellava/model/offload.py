@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a model whose weights stay on the disk: each module's are read when it is called, and dropped after it.
+"""Runs a model whose weights stay on the disk, for comparing models that do not fit into memory, as certificates of
+`moellava upcycle` do.
 
-For comparing models that do not fit into memory, as certificates of `moellava upcycle` do. Slow.
+Where the files hold them in the dtype that is computed in, they are mapped: pages come when they are read, and the
+system takes them back when it needs the memory. Elsewhere each module's are read and cast when it is called, and
+dropped after it, which is slow.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,9 +19,10 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from moellava.model.build import class_of
-from moellava.model.weights import locate, weight_files
+from moellava.model.weights import Place, file_dtypes, locate, read_all, weight_files
 
 HEAD = "lm_head.weight"
+ROUTER = ".router."
 
 READ_AT_ONCE = ["MultiheadAttention", "MllamaVisionModel"]
 """Classes that look at the weights of modules inside them without calling those."""
@@ -34,6 +39,8 @@ def run_from_disk(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
     with init_empty_weights(include_buffers=False):
         model = class_of(config)(config).to(dtype).eval()
     places = locate(weight_files(folder), model)
+    if mapped(model, places, dtype):
+        return model
     index = {
         name: {
             "safetensors_file": str(place.file),
@@ -57,3 +64,16 @@ def run_from_disk(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
         preload_module_classes=READ_AT_ONCE,
     )
     return model
+
+
+def mapped(model: nn.Module, places: Mapping[str, Place], dtype: torch.dtype) -> bool:
+    """Gives a model without memory the tensors of safetensors files as they lie there. False, and nothing is changed,
+    where files lack some of them, or hold other than routers in another dtype."""
+    lacking, tied = set(model.state_dict()) - set(places), model.config.get_text_config().tie_word_embeddings
+    other = [name for name, found in file_dtypes(places).items() if found != dtype and ROUTER not in name]
+    if other or lacking - ({HEAD} if tied else set()):
+        return False
+    model.load_state_dict(dict(read_all(places)), strict=False, assign=True)
+    if lacking:
+        model.tie_weights()
+    return True

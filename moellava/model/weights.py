@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,39 @@ class Place:
         """The tensor."""
         with safe_open(self.file, framework="pt") as handle:
             return handle.get_tensor(self.name)
+
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""torch dtype -> its name in a safetensors header."""
+
+
+def file_dtypes(places: Mapping[str, Place]) -> dict[str, torch.dtype]:
+    """Name -> dtype, from the files' headers alone."""
+    by_name = {text: dtype for dtype, text in DTYPES.items()}
+    found: dict[str, torch.dtype] = {}
+    for file in {place.file for place in places.values()}:
+        with safe_open(file, framework="pt") as handle:
+            own = {name: place for name, place in places.items() if place.file == file}
+            found |= {name: by_name[handle.get_slice(place.name).get_dtype()] for name, place in own.items()}
+    return found
+
+
+def read_all(places: Mapping[str, Place]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors by name, in the order of their places; each file is opened once, mapped, and let go at its end."""
+    for file, named in groupby(places.items(), key=lambda item: item[1].file):
+        with safe_open(file, framework="pt") as handle:
+            yield from ((name, handle.get_tensor(place.name)) for name, place in named)
 
 
 def locate(files: list[Path], model: torch.nn.Module) -> dict[str, Place]:

@@ -93,7 +93,9 @@ def expert_stream(mlp: nn.Module, spec: MoESpec, n_experts: int, layer_index: in
     if _keeps_mlp(spec):
         yield from ((f"shared.{part}", tensor) for part, tensor in mlp.state_dict().items())
     for index in range(n_experts):
-        state = _make_expert(mlp, spec, index, generator).state_dict()
+        # A plain copy is the MLP itself: what is written out needs none in memory.
+        is_copy = spec.init == "copy" and spec.granularity == 1
+        state = (mlp if is_copy else _make_expert(mlp, spec, index, generator)).state_dict()
         for part in list(state):
             yield f"experts.{index}.{part}", state.pop(part)  # gone before the next expert is made
 
@@ -247,13 +249,14 @@ def update_router_bias(model: nn.Module, reduce: Reduce | None = None) -> None:
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters of the routed experts and of the MLPs that every token visits, of this rank."""
-    found = []
-    for layer in sparse_modules(model):
-        for expert in layer.local_experts().values():
-            found += list(expert.parameters())
-        if layer.shared is not None:
-            found += list(layer.shared.parameters())
-    return found
+    shared = [layer.shared for layer in sparse_modules(model) if layer.shared is not None]
+    return [*routed_expert_parameters(model), *(parameter for mlp in shared for parameter in mlp.parameters())]
+
+
+def routed_expert_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the routed experts of this rank."""
+    experts = [expert for layer in sparse_modules(model) for expert in layer.local_experts().values()]
+    return [parameter for expert in experts for parameter in expert.parameters()]
 
 
 def router_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -16,6 +16,7 @@ from moellava.lmm.architecture import Architecture, holds_vlm, registered
 from moellava.lmm.loaders import find_model
 from moellava.log import get_logger
 from moellava.model.compose import Composition, describe_parts, version_for
+from moellava.model.description import Description
 from moellava.model.manifest import TOWER, Manifest, read_folder
 from moellava.model.origin import note_data
 from moellava.model.projector_start import load_projector
@@ -60,26 +61,13 @@ def assemble(
     """
     dtype = training_dtype(args)
     manifest, architecture = start_of(model_args)
-    is_vlm = architecture is not None or holds_vlm(manifest)
     manifest.require_start()
-    has_code = (architecture and architecture.remote_code) or plugins_of(manifest.config)
-    if model_args.trust_remote_code and not has_code:
-        raise UserError(
-            f"--trust_remote_code True, but {manifest.called} needs no code of its own, and none would run. Leave the "
-            "flag out."
-        )
-    refuse_wrong_start(manifest, is_vlm, stage, model_args, moe_args)
-    if moe_args.moe_enable and not manifest.is_sparse:
-        moe_args.spec()  # what contradicts itself is told before gigabytes are read
-    if is_vlm:
-        description = describe(manifest, model_args.trust_remote_code, architecture)
-        if moe_args.moe_enable and description.architecture is not None:
-            description.architecture.refuse_upcycling("--moe_enable True")
-        vlm = build(description, dtype, manifest.called)
-        reconcile(vlm, stage, model_args, data_args)
-    else:
-        vlm = composed(manifest, stage, model_args, data_args, dtype)
+    description = described(manifest, architecture, stage, model_args, data_args, moe_args)
+    vlm = build(description, dtype, manifest.called)
+    if holds_parts(manifest, architecture):
         refuse_template(vlm, stage, model_args, usual_template(manifest, stage))
+    else:
+        reconcile(vlm, stage, model_args, data_args)
     note_data(vlm.model.config, data_args.data_path)
     balance = None if moe_args.moe_enable else own_balance_weight(vlm, stage, model_args, moe_args)
     choose_attention(vlm.model, model_args.attn_implementation)
@@ -91,6 +79,45 @@ def assemble(
     if moe_args.moe_enable and args.deepspeed:
         convert_engine(vlm.model, "deepspeed", ep_size=moe_args.ep_size)
     return Assembled(vlm, certificate, adapter, balance)
+
+
+def described(
+    manifest: Manifest,
+    architecture: Architecture | None,
+    stage: Stage,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    moe_args: MoEArguments,
+) -> Description:
+    """What a stage starts from, before any weight is read.
+
+    Args:
+        manifest, architecture: of `start_of`.
+
+    Raises:
+        UserError: a folder that the stage cannot start from, or flags that do not fit it.
+    """
+    has_code = (architecture and architecture.remote_code) or plugins_of(manifest.config)
+    if model_args.trust_remote_code and not has_code:
+        raise UserError(
+            f"--trust_remote_code True, but {manifest.called} needs no code of its own, and none would run. Leave the "
+            "flag out."
+        )
+    is_vlm = not holds_parts(manifest, architecture)
+    refuse_wrong_start(manifest, is_vlm, stage, model_args, moe_args)
+    if moe_args.moe_enable and not manifest.is_sparse:
+        moe_args.spec()  # what contradicts itself is told before gigabytes are read
+    if not is_vlm:
+        return composition(manifest, stage, model_args, data_args)
+    description = describe(manifest, model_args.trust_remote_code, architecture)
+    if moe_args.moe_enable and description.architecture is not None:
+        description.architecture.refuse_upcycling("--moe_enable True")
+    return description
+
+
+def holds_parts(manifest: Manifest, architecture: Architecture | None) -> bool:
+    """Whether a folder is a part of a vision-language model that is yet to be composed."""
+    return architecture is None and not holds_vlm(manifest)
 
 
 def training_dtype(args: TrainingArguments) -> torch.dtype:
@@ -117,10 +144,8 @@ def choose_attention(model: Any, name: str | None) -> None:
         raise UserError(f"--attn_implementation {name}: {error}") from error
 
 
-def composed(
-    llm: Manifest, stage: Stage, model_args: ModelArguments, data_args: DataArguments, dtype: torch.dtype
-) -> VLM:
-    """A language model and a tower, put together."""
+def composition(llm: Manifest, stage: Stage, model_args: ModelArguments, data_args: DataArguments) -> Description:
+    """A language model and a tower, to be put together."""
     assert model_args.image_tower  # refuse_wrong_start has asked for it
     options = Composition(
         version=model_args.version or usual_template(llm, stage),
@@ -134,7 +159,7 @@ def composed(
     towers = [read_folder(name, "--image_tower") for name in model_args.image_tower]
     for tower in towers:
         tower.require_start()
-    return build(describe_parts(llm, towers, options), dtype, llm.called)
+    return describe_parts(llm, towers, options)
 
 
 def usual_template(llm: Manifest, stage: Stage) -> str:

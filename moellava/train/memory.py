@@ -1,23 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run will need, said before it starts: weights, gradients and optimizer states of one process.
 
-Bytes as in ZeRO (arXiv:1910.02054, section 3): AdamW keeps two fp32 moments per trained parameter, and an fp32 copy of
-it when the weights are of lower precision. Stage 1 splits these over the processes, stage 2 the gradients too, stage 3
-the weights too. Without DeepSpeed, what trains in 16 bits is in fp32 itself (`masters.py`), so it has no copy: 4 bytes
-each for weight and gradient. Activations come on top, and autocast's 16-bit copies; they depend on batch and length.
+Bytes as in ZeRO (arXiv:1910.02054, section 3): AdamW keeps two fp32 moments per trained parameter, and DeepSpeed an
+fp32 copy of it, also of one that is in fp32 itself. Stage 1 splits these over the processes, stage 2 the gradients too,
+stage 3 the weights too. Experts that are spread over `ep_size` processes are split over those that hold the same ones.
+Without DeepSpeed, what trains in 16 bits is in fp32 itself (`masters.py`): 4 bytes each for weight and gradient, and
+autocast's 16-bit copies while a step computes. Activations come on top; `moellava plan` tells them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from moellava.files import read_json
+from moellava.moe import routed_expert_parameters
 
 FP32_BYTES = 4
 MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run lies over its processes.
+
+    Args:
+        processes: of the run.
+        deepspeed: whether DeepSpeed trains; else the native engine, by torch's DistributedDataParallel.
+        zero: ZeRO stage.
+        ep_size: processes that share one set of experts.
+        offload: whether optimizer states are in the host's memory.
+    """
+
+    processes: int
+    deepspeed: bool = True
+    zero: int = 0
+    ep_size: int = 1
+    offload: bool = False
 
 
 def zero_stage(deepspeed: str | dict[str, Any] | None) -> int:
@@ -28,25 +50,53 @@ def zero_stage(deepspeed: str | dict[str, Any] | None) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def estimate(model: nn.Module, zero: int, processes: int) -> dict[str, float]:
+def layout_of(deepspeed: str | dict[str, Any] | None, processes: int, ep_size: int = 1) -> Layout:
+    """How a run lies over its processes by its DeepSpeed JSON file (or its content); None: the native engine."""
+    if not deepspeed:
+        return Layout(processes, deepspeed=False)
+    config = deepspeed if isinstance(deepspeed, dict) else read_json(Path(deepspeed))
+    offloaded = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    return Layout(processes, zero=zero_stage(config), ep_size=ep_size, offload=offloaded != "none")
+
+
+def estimate(model: nn.Module, layout: Layout) -> dict[str, float]:
     """Bytes that one process holds, without activations: {"weights", "gradients", "optimizer"}.
 
     Args:
-        model: with `requires_grad` set; under expert parallelism it holds this process's experts only.
-        zero: ZeRO stage.
-        processes: over which the stage splits.
+        model: with `requires_grad` set, on any device, meta included; it holds this process's experts only.
+        layout: of the run.
     """
-    weights = gradients = optimizer = 0.0
+    held = dict.fromkeys(("weights", "gradients", "optimizer"), 0.0)
+    experts = {id(parameter) for parameter in routed_expert_parameters(model)}
     for parameter in model.parameters():
+        same = layout.processes // (layout.ep_size if id(parameter) in experts else 1)
         size, count = parameter.element_size(), parameter.numel()
-        weights += size * count
         if parameter.requires_grad:
-            gradients += size * count
-            optimizer += (MOMENTS * FP32_BYTES + (FP32_BYTES if size < FP32_BYTES else 0)) * count
+            for part, number in _trained(size, layout, same).items():
+                held[part] += number * count
+        else:
+            held["weights"] += size * count / (layout.processes if layout.zero >= 3 else 1)
+    return held
+
+
+def _trained(size: int, layout: Layout, processes: int) -> dict[str, float]:
+    """Bytes for one trained number of `size` bytes, of which `processes` hold the same.
+
+    The native engine's gradients are twice there in more than one process: DistributedDataParallel sums copies.
+    """
+    if not layout.deepspeed:
+        copies = 2 if layout.processes > 1 else 1
+        cast = size if size < FP32_BYTES else 0
+        return {
+            "weights": FP32_BYTES + cast,
+            "gradients": FP32_BYTES * copies,
+            "optimizer": MOMENTS * FP32_BYTES,
+        }
+    master = FP32_BYTES if size < FP32_BYTES or layout.zero else 0
     return {
-        "weights": weights / (processes if zero >= 3 else 1),
-        "gradients": gradients / (processes if zero >= 2 else 1),
-        "optimizer": optimizer / (processes if zero >= 1 else 1),
+        "weights": size / (processes if layout.zero >= 3 else 1),
+        "gradients": size / (processes if layout.zero >= 2 else 1),
+        "optimizer": 0.0 if layout.offload else (MOMENTS * FP32_BYTES + master) / (processes if layout.zero else 1),
     }
 
 

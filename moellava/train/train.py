@@ -43,6 +43,7 @@ from moellava.train.checkpoint import (
     mark_finished,
 )
 from moellava.train.deepspeed.extensions import extension_root, remove_abandoned_locks
+from moellava.train.deepspeed.portable import expert_parallel_size
 from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 from moellava.train.folder import StageFolder
 from moellava.train.hub import hub_of
@@ -50,7 +51,7 @@ from moellava.train.identity import folders_of, run_contents, run_identity
 from moellava.train.intact import require_intact
 from moellava.train.lock import locked
 from moellava.train.masters import Masters, raise_trained
-from moellava.train.memory import describe, estimate, zero_stage
+from moellava.train.memory import describe, estimate, layout_of
 from moellava.train.parsing import TrainingArguments, arguments_of, given_flags, parse_arguments
 from moellava.train.run_file import as_yaml, write_run_file
 from moellava.train.run_log import TEXT_LOG, RunLog
@@ -274,7 +275,8 @@ def report(assembled: Assembled, stage: Stage, args: TrainingArguments) -> None:
     if assembled.certificate:
         assembled.certificate.save(output_dir)
         logger.info("%s", "\n".join(assembled.certificate.lines()))
-    logger.info("%s", describe(estimate(assembled.vlm.model, zero_stage(args.deepspeed), args.world_size)))
+    layout = layout_of(args.deepspeed, args.world_size, expert_parallel_size(assembled.vlm.model))
+    logger.info("%s", describe(estimate(assembled.vlm.model, layout)))
 
 
 def report_data(datasets: dict[str, SupervisedDataset | None], trains_questions: bool) -> None:

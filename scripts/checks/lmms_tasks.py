@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two tasks of lmms-eval over local data, and its scores of them beside ours.
 
     python scripts/checks/lmms_tasks.py write --output FOLDER --questions 40

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which samples a step holds: the same however it is split over processes and accumulation, also on a resume."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The face of lmms-eval, with a stand-in of the names that are used. (scripts/check_lmms_eval.sh: the real.)"""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A script for every task, all through one: what it types, and that a real one runs."""
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from moellava.train.memory import describe, estimate, zero_stage
+from moellava.moe import MoESpec, routed_expert_parameters, upcycle
+from moellava.train.memory import Layout, describe, estimate, layout_of, zero_stage
+from tests.tiny import tiny_llava
 
 
 def half_frozen(dtype):
@@ -20,6 +22,7 @@ def half_frozen(dtype):
     ("dtype", "zero", "expected"),
     [
         (torch.float32, 0, {"weights": 800, "gradients": 400, "optimizer": 800}),
+        (torch.float32, 2, {"weights": 800, "gradients": 200, "optimizer": 600}),
         (torch.bfloat16, 0, {"weights": 400, "gradients": 200, "optimizer": 1200}),
         (torch.bfloat16, 1, {"weights": 400, "gradients": 200, "optimizer": 600}),
         (torch.bfloat16, 2, {"weights": 400, "gradients": 100, "optimizer": 600}),
@@ -27,7 +30,38 @@ def half_frozen(dtype):
     ],
 )
 def test_bytes_of_one_of_two_processes(dtype, zero, expected):
-    assert estimate(half_frozen(dtype), zero, processes=2) == expected
+    assert estimate(half_frozen(dtype), Layout(2, zero=zero)) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "processes", "expected"),
+    [
+        (torch.float32, 1, {"weights": 800, "gradients": 400, "optimizer": 800}),
+        (torch.float32, 2, {"weights": 800, "gradients": 800, "optimizer": 800}),
+        (torch.bfloat16, 1, {"weights": 800, "gradients": 400, "optimizer": 800}),
+    ],
+)
+def test_without_deepspeed_what_trains_is_fp32_and_summed_as_a_copy(dtype, processes, expected):
+    assert estimate(half_frozen(dtype), Layout(processes, deepspeed=False)) == expected
+
+
+def test_experts_are_split_over_those_who_hold_the_same():
+    sparse = upcycle(tiny_llava(), MoESpec(num_experts=[4], moe_mode="dense"))
+    for parameter in sparse.parameters():
+        parameter.requires_grad_(False)
+    experts = routed_expert_parameters(sparse)
+    for parameter in experts:
+        parameter.requires_grad_(True)
+    numbers, rest = sum(p.numel() for p in experts), sum(p.numel() for p in sparse.parameters())
+    rest -= numbers
+    held = estimate(sparse, Layout(4, zero=2, ep_size=2))
+    assert held == {"weights": 4 * (rest + numbers), "gradients": 4 * numbers / 2, "optimizer": 12 * numbers / 2}
+
+
+def test_a_layout_is_read_from_the_file():
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert layout_of(offload, 4, 2) == Layout(4, zero=2, ep_size=2, offload=True)
+    assert layout_of(None, 2) == Layout(2, deepspeed=False)
 
 
 def test_the_stage_is_read_from_the_file(tmp_path):

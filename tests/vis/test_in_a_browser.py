@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pages in a real browser: they draw, they answer to the mouse, nothing fails and nothing is loaded."""
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moellava.convert.streaming import can_stream, file_dtypes
+from moellava.convert.streaming import can_stream
 from moellava.errors import UserError
 from moellava.model.build import on_meta
 from moellava.model.description import Description
 from moellava.model.extended import Extension, extension_of
 from moellava.model.saving import without_ties
-from moellava.model.weights import Place, locate, require_sizes, shapes_in, weight_files
+from moellava.model.weights import Place, file_dtypes, locate, require_sizes, shapes_in, weight_files
 from moellava.moe import MoESpec, moe_layers
 from moellava.moe.decoder import decoder_layers, mlp_names
 from moellava.moe.layer import RoutedMLP

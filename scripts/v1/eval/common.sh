@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # One way to score a model, for every task: sourced by the scripts beside this file, each of which names its task.
 #
 #     MODEL=checkpoints/qwen-moe bash scripts/v1/eval/pope.sh

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model of a run, without its weights: what trains in it is chosen as the stage chooses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moellava.adapters.lora import trainable_parameters
+from moellava.model.build import on_meta
+from moellava.moe import upcycle
+from moellava.plan.spread import spread
+from moellava.train.adapt import adapt
+from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
+from moellava.train.assemble import choose_attention, described, start_of
+from moellava.train.stages import freeze_all_but, stage_of
+from moellava.vlm import VLM
+
+Groups = tuple[ModelArguments, DataArguments, MoEArguments, TrainingArguments]
+"""The flags of `train.py`."""
+
+
+def model_maker(groups: Groups, dtype: torch.dtype) -> tuple[Any, Callable[[int], VLM]]:
+    """What flags describe, and what makes its model on the meta device.
+
+    Args:
+        groups: flags.
+        dtype: that the model computes in.
+
+    Returns:
+        description: of the folder, or of the parts.
+        make: ep_size -> the model as one process holds it, `requires_grad` set.
+
+    Raises:
+        UserError: as training would, for what the stage cannot start from.
+    """
+    model_args, data_args, moe_args, args = groups
+    stage, (manifest, architecture) = stage_of(model_args, moe_args), start_of(model_args)
+    description = described(manifest, architecture, stage, model_args, data_args, moe_args)
+
+    def make(ep_size: int) -> VLM:
+        model = on_meta(description.config).to(dtype)
+        vlm = VLM(model, None, None, description.keywords, description.architecture, manifest.called)
+        choose_attention(model, model_args.attn_implementation)
+        if moe_args.moe_enable and vlm.spec is None:
+            spec = moe_args.spec()
+            upcycle(model, spec)
+            model.config.moe = spec.to_config()
+        spread(model, ep_size)
+        adapter = adapt(vlm, model_args, moe_args, args) if args.lora_enable or model_args.use_vision_lora else None
+        trained = trainable_parameters(vlm, adapter) if adapter else stage.selects(vlm, model_args, moe_args)
+        freeze_all_but(model, trained)
+        return vlm
+
+    return description, make

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which ways to lay a run over its processes there are, what each takes, and how fast it can be at best.
+
+A bound is the time that the hardware needs for what cannot be left out: matrix products at the vendor's rate; weights,
+activations and optimizer states once through memory; gradients and rows once over the links. A real run is slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from moellava.moe import moe_layers, routed_expert_parameters
+from moellava.plan.devices import Device
+from moellava.plan.trace import Batch, StepTrace, Traced
+from moellava.train.memory import FP32_BYTES, Layout, estimate
+from moellava.vlm import VLM
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+"""Samples of a process that are tried where no flag gives them."""
+
+PASSES = {False: 2, True: 3}
+"""How often a step reads the weights: forward, backward, and the forward again with checkpointing."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is asked for.
+
+    Args:
+        gpus: processes, each with a device of its own.
+        memory: of a device, in GB.
+        device: its speeds.
+        per_host: devices of a host.
+        batch: the data; `samples` is not read.
+        mean_length: mean length of a sample, in positions.
+        layouts: ways to lay the run out that are looked at.
+        samples: of a process and forward.
+        checkpointing: values of --activation_checkpointing.
+        accumulation: forwards of an optimizer step.
+    """
+
+    gpus: int
+    memory: float
+    device: Device
+    per_host: int
+    batch: Batch
+    mean_length: float
+    layouts: tuple[Layout, ...]
+    samples: tuple[int, ...] = BATCHES
+    checkpointing: tuple[bool, ...] = (False, True)
+    accumulation: int = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run.
+
+    Args:
+        layout, samples, checkpointing: of the run.
+        memory: part -> bytes of one process at the peak of a step.
+        flops_bound, bandwidth_bound: tokens per second of all processes together, at most.
+    """
+
+    layout: Layout
+    samples: int
+    checkpointing: bool
+    memory: dict[str, float]
+    flops_bound: float
+    bandwidth_bound: float
+
+    @property
+    def total(self) -> float:
+        """Bytes of one process."""
+        return sum(self.memory.values())
+
+    @property
+    def bound(self) -> float:
+        """Tokens per second of all processes together, at most."""
+        return min(self.flops_bound, self.bandwidth_bound)
+
+    def to_json(self) -> dict:
+        """Everything in plain numbers."""
+        return asdict(self) | {"total": self.total, "bound": self.bound}
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one process holds of a model, whatever its batch is.
+
+    Args:
+        fixed: weights, gradients, optimizer states, bytes.
+        trained, weights, largest: bytes of the weights that train, of all, and of the largest layer.
+        expert_share: of the trained weights, that of routed experts.
+        rows: bytes of the rows that travel for one token and one way, over all sparse layers.
+        element: bytes of a number.
+    """
+
+    fixed: dict[str, float]
+    trained: float
+    weights: float
+    largest: float
+    expert_share: float
+    rows: float
+    element: int
+
+
+def layouts_for(gpus: int, spec_counts: Iterable[int] | None, is_moe: bool) -> tuple[Layout, ...]:
+    """Every way that training serves.
+
+    Args:
+        gpus: processes.
+        spec_counts: experts of each sparse layer; None: the model is dense.
+        is_moe: whether the stage is 3, which several processes run under DeepSpeed alone, without ZeRO-3.
+    """
+    counts = list(spec_counts or ())
+    sizes = [n for n in range(1, gpus + 1) if gpus % n == 0 and all(c % n == 0 for c in counts)] if counts else [1]
+    native = [Layout(gpus, deepspeed=False)] if gpus == 1 or not is_moe else []
+    spread = [Layout(gpus, zero=zero, ep_size=size) for zero in (1, 2) for size in sizes]
+    offloaded = [Layout(gpus, zero=2, ep_size=size, offload=True) for size in sizes]
+    return (*native, *spread, *([] if is_moe else [Layout(gpus, zero=3)]), *offloaded)
+
+
+def held_by(vlm: VLM, layout: Layout) -> Held:
+    """Sizes of one process."""
+    model = vlm.model
+    experts = {id(parameter) for parameter in routed_expert_parameters(model)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    of_experts = sum(parameter.nbytes for parameter in trained if id(parameter) in experts)
+    all_trained = sum(parameter.nbytes for parameter in trained)
+    hidden, element = model.config.get_text_config().hidden_size, model.dtype.itemsize
+    layers = moe_layers(model)
+    choices = sum(layer.spec.top_k_experts for _, layer in layers) if layout.ep_size > 1 else 0
+    fixed = estimate(model, layout)
+    if layout.deepspeed:
+        fixed["buckets"] = 2.0 * hidden**2 * element  # `reduce_bucket_size: auto`, twice with `overlap_comm`
+    return Held(
+        fixed,
+        all_trained,
+        sum(parameter.nbytes for parameter in model.parameters()),
+        max(sum(p.nbytes for p in layer.parameters()) for layer in model.get_decoder().layers),
+        of_experts / max(all_trained, 1),
+        float(choices * hidden * element),
+        element,
+    )
+
+
+def rows_of(asked: Asked, make: Callable[[int], VLM]) -> list[Row]:
+    """Every way to run, in no order. What does not fit even without activations is not traced.
+
+    Args:
+        asked: the question.
+        make: see `model_maker`.
+    """
+    rows: list[Row] = []
+    limit = asked.memory * 1e9
+    for ep_size in sorted({layout.ep_size for layout in asked.layouts}):
+        vlm = make(ep_size)
+        layouts = [layout for layout in asked.layouts if layout.ep_size == ep_size]
+        held = {layout: held_by(vlm, layout) for layout in layouts}
+        empty = [layout for layout in layouts if sum(held[layout].fixed.values()) > limit]
+        rows += [Row(layout, 0, False, held[layout].fixed, 0.0, 0.0) for layout in empty]
+        kept = [layout for layout in layouts if layout not in empty]
+        if kept:
+            lines = Lines(StepTrace(vlm.model, asked.device.is_gpu), asked)
+            rows += [
+                row_of(asked, layout, held[layout], samples, checkpointing, lines.at(samples, checkpointing))
+                for layout in kept
+                for samples in asked.samples
+                for checkpointing in asked.checkpointing
+            ]
+    return rows
+
+
+class Lines:
+    """What a step takes by its number of samples: traced for two numbers, a line through them for the others."""
+
+    def __init__(self, trace: StepTrace, asked: Asked):
+        self.trace, self.asked = trace, asked
+        self._traced: dict[tuple[int, bool], Traced] = {}
+
+    def at(self, samples: int, checkpointing: bool) -> Traced:
+        """A step of so many samples."""
+        if len(self.asked.samples) == 1:
+            return self._exact(samples, checkpointing)
+        one, two = self._exact(1, checkpointing), self._exact(2, checkpointing)
+        grown = {name: value + (samples - 1) * (getattr(two, name) - value) for name, value in vars(one).items()}
+        return Traced(**grown)
+
+    def _exact(self, samples: int, checkpointing: bool) -> Traced:
+        key = (samples, checkpointing)
+        if key not in self._traced:
+            self._traced[key] = self.trace.step(replace(self.asked.batch, samples=samples), checkpointing)
+        return self._traced[key]
+
+
+def row_of(asked: Asked, layout: Layout, held: Held, samples: int, checkpointing: bool, traced: Traced) -> Row:
+    """One way to run, with its memory and its bounds."""
+    memory = dict(held.fixed)
+    memory["activations"] = beside_gradients(asked, layout, held, traced)
+    if layout.zero >= 3:
+        memory["gathered"] = 2 * held.largest
+    # When the optimizer steps, the activations are gone; DeepSpeed copies a process's gradients as fp32 then.
+    if layout.zero in (1, 2):
+        copied = memory["optimizer"] / 3 if not layout.offload else 0.0
+        memory["activations"] = max(memory["activations"], copied)
+    tokens = asked.gpus * samples * asked.mean_length * asked.accumulation
+    rate = asked.device.tflops if held.element < FP32_BYTES else asked.device.tflops_fp32
+    # Traced for the longest sample; the mean one multiplies less.
+    flops = traced.flops * asked.mean_length / asked.batch.length * asked.accumulation
+    seconds = moved_seconds(asked, layout, held, samples, checkpointing, traced)
+    return Row(layout, samples, checkpointing, memory, tokens / (flops / rate / 1e12), tokens / seconds)
+
+
+def beside_gradients(asked: Asked, layout: Layout, held: Held, traced: Traced) -> float:
+    """Bytes of activations at a step's peak. In the only backward of a step, gradients fill up while activations go, so
+    that not all of both are there at one time; of split gradients a process keeps its share."""
+    if asked.accumulation > 1:
+        return traced.activations
+    whole = held.trained if layout.deepspeed else held.trained / held.element * FP32_BYTES
+    share = held.fixed["gradients"] / whole if layout.zero >= 2 else 1.0
+    peak = traced.activations + (traced.with_gradients - traced.activations) * share
+    return max(peak - whole * share, 0.0)
+
+
+def moved_seconds(asked: Asked, layout: Layout, held: Held, samples: int, checkpointing: bool, traced: Traced) -> float:
+    """Seconds of an optimizer step for what memory and links have to move, the slower of the two."""
+    steps, share = asked.accumulation, asked.mean_length / asked.batch.length
+    weights = held.weights * PASSES[checkpointing] * steps
+    states = 2 * held.fixed["optimizer"]
+    inner = weights + 2 * traced.activations * share * steps + states
+    link = asked.device.link if asked.gpus <= asked.per_host else asked.device.network
+    rows = 2 * PASSES[checkpointing] * held.rows * samples * asked.mean_length * steps
+    near = asked.device.link if layout.ep_size <= asked.per_host else asked.device.network
+    others = (asked.gpus - 1) / asked.gpus
+    experts = layout.processes // layout.ep_size
+    dense = 2 * held.trained * (1 - held.expert_share) * others
+    spread = 2 * held.trained * held.expert_share * (experts - 1) / experts
+    gathered = PASSES[checkpointing] * held.weights * others * steps if layout.zero >= 3 else 0.0
+    outer = (dense + spread + gathered) / link + rows * (layout.ep_size - 1) / layout.ep_size / near
+    return max(inner / asked.device.bandwidth, outer) / 1e9
+
+
+def cheapest(rows: Iterable[Row], memory: float) -> Row | None:
+    """The fastest one that fits into so many GB, and of equally fast ones the simplest; None: none fits."""
+    fitting = [row for row in rows if row.samples and row.total <= memory * 1e9]
+    return min(fitting, key=_order, default=None)
+
+
+def _order(row: Row) -> tuple:
+    layout = row.layout
+    return (-float(f"{row.bound:.2g}"), layout.offload, row.checkpointing, layout.ep_size, layout.zero, -row.samples)
+
+
+def dtype_of(args: object, device: Device) -> torch.dtype:
+    """What weights are held in: as the flags say, or bf16 on a GPU and fp32 on a CPU."""
+    if getattr(args, "fp16", False):
+        return torch.float16
+    return torch.bfloat16 if device.is_gpu or getattr(args, "bf16", False) else torch.float32

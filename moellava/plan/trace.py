@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step on tensors without numbers: what it keeps for the backward, and what it multiplies.
+
+The step is the real one: the model's own forward, our sparse layers, the head on supervised rows, checkpointing that
+replays routing. Legend: B samples, L positions, N supervised ones, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlavaConfig
+
+from moellava.moe import checkpoint_contexts, moe_layers, router_losses
+from moellava.plan.counting import Counting, EvenLoad
+from moellava.train.loss import SupervisedHead, cross_entropy_sum
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process sees in a forward.
+
+    Args:
+        samples: B.
+        length: L, of the longest sample, media counted.
+        supervised: positions of a sample that are trained on.
+        images: of a sample.
+    """
+
+    samples: int
+    length: int
+    supervised: int
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a step takes beside weights, gradients and optimizer states.
+
+    Args:
+        activations: most bytes at one time.
+        with_gradients: most bytes at one time if every gradient stays until the step's end.
+        flops: of forward and backward; a multiplication and an addition are two.
+    """
+
+    activations: float
+    with_gradients: float
+    flops: float
+
+
+class StepTrace:
+    """Traces steps of one model.
+
+    Args:
+        model: on the meta device, in the dtype that it computes in, with `requires_grad` set. It is moved to fake
+            tensors, and of no further use to anybody else.
+        on_gpu: whether the experts run as on a GPU.
+    """
+
+    def __init__(self, model: Any, on_gpu: bool):
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.fake:
+            model.to_empty(device="cpu")
+        self.model, self.on_gpu = model.train(), on_gpu
+        self.head = SupervisedHead(model.get_output_embeddings())
+        self.has_checkpoints = False
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether the way from pixels to embeddings is traced: where every image has one size and one place."""
+        config = self.model.config
+        return isinstance(config, LlavaConfig) and isinstance(getattr(config.vision_config, "image_size", None), int)
+
+    def step(self, batch: Batch, checkpointing: bool) -> Traced:
+        """A forward and a backward."""
+        if checkpointing:
+            kwargs = {"use_reentrant": False, "context_fn": self._contexts}
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        elif self.has_checkpoints:
+            self.model.gradient_checkpointing_disable()
+            self.model.disable_input_require_grads()
+        self.has_checkpoints = checkpointing
+        counting = Counting([*self.model.parameters(), *self.model.buffers()])
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        hooks = [parameter.register_post_accumulate_grad_hook(counting.keep_gradient) for parameter in trained]
+        selected = batch.samples * batch.supervised
+        self.even = EvenLoad(selected, self.on_gpu)
+        with self.fake, counting:
+            with self.even:
+                loss = self._loss(batch, selected)
+            loss.backward()
+        for hook in hooks:
+            hook.remove()
+        for _, layer in moe_layers(self.model):
+            layer.record = layer.choices_E = None
+            layer.stats.reset()
+        return Traced(counting.peak, counting.peak_with_gradients, counting.flops)
+
+    def _contexts(self) -> tuple[Any, Any]:
+        """As `checkpoint_contexts`; `backward` sets modes aside, and layers that are computed again need theirs."""
+        first, again = checkpoint_contexts()
+        return first, _both(again, self.even)
+
+    def _loss(self, batch: Batch, selected: int) -> Tensor:
+        shape = (batch.samples, batch.length)
+        rows = torch.zeros(shape, dtype=torch.bool)
+        with self.head.only(rows):
+            logits = self.model(inputs_embeds=self._embeddings(batch), use_cache=False).logits
+        loss = cross_entropy_sum(logits, torch.zeros(selected, dtype=torch.long))
+        del logits
+        if moe_layers(self.model):
+            loss = loss + router_losses(self.model, total_tokens=batch.samples * batch.length).total
+        return loss
+
+    def _embeddings(self, batch: Batch) -> Tensor:
+        """[B, L, D], with image features in their places."""
+        ids = torch.zeros(batch.samples, batch.length, dtype=torch.long)
+        words = self.model.get_input_embeddings()(ids)
+        if not batch.images or not self.shows_images:
+            return words
+        side = self.model.config.vision_config.image_size
+        pixels = torch.zeros(batch.samples * batch.images, 3, side, side, dtype=words.dtype)
+        found = self.model.get_image_features(pixel_values=pixels)
+        features = found if isinstance(found, (tuple, list)) else found.pooler_output
+        flat = torch.cat(list(features)) if isinstance(features, (tuple, list)) else features
+        places = (ids == 0).unsqueeze(-1).expand_as(words)
+        return words.masked_scatter(places, flat.to(words.dtype))
+
+
+@contextmanager
+def _both(first: Any, second: Any) -> Iterator[None]:
+    with first, second:
+        yield

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`moellava plan`: from the flags of a run to a table and a command; no weight is read."""
+
+import json
+
+import pytest
+
+from moellava.cli import main
+
+
+@pytest.fixture(scope="module")
+def config_alone(composed, tmp_path_factory):
+    """A dense vision-language model that has lost its weights."""
+    folder = tmp_path_factory.mktemp("plan") / "model"
+    composed.save(folder, meta={"stage": "finetune"})
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def plan(folder, *flags: str) -> list[str]:
+    return ["plan", "--model", str(folder), "--device", "cpu", *flags]
+
+
+NO_CHECKPOINTS = ("--activation_checkpointing", "False")
+MOE = ("--moe_enable", "True", "--num_experts", "2", "--moe_mode", "dense")
+
+
+def test_a_plan_is_a_table_and_the_command_of_the_cheapest(config_alone, capsys):
+    flags = ("--gpus", "2", "--tokens", "64", "--per_device_train_batch_size", "2", *NO_CHECKPOINTS, *MOE)
+    assert main(plan(config_alone, *flags)) == 0
+    out = capsys.readouterr().out
+    assert "ZeRO-2" in out and "native" not in out
+    command = out.strip().splitlines()[-1]
+    assert command.startswith(f"torchrun --nproc-per-node 2 train.py --model_name_or_path {config_alone}")
+    assert command.count("--per_device_train_batch_size") == 1 and "--deepspeed scripts/zero" in command
+
+
+def test_rows_as_json_and_what_the_flags_fix(config_alone, capsys):
+    flags = ("--gpus", "2", "--tokens", "64", "--deepspeed", "scripts/zero2.json", "--ep_size", "2", "--json")
+    fixed = (*NO_CHECKPOINTS, "--per_device_train_batch_size", "1")
+    assert main(plan(config_alone, *flags, *fixed, *MOE)) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(row["layout"]["zero"], row["layout"]["ep_size"]) for row in told["rows"]] == [(2, 2)]
+    assert told["rows"][0]["total"] == sum(told["rows"][0]["memory"].values()) > 0
+    assert told["cheapest"] == told["rows"][0]
+
+
+def test_lengths_are_those_of_the_records(config_alone, data_file, make_record, capsys):
+    records = [make_record(1, "what is it?", "a circle"), make_record(2, "what is it?", "a circle " * 30)]
+    data = data_file(records)
+    assert (
+        main(
+            plan(
+                config_alone, "--gpus", "1", "--data", str(data), "--per_device_train_batch_size", "1", *NO_CHECKPOINTS
+            )
+        )
+        == 0
+    )
+    first = capsys.readouterr().out.splitlines()[0]
+    longest, mean = int(first.split("longest sample ")[1].split()[0]), int(first.split("mean ")[1])
+    assert longest > 1.5 * mean / 2 and mean < longest
+
+
+def test_nothing_fits_is_said_with_the_smallest(config_alone, capsys):
+    assert main(plan(config_alone, "--gpus", "1", "--tokens", "64", "--hbm", "0.0001")) == 1
+    assert "Nothing fits into 0.0001 GB: the smallest takes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--gpus", "1"), "Give --data FILE, or --tokens N"),
+        (("--gpus", "1", "--tokens", "9", "--device", "abacus"), "Unknown device 'abacus'"),
+        (("--gpus", "1", "--data", "d.json", "--images", "2"), "--images 2: is read with --tokens alone"),
+        (("--gpus", "3", "--tokens", "9", "--ep_size", "2", *MOE), "--ep_size 2 does not divide --gpus 3"),
+        (("--gpus", "1", "--tokens", "9", "--tune_mm_mlp_adapter", "True", *MOE), "conflict: choose one stage"),
+    ],
+)
+def test_mistakes_are_told_by_name(config_alone, capsys, flags, words):
+    assert main(plan(config_alone, *flags)) == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which ways are looked at, what each holds, and which one is taken."""
+
+from dataclasses import replace
+
+import pytest
+
+from moellava.plan.devices import DEVICES
+from moellava.plan.plan import Asked, Held, Row, cheapest, layouts_for, moved_seconds, rows_of
+from moellava.plan.report import best_of_each, flags_of, launcher, table
+from moellava.plan.trace import Batch, Traced
+from moellava.train.memory import Layout
+from moellava.vlm import VLM
+from tests.plan.test_trace import model
+
+ROW = Row(Layout(4, zero=2), 2, False, {"weights": 6e9, "activations": 1e9}, 100.0, 80.0)
+
+
+def test_expert_parallel_sizes_divide_processes_and_experts_and_zero3_holds_no_experts():
+    sparse = layouts_for(4, [4, 2], is_moe=True)
+    assert {layout.ep_size for layout in sparse} == {1, 2}
+    assert all(layout.deepspeed and layout.zero in (1, 2) for layout in sparse)
+    dense = layouts_for(4, None, is_moe=False)
+    assert {(layout.deepspeed, layout.zero, layout.offload) for layout in dense} == {
+        (False, 0, False),
+        (True, 1, False),
+        (True, 2, False),
+        (True, 2, True),
+        (True, 3, False),
+    }
+    assert any(not layout.deepspeed for layout in layouts_for(1, [4], is_moe=True))
+
+
+def test_the_cheapest_is_the_fastest_that_fits_and_of_equals_the_simplest():
+    fast, small = replace(ROW, flops_bound=200.0, bandwidth_bound=200.0), replace(ROW, memory={"weights": 1e9})
+    assert cheapest([ROW, fast, small], 8) is fast
+    assert cheapest([fast, small], 2) is small
+    assert cheapest([ROW], 6) is None
+    split = replace(ROW, layout=Layout(4, zero=2, ep_size=2))
+    assert cheapest([split, ROW], 8) is ROW
+    assert cheapest([replace(ROW, samples=0)], 80) is None
+
+
+def asked(layouts, **others) -> Asked:
+    device = DEVICES["cpu"]
+    return Asked(len(layouts), 1.0, device, 8, Batch(1, 32, 8), 32.0, layouts, (1, 2, 3), (False,), **others)
+
+
+def test_a_line_through_two_numbers_of_samples_says_the_third():
+    def make(ep_size: int) -> VLM:
+        return VLM(model(False, "meta"), None, None, None)
+
+    layout = Layout(1, deepspeed=False)
+    told = {row.samples: row for row in rows_of(asked((layout,)), make)}
+    alone = rows_of(replace(asked((layout,)), samples=(3,)), make)[0]
+    assert told[3].total == pytest.approx(alone.total, rel=0.02)
+    assert told[3].flops_bound == pytest.approx(alone.flops_bound, rel=0.02)
+    assert rows_of(replace(asked((layout,)), memory=1e-6), make)[0].samples == 0
+
+
+def test_rows_that_travel_take_time_on_the_link():
+    held = Held({"optimizer": 0.0}, 1e6, 1e6, 1e5, 1.0, 1e6, 2)
+    layouts = [Layout(2, zero=2, ep_size=size) for size in (1, 2)]
+    alone, spread = (
+        moved_seconds(replace(asked(tuple(layouts)), mean_length=1e5), layout, held, 1, False, Traced(0, 0, 1))
+        for layout in layouts
+    )
+    assert spread > 10 * alone
+
+
+def test_a_row_says_its_flags_and_the_table_every_layout_once():
+    row = replace(ROW, layout=Layout(4, zero=2, ep_size=4, offload=True), checkpointing=True)
+    assert " ".join(flags_of(row)) == (
+        "--per_device_train_batch_size 2 --deepspeed scripts/zero2_offload.json --ep_size 4 "
+        "--activation_checkpointing True"
+    )
+    assert flags_of(replace(ROW, layout=Layout(1, deepspeed=False))) == ["--per_device_train_batch_size", "2"]
+    shown = best_of_each([ROW, replace(ROW, samples=1, flops_bound=1.0), row], 8)
+    assert [(one.layout.ep_size, one.samples) for one in shown] == [(1, 2), (4, 2)]
+    assert len(table(shown, 8)) == 3 and "ZeRO-2 offload" in table(shown, 8)[2]
+
+
+def test_one_process_needs_no_launcher_and_several_hosts_are_started_as_such():
+    assert launcher(1, 8) == "python"
+    assert launcher(4, 8) == "torchrun --nproc-per-node 4"
+    assert launcher(16, 8).startswith("torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend")

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step on fake tensors keeps and multiplies what a real one does."""
+
+import pytest
+import torch
+
+from moellava.moe import MoESpec, expert_parameters, moe_layers, router_losses, router_parameters, upcycle
+from moellava.plan.counting import Counting
+from moellava.plan.spread import spread
+from moellava.plan.trace import Batch, StepTrace
+from moellava.train.loss import cross_entropy_sum
+from tests.tiny import tiny_llava
+
+BATCH = Batch(samples=2, length=48, supervised=12)
+
+
+def model(is_sparse: bool, device: str):
+    with torch.device(device):
+        made = tiny_llava()
+    if is_sparse:
+        upcycle(made, MoESpec(num_experts=[4], moe_mode="dense"))
+        trained = {id(parameter) for parameter in [*expert_parameters(made), *router_parameters(made)]}
+        for parameter in made.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+    return made.train()
+
+
+def real_step(made) -> Counting:
+    """What a real step with real numbers allocates, by the same count."""
+    counting = Counting([*made.parameters(), *made.buffers()])
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(counting.keep_gradient)
+    ids = torch.arange(BATCH.samples * BATCH.length).view(BATCH.samples, -1) % 50
+    with counting:
+        hidden = made.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = made.lm_head(hidden[:, : BATCH.supervised].flatten(0, 1))
+        loss = cross_entropy_sum(logits, ids[:, : BATCH.supervised].flatten())
+        if moe_layers(made):
+            loss = loss + router_losses(made).total
+        loss.backward()
+    return counting
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_a_fake_step_takes_what_a_real_one_takes(is_sparse):
+    real = real_step(model(is_sparse, "cpu"))
+    told = StepTrace(model(is_sparse, "meta"), on_gpu=False).step(BATCH, checkpointing=False)
+    assert told.activations == pytest.approx(real.peak, rel=0.1)
+    assert told.with_gradients == pytest.approx(real.peak_with_gradients, rel=0.1)
+    assert told.flops == pytest.approx(real.flops, rel=0.02)
+
+
+def test_checkpoints_keep_less_and_multiply_more_and_a_gpu_runs_grouped_products():
+    trace = StepTrace(model(True, "meta").to(torch.bfloat16), on_gpu=True)
+    kept, again = (trace.step(Batch(4, 128, 4), checkpointing=on) for on in (False, True))
+    assert again.activations < 0.9 * kept.activations
+    assert again.flops > kept.flops
+    assert trace.step(Batch(4, 128, 4), checkpointing=False).activations == kept.activations
+
+
+def test_spread_experts_multiply_as_much_and_keep_the_rows_that_travel():
+    whole, part = model(True, "meta"), model(True, "meta")
+    spread(part, 2)
+    assert [len(layer.experts) for _, layer in moe_layers(part)] == [2] * len(moe_layers(part))
+    whole, part = (StepTrace(made, on_gpu=False).step(BATCH, checkpointing=False) for made in (whole, part))
+    assert part.flops == pytest.approx(whole.flops, rel=0.02)
+    assert part.activations > whole.activations
+
+
+def test_images_are_traced_through_the_tower():
+    trace = StepTrace(model(False, "meta"), on_gpu=False)
+    assert trace.shows_images
+    text, shown = (trace.step(Batch(2, 48, 12, images), False) for images in (0, 1))
+    assert shown.flops > text.flops
