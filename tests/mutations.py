@@ -293,6 +293,41 @@ LOSSES = (
     ),
 )
 
+CHUNKS = (
+    Mutation(
+        "chunks-not-weighed",
+        "train/loss.py",
+        "label_smoothing).mul_(dloss).to(dtype)",
+        "label_smoothing).to(dtype)",
+        "With a large vocabulary the gradient is as many times too large as a step has tokens.",
+        ("train/test_loss.py",),
+    ),
+    Mutation(
+        "one-chunk-learnt-from",
+        "train/loss.py",
+        "for begin in range(0, len(hidden_ND), rows):",
+        "for begin in range(0, min(len(hidden_ND), rows), rows):",
+        "With a large vocabulary only the first answers of a batch train the head.",
+        ("train/test_loss.py",),
+    ),
+    Mutation(
+        "scaled-logits-in-chunks",
+        "train/loss.py",
+        "self.is_last = logits.shape == self._said.shape and torch.equal(logits, self._said.to(logits.dtype))",
+        "self.is_last = True",
+        "Models that scale or cap their logits after the head are trained as if they did not.",
+        ("train/test_loss.py",),
+    ),
+    Mutation(
+        "smoothing-dropped-in-chunks",
+        "train/loss.py",
+        "if label_smoothing:",
+        "if not label_smoothing:",
+        "--label_smoothing_factor changes the loss that is shown, and the gradient wrongly.",
+        ("train/test_loss.py",),
+    ),
+)
+
 UPCYCLING = (
     Mutation(
         "slices-not-scaled",
@@ -456,7 +491,7 @@ RESUMING = (
         "accumulated-steps-too-long",
         "train/trainer.py",
         "loss = ce * (1 if own_mean else processes) / max(num_items_in_batch, 1)",
-        "loss = ce * (1 if own_mean else processes) / max(len(targets), 1)",
+        "loss = ce * (1 if own_mean else processes) / max(len(supervised.target_N), 1)",
         "With --gradient_accumulation_steps 8 the gradient is eight times what one big batch gives.",
         ("train/test_trainer.py",),
     ),
@@ -828,6 +863,7 @@ MUTATIONS = (
     *COLLATING,
     *ROUTING,
     *LOSSES,
+    *CHUNKS,
     *UPCYCLING,
     *SAVING,
     *RESUMING,

@@ -25,7 +25,7 @@ from moellava.train.checkpoint import STAGING, last_checkpoint, put_in_place
 from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, stored_ep_size
 from moellava.train.folder import StageFolder
 from moellava.train.intact import reading
-from moellava.train.loss import SupervisedHead, cross_entropy_rows, cross_entropy_sum, supervised_positions
+from moellava.train.loss import SupervisedHead, sums_of_records, supervised_positions
 from moellava.train.optimizer import missing_from, parameter_groups
 from moellava.train.progress import RunLines, RunProgress
 from moellava.train.stopping import StepWatch, StopRequest, require_finite
@@ -49,7 +49,7 @@ class StageTrainer(Trainer):
         self.folder = folder
         self.image_token_ids = vlm.placeholder_ids  # the image tokens of the routing statistics
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the supervised tokens of the whole step
-        self.head = SupervisedHead(self.model.get_output_embeddings())
+        self.head = SupervisedHead(self.model.get_output_embeddings(), self.model.config.get_text_config().vocab_size)
         self.is_moe = bool(moe_layers(self.model))
         self.own_routers = watch_own_experts(vlm)
         self.step_tokens = 0.0
@@ -90,19 +90,22 @@ class StageTrainer(Trainer):
         dataset = self.train_dataset if model.training else self.eval_dataset
         dataset.leave_out(inputs.pop(UNREADABLE, {}))
         records = inputs.pop(RECORDS, [])
-        rows, targets = supervised_positions(inputs["labels"])
+        supervised = supervised_positions(inputs.pop("labels"))
         token_mask = inputs["attention_mask"].bool()
         image_mask = torch.isin(inputs["input_ids"], inputs["input_ids"].new_tensor(self.image_token_ids))
         set_routing_context(self.model, token_mask=token_mask, image_mask=image_mask & token_mask)
-        with self.head.only(rows):
-            outputs = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
+        if self.head.is_last is None and self.may_chunk:
+            with evaluating(model):
+                self.head.look(lambda: model(**inputs, use_cache=False).logits, supervised)
+        with self.head.only(supervised):
+            outputs = model(**inputs, use_cache=False)
         if not model.training:
-            self.eval_sums = cross_entropy_rows(outputs.logits, targets, rows)
-            loss = cross_entropy_sum(outputs.logits, targets) / max(len(targets), 1)
+            self.eval_sums = sums_of_records(self.head.losses(outputs.logits, supervised.target_N), supervised)
+            loss = self.eval_sums[:, 0].sum() / max(len(supervised.target_N), 1)
             return (loss, outputs) if return_outputs else loss
         # Gradients are averaged over processes, so each contributes its share of the step times their number.
         processes = self.accelerator.num_processes
-        ce = cross_entropy_sum(outputs.logits, targets, self.args.label_smoothing_factor)
+        ce = self.head.loss_sum(outputs.logits, supervised.target_N, self.args.label_smoothing_factor)
         own_mean = not self.args.average_tokens_across_devices  # then the count is this process's own
         loss = ce * (1 if own_mean else processes) / max(num_items_in_batch, 1)
         measured = {"ce": loss.detach(), "tokens": token_mask.sum()}
@@ -121,6 +124,12 @@ class StageTrainer(Trainer):
         for name, number in numbers.items():
             self.sums[name] = self.sums.get(name, 0.0) + number
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def may_chunk(self) -> bool:
+        """Whether the logits of a micro-batch may be too many to be held at once; the same on every process."""
+        rows = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
+        return rows * self.args.model_max_length > self.head.rows
 
     def _get_grad_norm(self, model, grad_norm=None):
         self.last_grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -292,6 +301,18 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         self.folder.load(model or self.model, Path(resume_from_checkpoint))
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a model draws nothing and counts nothing; then its modules are as they were."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class RunHooks(TrainerCallback):
