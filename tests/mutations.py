@@ -176,7 +176,7 @@ COLLATING = (
     Mutation(
         "questions-never-trained",
         "data/collate.py",
-        'row["labels"].append(token if trains_all else label)',
+        'row["labels"].append(token if trains_all and number not in begins else label)',
         'row["labels"].append(label)',
         "--mask_question_tokens False is taken and does nothing.",
         ("data/test_collate.py",),
@@ -234,9 +234,9 @@ ROUTING = (
     ),
     Mutation(
         "padding-routed",
-        "moe/layer.py",
-        "token_N = None if mask_T is None else every_T[mask_T.to(device)]",
-        "token_N = None",
+        "moe/context.py",
+        "token_N = every_T[mask_T.to(device)] if self.places is None else self.places.to(device)",
+        "token_N = every_T",
         "Balancing losses and loads are those of the padding.",
         ("moe/test_upcycle.py",),
     ),
@@ -290,6 +290,57 @@ LOSSES = (
         "shifted = labels",
         "The model learns to repeat the token that it reads: the loss goes to 0 and every answer is noise.",
         ("train/test_loss.py",),
+    ),
+)
+
+PACKING = (
+    Mutation(
+        "samples-of-a-row-read-each-other",
+        "data/collate.py",
+        "for start, end in zip(starts, ends, strict=False) for place in range(end - start)]",
+        "for start, end in zip(starts, ends, strict=False) for place in range(start, end)]",
+        "With --packing, the second sample of a row is answered with the first one in sight.",
+        ("data/test_packing.py", "train/test_packing.py"),
+    ),
+    Mutation(
+        "first-token-predicted-from-another-sample",
+        "data/collate.py",
+        "label = IGNORE_INDEX  # what would predict it is another sample",
+        "pass",
+        "With --packing, the end of a sample learns to predict how an unrelated one begins.",
+        ("data/test_packing.py",),
+    ),
+    Mutation(
+        "padding-continues-the-last-sample",
+        "data/collate.py",
+        'batch["position_ids"][number, length:] = torch.arange(width - length)',
+        'batch["position_ids"][number, length:] = torch.arange(length, width)',
+        "With --packing, padding and blank images are part of a row's last sample.",
+        ("data/test_packing.py",),
+    ),
+    Mutation(
+        "row-balanced-as-one-sequence",
+        "moe/context.py",
+        "return Tokens(token_N, image_N, sequences[0].to(device), sequences[1])",
+        "return Tokens(token_N, image_N, real_N // shape[1], shape[0])",
+        "With --packing, the balancing loss per sequence is one per row.",
+        ("train/test_packing.py",),
+    ),
+    Mutation(
+        "packing-not-tried-out",
+        "train/packing.py",
+        "if not off <= allowed:",
+        "if off < 0:",
+        "--packing is taken for models whose samples read each other.",
+        ("train/test_packing.py", "lmm/test_packing.py"),
+    ),
+    Mutation(
+        "some-samples-in-no-row",
+        "data/packing.py",
+        "rows += _best_fit(members[begin : begin + WINDOW], lengths, capacity)",
+        "rows += _best_fit(members[begin : begin + WINDOW - 1], lengths, capacity)",
+        "With --packing, an epoch leaves records out.",
+        ("data/test_packing.py",),
     ),
 )
 
@@ -490,7 +541,7 @@ RESUMING = (
     Mutation(
         "accumulated-steps-too-long",
         "train/trainer.py",
-        "loss = ce * (1 if own_mean else processes) / max(num_items_in_batch, 1)",
+        "loss = ce * (1 if own_mean else processes) / torch.as_tensor(num_items_in_batch).clamp_min(1)",
         "loss = ce * (1 if own_mean else processes) / max(len(supervised.target_N), 1)",
         "With --gradient_accumulation_steps 8 the gradient is eight times what one big batch gives.",
         ("train/test_trainer.py",),
@@ -863,6 +914,7 @@ MUTATIONS = (
     *COLLATING,
     *ROUTING,
     *LOSSES,
+    *PACKING,
     *CHUNKS,
     *UPCYCLING,
     *SAVING,

@@ -185,6 +185,9 @@ class TrainingArguments(AdapterArguments, transformers.TrainingArguments):
 
     model_max_length: int = _flag("Longest sample in tokens, image patches counted.", 512)
     group_by_modality_length: bool = _flag("Batches of one modality and similar lengths.", False)
+    packing: bool = _flag(
+        "Several samples in a row of --model_max_length, each as if it were alone; a batch is then of rows.", False
+    )
     eval_samples: int = _flag("Records of --eval_data_path that are answered, and logged, at each evaluation.", 0)
     mm_projector_lr: float | None = _flag("Learning rate of the projector; unset: --learning_rate.")
     skip_dry_save: bool = _flag("Do not write and reopen a complete folder before step 0.", False)

@@ -78,6 +78,7 @@ class SupervisedHead:
         self._asked: Supervised | None = None
         self._hidden_ND: Tensor | None = None
         self._said: Tensor | None = None
+        self._peeks = False
         self._autocast = (False, torch.float32)
         head.register_forward_pre_hook(self._select)
         head.register_forward_hook(self._note)
@@ -91,7 +92,7 @@ class SupervisedHead:
         hidden_ND = hidden.flatten(0, 1).index_select(0, self._asked.place_N)
         device = hidden.device.type
         self._hidden_ND, self._autocast = None, (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        if self.is_last and (self.is_plain or len(hidden_ND) > self.rows):
+        if self._peeks or (self.is_last and (self.is_plain or len(hidden_ND) > self.rows)):
             self._hidden_ND = hidden_ND
             hidden_ND = hidden_ND[:1]
         return (hidden_ND, *rest)
@@ -133,6 +134,19 @@ class SupervisedHead:
         self._said = None
         if not self.is_last:
             get_logger().info("The model does more to logits than its head: they are computed in one piece.")
+
+    @torch.no_grad()
+    def seen(self, forward: Callable[[], object], supervised: Supervised) -> Tensor:
+        """What the head is given at the supervised positions, [N, D], in a forward."""
+        self._peeks = True
+        try:
+            with self.only(supervised):
+                forward()
+        finally:
+            self._peeks = False
+        hidden_ND, self._hidden_ND = self._hidden_ND, None
+        assert hidden_ND is not None
+        return hidden_ND
 
     def loss_sum(self, logits: Tensor, target_N: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Summed cross-entropy of the last forward's rows in fp32, a scalar (0 with a gradient path if N is 0).

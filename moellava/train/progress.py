@@ -16,13 +16,16 @@ LOAD = "expert_load/"
 
 
 def format_line(step: int, last_step: int, logs: dict[str, Any]) -> str:
-    """One log step as a line: losses apart, rate, throughput, and each MoE layer's load as percentages."""
+    """One log step as a line: losses apart, rate, throughput, padding as a share of positions, and each MoE layer's
+    load as percentages."""
     shown = [f"step {step}/{last_step}"]
     shown += [f"{key} {logs[key]:.4f}" for key in ("loss", "ce", "aux", "z", "eval_loss") if key in logs]
     if "learning_rate" in logs:
         shown.append(f"lr {logs['learning_rate']:.2e}")
     if "tokens_per_second" in logs:
         shown.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    if "padding" in logs:
+        shown.append(f"padding {logs['padding']:.0%}")
     layers: dict[str, list[str]] = {}
     for key, value in logs.items():
         if key.startswith(LOAD):

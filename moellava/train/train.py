@@ -22,6 +22,7 @@ from moellava.adapters.gradient_watch import GradientWatch
 from moellava.adapters.lora import trainable_parameters
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.media import MediaFiles
+from moellava.data.packing import packed
 from moellava.data.records import Records, load_records
 from moellava.data.render.own import begin_on, day
 from moellava.data.skip_lists import SkipList, read_skip_list
@@ -148,7 +149,12 @@ def make_trainer(
     collator = vlm.collator(train_questions=not model_args.mask_question_tokens)
     shown = {modality for dataset in datasets.values() if dataset is not None for modality in dataset.modalities}
     collator.modalities = sorted(shown)
-    collator.names_records = True
+    collator.is_told = True
+    if args.packing:
+        seed = args.seed if args.data_seed is None else args.data_seed
+        rows = packed(datasets["train_dataset"], args.model_max_length, seed, args.group_by_modality_length)
+        logger.info("Packing: %s", rows)
+        datasets = datasets | {"train_dataset": rows}
     trainer = StageTrainer(
         vlm=vlm,
         folder=StageFolder(Path(args.output_dir), vlm, stage.name, assembled.adapter, masters),

@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from moellava.data.collate import RECORDS, UNREADABLE
 from moellava.data.dataset import SupervisedDataset
+from moellava.data.places import PLACES, Places
 from moellava.data.sampler import GroupedSampler
 from moellava.errors import UserError
 from moellava.log import get_logger
@@ -27,6 +28,7 @@ from moellava.train.folder import StageFolder
 from moellava.train.intact import reading
 from moellava.train.loss import SupervisedHead, sums_of_records, supervised_positions
 from moellava.train.optimizer import missing_from, parameter_groups
+from moellava.train.packing import evaluating, require_exact_packing
 from moellava.train.progress import RunLines, RunProgress
 from moellava.train.stopping import StepWatch, StopRequest, require_finite
 from moellava.vlm import VLM
@@ -52,9 +54,8 @@ class StageTrainer(Trainer):
         self.head = SupervisedHead(self.model.get_output_embeddings(), self.model.config.get_text_config().vocab_size)
         self.is_moe = bool(moe_layers(self.model))
         self.own_routers = watch_own_experts(vlm)
-        self.step_tokens = 0.0
-        self.step_labels = 0
-        self.step_records: list[str] = []
+        self.step_tokens = torch.zeros(())
+        self.step_items: torch.Tensor | int | None = None
         self.last_grad_norm: torch.Tensor | float | None = None
         self.eval_sums: torch.Tensor | None = None
         self.watch = StepWatch(self, StopRequest())
@@ -69,31 +70,39 @@ class StageTrainer(Trainer):
     # -- loss ------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step; also counts its tokens, on which the router losses are means."""
+        """The micro-batches of one optimizer step; for a sparse model also counts its tokens, on which the router
+        losses are means."""
         if self.control.should_training_stop:  # before the first step: see `RunHooks.on_epoch_begin`
             return [], None
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counted = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum() if batches else 0
-        self.step_tokens = float(sum_over_processes(torch.as_tensor(counted, dtype=torch.float64).to(device)))
-        self.step_labels = int(num_items_in_batch or 0)
+        if self.is_moe or self.own_routers is not None:
+            counted = sum(len(batch[PLACES]["real"]) for batch in batches)
+            self.step_tokens = sum_over_processes(torch.tensor(float(counted), dtype=torch.float64, device=device))
+        self.step_items = num_items_in_batch
         return batches, num_items_in_batch
+
+    @property
+    def step_labels(self) -> int:
+        """Supervised tokens of this optimizer step. The host waits for the device."""
+        return int(self.step_items or 0)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy per supervised token of the whole step, plus the router losses.
 
         Args:
-            inputs: input_ids, attention_mask, labels [B, L], pixel_values [N, 3, H, W].
+            inputs: input_ids, attention_mask, labels [B, L], pixel_values [N, 3, H, W]; of samples that share rows also
+                position_ids [B, L]. What the collator says beside them is taken out.
             num_items_in_batch: supervised tokens of this optimizer step over all processes and accumulation
                 steps, 0 where none of its records could be shown; not read in evaluation, where `prediction_step`
                 counts what every record adds.
         """
         dataset = self.train_dataset if model.training else self.eval_dataset
         dataset.leave_out(inputs.pop(UNREADABLE, {}))
-        records = inputs.pop(RECORDS, [])
-        supervised = supervised_positions(inputs.pop("labels"))
-        token_mask = inputs["attention_mask"].bool()
-        image_mask = torch.isin(inputs["input_ids"], inputs["input_ids"].new_tensor(self.image_token_ids))
-        set_routing_context(self.model, token_mask=token_mask, image_mask=image_mask & token_mask)
+        records, places = inputs.pop(RECORDS), Places(**inputs.pop(PLACES))
+        supervised = supervised_positions(inputs.pop("labels"), places.supervised)
+        image_mask, attention_mask = self.tell_routers(inputs, places), inputs["attention_mask"]
+        if places.is_packed:
+            del inputs["attention_mask"]
         if self.head.is_last is None and self.may_chunk:
             with evaluating(model):
                 self.head.look(lambda: model(**inputs, use_cache=False).logits, supervised)
@@ -107,23 +116,32 @@ class StageTrainer(Trainer):
         processes = self.accelerator.num_processes
         ce = self.head.loss_sum(outputs.logits, supervised.target_N, self.args.label_smoothing_factor)
         own_mean = not self.args.average_tokens_across_devices  # then the count is this process's own
-        loss = ce * (1 if own_mean else processes) / max(num_items_in_batch, 1)
-        measured = {"ce": loss.detach(), "tokens": token_mask.sum()}
+        loss = ce * (1 if own_mean else processes) / torch.as_tensor(num_items_in_batch).clamp_min(1)
+        measured = {"ce": loss.detach()}
         if self.is_moe:
             shares = router_losses(self.model, total_tokens=self.step_tokens, reduce=sum_over_processes)
-            measured |= {"aux": shares.aux.detach() * processes, "z": shares.z.detach() * processes}
+            measured |= {
+                name: value.detach().double() * processes for name, value in (("aux", shares.aux), ("z", shares.z))
+            }
             loss = loss + shares.total * processes
         elif self.own_routers is not None:
-            share = token_mask.sum() / self.step_tokens * processes
-            aux = self.own_routers.loss(inputs["attention_mask"], image_mask & token_mask) * share
+            share = len(places.real) / self.step_tokens * processes
+            aux = self.own_routers.loss(attention_mask, image_mask) * share
             measured["aux"] = aux.detach()
             loss = loss + aux * self.own_routers.coefficient
-        numbers = {name: float(value) for name, value in measured.items()}
-        self.step_records += records
-        self.watch.see(numbers, records)
-        for name, number in numbers.items():
+        self.watch.see(measured, records)
+        counted = {"tokens": len(places.real), "positions": attention_mask.numel()}
+        for name, number in ({name: value.double() for name, value in measured.items()} | counted).items():
             self.sums[name] = self.sums.get(name, 0.0) + number
         return (loss, outputs) if return_outputs else loss
+
+    def tell_routers(self, inputs, places: Places) -> torch.Tensor:
+        """Sets what the routers know of a batch; gives the mask [B, L] of its image patches."""
+        ids, token_mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        image_mask = torch.isin(ids, ids.new_tensor(self.image_token_ids)) & token_mask
+        sequences = (places.sequence, places.n_sequences)
+        set_routing_context(self.model, token_mask, image_mask, places.real, sequences)
+        return image_mask
 
     @property
     def may_chunk(self) -> bool:
@@ -165,12 +183,14 @@ class StageTrainer(Trainer):
     def _drain(self) -> dict[str, float]:
         """Sums since the last log line -> means per optimizer step, over all processes."""
         names = list(self.sums)
-        sums = torch.tensor([self.sums[name] for name in names], dtype=torch.float64, device=self.args.device)
+        device = self.args.device
+        sums = torch.stack([torch.as_tensor(self.sums[name], dtype=torch.float64, device=device) for name in names])
         values = dict(zip(names, sum_over_processes(sums).tolist(), strict=True))
         seconds = time.perf_counter() - self.interval_start
-        tokens = values.pop("tokens")
+        tokens, positions = values.pop("tokens"), values.pop("positions")
         steps = (self.state.global_step - self.last_logged_step) * self.args.world_size
-        shown = {name: value / steps for name, value in values.items()} | {"tokens_per_second": tokens / seconds}
+        shown = {name: value / steps for name, value in values.items()}
+        shown |= {"tokens_per_second": tokens / seconds, "padding": 1 - tokens / positions}
         if self.is_moe:
             shown |= flat_metrics(router_metrics(self.model, reduce=sum_over_processes))
         elif self.own_routers is not None:
@@ -180,7 +200,7 @@ class StageTrainer(Trainer):
 
     def begin_interval(self) -> None:
         """Starts counting for the next log line."""
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Any] = {}
         self.interval_start = time.perf_counter()
         self.last_logged_step = self.state.global_step
 
@@ -303,18 +323,6 @@ class StageTrainer(Trainer):
         self.folder.load(model or self.model, Path(resume_from_checkpoint))
 
 
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, a model draws nothing and counts nothing; then its modules are as they were."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 class RunHooks(TrainerCallback):
     """What happens around steps: checks before the first one, the sampler's epoch, the routers' biases, counts."""
 
@@ -333,6 +341,7 @@ class RunHooks(TrainerCallback):
                     f"{type(trainer.model_wrapped).__name__}. Start with `deepspeed train.py …` or `torchrun …`."
                 )
         trainer.begin_interval()
+        require_exact_packing(trainer)
         if not args.skip_dry_save:
             trainer.folder.dry_save(trainer.model, trainer.model_wrapped, trainer.accelerator)
 

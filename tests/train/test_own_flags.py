@@ -276,6 +276,7 @@ ELSEWHERE = {
     "cache_dir": "train/test_arguments.py",
     "eval_samples": "train/test_samples.py",
     "skip_dry_save": "train/test_train.py",
+    "packing": "train/test_packing.py",
 }
 """Flag -> the file that shows what it does."""
 
