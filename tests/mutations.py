@@ -344,6 +344,41 @@ PACKING = (
     ),
 )
 
+KERNEL_SLIPS = (
+    Mutation(
+        "gradient-of-another-activation",
+        "moe/activations.py",
+        'lambda x, grad: ops.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad),',
+        "lambda x, grad: ops.silu_backward.grad_input(grad, x, grad_input=grad),",
+        "Experts of Phi and Gemma learn by the gradient of another function; the loss still falls.",
+        ("moe/test_activations.py", "moe/test_fused.py"),
+    ),
+    Mutation(
+        "any-function-is-a-kernel",
+        "moe/activations.py",
+        "if wanted.shape == x.shape and bool(((out - wanted).abs() <= SAME).all()):",
+        "if wanted.shape == x.shape:",
+        "Whatever activation a model has, its experts compute SiLU.",
+        ("moe/test_activations.py",),
+    ),
+    Mutation(
+        "experts-stacked-in-any-order",
+        "moe/grouped.py",
+        "if len(alike) > 1 or len(steps) > 1 or min(steps, default=1) <= 0 or first.device.type",
+        "if len(alike) > 1 or first.device.type",
+        "On a GPU, tokens are run by experts that they have not chosen.",
+        ("moe/test_fused.py",),
+    ),
+    Mutation(
+        "autocast-left-to-the-loop",
+        "moe/experts.py",
+        "cast = [tensor if tensor is None else tensor.to(dtype) for tensor in flat]",
+        "return loop_over_experts(experts, x_TD, dispatch)",
+        "Every --bf16 run without DeepSpeed calls its experts one by one.",
+        ("moe/test_fused.py",),
+    ),
+)
+
 CHUNKS = (
     Mutation(
         "chunks-not-weighed",
@@ -915,6 +950,7 @@ MUTATIONS = (
     *ROUTING,
     *LOSSES,
     *PACKING,
+    *KERNEL_SLIPS,
     *CHUNKS,
     *UPCYCLING,
     *SAVING,

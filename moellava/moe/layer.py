@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from moellava.moe.context import RoutingContext, decide
 from moellava.moe.experts import run_experts, sort_by_expert
 from moellava.moe.few_tokens import FEW, run_few
+from moellava.moe.grouped import lie_together
 from moellava.moe.losses import LayerRecord, record_layer
 from moellava.moe.router import Choice, Router, Routing, capacity, choose, gates, select, within_capacity
 from moellava.moe.spec import MoESpec
 from moellava.moe.stats import RouterStats
+from moellava.moe.weights import tensors_of
 
 
 class RoutedMLP(nn.Module):
@@ -151,6 +153,10 @@ class NativeMoE(RoutedMLP):
         shared: an MLP that every token visits, or None.
 
     Parameters: `router.weight`, `experts.{e}.…`, `shared.…`, `coefficient.…`.
+
+    Attributes:
+        is_together: whether the experts' weights have been moved into one memory (`lie_together`), which the first
+            forward on a GPU does.
     """
 
     def __init__(self, experts: list[nn.Module], spec: MoESpec, hidden: int, shared: nn.Module | None = None):
@@ -158,6 +164,7 @@ class NativeMoE(RoutedMLP):
         like = next(experts[0].parameters())
         self._start(spec, len(experts), hidden, shared, like)
         self.experts = nn.ModuleList(experts)
+        self.is_together = False
 
     def local_experts(self) -> dict[int, nn.Module]:
         return dict(enumerate(self.experts))
@@ -171,4 +178,8 @@ class NativeMoE(RoutedMLP):
         return run_few(list(self.experts), x_TD, *choose(self.router(x_TD), self.router.bias, self.spec))
 
     def run(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        if x_TD.is_cuda and not self.is_together:
+            self.is_together = tensors_of(list(self.experts)) is not None
+            if self.is_together:
+                lie_together(list(self.experts))
         return run_experts(list(self.experts), x_TD, sort_by_expert(routing.choice, routing.gate_Nk, self.n_experts))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ Reduce = Callable[[Tensor], Tensor]
 """Takes a flat tensor of counts and returns its sum over ranks."""
 
 
-Total = float | Tensor | None
+Total: TypeAlias = float | Tensor | None
 """Tokens of an optimizer step; on a GPU a tensor, for which the host need not wait."""
 
 

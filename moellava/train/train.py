@@ -30,6 +30,7 @@ from moellava.errors import UserError, message_of
 from moellava.log import get_logger, is_rank_zero
 from moellava.model.manifest import read_folder
 from moellava.moe import enable_gradient_checkpointing
+from moellava.moe.activations import use_kernels
 from moellava.processes import leave_group, of_rank_zero
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments, parse_arguments
 from moellava.train.assemble import Assembled, assemble, start_of, training_dtype
@@ -145,6 +146,8 @@ def make_trainer(
     if args.activation_checkpointing:
         enable_gradient_checkpointing(vlm.model)
         args.activation_checkpointing = False  # the Trainer would switch on its own, which routes anew
+    if replaced := use_kernels(vlm.model):
+        logger.info("%d activations run as one kernel", replaced)
     set_seed(args.seed)  # a resumed run and a fresh one build models differently; both train from the same state
     collator = vlm.collator(train_questions=not model_args.mask_question_tokens)
     shown = {modality for dataset in datasets.values() if dataset is not None for modality in dataset.modalities}
