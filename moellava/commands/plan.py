@@ -23,18 +23,11 @@ from moellava.plan.model import Groups, model_maker
 from moellava.plan.plan import BATCHES, Asked, cheapest, dtype_of, layouts_for, rows_of
 from moellava.plan.report import best_of_each, flags_of, launcher, table
 from moellava.plan.trace import Batch
-from moellava.train.arguments import (
-    DataArguments,
-    ModelArguments,
-    MoEArguments,
-    TrainingArguments,
-    defaults,
-    given_flags,
-    settle,
-)
+from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, settle
 from moellava.train.conflicts import Flags, find_conflicts
 from moellava.train.hf_flags import find_problems
 from moellava.train.memory import in_units, layout_of
+from moellava.train.parsing import TrainingArguments, defaults, given_flags
 from moellava.train.trial import construct
 from moellava.vlm import encoder_of
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from moellava.moe import set_routing_context
-from moellava.train.loss import SupervisedHead, cross_entropy_sum, supervised_positions
+from moellava.train.loss import SupervisedHead, supervised_positions
 from moellava.train.stages import freeze_all_but
 from moellava.vlm import VLM
 
@@ -51,14 +51,14 @@ def step_flops(vlm: VLM, trained: Iterable[nn.Parameter], batch: dict[str, Tenso
     """
     model: Any = vlm.model
     freeze_all_but(model, trained)
-    rows, targets = supervised_positions(batch["labels"])
+    supervised = supervised_positions(batch["labels"])
+    head = SupervisedHead(model.get_output_embeddings(), model.config.get_text_config().vocab_size)
     set_routing_context(model, token_mask=batch["attention_mask"].bool())
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     counter: Any = FlopCounterMode(display=False, custom_mapping=LEFT_OUT)
     counter.mod_tracker = Whole()
-    with counter, SupervisedHead(model.get_output_embeddings()).only(rows):
-        loss = cross_entropy_sum(model(**inputs, use_cache=False).logits, targets)
-        loss.backward()
+    with counter, head.only(supervised):
+        head.loss_sum(model(**inputs, use_cache=False).logits, supervised.target_N).backward()
     set_routing_context(model)
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()

@@ -161,9 +161,11 @@ class Demo:
 
     def looking(self) -> dict[str, list[str]]:
         """The commands that look at stage 3, by the folder beside the scores that they write."""
+        from moellava.demo.easy_vqa_data import images_folder
+
         model, data = short(self.folder / "stage3"), ["--data", short(self.data("stage3"))]
         where = {name: ["--output", short(self.scores_file.parent / name)] for name in ("routing", "report")}
-        images = ["--image-folder", str(self.images)]
+        images = ["--image-folder", str(images_folder())]
         return {
             "routing": ["moellava", "routing", "--model-path", model, *data, *images, *where["routing"]],
             "report": ["moellava", "report", model, *where["report"]],

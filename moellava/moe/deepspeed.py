@@ -114,7 +114,7 @@ class DeepSpeedMoE(RoutedMLP, MoE):
             raise RuntimeError(
                 "A model with ep_size > 1 runs after deepspeed.initialize, which sets its process groups."
             )
-        sent_WP = torch.tensor(dispatch.counts, device=x_TD.device).view(self.ep_size, len(experts))
+        sent_WP = dispatch.count_E.view(self.ep_size, len(experts))
         received_WP = torch.empty_like(sent_WP)
         dist.all_to_all_single(received_WP, sent_WP, group=group)
         out_splits, in_splits = sent_WP.sum(1).tolist(), received_WP.sum(1).tolist()
@@ -123,7 +123,7 @@ class DeepSpeedMoE(RoutedMLP, MoE):
         expert_Q = expert_Q.repeat_interleave(received_WP.flatten())
         order_Q = expert_Q.argsort(stable=True)
         ones_Q = torch.ones(len(order_Q), device=x_TD.device)
-        arrived = Dispatch(order_Q, ones_Q, received_WP.sum(0).tolist())
+        arrived = Dispatch(order_Q, ones_Q, received_WP.sum(0))
         back_RD = Exchange.apply(run_experts(experts, row_QD, arrived), in_splits, out_splits, group)
         weighted_RD = (back_RD * dispatch.gate_R.unsqueeze(1)).to(x_TD.dtype)
         return torch.zeros_like(x_TD).index_add(0, dispatch.token_R, weighted_RD)

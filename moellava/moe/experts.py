@@ -8,14 +8,16 @@ expert, n the rows of one expert.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from moellava.moe.fused import FusedExperts
 from moellava.moe.grouped import can_group, run_grouped
+from moellava.moe.losses import tally
 from moellava.moe.router import Choice
-from moellava.moe.weights import tensors_of
+from moellava.moe.weights import Layout, tensors_of
 
 
 @dataclass
@@ -25,48 +27,69 @@ class Dispatch:
     Args:
         token_R: which row of x each routed row reads and adds to.
         gate_R: weight of the row's output, with gradient.
-        counts: rows of each expert, in order; their sum is R.
+        count_E: rows of each expert, in order; their sum is R.
     """
 
     token_R: Tensor
     gate_R: Tensor
-    counts: list[int]
+    count_E: Tensor
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """`count_E` as numbers. On a GPU the host waits for them, which grouped products do without."""
+        return self.count_E.tolist()
 
 
-def sort_by_expert(choice: Choice, gate_Nk: Tensor, n_experts: int) -> Dispatch:
-    """Turns choices into rows sorted by expert; in the order of the tokens within one. Drops are left out."""
+def sort_by_expert(choice: Choice, gate_Nk: Tensor, n_experts: int, leave_out: bool | None = None) -> Dispatch:
+    """Turns choices into rows sorted by expert; in the order of the tokens within one.
+
+    Args:
+        leave_out: whether there are no rows of dropped choices. Else they are rows like any other, whose gate is 0: on
+            a GPU (the default there), knowing how many they are would take longer than running them.
+    """
     k = choice.expert_Nk.shape[1]
     flat_R = choice.expert_Nk.reshape(-1)
-    if choice.kept_Nk is None:
-        order_R = flat_R.argsort(stable=True)
-    else:
+    leaves_out = flat_R.device.type == "cpu" if leave_out is None else leave_out
+    if choice.kept_Nk is not None and leaves_out:
         # dropped choices sort behind the last expert
         flat_R = torch.where(choice.kept_Nk.reshape(-1), flat_R, n_experts)
-        order_R = flat_R.argsort(stable=True)
-    counts = torch.bincount(flat_R, minlength=n_experts).tolist()[:n_experts]
-    order_R = order_R[: sum(counts)]
+    order_R = flat_R.argsort(stable=True)
+    count_E = tally(flat_R, n_experts + 1)[:n_experts]
+    if choice.kept_Nk is not None and leaves_out:
+        order_R = order_R[: int(count_E.sum())]
     token_R = order_R // k
     if choice.token_N is not None:
-        token_R = choice.token_N[token_R]
-    return Dispatch(token_R, gate_Nk.reshape(-1)[order_R], counts)
+        token_R = choice.token_N.index_select(0, token_R)
+    return Dispatch(token_R, gate_Nk.reshape(-1).index_select(0, order_R), count_E)
 
 
 def run_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch) -> Tensor:
     """Σ over a token's experts of gate × expert(token), [T, D].
 
-    An expert without tokens gets a zero gradient and not none: ranks must agree on which parameters have one.
+    Under autocast the products run in its dtype, and sums in fp32. An expert without tokens gets a zero gradient and
+    not none: ranks must agree on which parameters have one.
     """
-    fusable = None if torch.is_autocast_enabled(x_TD.device.type) else tensors_of(experts)
+    fusable = tensors_of(experts)
     if fusable is None:
         return loop_over_experts(experts, x_TD, dispatch)
     layout, flat = fusable
+    device = x_TD.device.type
+    if not torch.is_autocast_enabled(device):
+        return _run_tensors(x_TD, dispatch, layout, flat)
+    dtype = torch.get_autocast_dtype(device)
+    cast = [tensor if tensor is None else tensor.to(dtype) for tensor in flat]
+    with torch.autocast(device, enabled=False):
+        return _run_tensors(x_TD.to(dtype), dispatch, layout, cast).to(x_TD.dtype)
+
+
+def _run_tensors(x_TD: Tensor, dispatch: Dispatch, layout: Layout, flat: list[Tensor | None]) -> Tensor:
     if can_group(x_TD, layout, flat):
-        return run_grouped(x_TD, dispatch.gate_R, dispatch.token_R, dispatch.counts, layout, flat)
+        return run_grouped(x_TD, dispatch.gate_R, dispatch.token_R, dispatch.count_E, layout, flat)
     return FusedExperts.apply(x_TD, dispatch.gate_R, dispatch.token_R, dispatch.counts, layout, *flat)
 
 
 def loop_over_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch) -> Tensor:
-    """The same by calling each expert: for experts whose linears are wrapped (LoRA, 4-bit), and under autocast."""
+    """The same by calling each expert: for experts whose linears are wrapped (LoRA, 4-bit)."""
     out_TD = torch.zeros_like(x_TD)
     rows = zip(dispatch.token_R.split(dispatch.counts), dispatch.gate_R.split(dispatch.counts), experts, strict=True)
     for token_n, gate_n, expert in rows:

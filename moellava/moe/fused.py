@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from itertools import repeat
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moellava.moe.activations import KERNELS, kernel_name
 from moellava.moe.weights import Activation, Layout
 
 BLOCK = 65_536
@@ -119,10 +120,11 @@ def _linear_backward(dy_nI: Tensor, x_nD: Tensor, dweight_ID: Tensor | None, dbi
 
 
 def _blocks(*of_rows: Tensor | None) -> Iterator[tuple]:
-    """Tensors of the same rows, cut alike into blocks of about `BLOCK` elements of the first."""
+    """Tensors of the same rows, cut alike into blocks of about `BLOCK` elements of the first; on a GPU, into one."""
     first = of_rows[0]
     assert first is not None
-    return _cut(max(BLOCK // first.shape[1], 1), *of_rows)
+    size = max(BLOCK // first.shape[1], 1) if first.device.type == "cpu" else len(first)
+    return _cut(size, *of_rows)
 
 
 def _inner(activation: Activation, h1_nI: Tensor, h3_nI: Tensor | None, out_nI: Tensor) -> None:
@@ -161,16 +163,18 @@ def _inner_backward(
 
 def _activate(activation: Activation, x: Tensor, out: Tensor) -> None:
     """An elementwise function, into given memory."""
-    if type(activation) is nn.SiLU:
-        torch.ops.aten.silu.out(x, out=out)
-    else:
+    name = kernel_name(activation)
+    if name is None:
         out.copy_(activation(x))
+    else:
+        KERNELS[name].forward(x, out)
 
 
 def _activation_backward(activation: Activation, x: Tensor, grad: Tensor) -> None:
     """Gradient of an elementwise function, in place of that of its result."""
-    if type(activation) is nn.SiLU:
-        torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
+    name = kernel_name(activation)
+    if name is not None:
+        KERNELS[name].backward(x, grad)
         return
     with torch.enable_grad():
         x = x.detach().requires_grad_()

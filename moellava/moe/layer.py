@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from moellava.moe.context import RoutingContext, decide
 from moellava.moe.experts import run_experts, sort_by_expert
 from moellava.moe.few_tokens import FEW, run_few
-from moellava.moe.losses import LayerRecord, count_choices, record_layer
+from moellava.moe.grouped import lie_together
+from moellava.moe.losses import LayerRecord, record_layer
 from moellava.moe.router import Choice, Router, Routing, capacity, choose, gates, select, within_capacity
 from moellava.moe.spec import MoESpec
 from moellava.moe.stats import RouterStats
+from moellava.moe.weights import tensors_of
 
 
 class RoutedMLP(nn.Module):
@@ -105,31 +107,23 @@ class RoutedMLP(nn.Module):
             shape: [B, L] that T stands for.
         """
         spec = self.spec
-        (token_N, image_N, sequence_N), _ = decide(lambda: self._tokens(x_TD.device, shape))
-        x_ND = x_TD if token_N is None else x_TD.index_select(0, token_N)
+        pads = spec.router_balance == "first_choice"  # the original routes and counts padding like any token
+        tokens, _ = decide(lambda: self.context.tokens(shape, x_TD.device, with_padding=pads))
+        x_ND = x_TD if tokens.token_N is None else x_TD.index_select(0, tokens.token_N)
         logit_NE = self.router(x_ND, spec.router_jitter if self.training else 0.0)
         prob_NE = logit_NE.softmax(1)
         (expert_Nk, kept_Nk), is_replay = decide(lambda: self._select(logit_NE.detach(), prob_NE.detach()))
-        choice = Choice(token_N, expert_Nk, kept_Nk, sequence_N, image_N)
+        choice = Choice(tokens.token_N, expert_Nk, kept_Nk, tokens.sequence_N, tokens.image_N)
         routing = Routing(choice, gates(prob_NE, choice, spec), prob_NE, logit_NE)
         if not self.is_counted:
             self.record = None
             return routing
-        record = record_layer(routing, shape[0], spec)  # in a replay too, whose graph must be that of the first run
+        record = record_layer(
+            routing, tokens.n_sequences, spec
+        )  # in a replay too, whose graph must be that of the first run
         if not is_replay:
             self._note(routing, record)
         return routing
-
-    def _tokens(self, device: torch.device, shape: torch.Size) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Indices of the real tokens (None: all), which of them are image patches, and the sequence of each."""
-        mask_T, image_T = self.context.flat("token_mask", shape), self.context.flat("image_mask", shape)
-        if self.spec.router_balance == "first_choice":
-            mask_T = None  # the original routes and counts padding like any token
-        every_T = torch.arange(shape.numel(), device=device)
-        token_N = None if mask_T is None else every_T[mask_T.to(device)]
-        real_N = every_T if token_N is None else token_N
-        image_N = None if image_T is None else image_T.to(device)[real_N]
-        return token_N, image_N, real_N // shape[1]
 
     def _select(self, logit_NE: Tensor, prob_NE: Tensor) -> tuple[Tensor, Tensor | None]:
         """The experts of each token, and which of them have room (None: all)."""
@@ -145,10 +139,9 @@ class RoutedMLP(nn.Module):
 
     def _note(self, routing: Routing, record: LayerRecord) -> None:
         self.record = record
-        self.stats.add(routing)
+        self.stats.add(routing, record.choices_E)
         if self.router.bias is not None and self.training:
-            load_E = count_choices(routing.choice.expert_Nk, self.n_experts)
-            self.choices_E = load_E if self.choices_E is None else self.choices_E + load_E
+            self.choices_E = record.choices_E if self.choices_E is None else self.choices_E + record.choices_E
 
 
 class NativeMoE(RoutedMLP):
@@ -161,6 +154,10 @@ class NativeMoE(RoutedMLP):
         shared: an MLP that every token visits, or None.
 
     Parameters: `router.weight`, `experts.{e}.…`, `shared.…`, `coefficient.…`.
+
+    Attributes:
+        is_together: whether the experts' weights have been moved into one memory (`lie_together`), which the first
+            forward on a GPU does.
     """
 
     def __init__(self, experts: list[nn.Module], spec: MoESpec, hidden: int, shared: nn.Module | None = None):
@@ -168,6 +165,7 @@ class NativeMoE(RoutedMLP):
         like = next(experts[0].parameters())
         self._start(spec, len(experts), hidden, shared, like)
         self.experts = nn.ModuleList(experts)
+        self.is_together = False
 
     def local_experts(self) -> dict[int, nn.Module]:
         return dict(enumerate(self.experts))
@@ -187,4 +185,8 @@ class NativeMoE(RoutedMLP):
         return run_few(list(self.experts), x_TD, *choose(self.router(x_TD), self.router.bias, self.spec))
 
     def run(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        if x_TD.is_cuda and not self.is_together:
+            self.is_together = tensors_of(list(self.experts)) is not None
+            if self.is_together:
+                lie_together(list(self.experts))
         return run_experts(list(self.experts), x_TD, sort_by_expert(routing.choice, routing.gate_Nk, self.n_experts))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ from moellava.moe.spec import MoESpec
 
 Reduce = Callable[[Tensor], Tensor]
 """Takes a flat tensor of counts and returns its sum over ranks."""
+
+
+Total: TypeAlias = float | Tensor | None
+"""Tokens of an optimizer step; on a GPU a tensor, for which the host need not wait."""
 
 
 @dataclass
@@ -64,7 +69,14 @@ class RouterLosses:
 
 def count_choices(expert_Nk: Tensor, n_experts: int) -> Tensor:
     """How often each expert was chosen, [E] float."""
-    return torch.bincount(expert_Nk.reshape(-1), minlength=n_experts).float()
+    return tally(expert_Nk.reshape(-1), n_experts).float()
+
+
+def tally(index_R: Tensor, size: int) -> Tensor:
+    """How often each index below `size` comes up, [size] int64. On a GPU, `bincount` would have the host wait."""
+    if index_R.device.type == "cpu":
+        return torch.bincount(index_R, minlength=size)
+    return torch.zeros(size, dtype=torch.long, device=index_R.device).scatter_add_(0, index_R, torch.ones_like(index_R))
 
 
 def sequence_balance(routing: Routing, n_sequences: int) -> Tensor:
@@ -77,7 +89,7 @@ def sequence_balance(routing: Routing, n_sequences: int) -> Tensor:
     sequence_N = routing.choice.sequence_N
     prob_SE = routing.prob_NE.new_zeros(n_sequences, n_experts).index_add(0, sequence_N, routing.prob_NE)
     slot = sequence_N.repeat_interleave(k) * n_experts + routing.choice.expert_Nk.reshape(-1)
-    choices_SE = torch.bincount(slot, minlength=n_sequences * n_experts).view(n_sequences, n_experts)
+    choices_SE = tally(slot, n_sequences * n_experts).view(n_sequences, n_experts)
     tokens_S1 = (choices_SE.sum(1, keepdim=True) / k).clamp_min(1)
     return n_experts / k * (choices_SE / tokens_S1 * prob_SE).sum()
 
@@ -108,7 +120,7 @@ def record_layer(routing: Routing, n_sequences: int, spec: MoESpec) -> LayerReco
 
 
 def combine(
-    records: list[LayerRecord], spec: MoESpec, total_tokens: float | None = None, reduce: Reduce | None = None
+    records: list[LayerRecord], spec: MoESpec, total_tokens: Total = None, reduce: Reduce | None = None
 ) -> RouterLosses:
     """Losses of one micro-batch on one rank, from the records of its layers.
 

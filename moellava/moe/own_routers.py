@@ -21,7 +21,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moellava.moe.decoder import decoder_layers, is_sparse
-from moellava.moe.losses import Reduce
+from moellava.moe.losses import Reduce, count_choices
 from moellava.moe.router import Choice, Routing
 from moellava.moe.stats import RouterStats, summarise_all
 
@@ -162,7 +162,8 @@ class OwnRouters:
             expert_Nk = logit_NE.topk(self.balance.k, dim=-1).indices
             image_N = image_mask.reshape(-1)[real].to(logits.device)
             choice = Choice(None, expert_Nk, None, torch.zeros_like(expert_Nk[:, 0]), image_N)
-            stats.add(Routing(choice, torch.ones_like(expert_Nk, dtype=torch.float32), logit_NE.softmax(1), logit_NE))
+            routing = Routing(choice, torch.ones_like(expert_Nk, dtype=torch.float32), logit_NE.softmax(1), logit_NE)
+            stats.add(routing, count_choices(expert_Nk, logits.shape[-1]))
 
     def metrics(self, device: torch.device, reduce: Reduce | None = None) -> dict[str, Any]:
         """Load, entropy and dead experts of each router since the last call, as `router_metrics` has them."""

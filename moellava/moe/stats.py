@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moellava.moe.losses import Reduce
+from moellava.moe.losses import Reduce, tally
 from moellava.moe.router import Routing
 
 PARTS = ("image", "text")
@@ -29,19 +29,20 @@ class RouterStats:
         self._sums: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, routing: Routing) -> None:
-        """Counts one forward."""
+    def add(self, routing: Routing, choices_E: Tensor) -> None:
+        """Counts one forward, in which each expert was chosen so often."""
         choice, n_experts = routing.choice, self.n_experts
-        load = torch.bincount(choice.expert_Nk.reshape(-1), minlength=n_experts)
-        image = torch.zeros_like(load)
-        if choice.image_N is not None:
-            image = torch.bincount(choice.expert_Nk[choice.image_N].reshape(-1), minlength=n_experts)
-        text = torch.zeros_like(load) if choice.image_N is None else load - image
         prob_NE = routing.prob_NE
-        entropy = -torch.special.xlogy(prob_NE, prob_NE).sum()
-        dropped = load.new_zeros(()) if choice.kept_Nk is None else (~choice.kept_Nk).sum()
-        tail = torch.stack([entropy.new_tensor(float(len(prob_NE))), entropy, dropped.to(entropy.dtype)])
-        sums = torch.cat([load, image, text, tail]).double()
+        load = choices_E.double()
+        image = torch.zeros_like(load)
+        if choice.image_N is not None:  # what other tokens chose goes behind the last expert
+            of_image_Nk = torch.where(choice.image_N.unsqueeze(1), choice.expert_Nk, n_experts)
+            image = tally(of_image_Nk.reshape(-1), n_experts + 1)[:n_experts].double()
+        text = torch.zeros_like(load) if choice.image_N is None else load - image
+        entropy = -torch.special.xlogy(prob_NE, prob_NE).sum().double()
+        dropped = torch.zeros_like(entropy) if choice.kept_Nk is None else (~choice.kept_Nk).sum().double()
+        tail = torch.stack([torch.full_like(entropy, len(prob_NE)), entropy, dropped])
+        sums = torch.cat([load, image, text, tail])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def vector(self, device: torch.device) -> Tensor:

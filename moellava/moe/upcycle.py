@@ -15,7 +15,7 @@ from moellava.errors import UserError
 from moellava.moe.context import RoutingContext, checkpoint_contexts
 from moellava.moe.decoder import decoder_layers, mlp_names
 from moellava.moe.layer import NativeMoE, RoutedMLP
-from moellava.moe.losses import Reduce, RouterLosses, combine, step_bias
+from moellava.moe.losses import Reduce, RouterLosses, Total, combine, step_bias
 from moellava.moe.mlp import add_noise, check_slices, hidden_size, redraw_units, silence, slice_mlp
 from moellava.moe.spec import MoESpec
 from moellava.moe.stats import summarise_all
@@ -158,18 +158,28 @@ def _share_context(model: nn.Module) -> None:
         layer.context = context
 
 
-def set_routing_context(model: nn.Module, token_mask: Tensor | None = None, image_mask: Tensor | None = None) -> None:
+def set_routing_context(
+    model: nn.Module,
+    token_mask: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    places: Tensor | None = None,
+    sequences: tuple[Tensor, int] | None = None,
+) -> None:
     """Tells the routers what the next forward holds. Call it before each forward in training.
 
     Args:
         model: a model; nothing happens if it is dense.
         token_mask: [B, L] bool, True where a token is real. Padding is then excluded from losses, counts and experts.
         image_mask: [B, L] bool, True where an image patch stands; splits the logged load into image and text.
+        places: indices [N] of the real tokens among all B × L, in order, where they are known; else the host waits for
+            the device once in each forward, to learn how many there are.
+        sequences: of several samples in a row, the sample of each real token [N], from 0 on, and how many there are.
+            None: every row is one.
 
     With no masks (as for generation) every token counts.
     """
     for layer in sparse_modules(model):
-        layer.context.token_mask, layer.context.image_mask = token_mask, image_mask
+        layer.context.set(token_mask, image_mask, places, sequences)
 
 
 @contextmanager
@@ -187,7 +197,7 @@ def counted_routing(model: nn.Module) -> Iterator[None]:
             context.counts_answers = counts
 
 
-def router_losses(model: nn.Module, total_tokens: float | None = None, reduce: Reduce | None = None) -> RouterLosses:
+def router_losses(model: nn.Module, total_tokens: Total = None, reduce: Reduce | None = None) -> RouterLosses:
     """Losses of the last forward, with gradient. Add `.total` to the cross-entropy.
 
     Args:

@@ -19,7 +19,7 @@ from transformers import LlavaConfig
 
 from moellava.moe import checkpoint_contexts, moe_layers, router_losses
 from moellava.plan.counting import Counting, EvenLoad
-from moellava.train.loss import SupervisedHead, cross_entropy_sum
+from moellava.train.loss import Supervised, SupervisedHead
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class Traced:
     flops: float
 
 
+AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Settings of models that do more to logits than their head: those are not computed in chunks."""
+
+
 class StepTrace:
     """Traces steps of one model.
 
@@ -68,7 +72,9 @@ class StepTrace:
         with self.fake:
             model.to_empty(device="cpu")
         self.model, self.on_gpu = model.train(), on_gpu
-        self.head = SupervisedHead(model.get_output_embeddings())
+        text = model.config.get_text_config()
+        self.head = SupervisedHead(model.get_output_embeddings(), text.vocab_size)
+        self.head.is_last = not any(getattr(text, name, None) for name in AFTER_THE_HEAD)
         self.has_checkpoints = False
 
     @property
@@ -109,10 +115,10 @@ class StepTrace:
 
     def _loss(self, batch: Batch, selected: int) -> Tensor:
         shape = (batch.samples, batch.length)
-        rows = torch.zeros(shape, dtype=torch.bool)
-        with self.head.only(rows):
+        zeros = torch.zeros(selected, dtype=torch.long)
+        with self.head.only(Supervised(zeros, zeros, torch.Size(shape))):
             logits = self.model(inputs_embeds=self._embeddings(batch), use_cache=False).logits
-        loss = cross_entropy_sum(logits, torch.zeros(selected, dtype=torch.long))
+        loss = self.head.loss_sum(logits, zeros)
         del logits
         if moe_layers(self.model):
             loss = loss + router_losses(self.model, total_tokens=batch.samples * batch.length).total

@@ -187,6 +187,9 @@ class RunArguments(AdapterArguments):
 
     model_max_length: int = _flag("Longest sample in tokens, image patches counted.", 512)
     group_by_modality_length: bool = _flag("Batches of one modality and similar lengths.", False)
+    packing: bool = _flag(
+        "Several samples in a row of --model_max_length, each as if it were alone; a batch is then of rows.", False
+    )
     eval_samples: int = _flag("Records of --eval_data_path that are answered, and logged, at each evaluation.", 0)
     report_html: bool = _flag("Write a page and pictures of the run at its end (`moellava report`).", False)
     eval_task: list[str] = _flag("Benchmarks that are scored every --eval_steps, such as easy-vqa.", [])

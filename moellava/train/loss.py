@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-entropy on supervised positions only.
+"""Cross-entropy on supervised positions only, and never on more logits at once than fit beside the rest of a step.
 
 The language-model head runs where a label is, and nowhere else (DESIGN, decision 8): with a vocabulary of 150,000 and
 one-word answers, the full logits of a batch are larger than everything else in the step. A forward pre-hook on the head
@@ -8,71 +8,257 @@ selects the rows, so that HF's forward stays as it is, whichever class it belong
     labels     [B, L]   -100  -100   7     8    -100
     rows       [B, L]    .     x     x     .     .      position i predicts label i + 1
     logits     [N, V]          7     8                  N supervised positions of the batch
+
+Where the logits of all N rows would be more than `CHUNK` numbers, HF's forward sees those of one row. The head runs
+over all of them aside, in chunks, and each chunk's logits are computed again in the backward: no [N, V] exists. A plain
+linear head is one autograd node (`LinearLoss`), any other one is called within `torch.utils.checkpoint`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from moellava.constants import IGNORE_INDEX
+from moellava.log import get_logger
+
+CHUNK = 2**25
+"""Most logits that are held at once: 128 MiB in fp32, some 220 rows of a vocabulary of 150,000. A chunk costs a pass
+over the head's weight and its gradient, which so many rows are worth."""
 
 
-def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+class Supervised(NamedTuple):
     """Where the head has to run, and what it should say there.
 
     Args:
-        labels: [B, L] token ids, -100 where nothing is trained.
-
-    Returns:
-        rows: [B, L] bool, true at position i if label i + 1 is supervised.
-        targets: [N] the labels of those rows, in row-major order.
+        place_N: indices into [B, L], flattened, in order: position i if label i + 1 is supervised.
+        target_N: the labels of those rows.
+        shape: [B, L].
     """
-    shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    rows = shifted != IGNORE_INDEX
-    return rows, shifted[rows]
+
+    place_N: Tensor
+    target_N: Tensor
+    shape: torch.Size
+
+
+def supervised_positions(labels: Tensor, place_N: Tensor | None = None) -> Supervised:
+    """What labels [B, L] ask of the head; they are -100 where nothing is trained.
+
+    Args:
+        place_N: see `Supervised`, where it is known. None: it is found, for which the host waits for the device.
+    """
+    shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    if place_N is None:
+        place_N = (shifted != IGNORE_INDEX).nonzero().squeeze(1)
+    return Supervised(place_N, shifted.index_select(0, place_N), labels.shape)
 
 
 class SupervisedHead:
-    """Narrows a head's input from [B, L, D] to [N, D] while `only` is active.
+    """Narrows a head's input from [B, L, D] to [N, D] while `only` is active, and takes the loss of what it says.
 
     Args:
         head: the module that maps hidden states to logits.
+        vocabulary: V.
+
+    Attributes:
+        is_last: whether the head's output is the model's logits as it is; None: not known yet. Where a class scales or
+            caps them afterwards, they are computed in one piece, by its own forward.
     """
 
-    def __init__(self, head: nn.Module):
-        self._rows: torch.Tensor | None = None
+    def __init__(self, head: nn.Module, vocabulary: int):
+        self.head = head
+        self.vocabulary = vocabulary
+        self.is_last: bool | None = None
+        self._asked: Supervised | None = None
+        self._hidden_ND: Tensor | None = None
+        self._said: Tensor | None = None
+        self._peeks = False
+        self._autocast = (False, torch.float32)
         head.register_forward_pre_hook(self._select)
+        head.register_forward_hook(self._note)
 
     def _select(self, module: nn.Module, inputs: tuple) -> tuple | None:
-        if self._rows is None:
+        if self._asked is None:
             return None
         hidden, *rest = inputs
-        return (hidden[self._rows], *rest)
+        if hidden.shape[:-1] != self._asked.shape:
+            raise ValueError(f"labels are {list(self._asked.shape)}, but hidden states {list(hidden.shape[:-1])}")
+        hidden_ND = hidden.flatten(0, 1).index_select(0, self._asked.place_N)
+        device = hidden.device.type
+        self._hidden_ND, self._autocast = None, (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        if self._peeks or (self.is_last and (self.is_plain or len(hidden_ND) > self.rows)):
+            self._hidden_ND = hidden_ND
+            hidden_ND = hidden_ND[:1]
+        return (hidden_ND, *rest)
+
+    def _note(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self._said = output.detach() if self._asked is not None and self.is_last is None else None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a chunk."""
+        return max(CHUNK // self.vocabulary, 1)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether calling the head multiplies by its weight and does no more: it is in no adapter, not offloaded, and
+        its weight lies whole on this process (ZeRO-3 fetches it when the head is called)."""
+        head, own = self.head, 1  # of each sort of hooks, the one that is set here
+        if type(head) is not nn.Linear or "forward" in vars(head) or hasattr(head.weight, "ds_id"):
+            return False
+        return len(head._forward_pre_hooks) == len(head._forward_hooks) == own
 
     @contextmanager
-    def only(self, rows: torch.Tensor) -> Iterator[None]:
-        """Inside, the head sees the positions where `rows` [B, L] is true."""
-        self._rows = rows
+    def only(self, supervised: Supervised) -> Iterator[None]:
+        """Inside, the head sees the supervised positions, or one of them where the others are for `loss_sum`."""
+        self._asked = supervised
         try:
             yield
         finally:
-            self._rows = None
+            self._asked = None
+
+    @torch.no_grad()
+    def look(self, forward: Callable[[], Tensor], supervised: Supervised) -> None:
+        """Finds out `is_last` from a forward, which gives the model's logits. With many processes, on all of them."""
+        first = Supervised(supervised.place_N.new_zeros(1), supervised.target_N.new_zeros(1), supervised.shape)
+        with self.only(first):
+            logits = forward()
+        assert self._said is not None
+        self.is_last = logits.shape == self._said.shape and torch.equal(logits, self._said.to(logits.dtype))
+        self._said = None
+        if not self.is_last:
+            get_logger().info("The model does more to logits than its head: they are computed in one piece.")
+
+    @torch.no_grad()
+    def seen(self, forward: Callable[[], object], supervised: Supervised) -> Tensor:
+        """What the head is given at the supervised positions, [N, D], in a forward."""
+        self._peeks = True
+        try:
+            with self.only(supervised):
+                forward()
+        finally:
+            self._peeks = False
+        hidden_ND, self._hidden_ND = self._hidden_ND, None
+        assert hidden_ND is not None
+        return hidden_ND
+
+    def loss_sum(self, logits: Tensor, target_N: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Summed cross-entropy of the last forward's rows in fp32, a scalar (0 with a gradient path if N is 0).
+
+        Args:
+            logits: what that forward gave.
+            target_N: see `Supervised`.
+        """
+        if self._hidden_ND is None:
+            return cross_entropy_sum(logits, target_N, label_smoothing)
+        if self.is_plain:
+            enabled, dtype = self._autocast
+            hidden_ND, self._hidden_ND = self._hidden_ND, None
+            options = (self.rows, label_smoothing, dtype if enabled else hidden_ND.dtype)
+            return LinearLoss.apply(hidden_ND, self.head.weight, self.head.bias, target_N, *options)
+        chunks = self._chunks(target_N)
+        sums = [checkpoint(self._loss, *one, "sum", label_smoothing, use_reentrant=False) for one in chunks]
+        return torch.stack(sums).sum()
+
+    def losses(self, logits: Tensor, target_N: Tensor) -> Tensor:
+        """The same of each row, [N], without gradient."""
+        if self._hidden_ND is None:
+            return functional.cross_entropy(logits.float(), target_N, reduction="none")
+        return torch.cat([self._loss(*one, "none", 0.0) for one in self._chunks(target_N)])
+
+    def _chunks(self, target_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Hidden states and targets of each chunk; they are let go of."""
+        assert self._hidden_ND is not None
+        hidden_ND, self._hidden_ND = self._hidden_ND, None
+        return zip(hidden_ND.split(self.rows), target_N.split(self.rows), strict=True)
+
+    def _loss(self, hidden_nD: Tensor, target_n: Tensor, reduction: str, label_smoothing: float) -> Tensor:
+        enabled, dtype = self._autocast  # of the model's forward, in which this is a part
+        with torch.autocast(hidden_nD.device.type, dtype, enabled):
+            logits_nV = self.head(hidden_nD)
+        return functional.cross_entropy(
+            logits_nV.float(), target_n, reduction=reduction, label_smoothing=label_smoothing
+        )
 
 
-def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+class LinearLoss(torch.autograd.Function):
+    """Summed cross-entropy in fp32 of what a linear head says, a scalar, in chunks of rows.
+
+    Under autograd each chunk would bring a gradient of the weight's size; here they add up in one, to which that of a
+    tied embedding is added in place. Logits of a single chunk are kept for the backward.
+
+    Args (of `apply`):
+        hidden_ND, weight_VD, bias_V, target_N: rows, the head's tensors, and the labels.
+        rows: of a chunk.
+        label_smoothing: share of the target that is spread over all words.
+        dtype: of the products.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, rows: int, label_smoothing: float, dtype: torch.dtype):
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N)
+        ctx.options = (rows, label_smoothing, dtype)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            weight_VD, bias_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+            sums = []
+            for one_nD, target_n in zip(hidden_ND.split(rows), target_N.split(rows), strict=True):
+                logits_nV = functional.linear(one_nD.to(dtype), weight_VD, bias_V)
+                sums.append(cross_entropy_sum(logits_nV, target_n, label_smoothing))
+            ctx.kept_NV = logits_nV if len(sums) == 1 else None
+            return torch.stack(sums).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        hidden_ND, own_VD, own_V, target_N = ctx.saved_tensors
+        rows, label_smoothing, dtype = ctx.options
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        weight_VD, bias_V = own_VD.to(dtype), None if own_V is None else own_V.to(dtype)
+        dhidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+        dweight_VD = torch.zeros_like(own_VD) if wants_weight else None
+        dbias_V = torch.zeros_like(own_V) if wants_bias else None
+        kept_NV, ctx.kept_NV = ctx.kept_NV, None  # it becomes the gradient
+        for begin in range(0, len(hidden_ND), rows):
+            chunk = slice(begin, begin + rows)
+            hidden_nD = hidden_ND[chunk].to(dtype)
+            logits_nV = functional.linear(hidden_nD, weight_VD, bias_V) if kept_NV is None else kept_NV
+            dlogits_nV = _into_gradient(logits_nV.float(), target_N[chunk], label_smoothing).mul_(dloss).to(dtype)
+            if dhidden_ND is not None:
+                dhidden_ND[chunk] = dlogits_nV @ weight_VD
+            if dweight_VD is not None and dweight_VD.dtype == dtype:
+                dweight_VD.addmm_(dlogits_nV.t(), hidden_nD)
+            elif dweight_VD is not None:
+                dweight_VD += dlogits_nV.t() @ hidden_nD
+            if dbias_V is not None:
+                dbias_V += dlogits_nV.sum(0)
+        return dhidden_ND, dweight_VD, dbias_V, None, None, None, None
+
+
+def _into_gradient(logits_nV: Tensor, target_n: Tensor, label_smoothing: float) -> Tensor:
+    """The gradient of the summed cross-entropy by its logits, in their place: softmax minus the targets."""
+    logits_nV.sub_(logits_nV.amax(1, keepdim=True)).exp_()
+    logits_nV.div_(logits_nV.sum(1, keepdim=True))
+    if label_smoothing:
+        logits_nV.sub_(label_smoothing / logits_nV.shape[1])
+    of_target = logits_nV.new_full((len(target_n), 1), label_smoothing - 1.0)
+    return logits_nV.scatter_add_(1, target_n.unsqueeze(1), of_target)
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Summed cross-entropy in fp32: logits [N, V] against targets [N] -> scalar (0 with a gradient path if N is 0)."""
     return functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
 
 
-def cross_entropy_rows(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """What each record adds to a loss over many: logits [N, V], targets [N], rows [B, L] true at those N -> [B, 2], the
-    summed cross-entropy of a record in fp32 and the number of its supervised tokens."""
-    each = functional.cross_entropy(logits.float(), targets, reduction="none")
-    of_record = rows.nonzero()[:, 0]
-    sums = torch.stack([each, torch.ones_like(each)], dim=1)
-    return torch.zeros(len(rows), 2, device=each.device).index_add_(0, of_record, sums)
+def sums_of_records(losses_N: Tensor, supervised: Supervised) -> Tensor:
+    """What each record adds to a loss over many: [B, 2], the summed losses of its rows and their number."""
+    records, length = supervised.shape
+    of_record = supervised.place_N // length
+    sums = torch.stack([losses_N, torch.ones_like(losses_N)], dim=1)
+    return torch.zeros(records, 2, device=losses_N.device).index_add_(0, of_record, sums)

@@ -32,7 +32,7 @@ DEAD = "router_dead/"
 LONGEST = 159
 """Characters of a line."""
 
-SPARED = ("ce", "memory", "grad", "tokens", "aux")
+SPARED = ("ce", "padding", "memory", "grad", "tokens", "aux")
 """What a line goes without where it would be longer, in this order."""
 
 NOT_SCORES = ("runtime", "samples_per_second", "steps_per_second")
@@ -183,6 +183,8 @@ def parts_of_line(step: int, last_step: int, logs: Mapping[str, Any], clock: Clo
     if "tokens_per_second" in logs:
         parts["tokens"] = f"{logs['tokens_per_second']:,.0f} tokens/s"
         parts["memory"] = gigabytes(peak_memory())
+    if "padding" in logs:
+        parts["padding"] = f"padding {logs['padding']:.0%}"
     parts["time"] = f"{duration(clock.elapsed)}<{duration(clock.remaining(step, last_step))}"
     return parts
 

@@ -98,31 +98,47 @@ class StepWatch(TrainerCallback):
         self.trainer = trainer
         self.request = request
         self.agreed = 0
-        self.broken: list[str] = []
+        self.seen: list[tuple[dict[str, torch.Tensor], list[str]]] = []
 
-    def see(self, measured: dict[str, float], records: list[str]) -> None:
-        """Notes the records of a micro-batch whose losses are not finite."""
-        bad = [f"{name} {value}" for name, value in measured.items() if not math.isfinite(value)]
-        if bad:
-            self.broken += [f"{', '.join(bad)} for {record}" for record in records or ["an unknown record"]]
+    def see(self, measured: dict[str, torch.Tensor], records: list[str]) -> None:
+        """Notes the losses of a micro-batch and its records. Nothing is looked at before the step's end."""
+        self.seen.append((measured, records))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """Before the weights move: raises UserError where a loss or the gradient is not finite; hears of signals."""
+        """Before the weights move: raises UserError where a loss or the gradient is not finite; hears of signals.
+
+        One question is asked of the device in a step, of whatever process and however many micro-batches.
+        """
         norm = self.trainer.last_grad_norm
-        # Under fp16 a gradient may overflow: the scaler leaves that step out and scales less.
-        bad_norm = not args.fp16 and norm is not None and not math.isfinite(float(norm))
-        if bad_norm and not self.broken:
-            self.broken += [f"a gradient of norm {float(norm)} for {name}" for name in self.trainer.step_records]
+        numbers = [value for measured, _ in self.seen for value in measured.values()]
+        if norm is not None and not args.fp16:  # there a gradient may overflow: the scaler leaves that step out
+            numbers.append(torch.as_tensor(norm))
+        bad = (~torch.isfinite(torch.stack([value.to(args.device, torch.float64) for value in numbers]))).any()
         # The larger of two signals would be their sum: each process counts in a place of its own.
-        asked = [float(self.request.number == number) for number in SIGNALS]
-        told = sum_over_processes(torch.tensor([float(bool(self.broken)), *asked], device=args.device)).tolist()
+        asked = torch.tensor([float(self.request.number == number) for number in SIGNALS], dtype=torch.float64)
+        told = sum_over_processes(torch.cat([bad.double().view(1), asked.to(args.device)])).tolist()
         if told[0]:
             raise UserError(self._not_finite(args, state.global_step + 1))
+        self.seen.clear()
         self.agreed = next((number for number, count in zip(SIGNALS, told[1:], strict=True) if count), 0)
+
+    def _broken(self) -> list[str]:
+        """What is not finite in this process, by record."""
+        broken: list[str] = []
+        for measured, records in self.seen:
+            numbers = {name: float(value) for name, value in measured.items()}
+            bad = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
+            if bad:
+                broken += [f"{', '.join(bad)} for {record}" for record in records or ["an unknown record"]]
+        norm = self.trainer.last_grad_norm
+        if not broken and norm is not None and not math.isfinite(float(norm)):
+            records = [record for _, records in self.seen for record in records]
+            broken += [f"a gradient of norm {float(norm)} for {name}" for name in records]
+        return broken
 
     def _not_finite(self, args: Any, step: int) -> str:
         """The message, on every process; they come here together."""
-        joined = joined_over_processes({(rank(), number): line for number, line in enumerate(self.broken)})
+        joined = joined_over_processes({(rank(), number): line for number, line in enumerate(self._broken())})
         lines = [joined[key] for key in sorted(joined)]
         more = [f"  … and {len(lines) - 20} more"] if len(lines) > 20 else []
         last = last_checkpoint(args.output_dir)
@@ -143,7 +159,6 @@ class StepWatch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """After a step on which all agree to end: a checkpoint, whatever --save_strategy says."""
-        self.trainer.step_records.clear()
         if self.agreed:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

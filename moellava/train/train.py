@@ -24,6 +24,7 @@ from moellava.adapters.gradient_watch import GradientWatch
 from moellava.adapters.lora import trainable_parameters
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.media import MediaFiles
+from moellava.data.packing import packed
 from moellava.data.records import Records, load_records
 from moellava.data.render.own import begin_on, day
 from moellava.data.skip_lists import SkipList, read_skip_list
@@ -31,6 +32,7 @@ from moellava.errors import UserError, message_of
 from moellava.log import copied_to, get_logger, is_rank_zero, printable
 from moellava.model.manifest import read_folder
 from moellava.moe import enable_gradient_checkpointing
+from moellava.moe.activations import use_kernels
 from moellava.processes import leave_group, of_rank_zero
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments
 from moellava.train.assemble import Assembled, assemble, start_of, training_dtype
@@ -165,11 +167,18 @@ def make_trainer(
     if args.activation_checkpointing:
         enable_gradient_checkpointing(vlm.model)
         args.activation_checkpointing = False  # the Trainer would switch on its own, which routes anew
+    if replaced := use_kernels(vlm.model):
+        logger.info("%d activations run as one kernel", replaced)
     set_seed(args.seed)  # a resumed run and a fresh one build models differently; both train from the same state
     collator = vlm.collator(train_questions=not model_args.mask_question_tokens)
     shown = {modality for dataset in datasets.values() if dataset is not None for modality in dataset.modalities}
     collator.modalities = sorted(shown)
-    collator.names_records = True
+    collator.is_told = True
+    if args.packing:
+        seed = args.seed if args.data_seed is None else args.data_seed
+        rows = packed(datasets["train_dataset"], args.model_max_length, seed, args.group_by_modality_length)
+        logger.info("Packing: %s", rows)
+        datasets = datasets | {"train_dataset": rows}
     trainer = StageTrainer(
         vlm=vlm,
         folder=StageFolder(Path(args.output_dir), vlm, stage.name, assembled.adapter, masters),

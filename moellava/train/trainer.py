@@ -11,24 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from moellava.data.collate import RECORDS, UNREADABLE
-from moellava.data.dataset import SupervisedDataset
+from moellava.data.places import PLACES, Places
 from moellava.data.sampler import GroupedSampler
 from moellava.errors import UserError
 from moellava.log import get_logger
-from moellava.moe import moe_layers, router_losses, router_metrics, set_routing_context, update_router_bias
+from moellava.moe import moe_layers, router_losses, router_metrics, set_routing_context
 from moellava.moe.own_routers import OwnRouters, has_own_experts
-from moellava.processes import joined_over_processes, sum_over_processes
+from moellava.processes import sum_over_processes
 from moellava.train.checkpoint import STAGING, last_checkpoint, put_in_place
 from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, stored_ep_size
 from moellava.train.folder import StageFolder
 from moellava.train.intact import reading
-from moellava.train.loss import SupervisedHead, cross_entropy_rows, cross_entropy_sum, supervised_positions
+from moellava.train.loss import SupervisedHead, sums_of_records, supervised_positions
 from moellava.train.optimizer import missing_from, parameter_groups
+from moellava.train.packing import evaluating
 from moellava.train.progress import Clock, RunLines, RunProgress
+from moellava.train.run_hooks import RunHooks, counts_of
 from moellava.train.stopping import StepWatch, StopRequest, require_finite
 from moellava.vlm import VLM
 
@@ -51,12 +53,11 @@ class StageTrainer(Trainer):
         self.folder = folder
         self.image_token_ids = vlm.placeholder_ids  # the image tokens of the routing statistics
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the supervised tokens of the whole step
-        self.head = SupervisedHead(self.model.get_output_embeddings())
+        self.head = SupervisedHead(self.model.get_output_embeddings(), self.model.config.get_text_config().vocab_size)
         self.is_moe = bool(moe_layers(self.model))
         self.own_routers = watch_own_experts(vlm, balance)
-        self.step_tokens = 0.0
-        self.step_labels = 0
-        self.step_records: list[str] = []
+        self.step_tokens = torch.zeros(())
+        self.step_items: torch.Tensor | int | None = None
         self.last_grad_norm: torch.Tensor | float | None = None
         self.eval_sums: torch.Tensor | None = None
         self.watch = StepWatch(self, StopRequest())
@@ -73,58 +74,84 @@ class StageTrainer(Trainer):
     # -- loss ------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step; also counts its tokens, on which the router losses are means."""
+        """The micro-batches of one optimizer step; for a sparse model also counts its tokens, on which the router
+        losses are means."""
         if self.control.should_training_stop:  # before the first step: see `RunHooks.on_epoch_begin`
             return [], None
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counted = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum() if batches else 0
-        self.step_tokens = float(sum_over_processes(torch.as_tensor(counted, dtype=torch.float64).to(device)))
-        self.step_labels = int(num_items_in_batch or 0)
+        if self.is_moe or self.own_routers is not None:
+            counted = sum(len(batch[PLACES]["real"]) for batch in batches)
+            self.step_tokens = sum_over_processes(torch.tensor(float(counted), dtype=torch.float64, device=device))
+        self.step_items = num_items_in_batch
         return batches, num_items_in_batch
+
+    @property
+    def step_labels(self) -> int:
+        """Supervised tokens of this optimizer step. The host waits for the device."""
+        return int(self.step_items or 0)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy per supervised token of the whole step, plus the router losses.
 
         Args:
-            inputs: input_ids, attention_mask, labels [B, L], pixel_values [N, 3, H, W].
+            inputs: input_ids, attention_mask, labels [B, L], pixel_values [N, 3, H, W]; of samples that share rows also
+                position_ids [B, L]. What the collator says beside them is taken out.
             num_items_in_batch: supervised tokens of this optimizer step over all processes and accumulation
                 steps, 0 where none of its records could be shown; not read in evaluation, where `prediction_step`
                 counts what every record adds.
         """
         dataset = self.train_dataset if model.training else self.eval_dataset
         dataset.leave_out(inputs.pop(UNREADABLE, {}))
-        records = inputs.pop(RECORDS, [])
-        rows, targets = supervised_positions(inputs["labels"])
-        token_mask = inputs["attention_mask"].bool()
-        image_mask = torch.isin(inputs["input_ids"], inputs["input_ids"].new_tensor(self.image_token_ids))
-        set_routing_context(self.model, token_mask=token_mask, image_mask=image_mask & token_mask)
-        with self.head.only(rows):
-            outputs = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
+        records, places = inputs.pop(RECORDS), Places(**inputs.pop(PLACES))
+        supervised = supervised_positions(inputs.pop("labels"), places.supervised)
+        image_mask, attention_mask = self.tell_routers(inputs, places), inputs["attention_mask"]
+        if places.is_packed:
+            del inputs["attention_mask"]
+        if self.head.is_last is None and self.may_chunk:
+            with evaluating(model):
+                self.head.look(lambda: model(**inputs, use_cache=False).logits, supervised)
+        with self.head.only(supervised):
+            outputs = model(**inputs, use_cache=False)
         if not model.training:
-            self.eval_sums = cross_entropy_rows(outputs.logits, targets, rows)
-            loss = cross_entropy_sum(outputs.logits, targets) / max(len(targets), 1)
+            self.eval_sums = sums_of_records(self.head.losses(outputs.logits, supervised.target_N), supervised)
+            loss = self.eval_sums[:, 0].sum() / max(len(supervised.target_N), 1)
             return (loss, outputs) if return_outputs else loss
         # Gradients are averaged over processes, so each contributes its share of the step times their number.
         processes = self.accelerator.num_processes
-        ce = cross_entropy_sum(outputs.logits, targets, self.args.label_smoothing_factor)
+        ce = self.head.loss_sum(outputs.logits, supervised.target_N, self.args.label_smoothing_factor)
         own_mean = not self.args.average_tokens_across_devices  # then the count is this process's own
-        loss = ce * (1 if own_mean else processes) / max(num_items_in_batch, 1)
-        measured = {"ce": loss.detach(), "tokens": token_mask.sum(), "samples": len(token_mask)}
+        loss = ce * (1 if own_mean else processes) / torch.as_tensor(num_items_in_batch).clamp_min(1)
+        measured = {"ce": loss.detach()}
         if self.is_moe:
             shares = router_losses(self.model, total_tokens=self.step_tokens, reduce=sum_over_processes)
-            measured |= {"aux": shares.aux.detach() * processes, "z": shares.z.detach() * processes}
+            measured |= {
+                name: value.detach().double() * processes for name, value in (("aux", shares.aux), ("z", shares.z))
+            }
             loss = loss + shares.total * processes
         elif self.own_routers is not None:
-            share = token_mask.sum() / self.step_tokens * processes
-            aux = self.own_routers.loss(inputs["attention_mask"], image_mask & token_mask) * share
+            share = len(places.real) / self.step_tokens * processes
+            aux = self.own_routers.loss(attention_mask, image_mask) * share
             measured["aux"] = aux.detach()
             loss = loss + aux * self.own_routers.coefficient
-        numbers = {name: float(value) for name, value in measured.items()}
-        self.step_records += records
-        self.watch.see(numbers, records)
-        for name, number in numbers.items():
+        self.watch.see(measured, records)
+        counted = {"tokens": len(places.real), "positions": attention_mask.numel(), "samples": len(records)}
+        for name, number in ({name: value.double() for name, value in measured.items()} | counted).items():
             self.sums[name] = self.sums.get(name, 0.0) + number
         return (loss, outputs) if return_outputs else loss
+
+    def tell_routers(self, inputs, places: Places) -> torch.Tensor:
+        """Sets what the routers know of a batch; gives the mask [B, L] of its image patches."""
+        ids, token_mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        image_mask = torch.isin(ids, ids.new_tensor(self.image_token_ids)) & token_mask
+        sequences = (places.sequence, places.n_sequences)
+        set_routing_context(self.model, token_mask, image_mask, places.real, sequences)
+        return image_mask
+
+    @property
+    def may_chunk(self) -> bool:
+        """Whether the logits of a micro-batch may be too many to be held at once; the same on every process."""
+        rows = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
+        return rows * self.args.model_max_length > self.head.rows
 
     def _get_grad_norm(self, model, grad_norm=None):
         self.last_grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -160,14 +187,17 @@ class StageTrainer(Trainer):
     def _drain(self) -> dict[str, float]:
         """Sums since the last log line -> means per optimizer step, over all processes."""
         names = list(self.sums)
-        sums = torch.tensor([self.sums[name] for name in names], dtype=torch.float64, device=self.args.device)
+        device = self.args.device
+        sums = torch.stack([torch.as_tensor(self.sums[name], dtype=torch.float64, device=device) for name in names])
         values = dict(zip(names, sum_over_processes(sums).tolist(), strict=True))
         seconds = time.perf_counter() - self.interval_start
         counts = {name: values.pop(name) for name in ("tokens", "samples")}
+        positions = values.pop("positions")
         self.clock.count(**counts, seconds=seconds)
         steps = max(self.state.global_step - self.last_logged_step, 1) * self.args.world_size
         shown = {name: value / steps for name, value in values.items()}
         shown |= {f"{name}_per_second": count / seconds for name, count in counts.items()}
+        shown["padding"] = 1 - counts["tokens"] / positions
         if self.is_moe:
             shown |= flat_metrics(router_metrics(self.model, reduce=sum_over_processes))
         elif self.own_routers is not None:
@@ -182,7 +212,7 @@ class StageTrainer(Trainer):
 
     def begin_interval(self) -> None:
         """Starts counting for the next log line."""
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Any] = {}
         self.interval_start = time.perf_counter()
         self.last_logged_step = self.state.global_step
 
@@ -309,56 +339,6 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         self.folder.load(model or self.model, Path(resume_from_checkpoint))
-
-
-class RunHooks(TrainerCallback):
-    """What happens around steps: checks before the first one, the sampler's epoch, the routers' biases, counts."""
-
-    def __init__(self, trainer: StageTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Stops before step 0 if DeepSpeed was dropped, if a parameter has no optimizer, or if saving fails."""
-        trainer = self.trainer
-        if args.deepspeed:
-            from deepspeed import DeepSpeedEngine
-
-            if not isinstance(trainer.model_wrapped, DeepSpeedEngine):
-                raise UserError(
-                    f"--deepspeed {args.deepspeed} was given, but the model is wrapped by "
-                    f"{type(trainer.model_wrapped).__name__}. Start with `deepspeed train.py …` or `torchrun …`."
-                )
-        trainer.begin_interval()
-        if not args.skip_dry_save:
-            trainer.folder.dry_save(trainer.model, trainer.model_wrapped, trainer.accelerator)
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Tells our sampler the epoch; a resumed run skips batches of the same order.
-
-        One that was killed behind its last checkpoint has no step left; Hugging Face's loop would ask after one more.
-        """
-        if state.global_step >= state.max_steps:
-            control.should_training_stop = True
-        if self.trainer.train_sampler is not None:
-            self.trainer.train_sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Moves the routers' selection biases (`--router_balance bias`)."""
-        update_router_bias(self.trainer.model, reduce=sum_over_processes)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Completes the run's totals."""
-        self.trainer.count_rest()
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """Says how many records were left out or cut, so that no loss of data stays silent."""
-        logger.info("Epoch data: %s", counts_of(self.trainer.train_dataset))
-
-
-def counts_of(dataset: SupervisedDataset) -> str:
-    """What became of the records of a data set, on all processes together, which come here together."""
-    dataset.leave_out(joined_over_processes(dataset.unreadable))
-    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in dataset.report().items())
 
 
 def watch_own_experts(vlm: VLM, balance: float | None = None) -> OwnRouters | None:

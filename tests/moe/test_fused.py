@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from moellava.moe.experts import Dispatch, loop_over_experts, run_experts
-from moellava.moe.grouped import can_group, run_grouped
+from moellava.moe.experts import Dispatch, loop_over_experts, run_experts, sort_by_expert
+from moellava.moe.grouped import can_group, in_place, lie_together, run_grouped
+from moellava.moe.router import Choice
 from moellava.moe.weights import tensors_of
 
 
@@ -51,13 +52,13 @@ def problem(mlp, bias=True, activation=None, width=24, dtype=torch.float32):
     experts = [mlp(16, width, bias, activation or nn.SiLU()).to(dtype) for _ in range(4)]
     x = torch.randn(6, 16).to(dtype)
     tokens = torch.tensor([0, 1, 2, 4, 5, 0, 2, 3, 1, 3, 4, 5])
-    return experts, x, Dispatch(tokens, torch.rand(12), [5, 0, 3, 4])
+    return experts, x, Dispatch(tokens, torch.rand(12), torch.tensor([5, 0, 3, 4]))
 
 
 def gradients(run, experts, x, dispatch):
     experts = copy.deepcopy(experts)
     x, gate = x.clone().requires_grad_(), dispatch.gate_R.clone().requires_grad_()
-    out = run(experts, x, Dispatch(dispatch.token_R, gate, dispatch.counts))
+    out = run(experts, x, Dispatch(dispatch.token_R, gate, dispatch.count_E))
     (out.float() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     return [out.detach(), x.grad, gate.grad, *(p.grad for e in experts for p in e.parameters())]
 
@@ -103,7 +104,7 @@ def test_the_router_learns_the_same_where_a_gate_has_vanished():
         logit = torch.tensor([0.0, 75.0, -69.0, 74.5]).repeat(3).requires_grad_()
         gate = logit.view(3, 4).softmax(1).view(-1)
         assert (gate == 0).any() and ((gate > 0) & (gate < 1e-30)).any()
-        (run(experts, x, Dispatch(dispatch.token_R, gate, dispatch.counts)) * x).sum().backward()
+        (run(experts, x, Dispatch(dispatch.token_R, gate, dispatch.count_E)) * x).sum().backward()
         return logit.grad
 
     torch.testing.assert_close(router_gradient(run_experts), router_gradient(loop_over_experts), atol=1e-7, rtol=1e-5)
@@ -130,7 +131,7 @@ def test_idle_experts_get_zero_gradients_and_not_none():
 
 def test_no_rows_at_all():
     experts, x, _ = problem(Gated)
-    nothing = Dispatch(torch.zeros(0, dtype=torch.long), torch.zeros(0), [0, 0, 0, 0])
+    nothing = Dispatch(torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(4, dtype=torch.long))
     out, dx, _, *grads = gradients(run_experts, experts, x, nothing)
     assert not out.any() and not dx.any() and all(g is not None and not g.any() for g in grads)
 
@@ -171,17 +172,24 @@ def test_wrapped_linears_are_called_and_not_bypassed():
     assert (run_experts(experts, x, dispatch) - plain).abs().max() > 1e-2
 
 
-def test_autocast_runs_the_experts_in_its_dtype():
-    experts, x, dispatch = problem(Gated)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = run_experts(experts, x, dispatch)
-    assert out.dtype == x.dtype
-    torch.testing.assert_close(out, run_experts(experts, x, dispatch), atol=2e-2, rtol=2e-2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_experts_are_one_node_too(dtype, monkeypatch):
+    """As near to fp32 as calling each expert under autocast is, with gradients for the fp32 weights."""
+    case = problem(Gated)
+    exact, slow = gradients(loop_over_experts, *case), "moellava.moe.experts.loop_over_experts"
+    with torch.autocast("cpu", dtype=dtype):
+        plain = gradients(loop_over_experts, *case)
+        monkeypatch.setattr(slow, None)
+        fused = gradients(run_experts, *case)
+    for mine, theirs, reference in zip(fused, plain, exact, strict=True):
+        assert mine.dtype == reference.dtype == torch.float32
+        assert (mine - reference).abs().max() <= 1.5 * (theirs - reference).abs().max() + 1e-2
+    assert float((fused[0] - exact[0]).abs().max()) > 1e-5, "the products ran in fp32"
 
 
 def grouped(experts, x, dispatch):
     layout, flat = tensors_of(experts)
-    return run_grouped(x, dispatch.gate_R, dispatch.token_R, dispatch.counts, layout, flat)
+    return run_grouped(x, dispatch.gate_R, dispatch.token_R, dispatch.count_E, layout, flat)
 
 
 @pytest.mark.parametrize("mlp", [Gated, GatedInOne, Plain])
@@ -202,3 +210,42 @@ def test_grouped_products_in_bf16():
 def test_the_cpu_does_not_take_the_gpu_path():
     experts, x, _ = problem(Gated, dtype=torch.bfloat16)
     assert not can_group(x, *tensors_of(experts))
+
+
+def test_stacked_weights_are_read_where_they_lie():
+    """After `lie_together`, and in flat buffers as DeepSpeed has them; each expert's gradient is its own."""
+    case = problem(Gated)
+    before = gradients(grouped, *case)
+    experts = case[0]
+    parameters, values = list(experts[1].parameters()), [p.clone() for p in experts[1].parameters()]
+    assert in_place([expert.up_proj.weight for expert in experts]) is None
+    lie_together(experts)
+    assert all(new is old for new, old in zip(experts[1].parameters(), parameters, strict=True))
+    assert all(torch.equal(new, old) for new, old in zip(parameters, values, strict=True))
+    stacked = in_place([expert.up_proj.weight for expert in experts])
+    assert stacked.shape == (4, 24, 16) and stacked.data_ptr() == experts[0].up_proj.weight.data_ptr()
+    experts[2].up_proj.weight.data.add_(1.0)
+    assert torch.equal(stacked[2], experts[2].up_proj.weight), "what an optimizer writes is read"
+    experts[2].up_proj.weight.data.sub_(1.0)
+    run = grouped(*case)
+    assert run.grad_fn is not None
+    for mine, theirs in zip(gradients(grouped, *case), before, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=1e-5)
+
+    flat = torch.arange(40.0)
+    parts = [flat[begin : begin + 6].view(2, 3) for begin in (3, 13, 23)]
+    assert torch.equal(in_place(parts), torch.stack(parts)) and in_place(parts).data_ptr() == parts[0].data_ptr()
+    assert in_place([parts[0], parts[2], parts[1]]) is None, "the order is another one"
+    assert in_place([flat[:6], flat[6:12], flat[20:26]]) is None and in_place([flat[:6], flat[6:11]]) is None
+
+
+def test_rows_of_dropped_choices_weigh_nothing():
+    """On a GPU they are run, so that the host need not count them."""
+    experts, x, _ = problem(Gated)
+    kept_Nk = torch.tensor([[1, 1], [0, 1], [1, 0]]).bool()
+    choice = Choice(None, torch.tensor([[0, 1], [1, 2], [3, 1]]), kept_Nk, torch.zeros(3, dtype=torch.long), None)
+    gate_Nk = torch.rand(3, 2) * kept_Nk
+    kept, all_rows = (sort_by_expert(choice, gate_Nk, 4, leave_out) for leave_out in (True, False))
+    assert len(kept.token_R) == 4 and len(all_rows.token_R) == 6
+    assert kept.counts == [1, 1, 1, 1] and all_rows.counts == [1, 3, 1, 1]
+    torch.testing.assert_close(run_experts(experts, x[:3], all_rows), run_experts(experts, x[:3], kept))

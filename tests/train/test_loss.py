@@ -1,46 +1,187 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head runs on supervised positions only, and the loss is what the full logits would give."""
+"""The head runs on supervised positions only, in chunks, and the loss is what the full logits would give."""
 
+from __future__ import annotations
+
+import copy
+
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from moellava.train.loss import SupervisedHead, cross_entropy_sum, supervised_positions
+from moellava.model.extended import CappedHead
+from moellava.train import loss as loss_module
+from moellava.train.loss import SupervisedHead, sums_of_records, supervised_positions
+from tests.train.live_memory import peak_of
+
+LABELS = torch.tensor([[-100, -100, 7, 8, -100], [5, -100, -100, -100, 9]])
 
 
 def test_rows_and_targets_are_the_shifted_labels():
-    labels = torch.tensor([[-100, -100, 7, 8, -100], [5, -100, -100, -100, 9]])
-    rows, targets = supervised_positions(labels)
-    assert rows.tolist() == [[False, True, True, False, False], [False, False, False, True, False]]
-    assert targets.tolist() == [7, 8, 9]  # label 5 stands at position 0: nothing precedes it
+    place_N, target_N, shape = supervised_positions(LABELS)
+    assert place_N.tolist() == [1, 2, 5 + 3] and shape == (2, 5)
+    assert target_N.tolist() == [7, 8, 9]  # label 5 stands at position 0: nothing precedes it
+    assert torch.equal(supervised_positions(LABELS, place_N).target_N, target_N)
+
+
+def heads() -> dict[str, nn.Module]:
+    """Of 8 units and 11 words: a plain one, one with a cap, and one with an adapter beside it, which drops."""
+    torch.manual_seed(0)
+
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.dropout = nn.Linear(8, 11).requires_grad_(False), nn.Dropout(0.5)
+            self.a, self.b = nn.Linear(8, 2, bias=False), nn.Linear(2, 11, bias=False)
+
+        def forward(self, hidden):
+            return self.base(hidden) + self.b(self.a(self.dropout(hidden)))
+
+    frozen = nn.Linear(8, 11, bias=False).requires_grad_(False)
+    plain, capped = nn.Linear(8, 11), CappedHead(nn.Linear(8, 11), 3.0)
+    return {"plain": plain, "frozen": frozen, "capped": capped, "adapted": Adapted()}
+
+
+@pytest.mark.parametrize("name", ["plain", "capped"])
+def test_chunks_run_as_the_forward_did_under_autocast(name, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", 4 * 11)
+    head, hidden, labels = heads()[name], torch.randn(3, 6, 8), torch.randint(0, 11, (3, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = step(head, hidden, labels, None)
+        found = step(head, hidden, labels, 4)
+    torch.testing.assert_close(found, wanted, rtol=5e-2, atol=5e-2)
+    in_fp32 = step(head, hidden, labels, None)[0]
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    assert float((found[0] - in_fp32).detach().abs()) > 1e-4
+
+
+def step(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, rows: int | None, smoothing: float = 0.0):
+    """The loss, and its gradients by the hidden states and the head; in chunks of so many rows, or in one piece."""
+    head, hidden = copy.deepcopy(head), hidden.clone().requires_grad_()
+    narrowed, supervised = SupervisedHead(head, 11), supervised_positions(labels)
+    narrowed.is_last = rows is not None
+    torch.manual_seed(3)
+    with narrowed.only(supervised):
+        logits = head(hidden)
+    assert (len(logits) == 1) == (rows is not None and (narrowed.is_plain or rows < len(supervised.target_N)))
+    loss = narrowed.loss_sum(logits, supervised.target_N, smoothing)
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    return loss, torch.autograd.grad(3 * loss, [hidden, *trained])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [4, 100])
+@pytest.mark.parametrize("name", ["plain", "frozen", "capped"])
+def test_chunks_add_up_to_the_whole(name, rows, dtype, smoothing, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", rows * 11 + 10)
+    head, hidden = heads()[name].to(dtype), torch.randn(3, 6, 8, dtype=dtype)
+    labels = torch.randint(0, 11, (3, 6)).masked_fill(torch.rand(3, 6) < 0.3, -100)
+    found, wanted = (step(head, hidden, labels, size, smoothing) for size in (rows, None))
+    limit = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(found, wanted, **limit)
+
+
+def test_what_a_head_draws_is_drawn_again_in_the_backward(monkeypatch):
+    """An adapter's dropout: the gradient of the loss that was reported, not of another draw."""
+    monkeypatch.setattr(loss_module, "CHUNK", 2 * 11)
+    head, hidden, labels = heads()["adapted"], torch.randn(1, 6, 8), torch.arange(6)[None]
+    loss, (dhidden, da, db) = step(head, hidden, labels, 2)
+    nudged = copy.deepcopy(head)
+    nudged.a.weight.data += 1e-3 * da / da.norm()
+    assert float(step(nudged, hidden, labels, 2)[0].detach() - loss.detach()) == pytest.approx(
+        1e-3 * float(da.norm()) / 3, rel=1e-2
+    )
+    assert float(db.abs().sum()) and float(dhidden.abs().sum())
 
 
 def test_sum_and_gradient_equal_those_of_full_logits():
-    torch.manual_seed(0)
-    hidden = torch.randn(3, 6, 8, requires_grad=True)
-    head = nn.Linear(8, 11)
+    head, hidden = heads()["plain"], torch.randn(3, 6, 8, requires_grad=True)
     labels = torch.randint(0, 11, (3, 6)).masked_fill(torch.rand(3, 6) < 0.5, -100)
     full = functional.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    (full_gradient,) = torch.autograd.grad(full, hidden)
-
-    rows, targets = supervised_positions(labels)
-    narrowed = SupervisedHead(head)
-    with narrowed.only(rows):
-        logits = head(hidden)
-    assert logits.shape == (int(rows.sum()), 11)
-    loss = cross_entropy_sum(logits, targets)
-    (gradient,) = torch.autograd.grad(loss, hidden)
+    (full_gradient,) = torch.autograd.grad(3 * full, hidden)
+    loss, (gradient, *_) = step(head, hidden.detach(), labels, None)
     torch.testing.assert_close(loss, full)
     torch.testing.assert_close(gradient, full_gradient)
+    SupervisedHead(head, 11)
     assert head(hidden).shape == (3, 6, 11), "outside of `only` the head is untouched"
 
 
 def test_no_supervised_position_is_zero_with_a_gradient_path():
-    head = nn.Linear(4, 5)
-    rows, targets = supervised_positions(torch.full((2, 3), -100))
-    narrowed = SupervisedHead(head)
-    with narrowed.only(rows):
-        loss = cross_entropy_sum(head(torch.randn(2, 3, 4)), targets)
+    head, supervised = nn.Linear(4, 5), supervised_positions(torch.full((2, 3), -100))
+    narrowed = SupervisedHead(head, 5)
+    with narrowed.only(supervised):
+        logits = head(torch.randn(2, 3, 4))
+    loss = narrowed.loss_sum(logits, supervised.target_N)
     loss.backward()
     assert loss.item() == 0.0
     assert head.weight.grad.abs().sum() == 0.0
+
+
+def test_hidden_states_of_another_shape_are_an_error():
+    head = nn.Linear(4, 5)
+    with (
+        SupervisedHead(head, 5).only(supervised_positions(torch.zeros(2, 3, dtype=torch.long))),
+        pytest.raises(ValueError, match=r"labels are \[2, 3\], but hidden states \[3, 2\]"),
+    ):
+        head(torch.randn(3, 2, 4))
+
+
+@pytest.mark.parametrize(("after", "is_last"), [(lambda logits: logits, True), (lambda logits: logits / 2, False)])
+def test_logits_that_a_class_scales_stay_in_one_piece(after, is_last, monkeypatch):
+    """Cohere and Granite scale what the head says: chunks of the head alone would train another model."""
+    monkeypatch.setattr(loss_module, "CHUNK", 2 * 11)
+    head, hidden, supervised = heads()["plain"], torch.randn(1, 6, 8), supervised_positions(torch.arange(6)[None])
+    narrowed = SupervisedHead(head, 11)
+    narrowed.look(lambda: after(head(hidden)), supervised)
+    assert narrowed.is_last is is_last
+    with narrowed.only(supervised):
+        logits = after(head(hidden))
+    wanted = functional.cross_entropy(after(head(hidden))[0, :-1], torch.arange(1, 6), reduction="none")
+    torch.testing.assert_close(narrowed.loss_sum(logits, supervised.target_N), wanted.sum())
+    with narrowed.only(supervised):
+        logits = after(head(hidden))
+    losses = narrowed.losses(logits, supervised.target_N)
+    torch.testing.assert_close(losses, wanted)
+    assert sums_of_records(losses, supervised).tolist() == [[pytest.approx(float(wanted.detach().sum())), 5.0]]
+
+
+def test_records_keep_their_sums_apart():
+    supervised = supervised_positions(LABELS)
+    assert sums_of_records(torch.tensor([1.0, 2.0, 4.0]), supervised).tolist() == [[3.0, 2.0], [4.0, 1.0]]
+
+
+def test_a_step_never_holds_the_logits_of_all_rows():
+    """2,048 positions of 151,936 words: a quarter of the memory of full logits at most, however many are trained."""
+
+    def full(model, ids, labels):
+        return lambda: model(input_ids=ids, labels=labels, use_cache=False).loss
+
+    def ours(model, ids, labels):
+        head, supervised = SupervisedHead(model.lm_head, 151_936), supervised_positions(labels, placed(labels))
+        head.is_last = True
+
+        def loss():
+            with head.only(supervised):
+                logits = model(input_ids=ids, use_cache=False).logits
+            return head.loss_sum(logits, supervised.target_N)
+
+        return loss
+
+    wanted = peak_of(large_vocabulary, full, 1.0)
+    assert wanted > 2 * 4 * 2048 * 151_936, "logits and their gradient"
+    assert [peak_of(large_vocabulary, ours, share) <= 0.25 * wanted for share in (0.05, 0.5, 1.0)] == [True] * 3
+
+
+def placed(labels: torch.Tensor) -> torch.Tensor:
+    """Indices of the supervised positions, of labels whose last ones alone are trained: known without looking."""
+    return torch.arange(labels.shape[1] - 1 - labels.trained, labels.shape[1] - 1)
+
+
+def large_vocabulary() -> LlamaForCausalLM:
+    """A language model of one layer, as wide as the smallest with so large a vocabulary. Its head is not tied, for sums
+    of tensors that are not there are never made in place."""
+    sizes = {"hidden_size": 896, "intermediate_size": 2432, "num_hidden_layers": 1, "num_attention_heads": 14}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=151_936, num_key_value_heads=2, tie_word_embeddings=False, **sizes))

@@ -281,6 +281,7 @@ ELSEWHERE = {
     "eval_task_limit": "train/test_tasks.py",
     "skip_dry_save": "train/test_train.py",
     "report_html": "vis/test_report.py",
+    "packing": "train/test_packing.py",
 }
 """Flag -> the file that shows what it does."""
 

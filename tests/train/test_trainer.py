@@ -12,7 +12,7 @@ import torch
 
 from moellava.data.sampler import GroupedSampler
 from moellava.errors import UserError
-from moellava.train.trainer import RunHooks
+from moellava.train.run_hooks import RunHooks
 from tests.model.tiny_language_models import tiny_language_model
 from tests.processes import losses_of, train_here
 from tests.tiny import weights_of

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several samples in one row of a batch, so that little of it is padding.
+
+Which samples share a row is drawn once for a run, by its seed, so that every epoch has the same number of rows and a
+resumed run finds the same ones; the sampler then shuffles rows as it shuffles samples. The collator has positions begin
+at 0 in each sample, which is what transformers' masks tell samples apart by.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from moellava.data.collate import BEGINS, UNREADABLE
+
+WINDOW = 4096
+"""Samples among which those that fill a row are looked for."""
+
+
+def packed_rows(
+    lengths: Sequence[int], capacity: int, seed: int = 0, groups: Sequence[object] | None = None
+) -> list[list[int]]:
+    """The samples of each row, every sample once; the same for the same seed.
+
+    Best fit, the longest first, among `WINDOW` samples at a time of a shuffled order.
+
+    Args:
+        lengths: positions that each sample takes. One that is longer than a row has a row of its own.
+        capacity: positions of a row.
+        seed: of the order.
+        groups: what the samples of a row must have in common; None: nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    rows: list[list[int]] = []
+    for group in [None] if groups is None else sorted(set(groups), key=repr):
+        members = order if groups is None else [index for index in order if groups[index] == group]
+        for begin in range(0, len(members), WINDOW):
+            rows += _best_fit(members[begin : begin + WINDOW], lengths, capacity)
+    return rows
+
+
+def _best_fit(members: list[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free positions, number of the row), by free positions
+    for index in sorted(members, key=lengths.__getitem__, reverse=True):
+        place = bisect_left(room, (lengths[index], 0))
+        if place == len(room):
+            rows.append([])
+            free, number = capacity, len(rows) - 1
+        else:
+            free, number = room.pop(place)
+        rows[number].append(index)
+        insort(room, (free - lengths[index], number))
+    return rows
+
+
+def joined(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Samples as one, with the indices under `BEGINS` at which each of them begins.
+
+    What stands for a record that cannot be shown is left out, unless there is nothing else; it is still named.
+    """
+    shown = [sample for sample in samples if UNREADABLE not in sample] or [samples[0]]
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in shown])
+    row: dict[str, Any] = {name: torch.cat([sample[name] for sample in shown]) for name in ("input_ids", "labels")}
+    row["media"] = [medium for sample in shown for medium in sample["media"]]
+    row["record"] = ", ".join(sample["record"] for sample in shown)
+    row[BEGINS] = (lengths.cumsum(0) - lengths).tolist()
+    unreadable = {number: why for sample in samples for number, why in sample.get(UNREADABLE, {}).items()}
+    return row | ({UNREADABLE: unreadable} if unreadable else {})
+
+
+class PackedDataset(Dataset):
+    """A data set whose samples are the rows of another one's.
+
+    Args:
+        dataset: a `SupervisedDataset`.
+        rows: of `packed_rows`.
+        capacity: positions of a row.
+    """
+
+    def __init__(self, dataset: Any, rows: list[list[int]], capacity: int):
+        self.dataset = dataset
+        self.rows = rows
+        self.capacity = capacity
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Row `index`. Raises BadFileError."""
+        return joined([self.dataset[number] for number in self.rows[index]])
+
+    def __getattr__(self, name: str) -> Any:
+        """What is asked of the samples: `report`, `leave_out`, `unreadable`, `modalities`, `records`."""
+        if name.startswith("__") or name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Positions that each row takes."""
+        lengths = self.dataset.lengths
+        return [sum(lengths[number] for number in row) for row in self.rows]
+
+    @property
+    def shows_media(self) -> list[bool]:
+        """Whether each row has an image or a video."""
+        shows = self.dataset.shows_media
+        return [any(shows[number] for number in row) for row in self.rows]
+
+    def __str__(self) -> str:
+        filled = sum(self.lengths) / (len(self) * self.capacity)
+        return (
+            f"{len(self.dataset)} samples in {len(self)} rows of up to {self.capacity} positions, "
+            f"{len(self.dataset) / len(self):.1f} a row, {filled:.0%} full"
+        )
+
+
+def packed(dataset: Any, capacity: int, seed: int, by_modality: bool = False) -> PackedDataset:
+    """A data set in rows of at most so many positions; `by_modality`: no row has samples with media and without."""
+    rows = packed_rows(dataset.lengths, capacity, seed, dataset.shows_media if by_modality else None)
+    return PackedDataset(dataset, rows, capacity)
