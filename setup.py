@@ -21,9 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["moellava", "moellava.*"]),
-    package_data={
-        "moellava": ["py.typed", *(f"**/*.{end}" for end in ("json", "safetensors", "html", "css", "js", "yaml"))]
-    },
+    package_data={"moellava": DATA},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.18",

@@ -259,9 +259,8 @@ def trained_answers(source: Source) -> list[bool]:
 def problem_of(record: dict[str, Any]) -> str | None:
     """What is wrong with a record whatever the template, as the end of a sentence; None if nothing is."""
     if "conversations" not in record:
-        return (
-            f'has no "conversations" (its keys: {brief_text(", ".join(map(str, record)) or "none")}){asked_in(record)}'
-        )
+        keys = brief_text(", ".join(map(str, record)) or "none")
+        return f'has no "conversations" (its keys: {keys}){asked_in(record)}'
     return problem_of_turns(record["conversations"]) or _problem_of_counts(record)
 
 
