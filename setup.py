@@ -9,6 +9,9 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "moellava" / "__init__.py").read_text(encoding="utf-8"), re.M)
 
+# What the code reads that is no code: settings of DeepSpeed, tables, the demo's base models.
+DATA = ["py.typed", *(f"**/*.{ending}" for ending in ("json", "safetensors", "html", "css", "js", "yaml"))]
+
 setup(
     name="moellava",
     version=VERSION[1],
@@ -18,10 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["moellava", "moellava.*"]),
-    # What the code reads that is no code: settings of DeepSpeed, tables, the demo's base models, pages.
-    package_data={
-        "moellava": ["py.typed", *(f"**/*.{end}" for end in ("json", "safetensors", "html", "css", "js", "yaml"))]
-    },
+    package_data={"moellava": DATA},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.18",
