@@ -51,6 +51,8 @@ class Counting(TorchDispatchMode):
             self.flops += grouped_flops(*args[:2])
         elif count is not None:
             self.flops += count(*args, **kwargs, out_val=out)
+        if func._overloadpacket is torch.ops.aten.stack:  # of experts' weights, which lie together: it is no copy
+            self._bytes[out.untyped_storage()._cdata] = 0
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
@@ -96,16 +98,19 @@ class EvenLoad(TorchFunctionMode):
         if func is torch.Tensor.__bool__:
             return True
         if func is torch.bincount:
-            return even_counts(args[0], kwargs["minlength"])
+            return even_counts(args[0].new_zeros(kwargs["minlength"]), args[0].numel())
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], slice) and hasattr(args[0], "choices"):
+            return even_counts(func(*args), args[0].choices)
         if func is torch.Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
             tensor, mask = args
             return tensor.flatten(0, mask.ndim - 1)[torch.arange(self.selected, device=tensor.device)]
         return func(*args, **kwargs)
 
 
-def even_counts(choices: Tensor, bins: int) -> Tensor:
-    """How often each of `bins` numbers comes up among even choices; a fake tensor that can be read as a list."""
-    each, more = divmod(choices.numel(), bins)
-    counts = choices.new_zeros(bins)
-    counts.tolist = lambda: [each + (index < more) for index in range(bins)]
+def even_counts(counts: Any, choices: int) -> Tensor:
+    """Says of a fake tensor [E] that it counts even choices among E numbers: it can be read as a list, and so can a
+    slice of it, where the choices are among fewer."""
+    each, more = divmod(choices, len(counts))
+    counts.choices = choices
+    counts.tolist = lambda: [each + (index < more) for index in range(len(counts))]
     return counts

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlavaConfig
 
 from moellava.moe import checkpoint_contexts, moe_layers, router_losses
+from moellava.moe.weights import tensors_of
 from moellava.plan.counting import Counting, EvenLoad
 from moellava.train.loss import Supervised, SupervisedHead
 
@@ -76,6 +77,10 @@ class StepTrace:
         self.head = SupervisedHead(model.get_output_embeddings(), text.vocab_size)
         self.head.is_last = not any(getattr(text, name, None) for name in AFTER_THE_HEAD)
         self.has_checkpoints = False
+        with self.fake, EvenLoad(0, on_gpu):
+            for _, layer in moe_layers(model):
+                layer.is_together = True  # a fake weight has no place that it could be moved to
+                tensors_of(list(layer.local_experts().values()))  # a module is looked at once, not in each step
 
     @property
     def shows_images(self) -> bool:
