@@ -151,6 +151,15 @@ def test_a_folder_of_no_entry_trains_by_its_name_and_remembers_its_parts(vipllav
     assert type(plain) is hf.VipLlavaForConditionalGeneration
 
 
+@pytest.mark.slow
+def test_a_sparse_model_is_balanced_where_a_flag_asks_for_it(released_tokenizer, tmp_path, run):
+    write("qwen3_vl_moe", released_tokenizer, tmp_path / "hub")
+    trained = run(tmp_path / "hub", "balanced", max_steps=1, logging_steps=1, router_aux_loss_coef=0.5)
+    history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
+    (line,) = [entry for entry in history if "ce" in entry]
+    assert line["aux"] > 1 and line["loss"] == pytest.approx(line["ce"] + 0.5 * line["aux"], abs=1e-3)
+
+
 def test_parts_that_are_left_over_stop_a_run_before_weights_are_read(released_tokenizer, tmp_path, run):
     write("janus", released_tokenizer, tmp_path / "hub")
     (tmp_path / "hub" / "model.safetensors").unlink()
