@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ WIDE = (168, 56)
 
 SIZES_KEPT, CLIPS_KEPT = 65536, 16384
 """Sizes of images and shapes of videos whose tokens are remembered."""
+
+WRAPPERS = (("image_start_token", "image_end_token"), ("boi_token", "eoi_token"))
+"""What processors call two tokens that may have to stand around an image's placeholder (HunYuan-VL)."""
 
 PER_TOKEN = "token_type_ids"
 """How the names of a processor's outputs end that hold a number for each token."""
@@ -94,6 +98,7 @@ class MediaReader:
         self.loads_images = loads_images
         self.fixed_run: Run | None = None
         self.nests = True
+        self._wrapper = ("", "")
         names = getattr(processor, "model_input_names", ())
         # Not every processor says by itself which token is of which modality, where its model wants to know.
         self._asks = {"return_mm_token_type_ids": True} if f"mm_{PER_TOKEN}" in names else {}
@@ -192,7 +197,9 @@ class MediaReader:
         """What the processor makes of images, or of videos. Raises BadFileError: see `read`; without a name."""
         if modality == "image" and self.fixed_run is not None:
             return self._pixels(samples, self.fixed_run)
-        texts = [self.separator + (self.placeholders[modality] + self.separator) * len(row) for row in samples]
+        before, behind = self._wrapper if modality == "image" else ("", "")
+        shown = before + self.placeholders[modality] + behind + self.separator
+        texts = [self.separator + shown * len(row) for row in samples]
         given = {"images": self._arranged(samples)} if modality == "image" else video_arguments(samples)
         try:
             output = self.processor(text=texts, padding=True, return_tensors="pt", **given, **self._asks)
@@ -207,7 +214,7 @@ class MediaReader:
         for number, row in enumerate(samples):
             kept = attended[number]
             extras = {key: value[number][kept].tolist() for key, value in per_token.items()}
-            runs.append(self._cut(ids[number][kept].tolist(), extras, len(row)))
+            runs.append(self._cut(ids[number][kept].tolist(), extras, len(row), bool(before)))
         return runs, dict(output)
 
     def _arranged(self, samples: Sequence[Sequence[Any]]) -> list[Any]:
@@ -217,14 +224,7 @@ class MediaReader:
     def _probed(self) -> tuple[Run, Run | None]:
         """The run of a blank image, and that of every image where shape changes neither it nor the tensors."""
         images = [[[Image.new("RGB", size)]] for size in (BLANK, WIDE)]
-        try:
-            asked = [self._asked("image", samples) for samples in images]
-        except BadFileError as error:
-            self.nests = False
-            try:
-                asked = [self._asked("image", samples) for samples in images]
-            except BadFileError:
-                raise error from None
+        asked = self._first_that_is_taken(images)
         (first, tensors), (second, others) = asked
         run = first[0][0]
         is_fixed = (
@@ -234,6 +234,19 @@ class MediaReader:
             and tensors["pixel_values"].shape == others["pixel_values"].shape
         )
         return run, run if is_fixed else None
+
+    def _first_that_is_taken(self, images: list[list[list[Image.Image]]]) -> list[Any]:
+        """What the processor makes of images in the first way to ask it that it takes. Raises BadFileError: in none, as
+        it said of the usual one."""
+        refused = None
+        for wrapper, nests in product(wrappers_of(self.processor), (True, False)):
+            self._wrapper, self.nests = wrapper, nests
+            try:
+                return [self._asked("image", samples) for samples in images]
+            except BadFileError as error:
+                refused = refused or error
+        assert refused is not None
+        raise refused
 
     def _pixels(
         self, samples: Sequence[Sequence[Image.Image]], run: Run
@@ -265,15 +278,14 @@ class MediaReader:
         begin, end = self._marked(run.ids)
         return Run(run.ids[begin:end], {key: value[begin:end] for key, value in run.extras.items()})
 
-    def _cut(self, ids: list[int], extras: dict[str, list[int]], count: int) -> list[Run]:
+    def _cut(self, ids: list[int], extras: dict[str, list[int]], count: int, wrapped: bool) -> list[Run]:
+        """The runs between separators, without what they are wrapped in, which the template itself writes."""
         borders = [index for index, token in enumerate(ids) if token == self.separator_id]
         if len(borders) < count + 1:
             raise UserError(f"{type(self.processor).__name__} gave {len(borders) - 1} images where {count} were shown.")
         spans = zip(borders[-count - 1 :], borders[-count:], strict=False)
-        return [
-            Run(ids[begin + 1 : end], {key: value[begin + 1 : end] for key, value in extras.items()})
-            for begin, end in spans
-        ]
+        inside = [slice(begin + 1 + wrapped, end - wrapped) for begin, end in spans]
+        return [Run(ids[span], {key: value[span] for key, value in extras.items()}) for span in inside]
 
     def _run_length(self, size: tuple[int, int], count: int) -> int:
         """Tokens of one image. Cheap, and the same for all sizes, where there is a `fixed_run`.
@@ -299,6 +311,13 @@ class MediaReader:
     def _tells_times(self) -> bool:
         early, late = (Clip(BLANK, 9000, 1.0, indices) for indices in ((0, 1), (7000, 8999)))
         return self._run_of_clip(early).ids != self._run_of_clip(late).ids
+
+
+def wrappers_of(processor: Any) -> list[tuple[str, str]]:
+    """What may have to stand right before and behind a placeholder: nothing, or special tokens by `WRAPPERS`."""
+    special = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    named: list[Any] = [tuple(getattr(processor, name, None) for name in pair) for pair in WRAPPERS]
+    return [("", ""), *(pair for pair in named if special.issuperset(pair))]
 
 
 def placeholder_of(processor: Any) -> str:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaProcessor
 
 from moellava.data.media import MediaFiles
 from moellava.data.media_reader import MediaReader, blank
 from moellava.data.records import Medium
-from moellava.errors import DataError, UserError
+from moellava.errors import BadFileError, DataError, UserError
 from moellava.mm_utils import pixel_values
 from moellava.model.tower_images import tower_image_processor
 from moellava.vlm import VLM
@@ -100,3 +101,26 @@ def test_a_tokenizer_without_the_placeholder_is_refused(processor, tokenizers, m
     monkeypatch.setattr(processor, "tokenizer", tokenizers["phi"])
     with pytest.raises(UserError, match="LlavaProcessor has no special token '<image>'"):
         MediaReader(processor)
+
+
+class WrappedProcessor(LlavaProcessor):
+    """Takes no placeholder that does not stand between its two tokens, as HunYuan-VL's."""
+
+    image_start_token, image_end_token = "<im_start>", "<im_end>"
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        super().validate_inputs(images=images, text=text, **kwargs)
+        if any(one.count("<image>") != one.count("<im_start><image><im_end>") for one in text):
+            raise ValueError("placeholders must be formatted as <im_start><image><im_end>")
+
+
+def test_what_has_to_stand_around_a_placeholder_is_no_part_of_its_run(tiny_base, clip_tower):
+    vlm = compose_tiny(tiny_base("vicuna"), clip_tower, "v1", use_im_start_end=True)
+    own, fields = vlm.processor, ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+    given = {name: getattr(own, name) for name in fields}
+    reader = MediaReader(WrappedProcessor(own.image_processor, own.tokenizer, **given))
+    assert reader.read([[picture((40, 64))] * 2]).runs == vlm.reader.read([[picture((40, 64))] * 2]).runs
+    bare = WrappedProcessor(own.image_processor, own.tokenizer, **given)
+    bare.image_end_token = "no token"
+    with pytest.raises(BadFileError, match="placeholders must be formatted as <im_start><image><im_end>"):
+        MediaReader(bare)

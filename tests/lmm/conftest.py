@@ -128,6 +128,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "conforming" in metafunc.fixturenames:
         asked = metafunc.config.getoption("--model-id", default=None)
         names = [SUPPORTED_MODELS[asked].family_id] if asked else list(ARCHITECTURES)
+        if missing := [name for name in names if name not in TINY]:
+            raise pytest.UsageError(
+                f"{', '.join(missing)}: add a row to tests/lmm/tiny.py, which says how it is tested"
+            )
         marks = [[pytest.mark.slow] if TINY[name].slow else [] for name in names]
         metafunc.parametrize("conforming", [pytest.param(name, marks=mark) for name, mark in zip(names, marks)])
 

@@ -68,6 +68,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     | {"vq_config": {"base_channels": 32, "resolution": SIDE, "num_embeddings": 8, "embed_dim": 32}},
     **dict.fromkeys(("cosmos3_edge", "glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl"), {"text_config": MROPE}),
     "glm4v_moe": {"text_config": MROPE | {"head_dim": 16}},
+    "hunyuan_vl": {"text_config": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 1, 1]}}},
     "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}},
     "got_ocr2": {"vision_config": {"image_size": 1024, "patch_size": 16, "global_attn_indexes": []}},
     "ernie4_5_vl_moe": {
@@ -159,9 +160,16 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
+WRAPPED = ("HunYuanVLProcessor",)
+"""Processors that want tokens around an image's placeholder, which their templates write."""
+
+
 def chat_template(processor: Any) -> str:
     """One that ends turns with the end-of-sequence token and writes the processor's own placeholders."""
-    shown = f"{{%- if part.type == 'image' %}}{{{{ {placeholder_of(processor)!r} }}}}"
+    placeholder = placeholder_of(processor)
+    if type(processor).__name__ in WRAPPED:
+        placeholder = processor.image_start_token + placeholder + processor.image_end_token
+    shown = f"{{%- if part.type == 'image' %}}{{{{ {placeholder!r} }}}}"
     if getattr(processor, "video_token", None):
         shown += f"{{%- elif part.type == 'video' %}}{{{{ {processor.video_token!r} }}}}"
     return (
