@@ -13,7 +13,7 @@ from moellava.data.embedded import is_embedded
 from moellava.data.encoder import Encoder
 from moellava.data.media import MediaFiles
 from moellava.data.records import Medium, Problem, Records, media_of, read_records
-from moellava.data.scan import mapped, workers_for
+from moellava.data.scan import mapped, slices_of, workers_for
 from moellava.data.shown import Shown
 from moellava.data.skip_lists import SkipList
 from moellava.errors import DataError
@@ -64,8 +64,7 @@ def check(
     shown = Shown(records)
     report = CheckReport(_counts(paths, records, problems, shown), problems, notices=records.notices)
     checker = _Checker(records, files, encoder, max_length, in_full)
-    slices = np.array_split(np.flatnonzero(shown.in_file), -(-int(shown.in_file.sum()) // FILES) or 1)
-    count = sum(map(len, slices))
+    slices, count = slices_of(np.flatnonzero(shown.in_file), FILES), int(shown.in_file.sum())
     several = workers_for(count) if workers is None else workers
     found = mapped(lambda numbers: checker.wrong(shown, numbers), slices, several, f"Reading {count} files", 1)
     checker.broken = {medium: problem for wrong in found for medium, problem in wrong.items()}

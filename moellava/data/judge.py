@@ -16,7 +16,7 @@ from moellava.data.fingerprint import fingerprint
 from moellava.data.indexing import code_digest
 from moellava.data.media import MediaFiles
 from moellava.data.records import Medium, Records, media_of
-from moellava.data.scan import gathered, mapped, share, told, workers_for
+from moellava.data.scan import CHUNK, gathered, mapped, share, slices_of, told, workers_for
 from moellava.data.shown import SLICE, Shown, scattered, states_of
 from moellava.data.verdicts import ROW, Judged, Verdict, joined, packed
 from moellava.errors import BadFileError, DataError
@@ -70,8 +70,8 @@ class Judge:
         is_known = (counts > 0) & ~is_broken[numbers]
         known = Judged(np.repeat(numbers, counts), rows, {}).only(np.repeat(is_known, counts))
         new = numbers[~is_known]
-        found = mapped(self.of, new.tolist(), workers_for(len(new), workers), f"Looking at {len(new)} records")
-        judged = packed(zip(new.tolist(), keys[new].tolist(), found, strict=True))
+        several, what = workers_for(len(new), workers), f"Looking at {len(new)} records"
+        judged = joined(mapped(lambda some: self._of(some, keys), slices_of(new, CHUNK), several, what, 1))
         firsts = new[np.unique(keys[new], return_index=True)[1]]  # records may be the same
         kept.add(judged.only(np.isin(judged.numbers, firsts)).rows)
         return joined([known, judged])
@@ -109,6 +109,10 @@ class Judge:
             is_new[begin + new] = [media[place] not in wrong for place in new]
         kept.add(np.unique(states[is_new & (states != 0)]).astype(SOUND))
         return numbers, states, problems
+
+    def _of(self, numbers: np.ndarray, keys: np.ndarray) -> Judged:
+        """Verdicts about some records."""
+        return packed((number, int(keys[number]), self.of(number)) for number in numbers.tolist())
 
     def of(self, number: int) -> list[Verdict]:
         """What becomes of a record: one verdict, or one for each answer."""

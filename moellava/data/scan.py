@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
@@ -42,6 +43,11 @@ def share(count: int) -> tuple[int, int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 0, count, 1
     return dist.get_rank(), count, dist.get_world_size()
+
+
+def slices_of(numbers: np.ndarray, size: int) -> list[np.ndarray]:
+    """Numbers, `size` at a time; a single slice without any where there are none."""
+    return [numbers[begin : begin + size] for begin in range(0, max(len(numbers), 1), size)]
 
 
 def workers_for(count: int, least: int = 0) -> int:

@@ -9,16 +9,17 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moellava.data.findings import KEY, findings
+from moellava.data.findings import KEY, Findings, findings
 from moellava.data.media import CHECKING_THREADS, MediaFiles
 from moellava.data.records import Medium, Records
-from moellava.data.scan import shared
-from moellava.data.shown import Shown, states_of
+from moellava.data.scan import shared, slices_of
+from moellava.data.shown import SLICE, Shown, states_of
 from moellava.files import MODEL_FILES, PAGE, file_digest, read_json
 from moellava.model.manifest import Manifest
 
@@ -151,23 +152,32 @@ def is_model_file(path: Path) -> bool:
 def media_content(records: Records, files: MediaFiles) -> str:
     """The content of all images and videos that lie in files, each once, by its size and its ends."""
     shown = Shown(records)
-    media = list(shown.files())
-    digests = shared(media, lambda part: ends_of(part, files))
-    return f"{len(media)} files, {combined(digests)}"
+    numbers = np.flatnonzero(shown.in_file)
+    slices = slices_of(numbers, SLICE)
+    digests = shared(slices, lambda part: ends_of(shown, part, files))
+    return f"{len(numbers)} files, {combined(chain.from_iterable(digests))}"
 
 
-def ends_of(media: Sequence[Medium], files: MediaFiles) -> list[str]:
-    """The `ends_digest` of files, which is found out again where the state of a file has changed (see `states_of`)."""
-    kept = findings("ends", list, ENDS_ROW, len(media))
+def ends_of(shown: Shown, slices: Sequence[np.ndarray], files: MediaFiles) -> list[list[str]]:
+    """The `ends_digest` of the files of media, which is found out again where a file's state has changed (see
+    `states_of`). `slices`: numbers of media, some at a time."""
+    kept = findings("ends", list, ENDS_ROW, len(shown))
+    fresh: dict[int, bytes] = {}
+    found = [_ends(media, files, kept, fresh) for numbers in slices for _, media in shown.slices(numbers)]
+    kept.add(np.array([row for row in fresh.items() if row[0] and row[1] != UNREADABLE], ENDS_ROW))
+    return found if len(found) == len(slices) else [[]]
+
+
+def _ends(media: Sequence[Medium], files: MediaFiles, kept: Findings, fresh: dict[int, bytes]) -> list[str]:
+    """Of a few media; `fresh` gets those that were not kept, by their states."""
     states = states_of(media, files)
     counts, rows = kept.known(states)
-    found = dict(zip(states[counts > 0].tolist(), rows["ends"].tolist(), strict=True))
-    new = [place for place, count in enumerate(counts) if not count]
+    known = dict(zip(states[counts > 0].tolist(), rows["ends"].tolist(), strict=True))
+    new = np.flatnonzero(counts == 0).tolist()
     digests = threaded(ends_digest, [files.file_of(media[place]) for place in new])
-    fresh = {int(states[place]): digest.encode() for place, digest in zip(new, digests, strict=True)}
-    kept.add(np.array([row for row in fresh.items() if row[0] and row[1] != UNREADABLE], ENDS_ROW))
+    fresh.update(zip(states[new].tolist(), map(str.encode, digests), strict=True))
     anew = iter(digests)
-    return [found[int(state)].decode() if count else next(anew) for state, count in zip(states, counts, strict=True)]
+    return [known[state].decode() if state in known else next(anew) for state in states.tolist()]
 
 
 def ends_digest(path: Path) -> str:

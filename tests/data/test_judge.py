@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 from moellava.data import cache, findings
 from moellava.data.dataset import SupervisedDataset
@@ -134,6 +137,32 @@ def test_what_decides_over_lengths_makes_them_new(change, kept, looked_at, data_
         tokenizer.add_tokens(["cat"])
     made(ROWS, data_file, folder, tokenizer, **options.get(change, {}))
     assert {"one", "two", "text", "long", "last"} <= set(looked_at)
+
+
+def one_of_two(rank: int, meeting: str, make) -> None:
+    """One of two processes that make a data set together; what it has looked at, and what it knows in the end."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}/meeting", rank=rank, world_size=2)
+    data, seen = make()
+    Path(f"{meeting}/{rank}.json").write_text(json.dumps([summary(data), seen]))
+    dist.destroy_process_group()
+
+
+def test_two_processes_look_at_half_each_and_keep_all(kept, looked_at, data_file, pictures, tokenizers, tmp_path):
+    def make():
+        return made(ROWS, data_file, pictures, tokenizers["phi"]), looked_at
+
+    rounds = []
+    for number in range(2):
+        meeting = tmp_path / f"round{number}"
+        meeting.mkdir()
+        torch.multiprocessing.start_processes(one_of_two, (str(meeting), make), nprocs=2, start_method="fork")
+        rounds.append([json.loads((meeting / f"{rank}.json").read_text()) for rank in range(2)])
+    (first, other), again = rounds
+    assert first[0] == other[0] == again[0][0] == again[1][0]
+    assert sorted(first[1] + other[1]) == sorted(["a.png", "b.png", "c.png", "one", "two", "text", "long", "last"])
+    assert again[0][1] == again[1][1] == [] and len(other[1]) > 2
+    alone = json.loads(json.dumps(summary(make()[0])))
+    assert looked_at == [] and alone == first[0]
 
 
 def test_problems_are_told_at_every_start(kept, data_file, pictures, tokenizers):

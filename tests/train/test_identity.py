@@ -9,11 +9,14 @@ from dataclasses import fields
 
 import pytest
 
+from moellava.data.media import MediaFiles
+from moellava.data.records import load_records
 from moellava.errors import UserError
+from moellava.train import identity as known
 from moellava.train.arguments import ARGUMENT_CLASSES, parse_arguments
 from moellava.train.identity import WITHOUT_EFFECT, run_identity
 from tests.processes import train_here
-from tests.tiny import weights_of
+from tests.tiny import record, weights_of
 
 EVERY_FLAG = {field.name for group in ARGUMENT_CLASSES for field in fields(group)}
 
@@ -102,3 +105,19 @@ def test_a_finished_run_is_trained_longer_as_the_message_says(copied, tmp_path):
     longer = {"model_name_or_path": tmp_path / "run", "max_steps": 1, "output_dir": tmp_path / "longer"}
     further = weights_of(train_here(copied | left_out | longer))
     assert any(not further[name].equal(value) for name, value in weights_of(tmp_path / "run").items())
+
+
+def test_the_content_of_images_is_read_once(image_tree, data_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELLAVA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("moellava.data.findings.KEPT_FROM", 1)
+    monkeypatch.setattr(known, "SLICE", 1)
+    names = ["a.png", "sub/b.jpg", "a.png", "gone.png"]
+    records = load_records(data_file([record(n, "<image>", "a", image=name) for n, name in enumerate(names)]))
+    read = [known.ends_digest(image_tree / name) for name in ("a.png", "sub/b.jpg", "gone.png")]
+    expected = f"3 files, {known.combined(read)}"
+    assert known.media_content(records, MediaFiles(image_tree)) == expected
+    seen, real = [], known.ends_digest
+    monkeypatch.setattr(known, "ends_digest", lambda path: seen.append(path.name) or real(path))
+    assert known.media_content(records, MediaFiles(image_tree)) == expected and seen == ["gone.png"]
+    text = load_records(data_file([record(1, "q", "a")], "text.json"))
+    assert known.media_content(text, MediaFiles(image_tree)) == f"0 files, {known.combined([])}"
