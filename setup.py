@@ -39,7 +39,7 @@ setup(
         "smolvlm": ["num2words", "transformers>=5.23"],
         "serve": ["gradio>=6.31", "fastapi", "uvicorn", "httpx"],
         "demo": ["easy-vqa"],
-        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff"],
         "test": [
             "pytest",
             "pytest-timeout",

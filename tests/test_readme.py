@@ -27,6 +27,8 @@ CAPTIONS_BEGIN = 30
 ENGINES = ("vllm", "transformers")
 ENGINE_FLAGS = {"--continuous-batching", "--enable-mixed-moe-lora-format", "--model-impl"}
 """Programs that serve exported models, and flags of theirs that pages name. They are not installed here."""
+CLUSTER_FLAGS = {"--requeue", "--signal", "--gpus-per-node", "--ntasks-per-node", "--nv", "--ipc", "--stop-timeout"}
+"""Of Slurm, of Apptainer and of Docker."""
 WITHHELD = "…"
 """Stands in a page's command for flags that the reader adds."""
 
@@ -124,7 +126,7 @@ def test_flags_named_in_prose_exist(page):
     }
     known = train_flags() | {flag for name in COMMANDS for flag in re.findall(r"--[a-z][\w-]*", help_of(name))}
     launchers = {"--help", "--full", "--hostfile", "--num_accelerators", "--num_gpus", "--nproc-per-node", "--json"}
-    theirs = launchers | ENGINE_FLAGS
+    theirs = launchers | ENGINE_FLAGS | CLUSTER_FLAGS
     assert named <= known | theirs, sorted(named - known - theirs)
 
 
