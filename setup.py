@@ -52,7 +52,7 @@ setup(
         "serve": ["gradio>=6.31", "fastapi", "uvicorn", "httpx"],
         "vis": ["matplotlib>=3.8", "pyarrow"],
         "demo": ["easy-vqa", "matplotlib>=3.8", "pyarrow"],
-        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff"],
         "test": [
             "pytest",
             "pytest-timeout",

@@ -7,7 +7,7 @@
 
 A tool of somebody else's, which imports no moellava, is run with them:
 
-    python -m moellava.auto_classes lmms_eval --model llava_hf --model_args pretrained=stage3 …
+    python -m moellava.auto_classes lmms_eval --model huggingface --model_args pretrained=stage3 …
 
 transformers asks its table for the class of a folder's `model_type`, and that class for a config. What is put in
 the table here takes milliseconds and no torch; it makes the real classes, and tells the Auto classes of them, when a

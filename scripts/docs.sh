@@ -11,7 +11,7 @@ venv=${DOCS_VENV:-.venv-docs}
 if [ ! -x "$venv/bin/mkdocs" ]; then
   "${PYTHON:-python3}" -m venv "$venv"
   # The extra `docs` of setup.py, without what moellava itself needs to run.
-  "$venv/bin/pip" install --quiet --disable-pip-version-check 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
+  "$venv/bin/pip" install --quiet --disable-pip-version-check 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26' 'ruff'
 fi
 case ${1:-build} in
   build) "$venv/bin/mkdocs" build --strict --clean ;;

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moellava
@@ -50,6 +50,25 @@ def test_the_auto_classes_open_a_sparse_folder(sparse, pictures):
     asked = [{"role": "user", "content": [{"type": "image", "path": str(pictures[0])}, turns[0]["content"][1]]}]
     said = words(asked, max_new_tokens=6, return_full_text=False)[0]["generated_text"]
     assert said.strip() == answer(vlm, [Request(QUESTION, [pictures[0]])], max_new_tokens=6)[0].strip() != ""
+
+
+def test_lmms_evals_way_to_ask_a_model_works(sparse, pictures):
+    """The calls of its model `huggingface`: AutoModel answers, prompted by the processor, decoded by it."""
+    moellava.register_auto_classes()
+    model = AutoModel.from_pretrained(sparse, dtype=torch.float32).eval()
+    processor, tokenizer = AutoProcessor.from_pretrained(sparse), AutoTokenizer.from_pretrained(sparse)
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    media = {"images": [Image.open(pictures[0])]}
+    inputs = processor(text=[text], padding=True, padding_side="right", return_tensors="pt", **media)
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "num_beams": 1, "max_new_tokens": 6}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = model.generate(**inputs, **greedy, **ends, use_cache=True)[:, inputs.input_ids.shape[1] :]
+    (said,) = processor.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    wanted = answer(
+        open_vlm(sparse, device="cpu", dtype=torch.float32), [Request(QUESTION, [pictures[0]])], max_new_tokens=6
+    )
+    assert said.strip() == wanted[0].strip() != ""
 
 
 def test_every_type_of_model_is_known_and_made_when_a_folder_asks_for_it():

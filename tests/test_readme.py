@@ -32,6 +32,8 @@ ENGINE_FLAGS = {"--continuous-batching", "--enable-mixed-moe-lora-format", "--mo
 """Programs that serve exported models, and flags of theirs that pages name. They are not installed here."""
 ASKED = ("--help", "--help_all", "--print_config")
 """What is asked of training without training."""
+CLUSTER_FLAGS = {"--requeue", "--signal", "--gpus-per-node", "--ntasks-per-node", "--nv", "--ipc", "--stop-timeout"}
+"""Of Slurm, of Apptainer and of Docker."""
 WITHHELD = "…"
 """Stands in a page's command for flags that the reader adds."""
 
@@ -142,7 +144,7 @@ def test_flags_named_in_prose_exist(page):
         "--json",
         "--module",
     }
-    theirs = launchers | ENGINE_FLAGS
+    theirs = launchers | ENGINE_FLAGS | CLUSTER_FLAGS
     assert named <= known | theirs, sorted(named - known - theirs)
 
 

@@ -21,8 +21,10 @@ from moellava.adapters.lora import NAME, Adapter
 from moellava.errors import UserError
 from moellava.files import read_object, refuse_pointer, write_digests, write_json, written
 from moellava.model.integrity import check_digests, opening
+from moellava.model.page import adapter_page, write_page
 from moellava.model.parts import Keywords
 from moellava.model.saving import apart
+from moellava.model.section import Section, section_of
 from moellava.model.weights import read_file, todays_name
 
 FOLDER = "adapter"
@@ -110,6 +112,7 @@ def write_adapter(state: dict[str, torch.Tensor], adapter: Adapter, path: Path) 
     if "fingerprint" not in adapter.origin:  # what it is taken of is frozen
         adapter.origin["fingerprint"] = fingerprint(state)
     write_json(path / ORIGIN, adapter.origin)
+    write_page(adapter_page(section_of(adapter.origin) or Section(), str(adapter.origin.get("base", ""))), path, path)
     write_digests(path, (CONFIG, WEIGHTS, ORIGIN))
 
 

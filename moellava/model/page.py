@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from moellava.files import PAGE
+from moellava.files import PAGE, written
 from moellava.log import get_logger
 from moellava.model.extended import extension_of
 from moellava.model.origin import DATASETS, FILES, HUB_ID, MODELS
@@ -49,7 +49,8 @@ def write_page(text: str, staging: Path, target: Path) -> None:
     if own.is_file() and not is_ours(own.read_text(encoding="utf-8", errors="replace")):
         logger.info("%s is not as it was written here, and stays as it is.", own)
         return
-    (staging / PAGE).write_text(signed(text), encoding="utf-8")
+    with written(staging / PAGE) as temporary:
+        temporary.write_text(signed(text), encoding="utf-8")
 
 
 def folder_page(config: Any) -> str:
@@ -113,27 +114,58 @@ def opening_lines(config: Any, needs_moellava: bool = False, name: str = "AutoMo
 
 
 def front_matter(config: Any, extra_tags: Sequence[str] = (), library: str | None = None) -> str:
-    """The hub's metadata in YAML, between lines of dashes.
+    """The hub's metadata of a model's folder.
 
     Args:
         config: of the folder.
         extra_tags: beside those that follow from it.
         library: what opens the folder; None: transformers, or moellava where that has to be there.
     """
-    section, extension = section_of(config) or Section(), extension_of(config)
-    origin = section.made_of or {}
+    extension = extension_of(config)
     is_sparse = extension.moe is not None or "moe" in str(config.get_text_config().model_type)
-    tags = ["moellava", "vision-language-model", *(["mixture-of-experts"] if is_sparse else []), *extra_tags]
+    tags = [*(["mixture-of-experts"] if is_sparse else []), *extra_tags]
+    library = library or ("moellava" if extension.reasons else "transformers")
+    return metadata(section_of(config) or Section(), library, tags)
+
+
+def metadata(section: Section, library: str, tags: Sequence[str]) -> str:
+    """The hub's metadata in YAML, between lines of dashes.
+
+    Args:
+        section: says what a model was made of.
+        library: what opens it.
+        tags: beside those that all have.
+    """
+    origin = section.made_of or {}
     models: Mapping[str, Mapping[str, str]] = origin.get(MODELS, {})
     fields: dict[str, Any] = {
         "base_model": [name for name in sorted(models) if HUB_ID.fullmatch(name)] or None,
         "datasets": origin.get(DATASETS),
-        "library_name": library or ("moellava" if extension.reasons else "transformers"),
+        "library_name": library,
         "pipeline_tag": TASK,
-        "tags": tags,
+        "tags": ["moellava", "vision-language-model", *tags],
     }
     fields |= licence_of(models.values())
     return f"---\n{ModelCardData(**fields).to_yaml()}\n---\n\n"
+
+
+def adapter_page(section: Section, base: str) -> str:
+    """The page of an adapter's folder.
+
+    Args:
+        section: of the model that it has learnt on.
+        base: the folder or id that its run started from.
+    """
+    lines = [
+        f"# Low-rank adapter ({section.architecture or section.family or 'moellava'}, template {section.version})",
+        "",
+        f"In peft's format. It has learnt on `{Path(base).name}` (BASE below); what its run trained in full is in it:",
+        "",
+        "    moellava merge-lora --model-path BASE --adapter . --output-dir MERGED",
+        "",
+        *origin_lines(section),
+    ]
+    return metadata(section, "peft", ["lora"]) + "\n".join(lines).rstrip() + "\n"
 
 
 def licence_of(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:

@@ -13,8 +13,8 @@ from transformers import LlavaConfig
 from moellava.cli import main
 from moellava.files import PAGE
 from moellava.model.origin import DATASETS, hub_id, made_of, note_data
-from moellava.model.page import folder_page, is_ours, licence_of, signed, write_page
-from moellava.model.section import section_of
+from moellava.model.page import adapter_page, folder_page, is_ours, licence_of, signed, write_page
+from moellava.model.section import Section, section_of
 from tests.processes import run_python, train_here
 from tests.tiny import compose_tiny, reopen
 
@@ -150,6 +150,13 @@ def test_data_are_named_once_by_id_or_file_name(tmp_path):
         note_data(config, files)
     assert section_of(config).made_of == {"models": {}, "datasets": ["org/talks"], "files": ["mine.json"]}
     assert hub_id(files[0]) is None and hub_id(files[0], DATASETS) == "org/talks"
+
+
+def test_an_adapter_has_a_card_of_its_own():
+    section = Section(version="v1", family="llama", made_of={"models": {"org/lm": {"license": "mit"}}})
+    card = ModelCard(adapter_page(section, "/home/me/stage1"))
+    assert (card.data.library_name, card.data.base_model, card.data.license) == ("peft", ["org/lm"], "mit")
+    assert "lora" in card.data.tags and "`stage1`" in card.text and "/home" not in card.content
 
 
 def test_a_page_is_ours_until_a_letter_changes(tmp_path):
