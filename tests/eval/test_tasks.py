@@ -242,6 +242,13 @@ def test_damaged_data_is_named(name, eval_data, tmp_path, capsys):
     assert message in said and Path(file).name in said and "Traceback" not in said
 
 
+def test_images_that_are_not_there_are_told_before_the_model_loads(eval_data, tmp_path, capsys):
+    shutil.copytree(eval_data, tmp_path / "data")
+    (tmp_path / "data" / "gqa" / "data" / "images" / "n0.jpg").unlink()
+    assert main(words(Path("/nowhere"), tmp_path / "data", "gqa", None)) == 2
+    assert "--task gqa: 1 of 2 images are not there, such as" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
