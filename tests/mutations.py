@@ -1021,6 +1021,57 @@ SEEING = (
     ),
 )
 
+SCORING = (
+    Mutation(
+        "agreed-answers-are-processed",
+        "eval/vqa_text.py",
+        "    if len(set(answers)) > 1:",
+        "    if answers:",
+        "VQA scores that the official script does not give.",
+        ("eval/test_scorers.py",),
+    ),
+    Mutation(
+        "one-turn-of-the-options-is-enough",
+        "eval/mmbench.py",
+        "whole[question.unit] = whole.get(question.unit, True) and hit",
+        "whole[question.unit] = whole.get(question.unit, False) or hit",
+        "MMBench as if guessing 'A' every time were an answer.",
+        ("eval/test_scorers.py",),
+    ),
+    Mutation(
+        "differences-are-not-paired",
+        "eval/tally.py",
+        "return difference, around(difference, deviation(self._without_each() - other._without_each()))",
+        "return difference, around(difference, deviation(self._without_each()))",
+        "Two models that fail at the same questions seem not to differ.",
+        ("eval/test_tally.py",),
+    ),
+    Mutation(
+        "questions-about-one-image-are-independent",
+        "eval/benchmarks.py",
+        "            return self.about",
+        '            return f"question {self.id}"',
+        "Intervals far too narrow: a hundred questions about ten images count as a hundred images.",
+        ("eval/test_benchmarks.py",),
+    ),
+    Mutation(
+        "half-a-line-is-gone-on-with",
+        "eval/journal.py",
+        "os.truncate(self.part, content",
+        "_ = (self.part, content",
+        "After a kill an answer is lost in the half of another.",
+        ("eval/test_journal.py",),
+    ),
+    Mutation(
+        "answered-questions-are-asked-again",
+        "eval/asking.py",
+        "pending = share.of(place for place in range(len(questions)) if place not in rows)",
+        "pending = share.of(range(len(questions)))",
+        "A run that was killed begins anew.",
+        ("eval/test_tasks.py",),
+    ),
+)
+
 MUTATIONS = (
     *MASKING,
     *PROBING,
@@ -1038,6 +1089,7 @@ MUTATIONS = (
     *STAGES,
     *ANSWERING,
     *SERVING,
+    *SCORING,
     *EXPORTING,
     *TRUST,
     *KEEPING,

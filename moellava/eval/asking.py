@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from moellava.errors import UserError
@@ -70,6 +71,14 @@ def digest_of(questions: Sequence[Question]) -> str:
     return digest.hexdigest()
 
 
+def require_images(questions: Sequence[Question], task: str) -> None:
+    """Raises UserError where images are not there: a score without them would be compared with one that has them."""
+    files = {question.image for question in questions if isinstance(question.image, Path)}
+    missing = sorted(str(path) for path in files if not path.is_file())
+    if missing:
+        raise UserError(f"--task {task}: {len(missing)} of {len(files)} images are not there, such as {missing[0]}")
+
+
 def request_of(question: Question) -> Request:
     """A question as the model is asked it."""
     return Request(question=question.text, images=[] if question.image is None else [question.image])
@@ -129,9 +138,14 @@ def ask(
 
 def _when_all_are_there(journal: Journal, total: int, progress: Progress) -> dict[int, dict[str, Any]]:
     """Every line, once the other processes have written theirs. Whoever has started them ends this one with them."""
-    while len(rows := journal.known()) < total:
-        progress.at(len(rows))
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+    rows: dict[int, dict[str, Any]] = {}
+    while len(rows) < total:
+        done = journal.count()
+        progress.at(min(done, total))
+        if done >= total:
+            rows = journal.known()
+        if len(rows) < total:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
     if extra := sorted(rows.keys() - range(total)):
         raise UserError(f"{journal.folder} holds answers to questions that there are not, such as number {extra[0]}.")
     return rows

@@ -46,8 +46,8 @@ class Journal:
         return rows
 
     def count(self) -> int:
-        """How many lines the parts hold, those that are cut off left out."""
-        return sum(content.count(b"\n") for content in map(_content, self._parts()))
+        """How many lines there are, those that are cut off left out; cheaper than to read them."""
+        return sum(content.count(b"\n") for content in map(_content, [*self._parts(), self.whole]))
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends lines, and returns when they are on the disk."""

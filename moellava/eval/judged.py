@@ -7,6 +7,7 @@ one judge has given, not with those of papers.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,12 +50,17 @@ def score_llava_bench(questions: Sequence[Question], verdicts: Answers) -> Score
     }
     judged = [pair for pair in pairs if pair is not None]
     measures = {
-        "by_category": {name: {"accuracy": tally.score, "total": len(tally.items)} for name, tally in named.items()},
+        "by_category": {name: ratio_of(tally) for name, tally in named.items()},
         "mean_score": sum(pair[1] for pair in judged) / len(judged) if judged else None,
         "mean_reference_score": sum(pair[0] for pair in judged) / len(judged) if judged else None,
         "not_judged": pairs.count(None),
     }
     return Scored(Tally(items), "the judge's scores of the answers by those of the reference answers", measures)
+
+
+def ratio_of(tally: Tally) -> dict[str, float]:
+    """A category's row; one in which nothing was judged has a score of 0."""
+    return {"accuracy": tally.score if math.isfinite(tally.score) else 0.0, "total": len(tally.items)}
 
 
 def llava_bench(root: Path, split: str | None) -> Benchmark:

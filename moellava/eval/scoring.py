@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -54,8 +55,8 @@ def report(
     unanswered = [(q, one.error) for q, one in zip(questions, said, strict=True) if one.error is not None]
     found: dict[str, Any] = {"benchmark": benchmark.name, "split": benchmark.split}
     if scored is not None:
-        interval = scored.tally.interval()
-        found |= {"score": scored.tally.score, "metric": scored.metric}
+        score, interval = scored.tally.score, scored.tally.interval()
+        found |= {"score": score if math.isfinite(score) else None, "metric": scored.metric}
         found |= {"interval": interval and list(interval), "interval_is": FORMULA}
         found |= accuracy_of(scored) | scored.measures
     return {

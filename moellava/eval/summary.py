@@ -44,6 +44,8 @@ def summary(result: Mapping[str, Any], files: Sequence[str] = ()) -> str:
 
 def score_line(result: Mapping[str, Any]) -> str:
     """'98.63% of 9673 questions (95% interval 98.38 to 98.87)'."""
+    if result["score"] is None:
+        return f"no score of {result['questions']} questions"
     points = STATISTICS[result["statistic"]].points
     shown = f"{result['score']:.1f} points" if points else f"{100 * result['score']:.2f}%"
     scale = 1 if points else 100

@@ -242,6 +242,13 @@ def test_damaged_data_is_named(name, eval_data, tmp_path, capsys):
     assert message in said and Path(file).name in said and "Traceback" not in said
 
 
+def test_images_that_are_not_there_are_told_before_the_model_loads(eval_data, tmp_path, capsys):
+    shutil.copytree(eval_data, tmp_path / "data")
+    (tmp_path / "data" / "gqa" / "data" / "images" / "n0.jpg").unlink()
+    assert main(words(Path("/nowhere"), tmp_path / "data", "gqa", None)) == 2
+    assert "--task gqa: 1 of 2 images are not there, such as" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -258,3 +265,33 @@ def test_flags_that_lead_nowhere_are_refused_before_the_model_loads(flags, messa
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     assert main(["eval", "--model-path", "/nowhere", "--data-folder", str(eval_data), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_two_ranks_share_the_questions(eval_model, eval_data, asked, monkeypatch, tmp_path, capsys):
+    """As torchrun starts them, here one after the other: the first one waits for the answers of all."""
+    run = words(eval_model, eval_data, "gqa", None, "--output-dir", str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = {}
+    for rank, answers in ((1, ["red"]), (0, ["yes", "table"])):
+        monkeypatch.setenv("RANK", str(rank))
+        said[rank] = asked(answers)
+        assert main(run) == 0
+        assert (tmp_path / "gqa" / "answers.jsonl").exists() == (rank == 0)
+        assert ("100.00% of 3 questions" in capsys.readouterr().out) == (rank == 0)
+    assert len(said[1]) == 1 and len(said[0]) == 2 and not set(said[0]) & set(said[1])
+
+
+def test_several_tasks_in_one_go(eval_model, eval_data, asked, tmp_path, capsys):
+    asked([*RIGHT["gqa"][1], *RIGHT["pope"][1]])
+    run = ["eval", "--model-path", str(eval_model), "--data-folder", str(eval_data), "--task", "gqa", "pope"]
+    assert main([*run, "--output-dir", str(tmp_path)]) == 0
+    scores = {task: json.loads((tmp_path / task / "result.json").read_text())["score"] for task in ("gqa", "pope")}
+    assert scores == pytest.approx({"gqa": 2 / 3, "pope": 1})
+    printed = capsys.readouterr().out
+    assert printed.index("gqa (") < printed.index("pope (") and "  random " in printed
+
+
+def test_processes_need_a_folder_to_meet_in(eval_model, eval_data, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(words(eval_model, eval_data, "gqa", None)) == 2
+    assert "Several processes need --output-dir" in capsys.readouterr().err
