@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from moellava.log import WHOLE, get_logger
+from moellava.vis.run_files import NOT_SCORES
 
 logger = get_logger(__name__)
 
@@ -34,9 +35,6 @@ LONGEST = 159
 
 SPARED = ("ce", "padding", "memory", "grad", "tokens", "aux")
 """What a line goes without where it would be longer, in this order."""
-
-NOT_SCORES = ("runtime", "samples_per_second", "steps_per_second")
-"""Ends of the names of what an evaluation took, which are no scores."""
 
 
 @dataclass

@@ -25,6 +25,9 @@ STATE = "trainer_state.json"
 DIGITS = 5
 """Significant digits of a number in the log."""
 
+NOT_SCORES = ("runtime", "samples_per_second", "steps_per_second")
+"""Ends of the names of what an evaluation took, which are no scores."""
+
 POINTS = 400
 """Most points of a line; of more, means of neighbours are drawn."""
 
@@ -120,9 +123,8 @@ class Run:
 
     def scores(self) -> list[str]:
         """Names of what evaluations found."""
-        unwanted = ("runtime", "samples_per_second", "steps_per_second")
         names = {name for line in self.of("eval") for name in line if name.startswith("eval_")}
-        return sorted(name for name in names if not name.endswith(unwanted))
+        return sorted(name for name in names if not name.endswith(NOT_SCORES))
 
 
 @dataclass
