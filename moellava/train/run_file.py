@@ -18,6 +18,9 @@ ENDINGS = (".yaml", ".yml", ".json")
 OF_A_LAUNCHER = "--local_rank"
 """What `deepspeed` puts in front of a script's own words."""
 
+NOT_KEPT = {"local_rank": "it is one process's of a launch", "hub_token": "a folder is shown to others"}
+"""Flags that no run file gets, and why."""
+
 TITLE = "# A run of moellava {version}. `moellava train {name}` goes on with it; --output_dir starts it anew.\n"
 
 
@@ -65,10 +68,10 @@ def _word(value: Any) -> str:
 
 
 def as_yaml(given: Mapping[str, Any]) -> str:
-    """Flags that were given, as a run file. What belongs to one process of a launch is left out."""
+    """Flags that were given, as a run file, without those in `NOT_KEPT`."""
     import yaml
 
-    kept = {name: value for name, value in given.items() if f"--{name}" != OF_A_LAUNCHER}
+    kept = {name: value for name, value in given.items() if name not in NOT_KEPT}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120) if kept else ""
 
 

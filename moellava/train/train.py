@@ -331,5 +331,9 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # `deepspeed moellava/train/train.py …`
+    from moellava.train.entry import main as enter
+
+    here = Path(__file__).resolve().parent  # which Python has put first: its `deepspeed` would hide the package
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]
+    sys.exit(enter(sys.argv[1:]))

@@ -12,7 +12,7 @@ from moellava import train
 from moellava.cli import main
 from moellava.errors import UserError
 from moellava.train.arguments import given_flags, parse_arguments
-from moellava.train.run_file import NAME
+from moellava.train.run_file import NAME, as_yaml
 from tests.processes import words_of
 
 RUN = """
@@ -87,6 +87,12 @@ def test_print_config_is_a_file_of_the_same_run(run, capsys):
     printed = capsys.readouterr().out
     assert given_flags([run(printed)]) == given_flags([run(), "--seed", "7"])
     assert main(["train", run("learning_rat: 1"), "--print_config"]) == 2
+
+
+def test_a_file_keeps_no_secret_and_nothing_of_one_process():
+    given = {"hub_token": "hf_secret", "local_rank": 1, "learning_rate": 0.1, "data_path": ["a b.json"]}
+    assert yaml.safe_load(as_yaml(given)) == {"learning_rate": 0.1, "data_path": ["a b.json"]}
+    assert as_yaml({"local_rank": 0}) == ""
 
 
 def test_a_run_leaves_its_file_and_starts_from_it(tmp_path, flags_for, losses_of):
