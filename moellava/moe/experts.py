@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moellava.moe.fused import FusedExperts
 from moellava.moe.grouped import can_group, run_grouped
 from moellava.moe.losses import tally
-from moellava.moe.router import Choice
+from moellava.moe.router import Choice, is_at_hand
 from moellava.moe.weights import Layout, tensors_of
 
 
@@ -49,7 +49,7 @@ def sort_by_expert(choice: Choice, gate_Nk: Tensor, n_experts: int, leave_out: b
     """
     k = choice.expert_Nk.shape[1]
     flat_R = choice.expert_Nk.reshape(-1)
-    leaves_out = flat_R.device.type == "cpu" if leave_out is None else leave_out
+    leaves_out = is_at_hand(flat_R) if leave_out is None else leave_out
     if choice.kept_Nk is not None and leaves_out:
         # dropped choices sort behind the last expert
         flat_R = torch.where(choice.kept_Nk.reshape(-1), flat_R, n_experts)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moellava.moe.activations import KERNELS, kernel_name
+from moellava.moe.router import is_at_hand
 from moellava.moe.weights import Activation, Layout
 
 BLOCK = 65_536
@@ -123,7 +124,7 @@ def _blocks(*of_rows: Tensor | None) -> Iterator[tuple]:
     """Tensors of the same rows, cut alike into blocks of about `BLOCK` elements of the first; on a GPU, into one."""
     first = of_rows[0]
     assert first is not None
-    size = max(BLOCK // first.shape[1], 1) if first.device.type == "cpu" else len(first)
+    size = max(BLOCK // first.shape[1], 1) if is_at_hand(first) else len(first)
     return _cut(size, *of_rows)
 
 

@@ -19,7 +19,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from moellava.moe.router import Routing
+from moellava.moe.router import Routing, is_at_hand
 from moellava.moe.spec import MoESpec
 
 Reduce = Callable[[Tensor], Tensor]
@@ -74,7 +74,7 @@ def count_choices(expert_Nk: Tensor, n_experts: int) -> Tensor:
 
 def tally(index_R: Tensor, size: int) -> Tensor:
     """How often each index below `size` comes up, [size] int64. On a GPU, `bincount` would have the host wait."""
-    if index_R.device.type == "cpu":
+    if is_at_hand(index_R):
         return torch.bincount(index_R, minlength=size)
     return torch.zeros(size, dtype=torch.long, device=index_R.device).scatter_add_(0, index_R, torch.ones_like(index_R))
 

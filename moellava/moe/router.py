@@ -21,6 +21,11 @@ TIE = 1e-5
 """Scores of a set's slices that are nearer than this are equal but for rounding, which was 2e-7 at most."""
 
 
+def is_at_hand(tensor: Tensor) -> bool:
+    """Whether the host can read a tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 @dataclass
 class Choice:
     """The discrete part of routing, which a recomputed forward reuses.

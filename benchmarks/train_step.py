@@ -1,0 +1,279 @@
+"""A step of each stage beside its peers: transformers' Trainer with full logits, DeepSpeed's own MoE layer, Qwen2-MoE.
+
+    python benchmarks/train_step.py --json train_step.json
+
+All of them train a LLaVA of the same sizes on the same samples: questions about an image with short answers. A step is
+a Trainer's `training_step`, the optimizer's step and the clearing of gradients, in fp32, in one process. The variants
+take turns within one run and ratios are of the medians of CPU time, so that what else the machine does falls on all of
+them. Loading, logging and saving are not in it; neither is DeepSpeed's engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PhiConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+)
+
+from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from moellava.data.collate import MediaCollator
+from moellava.data.media_reader import Media, MediaReader, Run
+from moellava.data.packing import joined, packed_rows
+from moellava.moe import MoESpec, upcycle
+from moellava.moe.activations import use_kernels
+from moellava.train.arguments import TrainingArguments
+from moellava.train.trainer import StageTrainer
+
+IMAGE_TOKEN, PATCHES, SIDE = 5, 16, 56
+VOCABULARY, HIDDEN, LAYERS, UNITS, HEADS = 32_000, 256, 6, 768, 4
+BATCH, SHORTEST, LONGEST, ANSWER = 8, 24, 160, (2, 12)
+"""Samples of a step, text tokens of a sample, and how many of them are its answer."""
+EXPERTS, CHOICES, CAPACITY = 4, 2, 1.5
+"""Of stage 3, in every second layer; the capacity is that of DeepSpeed's own layer."""
+
+TEXT = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+TEXT |= {"num_key_value_heads": HEADS, "intermediate_size": UNITS, "pad_token_id": 0, "tie_word_embeddings": False}
+
+
+class Pixels(MediaReader):
+    """A reader without a processor: every image is 16 patches of random pixels."""
+
+    is_one_input = True
+
+    def __init__(self) -> None:
+        pass
+
+    def read(self, samples: Any, name: str = "the batch") -> Media:
+        runs = [[Run([IMAGE_TOKEN] * PATCHES, {}) for _ in row] for row in samples]
+        return Media(runs, {"pixel_values": torch.randn(sum(map(len, samples)), 3, SIDE, SIDE)})
+
+
+class Samples(list):
+    """As a trainer wants its data set; nothing of it is unreadable."""
+
+    def leave_out(self, unreadable: dict) -> None:
+        assert not unreadable
+
+
+def samples(steps: int, seed: int = 0) -> Samples:
+    """Questions with an image and their answers, of random lengths and words."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
+    made = Samples()
+    for number in range(steps * BATCH):
+        ids = torch.randint(6, VOCABULARY, (draw(SHORTEST, LONGEST),), generator=generator)
+        ids[1] = IMAGE_TOKEN_INDEX
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        answer = draw(*ANSWER)
+        labels[-answer:] = ids[-answer:]
+        made.append({"input_ids": ids, "labels": labels, "media": [None], "record": f"Record {number}"})
+    return made
+
+
+def llava(text: Any) -> Any:
+    """A LLaVA with a small tower around a language model."""
+    torch.manual_seed(0)
+    tower = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**tower, image_size=SIDE, patch_size=14),
+        text_config=text,
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.requires_grad_(False)
+    return model
+
+
+def dense(family: str) -> Any:
+    """Of a family of language models."""
+    text = PhiConfig(**TEXT | {"intermediate_size": 4 * HIDDEN}) if family == "phi" else Qwen2Config(**TEXT)
+    return llava(text)
+
+
+class StockMLP(nn.Module):
+    """DeepSpeed's own layer in the place of an MLP."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        from deepspeed.moe.layer import MoE
+
+        options = {"min_capacity": 0, "use_rts": False, "top2_2nd_expert_sampling": False}
+        self.moe = MoE(HIDDEN, mlp, EXPERTS, k=CHOICES, capacity_factor=CAPACITY, **options)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.moe(hidden)[0]
+
+
+def sparse() -> Any:
+    """Ours."""
+    return upcycle(dense("qwen2"), MoESpec(moe_mode="sparse", num_experts=[EXPERTS], top_k_experts=CHOICES))
+
+
+def stock() -> Any:
+    """DeepSpeed's."""
+    model = dense("qwen2")
+    for layer in model.get_decoder().layers[::2]:
+        layer.mlp = StockMLP(layer.mlp)
+    return model
+
+
+def qwen2_moe() -> Any:
+    """transformers' own, with grouped products; its shared expert is as narrow as it may be."""
+    sizes = {"num_experts": EXPERTS, "num_experts_per_tok": CHOICES, "decoder_sparse_step": 2}
+    widths = {"moe_intermediate_size": UNITS, "shared_expert_intermediate_size": 8}
+    return llava(Qwen2MoeConfig(**TEXT, **sizes, **widths))
+
+
+def stage_1(model: Any) -> Any:
+    """The projector alone trains."""
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    return model
+
+
+def trainer_of(model: Any, ours: bool, data: Samples, folder: str) -> Any:
+    """A trainer of a model: `StageTrainer` and what a run prepares, or transformers' as it is."""
+    collator = MediaCollator(Pixels(), 0)  # type: ignore[arg-type]
+    collator.is_told = ours
+    options = {"output_dir": folder, "report_to": "none", "use_cpu": True, "per_device_train_batch_size": BATCH}
+    if not ours:
+        args = transformers.TrainingArguments(**options)
+        return transformers.Trainer(model=model, args=args, data_collator=collator, train_dataset=data)
+    use_kernels(model)
+    projector = {"projector": model.model.multi_modal_projector}
+    vlm = SimpleNamespace(model=model, placeholder_ids=[IMAGE_TOKEN], architecture=None, parts=projector)
+    args = TrainingArguments(**options, model_max_length=LONGEST + PATCHES)
+    trainer = StageTrainer(
+        vlm=vlm,  # type: ignore[arg-type]
+        folder=None,  # type: ignore[arg-type]
+        args=args,
+        data_collator=collator,
+        train_dataset=data,
+    )
+    trainer.begin_interval()
+    return trainer
+
+
+def step_of(trainer: Any, batches: list[dict[str, Any]]) -> Callable[[int], None]:
+    """(number) -> runs that step."""
+    optimizer = trainer.create_optimizer()
+
+    def step(number: int) -> None:
+        batch = copy.copy(batches[number])
+        taken, count = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+        trainer.training_step(trainer.model, taken[0], count)
+        if isinstance(trainer, StageTrainer):
+            state = SimpleNamespace(global_step=number)
+            trainer.watch.on_pre_optimizer_step(trainer.args, state, None)
+        optimizer.step()
+        trainer.model.zero_grad(set_to_none=True)
+
+    return step
+
+
+VARIANTS: dict[str, list[tuple[str, Callable[[], Any], bool, bool]]] = {
+    "stage 1": [
+        ("moellava", lambda: stage_1(dense("qwen2")), True, False),
+        ("moellava, packed", lambda: stage_1(dense("qwen2")), True, True),
+        ("HF Trainer, full logits", lambda: stage_1(dense("qwen2")), False, False),
+    ],
+    "stage 2": [
+        ("moellava", lambda: dense("qwen2"), True, False),
+        ("moellava, packed", lambda: dense("qwen2"), True, True),
+        ("HF Trainer, full logits", lambda: dense("qwen2"), False, False),
+    ],
+    "stage 2, phi": [
+        ("moellava", lambda: dense("phi"), True, False),
+        ("moellava, packed", lambda: dense("phi"), True, True),
+        ("HF Trainer, full logits", lambda: dense("phi"), False, False),
+    ],
+    "stage 3": [
+        ("moellava", sparse, True, False),
+        ("moellava, packed", sparse, True, True),
+        ("stock DeepSpeed layer, capacity 1.5, full logits", stock, False, False),
+        ("HF Qwen2-MoE, grouped_mm, full logits", qwen2_moe, False, False),
+    ],
+}
+"""Stage -> (name, model, whether our trainer trains it, whether rows are packed)."""
+
+
+def batches_of(collator: MediaCollator, data: Samples, is_packed: bool, steps: int) -> list[dict[str, Any]]:
+    """The batches of all steps; packed ones hold the same samples in fewer rows."""
+    made = []
+    for number in range(steps):
+        taken = data[number * BATCH : (number + 1) * BATCH]
+        lengths = [len(one["input_ids"]) + PATCHES - 1 for one in taken]
+        rows = packed_rows(lengths, LONGEST + PATCHES)
+        torch.manual_seed(number)
+        made.append(collator([joined([taken[index] for index in row]) for row in rows] if is_packed else taken))
+    return made
+
+
+def measure(stage: str, steps: int) -> list[dict[str, Any]]:
+    """One row per variant of a stage: CPU and wall seconds of a step, padding, and the ratio to ours."""
+    data = samples(steps)
+    seconds: dict[str, list[tuple[float, float]]] = {}
+    padding: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        steps_of = {}
+        for name, make, ours, is_packed in VARIANTS[stage]:
+            trainer = trainer_of(make(), ours, data, folder)
+            batches = batches_of(trainer.data_collator, data, is_packed, steps)
+            masks = [batch["attention_mask"] for batch in batches]
+            padding[name] = 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+            steps_of[name], seconds[name] = step_of(trainer, batches), []
+        for number in range(steps):
+            for name, step in steps_of.items():
+                cpu, wall = time.process_time(), time.perf_counter()
+                step(number)
+                seconds[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+    rows = []
+    for name, each in seconds.items():
+        cpu, wall = (statistics.median(part) for part in zip(*each[1:], strict=True))
+        row = {"stage": stage, "variant": name, "cpu_seconds": round(cpu, 4), "wall_seconds": round(wall, 4)}
+        ours = rows[0]["cpu_seconds"] if rows else cpu
+        rows.append(row | {"padding": round(padding[name], 3), "times_ours": round(cpu / ours, 2)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--steps", type=int, default=8, help="of each variant; the first does not count")
+    parser.add_argument("--stages", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    for stage in arguments.stages:
+        print(stage)
+        for row in measure(stage, arguments.steps):
+            rows.append(row)
+            line = "  {variant:50} {cpu_seconds:7.3f} s CPU  {wall_seconds:7.3f} s  padding {padding:4.0%}"
+            print((line + "  {times_ours:5.2f} × ours").format(**row))
+    if arguments.json:
+        machine = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": arguments.threads}
+        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
