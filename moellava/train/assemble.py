@@ -19,7 +19,7 @@ from moellava.model.description import Description
 from moellava.model.manifest import TOWER, Manifest, read_folder
 from moellava.model.projector_start import load_projector
 from moellava.model.section import plugins_of
-from moellava.moe import convert_engine
+from moellava.moe import convert_engine, separate_experts
 from moellava.moe.certificate import Certificate, upcycle_certified
 from moellava.train.adapt import adapt
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
@@ -72,6 +72,7 @@ def assemble(
     adapter = adapt(vlm, model_args, moe_args, args) if args.lora_enable or model_args.use_vision_lora else None
     if moe_args.moe_enable and args.deepspeed:
         convert_engine(vlm.model, "deepspeed", ep_size=moe_args.ep_size)
+    separate_experts(vlm.model)  # those that are left: a process holds its own alone
     return Assembled(vlm, certificate, adapter)
 
 
@@ -162,7 +163,8 @@ def usual_template(llm: Manifest, stage: Stage) -> str:
 
 
 def sparsify(vlm: VLM, moe_args: MoEArguments) -> Certificate | None:
-    """Turns a dense model's MLPs into MoE layers of the native engine, or takes a sparse one as it is.
+    """Turns a dense model's MLPs into MoE layers of the native engine, or takes a sparse one as it is. Experts that are
+    plain copies share memory until `separate_experts`.
 
     Returns:
         The conversion's certificate; None for a model that was sparse already.
@@ -171,7 +173,7 @@ def sparsify(vlm: VLM, moe_args: MoEArguments) -> Certificate | None:
         retrain(vlm, moe_args)
         return None
     spec = moe_args.spec()
-    certificate = upcycle_certified(vlm.model, spec, vlm.probes())
+    certificate = upcycle_certified(vlm.model, spec, vlm.probes(), share_copies=True)
     vlm.sparse(spec)
     return certificate
 
