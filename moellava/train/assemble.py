@@ -110,6 +110,17 @@ def described(
     return description
 
 
+def leave_files(model: torch.nn.Module) -> None:
+    """Copies parameters that are mapped from a file into memory of their own.
+
+    Processes that train together begin by writing the first one's weights into all others'. In a mapping that takes
+    memory of its own all the same, and as long as one frozen tensor of a file is mapped, all of it stays: a second copy
+    of the weights.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
 def holds_parts(manifest: Manifest, architecture: Architecture | None) -> bool:
     """Whether a folder is a part of a vision-language model that is yet to be composed."""
     return architecture is None and not holds_vlm(manifest)

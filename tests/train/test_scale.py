@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from moellava.errors import UserError
+from moellava.train.assemble import leave_files
 from moellava.train.folder import compare_saved
 from tests.processes import run_python
 
@@ -39,8 +44,6 @@ def test_a_process_that_holds_two_of_sixteen_experts_fits_into_memory_for_those(
 
 
 def test_a_dry_save_is_compared_tensor_by_tensor(tmp_path):
-    from safetensors.torch import save_file
-
     state = {"a": torch.arange(4.0), "b": torch.ones(2)}
     for name, value in state.items():
         save_file({name: value}, tmp_path / f"{name}.safetensors")
@@ -50,3 +53,16 @@ def test_a_dry_save_is_compared_tensor_by_tensor(tmp_path):
         compare_saved(files, state | {"b": torch.zeros(2)})
     with pytest.raises(UserError, match="lost 1 tensors: c"):
         compare_saved(files, state | {"c": torch.zeros(2)})
+
+
+def test_no_frozen_tensor_keeps_the_file_of_all_mapped(tmp_path):
+    save_file({"0.weight": torch.ones(3, 3), "1.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors")
+    model = torch.nn.Sequential(*(torch.nn.Linear(3, 3, bias=False) for _ in range(2)))
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        model.load_state_dict({name: file.get_tensor(name) for name in ("0.weight", "1.weight")}, assign=True)
+    model[1].weight.requires_grad_(False)
+    mapped = lambda: str(tmp_path / "model.safetensors") in Path("/proc/self/maps").read_text()  # noqa: E731
+    assert mapped()
+    leave_files(model)
+    assert not mapped() and [parameter.requires_grad for parameter in model.parameters()] == [True, False]
+    assert torch.equal(model[0].weight, torch.ones(3, 3)) and torch.equal(model[1].weight, torch.zeros(3, 3))
