@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step of each stage beside its peers: transformers' Trainer with full logits, DeepSpeed's own MoE layer, Qwen2-MoE.
 
     python benchmarks/train_step.py --json train_step.json

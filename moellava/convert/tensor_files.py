@@ -38,15 +38,18 @@ class TensorFiles:
     Args:
         folder: an existing folder.
         tensors: name -> empty (meta) tensor, in the order of the files.
+        shard_bytes: largest file; 0: there is one.
+        stem: how the files' names begin.
     """
 
-    def __init__(self, folder: Path, tensors: dict[str, Tensor], shard_bytes: int):
+    def __init__(self, folder: Path, tensors: dict[str, Tensor], shard_bytes: int = 0, stem: str = "model"):
         self.folder = folder
         self.slots: dict[str, Slot] = {}
         self.missing = set(tensors)
-        shards = _cut(tensors, shard_bytes)
+        shards = _cut(tensors, shard_bytes) if shard_bytes else [tensors]
         for number, shard in enumerate(shards, start=1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            many = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+            name = f"{stem}{many}.safetensors"
             self._lay_out(name, shard)
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in tensors.values())

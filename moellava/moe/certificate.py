@@ -124,18 +124,21 @@ def compare(
     return Certificate(spec.is_exact(), spec.to_config(), name, ROUNDING[dtype], measured)
 
 
-def upcycle_certified(model: nn.Module, spec: MoESpec, probes: Mapping[str, Probe]) -> Certificate:
+def upcycle_certified(
+    model: nn.Module, spec: MoESpec, probes: Mapping[str, Probe], share_copies: bool = False
+) -> Certificate:
     """`upcycle` with the native engine, and its certificate, checked. Convert to another engine afterwards.
 
     Args:
         model: a dense model; it is sparse afterwards.
         spec: options.
         probes: name -> inputs of the model, with an attention mask.
+        share_copies: see `upcycle`.
 
     Raises:
         NotExactError: an exact recipe changed the logits by more than rounding.
     """
     forward, dtype = forward_of(model), next(model.parameters()).dtype
     dense = dense_logits(forward, probes)
-    upcycle(model, spec)
+    upcycle(model, spec, share_copies=share_copies)
     return compare(forward, probes, dense, spec, dtype).check()

@@ -24,7 +24,13 @@ ENGINES = ("native", "deepspeed")
 
 
 def upcycle(
-    model: nn.Module, spec: MoESpec, *, engine: str = "native", ep_size: int = 1, initialize: bool = True
+    model: nn.Module,
+    spec: MoESpec,
+    *,
+    engine: str = "native",
+    ep_size: int = 1,
+    initialize: bool = True,
+    share_copies: bool = False,
 ) -> nn.Module:
     """Replaces the MLP in the chosen layers of the decoder, in place. HF forwards stay as they are.
 
@@ -35,6 +41,8 @@ def upcycle(
             this before `deepspeed.initialize`, after `deepspeed.init_distributed`).
         ep_size: ranks that share one set of experts; each then holds experts / ep_size of every layer.
         initialize: False when a state dict follows: experts get the right shapes, and values of no meaning.
+        share_copies: experts that are plain copies stay in the memory of the MLP that they are copies of, until
+            `separate_experts` gives each its own: a process needs none for experts that go to others.
 
     Returns:
         The same model.
@@ -54,6 +62,8 @@ def upcycle(
     for index, n_experts in chosen.items():
         dense = getattr(layers[index], names[index])
         setattr(layers[index], names[index], sparse_mlp(dense, spec, n_experts, index, initialize))
+    if not share_copies:
+        separate_experts(model)
     _share_context(model)
     if spec.freeze_router:
         for parameter in router_parameters(model):
@@ -66,7 +76,7 @@ def sparse_mlp(mlp: nn.Module, spec: MoESpec, n_experts: int, layer_index: int, 
 
     Args:
         mlp: the dense MLP; it stays as it is.
-        spec: options.
+        spec: options; experts that are plain copies share its memory.
         n_experts: experts of this layer.
         layer_index: index of the decoder layer; with `spec.init_seed` it seeds what is drawn.
         initialize: see `upcycle`.
@@ -93,9 +103,7 @@ def expert_stream(mlp: nn.Module, spec: MoESpec, n_experts: int, layer_index: in
     if _keeps_mlp(spec):
         yield from ((f"shared.{part}", tensor) for part, tensor in mlp.state_dict().items())
     for index in range(n_experts):
-        # A plain copy is the MLP itself: what is written out needs none in memory.
-        is_copy = spec.init == "copy" and spec.granularity == 1
-        state = (mlp if is_copy else _make_expert(mlp, spec, index, generator)).state_dict()
+        state = _make_expert(mlp, spec, index, generator).state_dict()
         for part in list(state):
             yield f"experts.{index}.{part}", state.pop(part)  # gone before the next expert is made
 
@@ -121,6 +129,8 @@ def _draw_routing(spec: MoESpec, n_experts: int, hidden: int, generator: torch.G
 def _make_expert(mlp: nn.Module, spec: MoESpec, index: int, generator: torch.Generator | None) -> nn.Module:
     """Expert `index`: a copy or a slice of the MLP, changed as the recipe says where there is a generator."""
     slices = spec.granularity
+    if spec.init == "copy" and slices == 1:
+        return _alias(mlp)
     expert = slice_mlp(mlp, index % slices, slices) if slices > 1 else copy.deepcopy(mlp)
     if generator is not None:
         if spec.init == "noise":
@@ -130,6 +140,22 @@ def _make_expert(mlp: nn.Module, spec: MoESpec, index: int, generator: torch.Gen
         elif spec.init == "shared":
             silence(expert)
     return expert
+
+
+def _alias(mlp: nn.Module) -> nn.Module:
+    """A copy whose parameters lie where the MLP's do."""
+    same = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in mlp.parameters()}
+    return copy.deepcopy(mlp, same)
+
+
+def separate_experts(model: nn.Module) -> None:
+    """Gives every expert memory of its own, where `upcycle` has left it in that of another (`share_copies`)."""
+    seen: set[int] = set()
+    for parameter in routed_expert_parameters(model):
+        place = parameter.data_ptr()
+        if place and place in seen:
+            parameter.data = parameter.data.clone()
+        seen.add(place)
 
 
 def sparse_modules(model: nn.Module) -> list[RoutedMLP]:

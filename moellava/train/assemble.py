@@ -21,7 +21,7 @@ from moellava.model.manifest import TOWER, Manifest, read_folder
 from moellava.model.origin import note_data
 from moellava.model.projector_start import load_projector
 from moellava.model.section import plugins_of
-from moellava.moe import convert_engine
+from moellava.moe import convert_engine, separate_experts
 from moellava.moe.certificate import Certificate, upcycle_certified
 from moellava.train.adapt import adapt
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
@@ -78,6 +78,7 @@ def assemble(
     adapter = adapt(vlm, model_args, moe_args, args) if args.lora_enable or model_args.use_vision_lora else None
     if moe_args.moe_enable and args.deepspeed:
         convert_engine(vlm.model, "deepspeed", ep_size=moe_args.ep_size)
+    separate_experts(vlm.model)  # those that are left: a process holds its own alone
     return Assembled(vlm, certificate, adapter, balance)
 
 
@@ -113,6 +114,17 @@ def described(
     if moe_args.moe_enable and description.architecture is not None:
         description.architecture.refuse_upcycling("--moe_enable True")
     return description
+
+
+def leave_files(model: torch.nn.Module) -> None:
+    """Copies parameters that are mapped from a file into memory of their own.
+
+    Processes that train together begin by writing the first one's weights into all others'. In a mapping that takes
+    memory of its own all the same, and as long as one frozen tensor of a file is mapped, all of it stays: a second copy
+    of the weights.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def holds_parts(manifest: Manifest, architecture: Architecture | None) -> bool:
@@ -168,7 +180,8 @@ def usual_template(llm: Manifest, stage: Stage) -> str:
 
 
 def sparsify(vlm: VLM, moe_args: MoEArguments) -> Certificate | None:
-    """Turns a dense model's MLPs into MoE layers of the native engine, or takes a sparse one as it is.
+    """Turns a dense model's MLPs into MoE layers of the native engine, or takes a sparse one as it is. Experts that are
+    plain copies share memory until `separate_experts`.
 
     Returns:
         The conversion's certificate; None for a model that was sparse already.
@@ -177,7 +190,7 @@ def sparsify(vlm: VLM, moe_args: MoEArguments) -> Certificate | None:
         retrain(vlm, moe_args)
         return None
     spec = moe_args.spec()
-    certificate = upcycle_certified(vlm.model, spec, vlm.probes())
+    certificate = upcycle_certified(vlm.model, spec, vlm.probes(), share_copies=True)
     vlm.sparse(spec)
     return certificate
 

@@ -23,7 +23,7 @@ from moellava.adapters.folder import (
 from moellava.adapters.lora import Adapter
 from moellava.errors import UserError
 from moellava.log import get_logger
-from moellava.model.weights import read_file, read_tensors, weight_files
+from moellava.model.weights import read_file, weight_files
 from moellava.moe import gather_moe_state_dict
 from moellava.train.checkpoint import last_checkpoint
 from moellava.train.masters import Masters
@@ -105,10 +105,9 @@ class StageFolder:
         accelerator.wait_for_everyone()
 
     def _compare(self, path: Path, state: dict[str, torch.Tensor]) -> None:
-        compare_saved(read_tensors(path), self._whole(state))
+        compare_saved(weight_files(path), self._whole(state))
         if self.adapter is not None:
-            saved = dict(read_file(path / FOLDER / WEIGHTS))
-            compare_saved(saved, adapter_tensors(state, self.adapter))
+            compare_saved([path / FOLDER / WEIGHTS], adapter_tensors(state, self.adapter))
 
     def failed_save(self, error: Exception, step: int) -> str:
         """The message of a save that failed: what is safe, and how to go on."""
@@ -137,13 +136,19 @@ def load_whole(model: nn.Module, path: Path) -> None:
         raise UserError(f"{path} lacks tensors of this model: {sorted(missing - tied)[:3]} …")
 
 
-def compare_saved(saved: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
-    """Raises UserError unless every tensor of a state dict was saved as it is."""
-    for name, value in state.items():
-        # A tied tensor is stored once, under one of its names.
-        if name in saved and not torch.equal(saved[name], value.cpu()):
-            raise UserError(f"The dry save before step 0 changed {name}: the folder could not be trusted.")
-    stored = {value.data_ptr() for name, value in state.items() if name in saved}
-    lost = [name for name, value in state.items() if name not in saved and value.data_ptr() not in stored]
+def compare_saved(files: list[Path], state: dict[str, torch.Tensor]) -> None:
+    """Raises UserError unless every tensor of a state dict was saved as it is.
+
+    One tensor of the files at a time is in memory: they are mapped, and each file is let go at its end.
+    """
+    found: set[str] = set()
+    for file in files:
+        for name, saved in read_file(file):
+            found.add(name)
+            if name in state and not torch.equal(saved, state[name].cpu()):
+                raise UserError(f"The dry save before step 0 changed {name}: the folder could not be trusted.")
+    # A tied tensor is stored once, under one of its names.
+    stored = {state[name].data_ptr() for name in found & set(state)}
+    lost = [name for name, value in state.items() if name not in found and value.data_ptr() not in stored]
     if lost:
         raise UserError(f"The dry save before step 0 lost {len(lost)} tensors: {', '.join(lost[:5])} …")

@@ -35,7 +35,7 @@ from moellava.moe import enable_gradient_checkpointing
 from moellava.moe.activations import use_kernels
 from moellava.processes import leave_group, of_rank_zero
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments
-from moellava.train.assemble import Assembled, assemble, start_of, training_dtype
+from moellava.train.assemble import Assembled, assemble, leave_files, start_of, training_dtype
 from moellava.train.checkpoint import (
     check_contents,
     check_folder,
@@ -121,6 +121,8 @@ def begin(
     trained = trainable_parameters(vlm, adapter) if adapter else stage.selects(vlm, model_args, moe_args)
     freeze_all_but(vlm.model, trained)
     masters = None if args.deepspeed else raise_trained(vlm.model, training_dtype(args))
+    if args.world_size > 1 and args.device.type == "cpu":
+        leave_files(vlm.model)
     records = read_data(model_args, data_args)
     datasets = {name: make_dataset(found, vlm, data_args, args) for name, found in zip(DATASETS, records, strict=True)}
     tell_idle_media_flags(data_args, {shown for one in datasets.values() if one for shown in one.modalities})

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # One stage on several hosts, started from one of them over ssh by DeepSpeed's launcher:
 #
 #     bash scripts/cluster/hostfile.sh hosts.txt --deepspeed scripts/zero2.json --version v1 …

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # One stage on several hosts, started on each of them:
 #
 #     NODES=2 MASTER=first-host:29500 bash scripts/cluster/torchrun.sh --deepspeed scripts/zero2.json --version v1 …

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a result holds, what is printed of it, and two results compared."""
 
 from __future__ import annotations

@@ -9,12 +9,14 @@ import torch
 from moellava.errors import UserError
 from moellava.moe import (
     MoESpec,
+    convert_engine,
     counted_routing,
     expert_parameters,
     moe_layers,
     router_losses,
     router_metrics,
     router_parameters,
+    separate_experts,
     set_routing_context,
     upcycle,
     update_router_bias,
@@ -214,3 +216,27 @@ def test_generation_runs_token_by_token(tiny_llava, batch):
     dense = model.generate(ids, max_new_tokens=6, do_sample=False)
     upcycle(model, MoESpec())
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), dense)
+
+
+def memory_of(model) -> int:
+    """Bytes of a model's parameters, those of one place counted once."""
+    return sum({parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}.values())
+
+
+def test_a_process_takes_memory_for_its_own_experts_alone(tiny_llava, monkeypatch):
+    monkeypatch.setattr("moellava.moe.deepspeed.rank", lambda: 3)
+    monkeypatch.setattr("moellava.moe.deepspeed.world_size", lambda: 4)
+    spec, dense = MoESpec(moe_mode="sparse", num_experts=[8]), memory_of(tiny_llava())
+    whole, model = upcycle(tiny_llava(), spec), upcycle(tiny_llava(), spec, share_copies=True)
+    routers = sum(parameter.nbytes for parameter in router_parameters(model))
+    assert memory_of(model) == dense + routers
+    one = memory_of(whole) - dense - routers  # seven more experts in each sparse layer
+    convert_engine(model, "deepspeed", ep_size=4)
+    separate_experts(model)
+    assert memory_of(model) == dense + routers + one // 7
+    kept = {index for _, layer in moe_layers(model) for index in layer.local_experts()}
+    assert kept == {6, 7}
+    first, second = (list(expert.parameters()) for expert in moe_layers(model)[0][1].local_experts().values())
+    with torch.no_grad():
+        first[0].add_(1)
+    assert (first[0] - second[0]).abs().min() > 0.9

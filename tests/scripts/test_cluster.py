@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`scripts/cluster/` with stand-ins for Slurm and the launchers: what they start, and what becomes of a stop."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What makes the host wait for the device: numbers that are read, and sizes that only the device knows."""
 
 from __future__ import annotations

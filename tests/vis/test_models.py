@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Maps over pictures for released architectures, for two towers, and for a language model that is sparse of itself."""
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer states of a sparse model that do not depend on `ep_size`.
+"""Optimizer states of a sparse model that do not depend on `ep_size`, nor on the number of processes.
 
 DeepSpeed's own checkpoint holds flat partitions, one a rank, cut for the processes and expert groups of the run that
 wrote it. Beside it lies the same by parameter, experts under their global ids, so that a run can go on with another
-`ep_size`:
+`ep_size`. Each rank writes what it holds, and nothing is gathered: a stretch of each parameter that lies in its
+partitions.
 
-    portable/state-rank-0.safetensors   {native name}::{fp32 | exp_avg | exp_avg_sq}, whole tensors
-    portable/state-rank-1.safetensors   the experts that rank 0 does not hold
+    portable/state-rank-0.safetensors   {native name}::{fp32 | exp_avg | exp_avg_sq}::{first number}, a flat stretch
+    portable/state-rank-1.safetensors   …
     portable/meta.json                  {"ep_size", "step"}
+
+Older checkpoints hold whole tensors, without the number; they are read as well.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from moellava.convert.tensor_files import TensorFiles
 from moellava.errors import UserError
 from moellava.files import read_json, write_json
 from moellava.moe import moe_layers, native_names
@@ -45,49 +48,52 @@ def stored_ep_size(checkpoint: Path) -> int | None:
 
 
 def save_portable(engine: Any, model: nn.Module, checkpoint: Path) -> None:
-    """Writes the states of a DeepSpeed engine at ZeRO-1 or 2. Collective.
+    """Writes the states of a DeepSpeed engine at ZeRO-1 or 2: each rank its own, tensor by tensor.
 
     Args:
         engine: whose optimizer has made at least one step.
         model: the engine's module.
         checkpoint: folder of the checkpoint that is being written.
     """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
     link_states(engine.optimizer)
-    ep_size, rank = expert_parallel_size(model), dist.get_rank()
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter, is_expert in trained(model):
-        whole = {WEIGHT: safe_get_full_fp32_param(parameter)}
-        whole |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-        if rank == 0 or (is_expert and rank < ep_size):
-            tensors |= {f"{name}::{key}": value.cpu().contiguous() for key, value in whole.items()}
     folder = checkpoint / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    if tensors:
-        save_file(tensors, folder / f"state-rank-{rank}.safetensors")
-    if rank == 0:
-        write_json(folder / META, {"ep_size": ep_size, "step": adam_step(engine)})
+    own = dict(stretches(model))
+    if own:
+        planned = {name: torch.empty_like(stretch, device="meta") for name, stretch in own.items()}
+        files = TensorFiles(folder, planned, stem=f"state-rank-{dist.get_rank()}")
+        for name, stretch in own.items():
+            files.write(name, stretch.cpu())
+    if dist.get_rank() == 0:
+        write_json(folder / META, {"ep_size": expert_parallel_size(model), "step": adam_step(engine)})
 
 
 def load_portable(engine: Any, model: nn.Module, checkpoint: Path) -> None:
-    """Gives an engine that has not stepped yet the states that `save_portable` wrote, whatever its `ep_size`.
+    """Gives an engine that has not stepped yet the states that `save_portable` wrote, whatever its `ep_size` and its
+    number of ranks: each reads the weights of its parameters and the moments of its own stretches.
 
     Raises:
         UserError: a parameter's states are not there.
     """
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
     meta = read_json(checkpoint / FOLDER / META)
     start_states(engine, meta["step"])
     stored = StoredStates(checkpoint / FOLDER)
     with torch.no_grad():
         for name, parameter, _ in trained(model):
-            weight = stored.read(f"{name}::{WEIGHT}").to(parameter.device)
-            parameter.copy_(weight)
-            safe_set_full_fp32_param(parameter, weight)
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, stored.read(f"{name}::{key}").to(parameter.device), key)
+            parameter.copy_(stored.read(f"{name}::{WEIGHT}", 0, parameter.numel()).view_as(parameter))
+        for name, stretch in stretches(model):
+            called, _, first = name.rpartition("::")
+            stretch.copy_(stored.read(called, int(first), stretch.numel()))
+
+
+def stretches(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """("{native name}::{state}::{first number}", flat stretch) of the states that lie in this rank's partitions."""
+    for name, parameter, _ in trained(model):
+        held = parameter._hp_mapping  # None: all of it lies in other ranks' partitions
+        if held is not None:
+            for key in (WEIGHT, *MOMENTS):
+                fragment = held.get_hp_fragment(None if key == WEIGHT else key)
+                yield f"{name}::{key}::{held.lp_fragment_address.start}", fragment
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
@@ -125,18 +131,29 @@ def link_states(zero: Any) -> None:
 
 
 class StoredStates:
-    """Tensors of all ranks' files by name, read when asked for."""
+    """Tensors of all ranks' files by name, of which what is asked for is read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._file_of: dict[str, Path] = {}
+        self._parts: dict[str, list[tuple[int, Path, str]]] = {}
         for file in sorted(folder.glob("state-rank-*.safetensors")):
             with safe_open(file, framework="pt") as states:
-                self._file_of |= dict.fromkeys(states.keys(), file)
+                for stored in states.keys():  # noqa: SIM118 (no mapping)
+                    name, _, first = stored.rpartition("::")
+                    is_stretch = first.isdecimal()
+                    part = (int(first) if is_stretch else 0, file, stored)
+                    self._parts.setdefault(name if is_stretch else stored, []).append(part)
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor. Raises UserError if no file holds it."""
-        if name not in self._file_of:
+    def read(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Numbers `first` to `first + count` of a tensor, flat, in fp32. Raises UserError if no file holds them."""
+        found, have = torch.empty(count), 0
+        for start, file, stored in self._parts.get(name, ()):
+            with safe_open(file, framework="pt") as states:
+                part = states.get_tensor(stored).flatten()  # mapped: what is not copied is not read
+            begin, end = max(start, first), min(start + len(part), first + count)
+            if begin < end:
+                found[begin - first : end - first] = part[begin - start : end - start]
+                have += end - begin
+        if have < count:
             raise UserError(f"{self.folder} holds no {name}: the checkpoint is of another model or stage.")
-        with safe_open(self._file_of[name], framework="pt") as states:
-            return states.get_tensor(name)
+        return found

@@ -32,13 +32,22 @@ def test_what_trains_is_named_as_in_the_folder_on_every_rank(tiny_llava, monkeyp
     assert held == experts
 
 
-def test_states_of_all_ranks_are_read_by_name(tmp_path):
-    for rank, name in enumerate(("head::fp32", "expert::fp32")):
-        save_file({name: torch.full((2,), float(rank))}, tmp_path / f"state-rank-{rank}.safetensors")
+def test_a_tensor_is_read_from_the_stretches_of_all_ranks(tmp_path):
+    numbers = torch.arange(10.0)
+    for rank, (first, end) in enumerate(((0, 4), (4, 10))):
+        save_file({f"head::fp32::{first}": numbers[first:end]}, tmp_path / f"state-rank-{rank}.safetensors")
     stored = StoredStates(tmp_path)
-    assert stored.read("head::fp32").tolist() == [0, 0] and stored.read("expert::fp32").tolist() == [1, 1]
-    with pytest.raises(UserError, match="holds no head::exp_avg: the checkpoint is of another model or stage"):
-        stored.read("head::exp_avg")
+    assert torch.equal(stored.read("head::fp32", 0, 10), numbers)
+    assert torch.equal(stored.read("head::fp32", 2, 5), numbers[2:7])
+    assert torch.equal(stored.read("head::fp32", 5, 2), numbers[5:7])
+    for name, count in (("head::fp32", 11), ("head::exp_avg", 1)):
+        with pytest.raises(UserError, match=f"holds no {name}: the checkpoint is of another model or stage"):
+            stored.read(name, 0, count)
+
+
+def test_whole_tensors_of_older_checkpoints_are_read(tmp_path):
+    save_file({"head::fp32": torch.arange(6.0).view(2, 3)}, tmp_path / "state-rank-0.safetensors")
+    assert StoredStates(tmp_path).read("head::fp32", 2, 3).tolist() == [2, 3, 4]
 
 
 def test_a_checkpoint_says_how_its_experts_were_spread(tmp_path):

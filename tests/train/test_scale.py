@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes at which a run would break if a process held what belongs to others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from moellava.errors import UserError
+from moellava.train.assemble import leave_files
+from moellava.train.folder import compare_saved
+from tests.processes import run_python
+
+OWN_EXPERTS = """
+import resource, sys
+from pathlib import Path
+import deepspeed
+import moellava.moe.deepspeed as engine
+from moellava.moe import MoESpec, convert_engine, separate_experts
+from moellava.moe.certificate import upcycle_certified
+from tests.tiny import batch_for, tiny_llava
+engine.rank, engine.world_size = lambda: 5, lambda: 8
+model = tiny_llava(hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
+probes = {"text": batch_for(model)}
+upcycle_certified(tiny_llava(), MoESpec(num_experts=[2]), {"text": batch_for(tiny_llava())})  # imports, buffers
+held = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (held + 200_000_000,) * 2)
+upcycle_certified(model, MoESpec(num_experts=[16], moe_mode="dense"), probes, share_copies=sys.argv[1] == "shared")
+convert_engine(model, "deepspeed", ep_size=8)
+separate_experts(model)
+print("fits")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_holds_two_of_sixteen_experts_fits_into_memory_for_those():
+    """All sixteen would take 400 MB, its own 50 MB; the limit leaves 200 MB."""
+    assert run_python(OWN_EXPERTS, "shared").split()[-1] == "fits"
+    with pytest.raises(AssertionError, match="allocate|memory"):
+        run_python(OWN_EXPERTS, "each its own")
+
+
+def test_a_dry_save_is_compared_tensor_by_tensor(tmp_path):
+    state = {"a": torch.arange(4.0), "b": torch.ones(2)}
+    for name, value in state.items():
+        save_file({name: value}, tmp_path / f"{name}.safetensors")
+    files = sorted(tmp_path.iterdir())
+    compare_saved(files, state | {"tied": state["a"]})
+    with pytest.raises(UserError, match="changed b"):
+        compare_saved(files, state | {"b": torch.zeros(2)})
+    with pytest.raises(UserError, match="lost 1 tensors: c"):
+        compare_saved(files, state | {"c": torch.zeros(2)})
+
+
+def test_no_frozen_tensor_keeps_the_file_of_all_mapped(tmp_path):
+    save_file({"0.weight": torch.ones(3, 3), "1.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors")
+    model = torch.nn.Sequential(*(torch.nn.Linear(3, 3, bias=False) for _ in range(2)))
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        model.load_state_dict({name: file.get_tensor(name) for name in ("0.weight", "1.weight")}, assign=True)
+    model[1].weight.requires_grad_(False)
+    mapped = lambda: str(tmp_path / "model.safetensors") in Path("/proc/self/maps").read_text()  # noqa: E731
+    assert mapped()
+    leave_files(model)
+    assert not mapped() and [parameter.requires_grad for parameter in model.parameters()] == [True, False]
+    assert torch.equal(model[0].weight, torch.ones(3, 3)) and torch.equal(model[1].weight, torch.zeros(3, 3))
