@@ -46,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--limit", type=count, help="ask only so many questions, drawn at random (default: all)")
     flags.add_argument("--batch-size", type=count, default=256, help="questions answered at once (default 256)")
     flags.add_argument(
+        "--moe-run", type=Path, help="a finished stage-3 run of the same flags, in place of training it (one seed)"
+    )
+    flags.add_argument(
         "--launcher", help="in place of `python`: 'deepspeed --num_accelerators 2', 'torchrun --nproc-per-node 2'"
     )
     return flags
@@ -62,6 +65,8 @@ def main(argv: list[str]) -> int:
     require_output(output / RESULT, "--output-dir")
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: each once.")
+    if args.moe_run is not None and len(args.seeds) > 1:
+        raise UserError(f"--moe-run {args.moe_run} is one run, and there are {len(args.seeds)} --seeds.")
     shared, sparse = split_flags(words)
     arms = [*dict.fromkeys([SPARSE, DENSE, *args.arms])]
     with importing():
@@ -69,7 +74,9 @@ def main(argv: list[str]) -> int:
         from moellava.compare.picture import draw
         from moellava.compare.runs import launcher_of
         from moellava.compare.scores import Exam
-    plan = Plan(args.stage2, args.data, output, arms, args.seeds, shared, sparse, launcher_of(args.launcher))
+    plan = Plan(
+        args.stage2, args.data, output, arms, args.seeds, shared, sparse, launcher_of(args.launcher), args.moe_run
+    )
     found = Comparing(plan, Exam.of(args.task, args.data_folder, args.limit, output / "answers", args.batch_size)).run()
     text = "\n".join(found.lines())
     write_json(output / RESULT, found.to_json())

@@ -21,7 +21,9 @@ from moellava.eval.scoring import versions
 from moellava.eval.tally import Tally
 from moellava.log import get_logger
 from moellava.moe.interventions import INTERVENTIONS, intervened
-from moellava.train.arguments import parse_arguments
+from moellava.train.parsing import parse_arguments
+from moellava.train.run_file import NAME as RUN_YAML
+from moellava.train.run_file import read_run_file
 from moellava.train.stages import stage_of
 from moellava.vlm import VLM, open_vlm
 
@@ -45,6 +47,7 @@ class Plan:
         seeds: of data order and routers; each arm runs with each.
         shared, sparse: flags of train.py for all arms, and for the sparse one alone.
         launcher: see `runs.launcher_of`.
+        moe_run: a finished run that is the sparse arm; None: it is trained like the others.
     """
 
     stage2: str
@@ -55,6 +58,21 @@ class Plan:
     shared: list[str]
     sparse: list[str]
     launcher: list[str]
+    moe_run: Path | None = None
+
+    def require_moe_run(self) -> None:
+        """Raises UserError unless the run that is given has started from the same folder, with the same data."""
+        if self.moe_run is None:
+            return
+        given = read_run_file(self.moe_run / RUN_YAML)
+        for flag, name, own in (("--stage2", "model_name_or_path", [self.stage2]), ("--data", "data_path", self.data)):
+            theirs = given.get(name, [])
+            theirs = theirs if isinstance(theirs, list) else [theirs]
+            if [Path(one).resolve() for one in theirs] != [Path(one).resolve() for one in own]:
+                raise UserError(
+                    f"--moe-run {self.moe_run} has --{name} {' '.join(map(str, theirs))}, but {flag} is {' '.join(own)}: "
+                    "arms that are compared start alike."
+                )
 
     def run(self, arm: str, seed: int, costs: Costs | None) -> Run:
         """The training of an arm; `costs` where its length depends on them."""
@@ -66,6 +84,8 @@ class Plan:
         if entry.is_sparse:
             words += [*self.sparse, "--moe_enable", "True", "--init_seed", str(seed)]
         folder = self.output / "runs" / f"{arm}-seed{seed}"
+        if entry.is_sparse and self.moe_run is not None:
+            folder = self.moe_run
         start = ["--model_name_or_path", self.stage2, "--data_path", *self.data]
         return Run(arm, seed, folder, [*words, *entry.flags, *start, "--output_dir", str(folder), "--seed", str(seed)])
 
@@ -97,6 +117,7 @@ class Comparing:
 
     def run(self) -> Comparison:
         """Trains, asks and compares. Raises UserError."""
+        self.plan.require_moe_run()
         stage2 = self._opened(self.plan.stage2, "the stage-2 folder")
         if stage2.spec is not None:
             raise UserError(f"--stage2 {self.plan.stage2} is sparse already; stage 3 starts from a dense folder.")
@@ -112,7 +133,8 @@ class Comparing:
         runs = [self.plan.run(arm, seed, self.costs) for seed in self.plan.seeds]
         read: list[Measured] = []
         for run in runs:
-            train(run, self.plan.launcher, self.plan.output / "logs" / f"{run.name}.log")
+            if run.folder != self.plan.moe_run:
+                train(run, self.plan.launcher, self.plan.output / "logs" / f"{run.name}.log")
             read.append(measured(run.folder))
             vlm = self._opened(run.folder, run.name)
             self._ask(arm, vlm, run.folder)
@@ -148,7 +170,7 @@ class Comparing:
 
     def _ask(self, name: str, vlm: VLM, folder: Path, changed: str = "") -> None:
         digest = checkpoint_digest(folder, "--model-path")
-        where = folder.name if not changed else f"{folder.name}-{changed}"
+        where = "-".join(filter(None, (folder.name, changed)))
         tally = self.exam.tally(vlm, STAGE2 if name == STAGE2 else where, digest, changed)
         self.tallies.setdefault(name, []).append(tally)
 

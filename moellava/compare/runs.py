@@ -51,7 +51,8 @@ def launcher_of(words: str | None) -> list[str]:
     if words is None:
         return [sys.executable, "-m", *module]
     chosen = shlex.split(words)
-    return [*chosen, "--module" if Path(chosen[0]).name == "deepspeed" else "-m", *module]
+    is_deepspeed = any(Path(word).name == "deepspeed" for word in chosen)  # behind `env NAME=VALUE`, too
+    return [*chosen, "--module" if is_deepspeed else "-m", *module]
 
 
 def train(run: Run, launcher: list[str], log: Path) -> None:

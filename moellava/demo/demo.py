@@ -35,6 +35,12 @@ SCORED = {"stage2": "stage 2, dense", "stage3": "stage 3, 4 experts, top-2"}
 CONDITIONS = {"accuracy": (), "accuracy_shuffled_images": ("--shuffle-images",)}
 """Key in scores.json -> flags of `moellava eval`."""
 
+SET_BY_COMPARE = {"--output_dir", "--model_name_or_path", "--data_path", "--seed", "--moe_enable"}
+"""Flags of a stage that `moellava compare` gives each run."""
+
+COMPARED = 3000
+"""Questions that the arms of the comparison are asked."""
+
 SCORE_LINE = re.compile(r"easy-vqa |  \S+ +[\d.]+%")
 QUESTION = "what color is the shape?"
 
@@ -79,6 +85,10 @@ class Demo:
         say("\nWhere the tokens of stage 3 go, and its run as a page")
         for name, command in self.looking().items():
             self.journal.step(name, command, partial(self.look, name, command), lambda: None)
+        say("\nWas it worth it? The same steps, operations and seconds without experts; and what routing contributes")
+        compared = self.comparing()
+        clear = partial(shutil.rmtree, self.comparison, ignore_errors=True)
+        self.journal.step("compare", compared, partial(self.compare, compared), clear)
         return scores
 
     def log(self, name: str) -> Path:
@@ -176,6 +186,30 @@ class Demo:
         shutil.rmtree(self.scores_file.parent / name, ignore_errors=True)
         said = run(command, self.log(name), self.cores, show=None).strip().splitlines()
         say("\n".join(f"     {line}" for line in said[-4:]))
+
+    @property
+    def comparison(self) -> Path:
+        """Where the comparison is, beside the scores."""
+        return self.scores_file.parent / "compare"
+
+    def comparing(self) -> list[str]:
+        """The command that compares stage 3 with dense controls."""
+        words = self.flags("stage3")
+        pairs = zip(words[::2], words[1::2], strict=True)
+        shared = [word for pair in pairs if pair[0] not in SET_BY_COMPARE for word in pair]
+        threads = max(1, self.cores // self.processes)
+        launcher = f"env OMP_NUM_THREADS={threads} deepspeed --num_accelerators {self.processes}"
+        return [
+            *("moellava", "compare", "--stage2", short(self.folder / "stage2"), "--data", short(self.data("stage3"))),
+            *("--moe-run", short(self.folder / "stage3"), "--output-dir", short(self.comparison)),
+            *("--limit", str(min(COMPARED, self.recipe.limit or COMPARED)), "--launcher", launcher, "--", *shared),
+        ]
+
+    def compare(self, command: list[str]) -> None:
+        """Runs it, and shows its table."""
+        run(command, self.log("compare"), self.cores, show=None)
+        for line in (self.comparison / "compare.txt").read_text(encoding="utf-8").splitlines():
+            say(f"     {line}")
 
     def chat(self) -> None:
         """Asks the last stage a question of the test split, and shows the right answer beside what it says."""

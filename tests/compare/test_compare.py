@@ -16,7 +16,7 @@ from moellava.compare.scores import difference, mean_of
 from moellava.errors import UserError
 from moellava.eval.tally import Item, Tally
 from moellava.moe.interventions import INTERVENTIONS
-from moellava.train.arguments import parse_arguments
+from moellava.train.parsing import parse_arguments
 from moellava.train.train import train as train_in_process
 from tests.tiny import compose_tiny, weights_of
 
@@ -85,6 +85,21 @@ def test_the_least_that_is_compared(stage2, parts, tmp_path, started, monkeypatc
     assert "MoE against dense, equal steps" in capsys.readouterr().out
 
 
+def test_a_run_that_is_there_is_not_trained_again(stage2, parts, tmp_path, started, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "INTERVENTIONS", {})
+    command = words(stage2, parts, tmp_path / "out", "--arms", "dense", "--limit", "4")
+    assert main(command) == 0
+    run, again = tmp_path / "out" / "runs" / "moe-seed0", words(stage2, parts, tmp_path / "b", "--arms", "dense")
+    started.clear()
+    assert main([*again[:1], "--moe-run", str(run), *again[1:]]) == 0
+    assert started == ["dense-seed0"]
+    assert main([*again[:1], "--moe-run", str(run), "--seeds", "0", "1", *again[1:]]) == 2
+    assert "is one run, and there are 2 --seeds" in capsys.readouterr().err
+    other = [word.replace("sft.json", "captions.json") for word in again]
+    assert main([*other[:1], "--moe-run", str(run), *other[1:]]) == 2
+    assert "arms that are compared start alike" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -123,6 +138,7 @@ def test_a_run_is_a_process_of_its_own_and_its_failure_is_told(stage2, parts, tm
 
 
 def test_launchers_take_a_module():
+    assert launcher_of("env OMP_NUM_THREADS=1 deepspeed --num_gpus 2")[-2:] == ["--module", "moellava.train"]
     assert launcher_of("deepspeed --num_accelerators 2")[-2:] == ["--module", "moellava.train"]
     assert launcher_of("torchrun --nproc-per-node 2") == [
         "torchrun",

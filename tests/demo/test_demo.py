@@ -33,17 +33,23 @@ def test_the_demo_runs_once_and_is_not_repeated(tmp_path):
         assert report["accuracy"] == scores[stage]["accuracy"]
         assert report["prompt"]["example"].endswith("ASSISTANT:")
         assert report["versions"]["data"] == "PyPI easy-vqa 1.0"
-    for name in ("routing/routing.html", "routing/load.png", "report/report.html", "report/experts.png"):
+    for name in (
+        "routing/routing.html",
+        "routing/load.png",
+        "report/report.html",
+        "report/experts.png",
+        "compare/compare.png",
+    ):
         assert (tmp_path / name).stat().st_size > 1000
     config = json.loads((tmp_path / "smoke" / "stage3" / "config.json").read_text())
     assert config["moellava"]["stage"] == "moe"
     assert "shuffled images" in first.stdout
-    for words in ("max |Δlogit|", "«", "done in ", "Totals: ", "(right: "):
+    for words in ("max |Δlogit|", "«", "done in ", "Totals: ", "(right: ", "MoE against dense, equal time"):
         assert words in first.stdout
 
     again = run_demo(tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count("done before") == 7
+    assert again.stdout.count("done before") == 8
     assert "deepspeed" not in again.stdout
 
 
