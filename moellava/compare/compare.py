@@ -70,8 +70,8 @@ class Plan:
             theirs = theirs if isinstance(theirs, list) else [theirs]
             if [Path(one).resolve() for one in theirs] != [Path(one).resolve() for one in own]:
                 raise UserError(
-                    f"--moe-run {self.moe_run} has --{name} {' '.join(map(str, theirs))}, but {flag} is {' '.join(own)}: "
-                    "arms that are compared start alike."
+                    f"--moe-run {self.moe_run} has --{name} {' '.join(map(str, theirs))}, but {flag} is "
+                    f"{' '.join(own)}: arms that are compared start alike."
                 )
 
     def run(self, arm: str, seed: int, costs: Costs | None) -> Run:
