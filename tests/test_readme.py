@@ -97,7 +97,8 @@ def check_command(words: list[str]) -> None:
             found = [ROOT / name for name in expand_braces(path)]
             assert path in MADE or all(name.exists() for name in found), words
     else:
-        assert program in ("pre-commit", "export", "pip", "git", "cd", "pytest", *ENGINES), f"who knows {program!r}?"
+        known = {"pre-commit", "export", "pip", "git", "cd", "du", "find", "pytest", *ENGINES}
+        assert program in known, f"who knows {program!r}?"
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -143,6 +144,7 @@ def test_flags_named_in_prose_exist(page):
         "--nproc-per-node",
         "--json",
         "--module",
+        "--page",
     }
     theirs = launchers | ENGINE_FLAGS | CLUSTER_FLAGS
     assert named <= known | theirs, sorted(named - known - theirs)
