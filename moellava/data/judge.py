@@ -11,11 +11,10 @@ from moellava.constants import MODALITIES
 from moellava.data.embedded import is_embedded
 from moellava.data.encoder import Encoder, Example
 from moellava.data.findings import KEY, findings
-from moellava.data.fingerprint import fingerprint
-from moellava.data.indexing import code_digest
+from moellava.data.fingerprint import fingerprint, versions
 from moellava.data.media import MediaFiles
 from moellava.data.records import Medium, Records, media_of
-from moellava.data.scan import CHUNK, gathered, mapped, share, slices_of, told, workers_for
+from moellava.data.scan import CHUNK, gathered, mapped, share, slices_of, with_progress, workers_for
 from moellava.data.shown import SLICE, Shown, scattered, states_of
 from moellava.data.verdicts import ROW, Judged, Verdict, joined, packed
 from moellava.errors import BadFileError, DataError
@@ -96,10 +95,12 @@ class Judge:
     ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, Medium, str]]]:
         """Numbers of media, the states of their files, and what is wrong with some. A file that was sound is sound
         while its state is the same."""
-        kept = findings("files", lambda: [code_digest(), self.files.settings], SOUND, len(shown))
+        kept = findings("files", lambda: [versions(), self.files.settings], SOUND, len(shown))
         states, is_new = np.zeros(len(numbers), np.uint64), np.zeros(len(numbers), bool)
         problems: list[tuple[int, Medium, str]] = []
-        for begin, media in told(shown.slices(numbers), -(-len(numbers) // SLICE), "Looking at images and videos"):
+        for begin, media in with_progress(
+            shown.slices(numbers), -(-len(numbers) // SLICE), "Looking at images and videos"
+        ):
             end = begin + len(media)
             states[begin:end] = states_of(media, self.files)
             new = np.flatnonzero(kept.known(states[begin:end])[0] == 0)
