@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class Judge:
         known = Judged(np.repeat(numbers, counts), rows, {}).only(np.repeat(is_known, counts))
         new = numbers[~is_known]
         several, what = workers_for(len(new), workers), f"Looking at {len(new)} records"
-        judged = joined(mapped(lambda some: self._of(some, keys), slices_of(new, CHUNK), several, what, 1))
+        judged = joined(mapped(partial(self._of, keys), slices_of(new, CHUNK), several, what, 1))
         firsts = new[np.unique(keys[new], return_index=True)[1]]  # records may be the same
         kept.add(judged.only(np.isin(judged.numbers, firsts)).rows)
         return joined([known, judged])
@@ -110,7 +111,7 @@ class Judge:
         kept.add(np.unique(states[is_new & (states != 0)]).astype(SOUND))
         return numbers, states, problems
 
-    def _of(self, numbers: np.ndarray, keys: np.ndarray) -> Judged:
+    def _of(self, keys: np.ndarray, numbers: np.ndarray) -> Judged:
         """Verdicts about some records."""
         return packed((number, int(keys[number]), self.of(number)) for number in numbers.tolist())
 
