@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def check(
     checker = _Checker(records, files, encoder, max_length, in_full)
     slices, count = slices_of(np.flatnonzero(shown.in_file), FILES), int(shown.in_file.sum())
     several = workers_for(count) if workers is None else workers
-    found = mapped(lambda numbers: checker.wrong(shown, numbers), slices, several, f"Reading {count} files", 1)
+    found = mapped(partial(checker.wrong, shown), slices, several, f"Reading {count} files", 1)
     checker.broken = {medium: problem for wrong in found for medium, problem in wrong.items()}
     several = workers_for(len(records)) if workers is None else workers
     split = 0

@@ -38,7 +38,7 @@ def fingerprint(encoder: Encoder) -> str:
     """Of an encoder. Where something in it cannot be put into words, each process has another one."""
     reader = encoder.reader
     parts = [
-        _versions(),
+        versions(),
         _of_tokenizer(encoder.tokenizer),
         _of_object(encoder.renderer),
         repr(getattr(encoder.renderer, "template", None)),
@@ -53,8 +53,8 @@ def fingerprint(encoder: Encoder) -> str:
 
 
 @functools.cache
-def _versions() -> list[str]:
-    """Of the packages and of our own code."""
+def versions() -> list[str]:
+    """Of the packages and of our own code, by which what they found is kept apart."""
     found = []
     for name in PACKAGES:
         try:

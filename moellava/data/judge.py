@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,10 @@ from moellava.constants import MODALITIES
 from moellava.data.embedded import is_embedded
 from moellava.data.encoder import Encoder, Example
 from moellava.data.findings import KEY, findings
-from moellava.data.fingerprint import fingerprint
-from moellava.data.indexing import code_digest
+from moellava.data.fingerprint import fingerprint, versions
 from moellava.data.media import MediaFiles
 from moellava.data.records import Medium, Records, media_of
-from moellava.data.scan import CHUNK, gathered, mapped, share, slices_of, told, workers_for
+from moellava.data.scan import CHUNK, gathered, mapped, share, slices_of, with_progress, workers_for
 from moellava.data.shown import SLICE, Shown, scattered, states_of
 from moellava.data.verdicts import ROW, Judged, Verdict, joined, packed
 from moellava.errors import BadFileError, DataError
@@ -71,7 +71,7 @@ class Judge:
         known = Judged(np.repeat(numbers, counts), rows, {}).only(np.repeat(is_known, counts))
         new = numbers[~is_known]
         several, what = workers_for(len(new), workers), f"Looking at {len(new)} records"
-        judged = joined(mapped(lambda some: self._of(some, keys), slices_of(new, CHUNK), several, what, 1))
+        judged = joined(mapped(partial(self._of, keys), slices_of(new, CHUNK), several, what, 1))
         firsts = new[np.unique(keys[new], return_index=True)[1]]  # records may be the same
         kept.add(judged.only(np.isin(judged.numbers, firsts)).rows)
         return joined([known, judged])
@@ -97,10 +97,12 @@ class Judge:
     ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, Medium, str]]]:
         """Numbers of media, the states of their files, and what is wrong with some. A file that was sound is sound
         while its state is the same."""
-        kept = findings("files", lambda: [code_digest(), self.files.settings], SOUND, len(shown))
+        kept = findings("files", lambda: [versions(), self.files.settings], SOUND, len(shown))
         states, is_new = np.zeros(len(numbers), np.uint64), np.zeros(len(numbers), bool)
         problems: list[tuple[int, Medium, str]] = []
-        for begin, media in told(shown.slices(numbers), -(-len(numbers) // SLICE), "Looking at images and videos"):
+        for begin, media in with_progress(
+            shown.slices(numbers), -(-len(numbers) // SLICE), "Looking at images and videos"
+        ):
             end = begin + len(media)
             states[begin:end] = states_of(media, self.files)
             new = np.flatnonzero(kept.known(states[begin:end])[0] == 0)
@@ -110,7 +112,7 @@ class Judge:
         kept.add(np.unique(states[is_new & (states != 0)]).astype(SOUND))
         return numbers, states, problems
 
-    def _of(self, numbers: np.ndarray, keys: np.ndarray) -> Judged:
+    def _of(self, keys: np.ndarray, numbers: np.ndarray) -> Judged:
         """Verdicts about some records."""
         return packed((number, int(keys[number]), self.of(number)) for number in numbers.tolist())
 

@@ -58,7 +58,7 @@ def workers_for(count: int, least: int = 0) -> int:
     return max(worth if worth > 1 else 0, least)
 
 
-def told(items: Iterable[Item], count: int, what: str) -> Iterator[Item]:
+def with_progress(items: Iterable[Item], count: int, what: str) -> Iterator[Item]:
     """Items as they come, and now and then a message how many of `count` there were, where it takes long."""
     began = last = time.monotonic()
     for number, item in enumerate(items, start=1):
@@ -110,7 +110,7 @@ def mapped(
         collate_fn=list,
         generator=torch.Generator(),  # its own, so that looking draws no random number of the run's
     )
-    return list(chain.from_iterable(told(loader, len(loader), what or "Looking")))
+    return list(chain.from_iterable(with_progress(loader, len(loader), what or "Looking")))
 
 
 class _Looking(Dataset, Generic[Item, Found]):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import pickle
@@ -23,7 +24,7 @@ from moellava.data.fingerprint import fingerprint
 from moellava.data.media import MediaFiles
 from moellava.data.records import Medium, load_records
 from moellava.data.render import TemplateRenderer
-from moellava.data.scan import told, workers_for
+from moellava.data.scan import with_progress, workers_for
 from moellava.data.shown import Shown, states_of
 from moellava.errors import DataError
 from tests.tiny import record
@@ -211,6 +212,18 @@ def test_rows_are_found_by_their_keys(tmp_path, monkeypatch):
     assert nowhere.known(np.array([9], np.uint64))[0].tolist() == [0]
 
 
+def test_findings_that_cannot_be_written_are_no_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    warned = []
+    monkeypatch.setattr("moellava.log.logging.Logger.warning", lambda _, *said: warned.append(said[0] % said[1:]))
+    monkeypatch.setattr(findings, "KEPT_FROM", 1)
+    monkeypatch.setattr(findings.np, "save", full)
+    Findings("about", np.dtype([(KEY, "<u8")]), tmp_path).add(np.array([(9,)], [(KEY, "<u8")]))
+    assert "No space left on device" in warned[0] and [path.name for path in tmp_path.rglob("*.npy*")] == []
+
+
 def test_media_of_records_each_once(data_file, make_record):
     rows = [ROWS[1], ROWS[2], make_record(1, "<video><image>", "a", image="a.png", video="ü.mp4"), ROWS[0]]
     rows += [make_record(2, "<image>", "a", image="data:image/png;base64,AAAA")]
@@ -239,5 +252,5 @@ def test_workers_and_progress(monkeypatch, caplog):
     assert [workers_for(n) for n in (0, 3999, 4000, 10**6)] == [0, 0, 2, 4] and workers_for(10, least=3) == 3
     monkeypatch.setattr("moellava.data.scan.SECONDS", -1.0)
     monkeypatch.setattr("moellava.log.logging.Logger.info", lambda _, *said: caplog.records.append(said[0] % said[1:]))
-    assert list(told("abcd", 4, "Looking")) == list("abcd")
+    assert list(with_progress("abcd", 4, "Looking")) == list("abcd")
     assert caplog.records[:2] == ["Looking: 25 % of them, about 0 s left", "Looking: 50 % of them, about 0 s left"]
