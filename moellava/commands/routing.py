@@ -13,7 +13,7 @@ from moellava.data.records import load_records
 from moellava.files import require_new_folder
 from moellava.log import printable
 from moellava.moe.watch import require_experts
-from moellava.vis.collect import Collected, collect
+from moellava.vis.collect import Chosen, Collected, collect, spread
 from moellava.vis.measures import Summary, summarise
 from moellava.vis.needed import require_packages
 from moellava.vlm import open_vlm
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
     require_frames(args.num_frames, "--num-frames")
     output = require_new_folder(args.output, "--output")
     records = load_records(args.data, roles=roles_of(args))
+    records = Chosen(records, spread(args.limit, len(records)))
     vlm = open_vlm(args.model_path, version=args.version)
     require_experts(vlm.model, vlm.source)
     files = MediaFiles(args.image_folder, args.video_folder, args.num_frames, limits_of(args), args.confine_media)
