@@ -52,8 +52,9 @@ def main(argv: list[str]) -> int:
     with importing():
         from moellava.data.dataset import SupervisedDataset
         from moellava.moe.watch import require_experts
-        from moellava.vis.collect import collect
+        from moellava.vis.collect import Chosen, collect, spread
         from moellava.vlm import open_vlm
+    records = Chosen(records, spread(args.limit, len(records)))
     vlm = open_vlm(args.model_path, version=args.version)
     require_experts(vlm.model, vlm.source)
     files = MediaFiles(args.image_folder, args.video_folder, args.num_frames, limits_of(args), args.confine_media)

@@ -86,12 +86,13 @@ function lines(node, o) {
   if (!values.length) return;
   let low = o.zero ? 0 : Math.min(...values), high = Math.max(...values);
   if (high === low) { high += Math.abs(high) * .1 || 1; low -= o.zero ? 0 : Math.abs(low) * .1 || 1; }
+  high += (high - low) * .05;
   const first = Math.min(...o.x), last = Math.max(...o.x);
   const X = v => left + (last === first ? .5 : (v - first) / (last - first)) * (width - left - right);
   const Y = v => top + (1 - (v - low) / (high - low)) * (height - top - bottom);
   const svg = add(node, 'svg', {width, height, viewBox: `0 0 ${width} ${height}`});
   add(svg, 'text', {x: left, y: 12, 'font-weight': 600}, o.title || '');
-  for (const v of spaced(low, high, 4)) {
+  for (const v of spaced(low, high, 5)) {
     add(svg, 'line', {x1: left, x2: width - right, y1: Y(v), y2: Y(v), stroke: '#eee'});
     add(svg, 'text', {x: left - 6, y: Y(v) + 4, 'text-anchor': 'end'}, number(v));
   }

@@ -18,6 +18,7 @@ from PIL import Image
 from moellava.data.collate import PLACEHOLDERS, RECORDS, UNREADABLE
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.media_reader import Run
+from moellava.data.records import Records
 from moellava.data.video import Video
 from moellava.moe import set_routing_context
 from moellava.moe.watch import Routed, require_experts, require_heard, watched_routing
@@ -93,6 +94,29 @@ def spread(count: int, total: int) -> list[int]:
     """So many places, evenly spread over all."""
     count = min(count, total)
     return [place * total // count for place in range(count)]
+
+
+class Chosen(Records):
+    """Some records of many, so that the others need not be looked at.
+
+    Args:
+        records: all of them.
+        numbers: of those that are chosen.
+    """
+
+    def __init__(self, records: Records, numbers: Sequence[int]):
+        super().__init__()
+        self.records, self.numbers = records, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
+        return self.records[self.numbers[index]]
+
+    def name(self, index: int) -> str:
+        """See `Records.name`."""
+        return self.records.name(self.numbers[index])
 
 
 @torch.no_grad()

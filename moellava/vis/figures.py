@@ -49,7 +49,7 @@ def draw_load(seen: Collected, summary: Summary) -> Any:
     parts = [name for name in ("image", "text") if summary.tokens[name]]
     widest, layers = max(seen.experts), len(seen.layers)
     cell = 0.55 if widest <= FEW else 0.16
-    figure = new_figure(min(2.2 + len(parts) * (cell * widest + 0.9), 15), min(1.6 + 0.32 * layers, 12))
+    figure = new_figure(min(2.2 + len(parts) * (cell * widest + 0.9), 15), min(max(2.6, 1.6 + 0.32 * layers), 12))
     axes = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
     tables = [padded(summary.load[name], seen.experts) for name in parts]
     top = max(2.0, max(float(np.nanmax(table)) for table in tables))
@@ -68,8 +68,9 @@ def draw_load(seen: Collected, summary: Summary) -> Any:
                     axis.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=SMALL, color=shade)
     axes[0].set_ylabel("layer")
     bar = figure.colorbar(image, ax=list(axes), shrink=0.9)
-    bar.set_label("load / even share" + ("; in the cells: %" if widest <= FEW else ""))
-    figure.suptitle("Load of the experts", fontsize=NORMAL + 2)
+    bar.set_label("load / even share", fontsize=SMALL)
+    unit = " (in the cells: % of the choices)" if widest <= FEW else ""
+    figure.suptitle(f"Load of the experts{unit}", fontsize=NORMAL + 1)
     return figure
 
 

@@ -46,10 +46,20 @@ def write_run(folder: Path, steps: int, layers: int = 2, experts: int = 4) -> Pa
     return folder
 
 
-def test_a_run_that_is_under_way_is_reported_and_again(tmp_path, capsys):
-    folder = write_run(tmp_path / "run", 5)
-    for _ in range(2):
+@pytest.mark.slow
+def test_a_report_takes_the_place_of_the_one_before(tmp_path):
+    folder = write_run(tmp_path / "run", 2)
+    for words in ("2 of 4", "3 of 4"):
         assert main(["report", str(folder)]) == 0
+        assert words in (folder / "report" / "report.html").read_text()
+        with (folder / "run_log.jsonl").open("a") as log:
+            log.write('{"event": "train", "step": 3, "loss": 1.0}\n{"event": "tra')
+    assert len(list((folder / "report").iterdir())) == 3
+
+
+def test_a_run_that_is_under_way_is_reported(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", 5)
+    assert main(["report", str(folder)]) == 0
     assert "report.html" in capsys.readouterr().out
     assert {path.name for path in (folder / "report").iterdir()} == {"report.html", "run.png", "experts.png"}
     text = (folder / "report" / "report.html").read_text()
