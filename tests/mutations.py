@@ -1072,6 +1072,33 @@ SCORING = (
     ),
 )
 
+SHARING = (
+    Mutation(
+        "a-users-own-card-is-overwritten",
+        "model/page.py",
+        "return found is not None and found[1] == _digest(page[: found.start()])",
+        "return found is not None",
+        "What a user has written on a model card is lost at the next save.",
+        ("model/test_page.py",),
+    ),
+    Mutation(
+        "a-token-in-the-log",
+        "train/hf_flags.py",
+        """return f"--{name} {'…' if name in SECRETS else word(value)}\"""",
+        'return f"--{name} {word(value)}"',
+        "A refused flag prints the user's token of the hub into the log.",
+        ("train/test_hub.py",),
+    ),
+    Mutation(
+        "histograms-out-of-order",
+        "train/trackers.py",
+        "np.array([values[expert] for expert in sorted(values)])",
+        "np.array(list(values.values()))",
+        "A tracker shows the load of one expert as another's.",
+        ("train/test_trackers.py",),
+    ),
+)
+
 MUTATIONS = (
     *MASKING,
     *PROBING,
@@ -1094,4 +1121,5 @@ MUTATIONS = (
     *TRUST,
     *KEEPING,
     *SEEING,
+    *SHARING,
 )

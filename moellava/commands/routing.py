@@ -50,11 +50,12 @@ def main(argv: list[str]) -> int:
     output = require_new_folder(args.output, "--output")
     records = load_records(args.data, roles=roles_of(args))
     with importing():
+        from moellava.batches import spread
         from moellava.data.dataset import SupervisedDataset
         from moellava.moe.watch import require_experts
-        from moellava.vis.collect import Chosen, collect, spread
+        from moellava.vis.collect import collect
         from moellava.vlm import open_vlm
-    records = Chosen(records, spread(args.limit, len(records)))
+    records = records.picked(spread(len(records), args.limit))
     vlm = open_vlm(args.model_path, version=args.version)
     require_experts(vlm.model, vlm.source)
     files = MediaFiles(args.image_folder, args.video_folder, args.num_frames, limits_of(args), args.confine_media)

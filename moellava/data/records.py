@@ -108,6 +108,15 @@ class Records(Sequence[dict[str, Any]]):
             self.chosen.append(chosen)
             self._begins.append(self._begins[-1] + len(chosen.rows))
 
+    def picked(self, numbers: Sequence[int]) -> Records:
+        """Some of them, in the order of `numbers`."""
+        some = Records()
+        for index in numbers:
+            part = bisect_right(self._begins, index) - 1
+            place = index - self._begins[part]
+            some.add(self.chosen[part]._replace(rows=self.chosen[part].rows[place : place + 1]))
+        return some
+
     def __len__(self) -> int:
         return self._begins[-1]
 

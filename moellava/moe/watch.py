@@ -70,7 +70,7 @@ class _Noted(RouterStats):
         self.layer, self.watch = layer, watch
 
     @torch.no_grad()
-    def add(self, routing: Routing) -> None:
+    def add(self, routing: Routing, choices_E: Tensor) -> None:
         """See `RouterStats.add`."""
         choice = routing.choice
         tensors = (choice.token_N, choice.expert_Nk, routing.gate_Nk, choice.kept_Nk, entropy(routing.prob_NE))

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from moellava.batches import spread
 from moellava.data.collate import PLACEHOLDERS, RECORDS, UNREADABLE
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.media_reader import Run
-from moellava.data.records import Records
 from moellava.data.video import Video
 from moellava.moe import set_routing_context
 from moellava.moe.watch import Routed, require_experts, require_heard, watched_routing
@@ -90,35 +90,6 @@ class Collected:
     pictures: list[Picture] = field(default_factory=list)
 
 
-def spread(count: int, total: int) -> list[int]:
-    """So many places, evenly spread over all."""
-    count = min(count, total)
-    return [place * total // count for place in range(count)]
-
-
-class Chosen(Records):
-    """Some records of many, so that the others need not be looked at.
-
-    Args:
-        records: all of them.
-        numbers: of those that are chosen.
-    """
-
-    def __init__(self, records: Records, numbers: Sequence[int]):
-        super().__init__()
-        self.records, self.numbers = records, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
-        return self.records[self.numbers[index]]
-
-    def name(self, index: int) -> str:
-        """See `Records.name`."""
-        return self.records.name(self.numbers[index])
-
-
 @torch.no_grad()
 def collect(vlm: VLM, dataset: SupervisedDataset, count: int, batch_size: int) -> Collected:
     """Runs samples through a sparse model, and notes where their tokens went.
@@ -134,7 +105,7 @@ def collect(vlm: VLM, dataset: SupervisedDataset, count: int, batch_size: int) -
     """
     require_experts(vlm.model, vlm.source)
     vlm.model.eval()
-    chosen, collator, parts = spread(count, len(dataset)), vlm.collator(), _Parts(vlm)
+    chosen, collator, parts = spread(len(dataset), count), vlm.collator(), _Parts(vlm)
     with watched_routing(vlm.model) as watch:
         for start in range(0, len(chosen), batch_size):
             samples = [dataset[index] for index in chosen[start : start + batch_size]]

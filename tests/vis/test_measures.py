@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moellava.vis.collect import Collected, Picture, spread
+from moellava.vis.collect import Collected, Picture
 from moellava.vis.colours import PALETTE, coloured
 from moellava.vis.measures import information, pathways_of, summarise
 from moellava.vis.patches import Grid
@@ -105,10 +105,6 @@ def test_drops_and_layers_of_other_widths(split):
     summary = summarise(split)
     assert summary.dropped == [32 / 256, 0] and summary.load["all"][1].tolist() == [0, 1]
     assert math.isnan(summary.entropy["text"][1])
-
-
-def test_samples_are_spread_over_the_data():
-    assert spread(3, 10) == [0, 3, 6] and spread(9, 2) == [0, 1]
 
 
 def test_colours_are_enough_or_the_most_frequent():
