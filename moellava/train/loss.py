@@ -93,7 +93,8 @@ class SupervisedHead:
         hidden_ND = hidden.flatten(0, 1).index_select(0, self._asked.place_N)
         device = hidden.device.type
         self._hidden_ND, self._autocast = None, (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        if self._peeks or (self.is_last and (self.is_plain or len(hidden_ND) > self.rows)):
+        goes_aside = self.is_last and not self.is_spread and (self.is_plain or len(hidden_ND) > self.rows)
+        if self._peeks or goes_aside:
             self._hidden_ND = hidden_ND
             hidden_ND = hidden_ND[:1]
         return (hidden_ND, *rest)
@@ -107,11 +108,16 @@ class SupervisedHead:
         return max(CHUNK // self.vocabulary, 1)
 
     @property
+    def is_spread(self) -> bool:
+        """Whether ZeRO-3 fetches the head's weight when it is called, once in a forward and once in a backward: then
+        its logits are computed in one piece."""
+        return any(hasattr(parameter, "ds_id") for parameter in self.head.parameters())
+
+    @property
     def is_plain(self) -> bool:
-        """Whether calling the head multiplies by its weight and does no more: it is in no adapter, not offloaded, and
-        its weight lies whole on this process (ZeRO-3 fetches it when the head is called)."""
+        """Whether calling the head multiplies by its weight and does no more: no adapter, nothing offloaded."""
         head, own = self.head, 1  # of each sort of hooks, the one that is set here
-        if type(head) is not nn.Linear or "forward" in vars(head) or hasattr(head.weight, "ds_id"):
+        if type(head) is not nn.Linear or "forward" in vars(head):
             return False
         return len(head._forward_pre_hooks) == len(head._forward_hooks) == own
 

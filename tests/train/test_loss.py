@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from moellava.model.extended import CappedHead
 from moellava.train import loss as loss_module
 from moellava.train.loss import SupervisedHead, sums_of_records, supervised_positions
+from tests.processes import losses_of, train_here, words_of
 from tests.train.live_memory import peak_of
 
 LABELS = torch.tensor([[-100, -100, 7, 8, -100], [5, -100, -100, -100, 9]])
@@ -185,3 +186,30 @@ def large_vocabulary() -> LlamaForCausalLM:
     of tensors that are not there are never made in place."""
     sizes = {"hidden_size": 896, "intermediate_size": 2432, "num_hidden_layers": 1, "num_attention_heads": 14}
     return LlamaForCausalLM(LlamaConfig(vocab_size=151_936, num_key_value_heads=2, tie_word_embeddings=False, **sizes))
+
+
+CHUNKED = """
+from moellava.train import loss, train
+
+loss.CHUNK = 8 * 288
+made = []
+forward = loss.SupervisedHead._loss
+loss.SupervisedHead._loss = lambda self, *given: made.append(1) or forward(self, *given)
+whole = loss.LinearLoss.apply
+loss.LinearLoss.apply = lambda *given: made.append(2) or whole(*given)
+code = train.main(arguments)
+report([code, sorted(set(made))])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "ways"), [("scripts/zero3.json", []), (None, [2])])
+def test_two_processes_train_in_chunks_or_say_the_same_without(engine, ways, flags_for, launch, tmp_path):
+    """Without DeepSpeed the head is one node; under ZeRO-3, which fetches its weight once a forward, in one piece."""
+    flags = flags_for(tmp_path, "finetune") | {"max_steps": 2, "save_strategy": "no", "skip_dry_save": True}
+    del flags["pretrain_mm_mlp_adapter"]
+    flags |= {"untrained_projector": True, "mask_question_tokens": False}
+    wanted = losses_of(train_here(flags | {"output_dir": tmp_path / "one", "per_device_train_batch_size": 4}))
+    two = flags | {"output_dir": tmp_path / "two"} | ({"deepspeed": engine} if engine else {})
+    assert launch(CHUNKED, 2, *words_of(two)) == [[0, ways]] * 2
+    assert losses_of(tmp_path / "two") == pytest.approx(wanted, rel=1e-5)
