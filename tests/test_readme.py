@@ -27,6 +27,8 @@ CAPTIONS_BEGIN = 30
 ENGINES = ("vllm", "transformers")
 ENGINE_FLAGS = {"--continuous-batching", "--enable-mixed-moe-lora-format", "--model-impl"}
 """Programs that serve exported models, and flags of theirs that pages name. They are not installed here."""
+TAKES_A_RUN = {"plan"}
+"""Commands that read the flags of train.py beside their own."""
 WITHHELD = "…"
 """Stands in a page's command for flags that the reader adds."""
 
@@ -76,7 +78,8 @@ def check_command(words: list[str]) -> None:
         check_training(words)
     elif program == "moellava":
         known = help_of(rest[0]) if rest[0] in COMMANDS else "--help"
-        unknown = [flag for flag in flags_in(rest) if flag not in known]
+        others = train_flags() if rest[0] in TAKES_A_RUN else frozenset()
+        unknown = [flag for flag in flags_in(rest) - others if flag not in known]
         assert not unknown, f"{words}: {unknown}"
     elif program in ("bash", "source", "python"):
         path = next((word for word in rest if not word.startswith("-")), None)

@@ -3,7 +3,7 @@
 from moellava.moe.context import checkpoint_contexts
 from moellava.moe.losses import RouterLosses
 from moellava.moe.spec import MoESpec
-from moellava.moe.state import gather_moe_state_dict, native_names
+from moellava.moe.state import gather_moe_state_dict, native_names, spread_shapes
 from moellava.moe.upcycle import (
     change_spec,
     convert_engine,
@@ -39,6 +39,7 @@ __all__ = [
     "router_parameters",
     "separate_experts",
     "set_routing_context",
+    "spread_shapes",
     "update_router_bias",
     "upcycle",
 ]
