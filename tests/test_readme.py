@@ -34,6 +34,8 @@ ASKED = ("--help", "--help_all", "--print_config")
 """What is asked of training without training."""
 CLUSTER_FLAGS = {"--requeue", "--signal", "--gpus-per-node", "--ntasks-per-node", "--nv", "--ipc", "--stop-timeout"}
 """Of Slurm, of Apptainer and of Docker."""
+TAKES_A_RUN = {"plan"}
+"""Commands that read the flags of train.py beside their own."""
 WITHHELD = "…"
 """Stands in a page's command for flags that the reader adds."""
 
@@ -85,7 +87,8 @@ def check_command(words: list[str]) -> None:
         check_training(words)
     elif program == "moellava":
         known = help_of(rest[0]) if rest[0] in COMMANDS else "--help"
-        unknown = [flag for flag in flags_in(rest) if flag not in known]
+        others = train_flags() if rest[0] in TAKES_A_RUN else frozenset()
+        unknown = [flag for flag in flags_in(rest) - others if flag not in known]
         assert not unknown, f"{words}: {unknown}"
     elif words[:2] == ["python", "-c"]:
         compile(words[2], str(words), "exec")

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from moellava.moe.context import checkpoint_contexts
     from moellava.moe.losses import RouterLosses
     from moellava.moe.spec import MoESpec
-    from moellava.moe.state import gather_moe_state_dict, native_names
+    from moellava.moe.state import gather_moe_state_dict, native_names, spread_shapes
     from moellava.moe.upcycle import (
         change_spec,
         convert_engine,
@@ -45,6 +45,7 @@ __all__ = [
     "router_parameters",
     "separate_experts",
     "set_routing_context",
+    "spread_shapes",
     "update_router_bias",
     "upcycle",
 ]

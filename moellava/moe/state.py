@@ -7,12 +7,16 @@ A name of the native engine is `…mlp.experts.{e}.<part>`; the DeepSpeed engine
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from moellava.moe.layer import RoutedMLP
+
+Keep = Callable[[Iterator[tuple[str, Tensor]]], dict[str, Tensor]]
+"""What takes tensors by name as they arrive, and gives what is kept of them."""
 
 NATIVE = "experts"
 DEEPSPEED = "deepspeed_moe.experts.deepspeed_experts"
@@ -37,32 +41,57 @@ def native_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def gather_moe_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def gather_moe_state_dict(model: nn.Module, keep: Keep = dict) -> dict[str, Tensor]:
     """The model's whole state dict with native names on rank 0; {} elsewhere.
 
     Collective when experts are spread over ranks: every rank must call it. With DeepSpeed, `model` is the engine's
-    `module`, and its weights are those of the model's dtype (`gather_optimizer_state` has the fp32 ones).
+    `module`, and its weights are those of the model's dtype (`train/deepspeed/portable.py` writes the fp32 ones).
+
+    Args:
+        model: dense or sparse.
+        keep: called on rank 0 alone with the spread experts' tensors as they arrive, on the CPU; what it returns of
+            them is in the result. Default: all of them, in memory.
     """
     names = native_names(model)
     state = {names.get(name, name): value for name, value in model.state_dict().items()}
-    for prefix, layer in named_sparse_layers(model):
-        if getattr(layer, "ep_size", 1) > 1:
-            state |= _spread_experts(prefix, layer)
     is_first = not dist.is_initialized() or dist.get_rank() == 0
+    if any(is_spread(layer) for _, layer in named_sparse_layers(model)):
+        arriving = _spread_experts(model)
+        if is_first:
+            state |= keep(arriving)
+        else:
+            for _ in arriving:
+                pass
     return state if is_first else {}
 
 
-def _spread_experts(prefix: str, layer: RoutedMLP) -> dict[str, Tensor]:
-    """All experts of one layer, by broadcasts within the expert group; kept by rank 0 alone."""
-    group = layer.deepspeed_moe.ep_group
-    own = list(layer.local_experts().values())
-    state = {}
-    for index in range(layer.n_experts):
-        owner, local = divmod(index, len(own))
-        for part, value in own[local].state_dict().items():
-            # To the layer's device: quantised experts show their weights in the host's memory.
-            value = value.to(layer.router.weight.device, copy=True)
-            dist.broadcast(value, dist.get_global_rank(group, owner), group=group)
-            if dist.get_rank() == 0:
-                state[f"{prefix}{NATIVE}.{index}.{part}"] = value.cpu()
-    return state
+def is_spread(layer: RoutedMLP) -> bool:
+    """Whether a layer's experts lie in several processes."""
+    return getattr(layer, "ep_size", 1) > 1
+
+
+def spread_shapes(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that `gather_moe_state_dict` hands to its `keep`, empty (meta)."""
+    shapes: dict[str, Tensor] = {}
+    for prefix, layer in named_sparse_layers(model):
+        if is_spread(layer):
+            one = next(iter(layer.local_experts().values())).state_dict()
+            for index in range(layer.n_experts):
+                empty = {part: torch.empty_like(value, device="meta") for part, value in one.items()}
+                shapes |= {f"{prefix}{NATIVE}.{index}.{part}": value for part, value in empty.items()}
+    return shapes
+
+
+def _spread_experts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All spread experts' tensors one by one, by broadcasts within the expert groups."""
+    for prefix, layer in named_sparse_layers(model):
+        if not is_spread(layer):
+            continue
+        group, own = layer.deepspeed_moe.ep_group, list(layer.local_experts().values())
+        for index in range(layer.n_experts):
+            owner, local = divmod(index, len(own))
+            for part, value in own[local].state_dict().items():
+                # To the layer's device: quantised experts show their weights in the host's memory.
+                value = value.to(layer.router.weight.device, copy=True)
+                dist.broadcast(value, dist.get_global_rank(group, owner), group=group)
+                yield f"{prefix}{NATIVE}.{index}.{part}", value.cpu()

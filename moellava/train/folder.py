@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,10 +23,11 @@ from moellava.adapters.folder import (
     write_adapter,
 )
 from moellava.adapters.lora import Adapter
+from moellava.convert.tensor_files import TensorFiles
 from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.model.weights import read_file, weight_files
-from moellava.moe import gather_moe_state_dict
+from moellava.moe import gather_moe_state_dict, spread_shapes
 from moellava.train.checkpoint import last_checkpoint
 from moellava.train.masters import Masters
 from moellava.vlm import VLM
@@ -59,7 +62,23 @@ class StageFolder:
         """The whole state dict on the first process, experts under their global ids; {} elsewhere. Collective."""
         if is_sharded(model):
             return accelerator.get_state_dict(wrapped)
-        return gather_moe_state_dict(model)
+        return gather_moe_state_dict(model, lambda arriving: self._on_disk(model, arriving))
+
+    def _on_disk(self, model: nn.Module, arriving: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Other processes' experts as they come, mapped from a file without a name: the first process holds one tensor
+        of them at a time, not all of the model."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryDirectory(prefix=".experts-", dir=self.output_dir) as folder:
+                files = TensorFiles(Path(folder), spread_shapes(model))
+                for name, value in arriving:
+                    files.write(name, value)
+                return dict(read_file(Path(folder) / "model.safetensors"))  # mapped: it stays while it is used
+        except OSError as error:
+            raise UserError(
+                f"--output_dir {self.output_dir} has no room for the experts of all processes, which lie there once "
+                f"more while a folder is written: {error}"
+            ) from error
 
     def write(self, state: dict[str, torch.Tensor], path: Path, final: bool = False) -> None:
         """Writes the folder; each file appears whole or not at all. The stage's own (`final`) has no fp32 masters."""

@@ -16,6 +16,7 @@ from moellava.moe import (
     native_names,
     router_losses,
     set_routing_context,
+    spread_shapes,
     upcycle,
 )
 
@@ -92,6 +93,8 @@ def test_a_rank_holds_its_share_under_global_indices(tiny_llava, monkeypatch, ra
     state, names = model.state_dict(), native_names(model)
     assert len(names) == 2 * 2 * 3, "layers, experts and linears"
     assert all(torch.equal(state[own], expected[name]) for own, name in names.items())
+    experts = {name: value.shape for name, value in expected.items() if ".experts." in name}
+    assert {name: value.shape for name, value in spread_shapes(model).items()} == experts
 
 
 def test_sizes_that_do_not_divide(tiny_llava):

@@ -19,7 +19,7 @@ from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
 from moellava.moe import MoESpec, upcycle
 from moellava.vis import needed
-from moellava.vis.collect import Chosen, collect
+from moellava.vis.collect import collect
 from moellava.vis.figures import DPI, draw_load, draw_map, draw_pathways, draw_specialisation
 from moellava.vis.measures import summarise
 from moellava.vis.page import as_json, table
@@ -91,7 +91,7 @@ def test_a_token_goes_where_it_goes_whatever_its_batch(folders, parts):
 
 def test_records_that_are_not_chosen_are_not_looked_at(parts):
     records = load_records(parts / "sft.json")
-    few = Chosen(records, [3, 9])
+    few = records.picked([3, 9])
     assert len(few) == 2 and [*few] == [records[3], records[9]] and few.name(1) == records.name(9)
 
 
