@@ -152,6 +152,7 @@ def test_nobody_there(monkeypatch):
         Judge("http://127.0.0.1:9/v1", "m", timeout=1)(["hello"])
 
 
+@pytest.mark.slow
 def test_our_own_server_can_judge(tmp_path, tokenizer_folder, clip_tower):
     with serving(sparse_vlm(tmp_path, tokenizer_folder, clip_tower)) as running:
         said = Judge(f"{running.url}/v1", NAME, max_tokens=3)(["is it good?", "is it bad?"])
