@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from moellava.registry import Registry
 
+SPEEDS = ("tflops", "bandwidth", "link", "network")
+"""Fields of a device that flags can give."""
+
 
 @dataclass(frozen=True)
 class Device:

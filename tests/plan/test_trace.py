@@ -8,7 +8,7 @@ from moellava.moe import MoESpec, expert_parameters, moe_layers, router_losses, 
 from moellava.plan.counting import Counting
 from moellava.plan.spread import spread
 from moellava.plan.trace import Batch, StepTrace
-from moellava.train.loss import cross_entropy_sum
+from moellava.train.loss import LinearLoss
 from tests.tiny import tiny_llava
 
 BATCH = Batch(samples=2, length=48, supervised=12)
@@ -34,8 +34,8 @@ def real_step(made) -> Counting:
     ids = torch.arange(BATCH.samples * BATCH.length).view(BATCH.samples, -1) % 50
     with counting:
         hidden = made.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = made.lm_head(hidden[:, : BATCH.supervised].flatten(0, 1))
-        loss = cross_entropy_sum(logits, ids[:, : BATCH.supervised].flatten())
+        hidden_ND, target_N = hidden[:, : BATCH.supervised].flatten(0, 1), ids[:, : BATCH.supervised].flatten()
+        loss = LinearLoss.apply(hidden_ND, made.lm_head.weight, None, target_N, len(target_N), 0.0, hidden.dtype)
         if moe_layers(made):
             loss = loss + router_losses(made).total
         loss.backward()

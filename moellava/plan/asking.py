@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `moellava plan` is asked, made of its flags, a folder and the data; and the answer as text."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moellava.constants import IGNORE_INDEX
+from moellava.data.encoder import Encoder
+from moellava.data.media import MediaFiles
+from moellava.data.records import load_records
+from moellava.errors import UserError
+from moellava.model.description import Description
+from moellava.plan.devices import DEVICES, SPEEDS, Device
+from moellava.plan.model import Groups
+from moellava.plan.plan import BATCHES, Asked, layouts_for
+from moellava.plan.report import best_of_each, launcher, table
+from moellava.plan.trace import Batch
+from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, settle
+from moellava.train.conflicts import Flags, find_conflicts
+from moellava.train.hf_flags import find_problems
+from moellava.train.memory import in_units, layout_of
+from moellava.train.parsing import TrainingArguments, defaults
+from moellava.train.trial import construct
+from moellava.vlm import encoder_of
+
+FIXED = ("deepspeed", "ep_size", "activation_checkpointing", "per_device_train_batch_size", "bf16", "fp16")
+"""Flags of training that are looked for where they are not given."""
+
+LOOKED_AT = 256
+"""Records of --data whose lengths are measured, evenly spread."""
+
+
+def device_of(args: argparse.Namespace) -> Device:
+    """The device, with the speeds that flags give it. Raises UserError for one that is not known."""
+    device = DEVICES[args.device]
+    told = {name: getattr(args, name) for name in SPEEDS if getattr(args, name) is not None}
+    if "tflops" in told:
+        told["tflops_fp32"] = told["tflops"]
+    return replace(device, **told)
+
+
+def flag_groups(given: dict[str, Any], tokens: int | None) -> Groups:
+    """The flags of the run that is planned, as training would read them.
+
+    Raises:
+        UserError: as training would; and for --tokens beside --data, and for neither.
+    """
+    if bool(tokens) == bool(given.get("data_path")):
+        raise UserError("Give --data FILE, or --tokens N: the positions of a sample. One of them.")
+    run = {name: value for name, value in given.items() if name not in FIXED}
+    run.setdefault("data_path", ["the data"])
+    if problems := find_problems(run, defaults()):
+        raise UserError("\n".join(problems))
+    model, data = construct(ModelArguments, run), construct(DataArguments, run)
+    moe, training = construct(MoEArguments, run), construct(TrainingArguments, run)
+    settle(model, training)
+    if problems := find_conflicts(Flags(model, data, moe, training)):
+        raise UserError("\n".join(problems))
+    return model, data, moe, training
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the samples are.
+
+    Args:
+        batch: the longest one; `samples` is not read.
+        mean_length: in positions.
+    """
+
+    batch: Batch
+    mean_length: float
+
+
+def data_of(args: argparse.Namespace, groups: Groups, description: Description) -> Data:
+    """What flags say of the samples, or the records."""
+    if args.tokens:
+        supervised = args.supervised or max(args.tokens // 4, 1)
+        return Data(Batch(1, args.tokens, min(supervised, args.tokens), args.images or 1), args.tokens)
+    return measured(groups, encoder_of(*description.inputs(), description.config, description.architecture))
+
+
+def measured(groups: Groups, encoder: Encoder) -> Data:
+    """Lengths of the records, as training would cut them. Raises DataError where one cannot be read."""
+    model_args, data_args, _, args = groups
+    records = load_records(data_args.data_path, roles=(model_args.user_key, model_args.assistant_key))
+    limits = data_args.limits()
+    files = MediaFiles(data_args.image_folder, data_args.video_folder, data_args.num_frames, limits)
+    step = max(len(records) // LOOKED_AT, 1)
+    found = []
+    for number in range(0, len(records), step):
+        name = records.name(number)
+        for _, example in encoder.examples(records[number], name, files, max_length=args.model_max_length):
+            trained = sum(label != IGNORE_INDEX for label in example.labels)
+            if trained:
+                found.append((example.length, trained, len(example.media)))
+    if not found:
+        raise UserError(f"--data {' '.join(data_args.data_path)}: no record has anything to train on.")
+    longest, supervised, media = (max(each) for each in zip(*found, strict=True))
+    mean = sum(length for length, _, _ in found) / len(found)
+    return Data(Batch(1, longest, max(supervised, 1), media), mean)
+
+
+def asked_of(args: argparse.Namespace, given: dict[str, Any], groups: Groups, device: Device, data: Data) -> Asked:
+    """The question, with what the run's flags leave open."""
+    moe, training = groups[2:]
+    layouts = layouts_for(args.gpus, moe.num_experts if moe.moe_enable else None, moe.moe_enable)
+    if "deepspeed" in given:
+        wanted = layout_of(given["deepspeed"], args.gpus)
+        layouts = tuple({replace(wanted, ep_size=layout.ep_size) for layout in layouts})
+    if "ep_size" in given:
+        layouts = tuple(layout for layout in layouts if layout.ep_size == given["ep_size"])
+    if not layouts:
+        raise UserError(f"--ep_size {given['ep_size']} does not divide --gpus {args.gpus} and --num_experts.")
+    sizes, checkpointing = given.get("per_device_train_batch_size"), given.get("activation_checkpointing")
+    return Asked(
+        gpus=args.gpus,
+        memory=args.hbm or device.memory,
+        device=device,
+        per_host=args.per_host,
+        batch=data.batch,
+        mean_length=data.mean_length,
+        layouts=layouts,
+        samples=(sizes,) if sizes else BATCHES,
+        checkpointing=(False, True) if checkpointing is None else (bool(checkpointing),),
+        accumulation=training.gradient_accumulation_steps,
+    )
+
+
+def command_of(asked: Asked, flags: list[str], words: list[str], given: dict[str, Any]) -> str:
+    """The command that starts the run."""
+    fixed = {f"--{name}" for name in FIXED if name in given}
+    added = [word for pair in zip(flags[::2], flags[1::2], strict=True) if pair[0] not in fixed for word in pair]
+    if asked.device.is_gpu and not {"bf16", "fp16"} & given.keys():
+        added += ["--bf16", "True"]
+    return " ".join([launcher(asked.gpus, asked.per_host), "train.py", shlex.join([*words, *added])])
+
+
+def said(asked: Asked, rows: list, command: str | None) -> list[str]:
+    """The plan as text."""
+    batch = asked.batch
+    about = f"longest sample {batch.length} positions ({batch.supervised} supervised, {batch.images} images)"
+    lines = [f"{asked.gpus} devices of {asked.memory:g} GB; {about}, mean {asked.mean_length:.0f}", ""]
+    lines += table(best_of_each(rows, asked.memory), asked.memory)
+    smallest = in_units(min(row.total for row in rows))
+    lines.append("")
+    lines.append(command or f"Nothing fits into {asked.memory:g} GB: the smallest takes {smallest} a process.")
+    return lines
