@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,20 @@ class RunLog(TrainerCallback):
         folder: of the run.
         clock: of the run; what it knew before a run went on, it learns here.
         facts: what the first line says beside versions and steps.
+        rest: what is known at the end of the steps that no line was about.
     """
 
-    def __init__(self, folder: Path, clock: Clock, facts: Mapping[str, Any] = {}):
+    def __init__(
+        self,
+        folder: Path,
+        clock: Clock,
+        facts: Mapping[str, Any] = {},
+        rest: Callable[[], Mapping[str, float]] = dict,
+    ):
         self.path = folder / RUN_LOG
         self.clock = clock
         self.facts = facts
+        self.rest = rest
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Keeps the lines until the step that the run goes on behind, and adds one about the start."""
@@ -83,8 +91,10 @@ class RunLog(TrainerCallback):
             self.add(event, state.global_step, nested(logs) | self._sums())
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Adds the last line, and says the totals."""
+        """Adds a line about the steps behind the last one, and the last; says the totals."""
         if state.is_world_process_zero:
+            if rest := self.rest():
+                self.add("train", state.global_step, nested(rest) | self._sums())
             self.add("end", state.global_step, self._sums())
             logger.info("%s", self.clock.totals(state.global_step))
 

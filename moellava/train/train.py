@@ -190,7 +190,7 @@ def make_trainer(
         **datasets,
     )
     facts = {"stage": stage.name, "data": {CALLED[name]: one.report() for name, one in datasets.items() if one}}
-    run_log = RunLog(Path(args.output_dir), trainer.clock, facts)
+    run_log = RunLog(Path(args.output_dir), trainer.clock, facts, lambda: trainer.rest)
     trainer.add_callback(run_log)
     if assembled.adapter:
         trainer.add_callback(GradientWatch(vlm.model, vlm.parts["vision_tower"], lambda: not trainer.step_labels))

@@ -66,6 +66,7 @@ class StageTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.clock = Clock()
+        self.rest: dict[str, float] = {}  # what a log line behind the last one would have said
         shows_bar = sys.stderr.isatty() and not self.args.disable_tqdm
         self.add_callback((RunProgress if shows_bar else RunLines)(self.clock))
         self.add_callback(RunHooks(self))
@@ -207,8 +208,7 @@ class StageTrainer(Trainer):
 
     def count_rest(self) -> None:
         """Counts the steps behind the last log line into the run's totals. All processes come here together."""
-        if self.sums:
-            self._drain()
+        self.rest = self._drain() if self.sums else {}
 
     def begin_interval(self) -> None:
         """Starts counting for the next log line."""

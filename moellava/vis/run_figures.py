@@ -57,12 +57,14 @@ def panels_of(run: Run) -> list[tuple[Panel, list[tuple[str, str, list[float], l
 def draw_run(run: Run) -> Any:
     """Losses, learning rate, norm of the gradient, throughput and memory over the steps."""
     panels = panels_of(run)
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
+    columns = min(3, max(len(panels), 1))
+    rows = max(-(-len(panels) // columns), 1)
     figure = new_figure(4 * columns, 2.6 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
+    if not panels:
+        axes[0].set_title("no step has been logged yet", fontsize=NORMAL)
     for axis, (panel, lines) in zip(axes, panels, strict=False):
         for (label, event, x, y), colour in zip(lines, PALETTE, strict=False):
             marker = "o" if event == "eval" or len(x) < 30 else None

@@ -118,6 +118,12 @@ def test_a_dense_run_has_no_experts(tmp_path):
     assert loads_of(run) is None and "loads" not in page_data(run) and "Experts over time" not in run_page(run)
 
 
+def test_a_run_that_has_just_begun_is_reported(tmp_path):
+    (tmp_path / "run_log.jsonl").write_text('{"event": "start", "step": 0, "steps": 9}\n')
+    assert main(["report", str(tmp_path)]) == 0
+    assert "0 of 9" in (tmp_path / "report" / "report.html").read_text()
+
+
 def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
@@ -127,10 +133,13 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
 
 
 def test_a_run_writes_its_own_report(flags_for, tmp_path):
-    short = {"max_steps": 2, "save_strategy": "no", "skip_dry_save": True, "report_html": True}
+    short = {"max_steps": 3, "logging_steps": 2, "save_strategy": "no", "skip_dry_save": True, "report_html": True}
     folder = train_here(flags_for(tmp_path, "pretrain") | short)
     text = (folder / "report" / "report.html").read_text()
-    assert "finished" in text and "projector" in text and check_page(text)["charts"][0]["x"] == [1, 2]
+    assert "finished" in text and "projector" in text and check_page(text)["charts"][0]["x"] == [2]
+    lines = open_run(folder).lines
+    assert [(line["event"], line["step"]) for line in lines[1:]] == [("train", 2), ("train", 3), ("end", 3)]
+    assert lines[2]["ce"] > 0 and lines[3]["samples"] == 6
     assert "--report_html" not in json.loads((folder / "run.json").read_text())["identity"]
 
 
