@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub.repocard import metadata_load
 from yaml import YAMLError
 
-from moellava.files import PAGE
+from moellava.files import CONFIG, PAGE, read_json
 from moellava.model.manifest import Manifest
 from moellava.model.section import Section, note, section_of
 
@@ -90,3 +90,10 @@ def note_data(config: Any, paths: Sequence[str]) -> None:
         FILES: [Path(p).name for p, name in ids.items() if not name],
     }
     note(config, made_of=joined((section_of(config) or Section()).made_of or {}, named))
+
+
+def note_projector(config: Any, path: str | Path) -> None:
+    """Notes in the config of a model the data that its projector has learnt from, where that is a stage's."""
+    said = section_of(read_json(Path(path) / CONFIG)) if Path(path).is_dir() else None
+    own, learnt = (section_of(config) or Section()).made_of or {}, (said and said.made_of) or {}
+    note(config, made_of=joined(own, {key: learnt[key] for key in (DATASETS, FILES) if key in learnt}))

@@ -18,7 +18,7 @@ from moellava.log import get_logger
 from moellava.model.compose import Composition, describe_parts, version_for
 from moellava.model.description import Description
 from moellava.model.manifest import TOWER, Manifest, read_folder
-from moellava.model.origin import note_data
+from moellava.model.origin import note_data, note_projector
 from moellava.model.projector_start import load_projector
 from moellava.model.section import plugins_of
 from moellava.moe import convert_engine, separate_experts
@@ -73,6 +73,7 @@ def assemble(
     choose_attention(vlm.model, model_args.attn_implementation)
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(vlm.model, model_args.pretrain_mm_mlp_adapter)
+        note_projector(vlm.model.config, model_args.pretrain_mm_mlp_adapter)
     certificate = sparsify(vlm, moe_args) if moe_args.moe_enable else None
     # Adapters before the engine, which marks whatever parameters its experts have.
     adapter = adapt(vlm, model_args, moe_args, args) if args.lora_enable or model_args.use_vision_lora else None
