@@ -330,8 +330,8 @@ PACKING = (
     Mutation(
         "packing-not-tried-out",
         "train/packing.py",
-        "if not off <= allowed:",
-        "if off < 0:",
+        "if not found <= allowed:",
+        "if found < 0:",
         "--packing is taken for models whose samples read each other.",
         ("train/test_packing.py", "lmm/test_packing.py"),
     ),
