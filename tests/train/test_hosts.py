@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two hosts: network namespaces of this machine, joined by a wire of their own. One of them dies.
 
 Where namespaces may not be made, the hosts are two addresses of the loopback device.
