@@ -50,7 +50,7 @@ def test_bf16_is_judged_by_its_own_rounding(vlm):
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_an_exact_recipe_that_is_off_is_an_error(vlm, monkeypatch, factor):
-    def broken(model, spec):  # the "conversion" changes the head
+    def broken(model, spec, share_copies):  # the "conversion" changes the head
         model.lm_head.weight.data *= factor
 
     monkeypatch.setattr(certificates, "upcycle", broken)
