@@ -552,7 +552,7 @@ RESUMING = (
     ),
     Mutation(
         "sampler-not-told-the-epoch",
-        "train/trainer.py",
+        "train/run_hooks.py",
         "self.trainer.train_sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))",
         "self.trainer.train_sampler.set_epoch(0)",
         "A run of several epochs reads the same batches in the same order in each of them.",

@@ -42,6 +42,8 @@ def main(argv: list[str]) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     words = [ALIASES.get(word, word) for word in rest]
+    if not any(word.partition("=")[0].replace("-", "_") == "__output_dir" for word in words):
+        words += ["--output_dir", "out"]  # which training does not go without
     refuse_idle(parser, without(argv, rest), idle_flags(args))
     with importing():
         from moellava.plan.asking import asked_of, command_of, data_of, device_of, flag_groups, said
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> int:
     command = None if chosen is None else command_of(asked, flags_of(chosen), words, given)
     if args.json:
         content = {"rows": [row.to_json() for row in rows], "cheapest": chosen and chosen.to_json(), "flags": command}
-        print(json.dumps(content, indent=1))
+        print(printable(json.dumps(content, indent=1)))
     else:
         print(printable("\n".join(said(asked, rows, command))))
     return 0 if chosen else 1

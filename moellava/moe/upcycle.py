@@ -61,9 +61,7 @@ def upcycle(
     names = mlp_names(model, list(chosen))
     for index, n_experts in chosen.items():
         dense = getattr(layers[index], names[index])
-        setattr(layers[index], names[index], sparse_mlp(dense, spec, n_experts, index, initialize))
-    if not share_copies:
-        separate_experts(model)
+        setattr(layers[index], names[index], sparse_mlp(dense, spec, n_experts, index, initialize, share_copies))
     _share_context(model)
     if spec.freeze_router:
         for parameter in router_parameters(model):
@@ -71,15 +69,22 @@ def upcycle(
     return model if engine == "native" else convert_engine(model, engine, ep_size)
 
 
-def sparse_mlp(mlp: nn.Module, spec: MoESpec, n_experts: int, layer_index: int, initialize: bool = True) -> NativeMoE:
+def sparse_mlp(
+    mlp: nn.Module,
+    spec: MoESpec,
+    n_experts: int,
+    layer_index: int,
+    initialize: bool = True,
+    share_copies: bool = False,
+) -> NativeMoE:
     """One dense MLP as a native sparse one.
 
     Args:
         mlp: the dense MLP; it stays as it is.
-        spec: options; experts that are plain copies share its memory.
+        spec: options.
         n_experts: experts of this layer.
         layer_index: index of the decoder layer; with `spec.init_seed` it seeds what is drawn.
-        initialize: see `upcycle`.
+        initialize, share_copies: see `upcycle`.
     """
     generator = None
     if initialize and next(mlp.parameters()).device.type != "meta":
@@ -88,6 +93,8 @@ def sparse_mlp(mlp: nn.Module, spec: MoESpec, n_experts: int, layer_index: int, 
     if generator is not None and spec.granularity > 1:
         check_slices(mlp, spec.granularity)
     experts = [_make_expert(mlp, spec, index, generator) for index in range(n_experts)]
+    if _are_aliases(spec) and not share_copies:
+        experts = [copy.deepcopy(expert) for expert in experts]
     layer = NativeMoE(experts, spec, hidden_size(mlp), copy.deepcopy(mlp) if _keeps_mlp(spec) else None)
     if generator is not None:
         layer.load_state_dict(drawn, strict=False)
@@ -129,7 +136,7 @@ def _draw_routing(spec: MoESpec, n_experts: int, hidden: int, generator: torch.G
 def _make_expert(mlp: nn.Module, spec: MoESpec, index: int, generator: torch.Generator | None) -> nn.Module:
     """Expert `index`: a copy or a slice of the MLP, changed as the recipe says where there is a generator."""
     slices = spec.granularity
-    if spec.init == "copy" and slices == 1:
+    if _are_aliases(spec):
         return _alias(mlp)
     expert = slice_mlp(mlp, index % slices, slices) if slices > 1 else copy.deepcopy(mlp)
     if generator is not None:
@@ -140,6 +147,10 @@ def _make_expert(mlp: nn.Module, spec: MoESpec, index: int, generator: torch.Gen
         elif spec.init == "shared":
             silence(expert)
     return expert
+
+
+def _are_aliases(spec: MoESpec) -> bool:
+    return spec.init == "copy" and spec.granularity == 1
 
 
 def _alias(mlp: nn.Module) -> nn.Module:

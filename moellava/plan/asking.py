@@ -21,6 +21,7 @@ from moellava.plan.report import best_of_each, launcher, table
 from moellava.plan.trace import Batch
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, settle
 from moellava.train.conflicts import Flags, find_conflicts
+from moellava.train.deepspeed.named import settings_named
 from moellava.train.hf_flags import find_problems
 from moellava.train.memory import in_units, layout_of
 from moellava.train.parsing import TrainingArguments, defaults
@@ -57,6 +58,7 @@ def flag_groups(given: dict[str, Any], tokens: int | None) -> Groups:
         raise UserError("\n".join(problems))
     model, data = construct(ModelArguments, run), construct(DataArguments, run)
     moe, training = construct(MoEArguments, run), construct(TrainingArguments, run)
+    training.given = run
     settle(model, training)
     if problems := find_conflicts(Flags(model, data, moe, training)):
         raise UserError("\n".join(problems))
@@ -110,7 +112,7 @@ def asked_of(args: argparse.Namespace, given: dict[str, Any], groups: Groups, de
     moe, training = groups[2:]
     layouts = layouts_for(args.gpus, moe.num_experts if moe.moe_enable else None, moe.moe_enable)
     if "deepspeed" in given:
-        wanted = layout_of(given["deepspeed"], args.gpus)
+        wanted = layout_of(settings_named(given["deepspeed"]), args.gpus)
         layouts = tuple({replace(wanted, ep_size=layout.ep_size) for layout in layouts})
     if "ep_size" in given:
         layouts = tuple(layout for layout in layouts if layout.ep_size == given["ep_size"])

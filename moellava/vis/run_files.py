@@ -56,7 +56,7 @@ def nested(logs: Mapping[str, Any]) -> dict[str, Any]:
     layers: dict[int, dict[str, Any]] = {}
     for key, value in logs.items():
         name, _, rest = key.partition("/")
-        if not rest:
+        if not rest.startswith("layer_"):
             line[key] = rounded(value)
             continue
         index, _, expert = rest.partition("/")

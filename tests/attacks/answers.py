@@ -219,6 +219,8 @@ def output_tries(vlm: VLM, folder: Path) -> Iterator[Try]:
     adapter = Adapter(LoraConfig(r=2, target_modules=["q_proj"]), {"base": "model"}, LLAVA)
     attach(vlm.model, adapter.config)
     write_adapter(vlm.model.state_dict(), adapter, folder / "adapter")
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(WORK["upcycle"].format(at=folder).replace("new/upcycled", "sparse").split()) == 0
     works = {name: words.format(at=folder) for name, words in WORK.items()}
     for name in COMMANDS:
         for output, words in OUTPUTS.items():
@@ -240,9 +242,17 @@ WORK = {
     "export": "export --model-path {at}/model --output-dir {at}/new/exported",
     "merge-lora": "merge-lora --model-path {at}/model --adapter {at}/adapter --output-dir {at}/new/merged",
     "models": "models",
+    "env": "env",
+    "recipe": "recipe qwen3 pretrain --print",
+    "plan": "plan --model {at}/model --tokens 9 --gpus 1 --device cpu",
+    "prune": "prune --model-path {at}/sparse --data {at}/good.json --keep 2 --output-dir {at}/new/small",
+    "routing": "routing --model-path {at}/sparse --data {at}/good.json --output {at}/new/routing",
     "eval": "eval --model-path {at}/model --limit 1 --output {at}/new/score.json",
 }
 """Each subcommand at its work."""
+
+ELSEWHERE = {"train", "demo", "compare", "report"}
+"""Subcommands that train, or look at a run: `runs.py` attacks runs."""
 
 OUTPUTS = {"/dev/full": "No space left on device", "a closed pipe": f"status {CLOSED_PIPE}"}
 """Where it prints to, and what is said."""
@@ -254,6 +264,8 @@ TARGETS = {
     "export": {"--output-dir": "{at}/new/exported"},
     "merge-lora": {"--output-dir": "{at}/new/merged"},
     "eval": {"--output": "{at}/new/score.json"},
+    "prune": {"--output-dir": "{at}/new/small"},
+    "routing": {"--output": "{at}/new/routing"},
 }
 """Flags that say where files are written, with what `WORK` gives them."""
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from moellava.cli import main
-from moellava.commands import eval as command
-from moellava.eval import asking
+from moellava.errors import UserError
+from moellava.eval import asking, jobs
 from moellava.eval.checkpoint import checkpoint_digest
 from moellava.eval.progress import Progress
 from moellava.eval.tally import QUANTILE
@@ -28,7 +28,7 @@ GQA = ["yes", "red", "table"]
 def score(monkeypatch, eval_model, eval_data, tmp_path) -> Callable[..., dict[str, Any]]:
     """(name, answers, task, flags) -> the result that the command writes to NAME.json."""
     vlm = open_vlm(eval_model, device="cpu")
-    monkeypatch.setattr(command, "open_vlm", lambda path: vlm)
+    monkeypatch.setattr(jobs, "open_vlm", lambda path: vlm)
 
     def run(name: str, answers: list[str], task: str = "gqa", *flags: str, status: int = 0) -> dict[str, Any]:
         said = [text if isinstance(text, Answer) else Answer(text) for text in answers]
@@ -92,7 +92,7 @@ def test_what_cannot_be_compared_is_refused(score, tmp_path, capsys):
 
 
 def test_what_could_not_be_answered_is_told_and_wrong(score, monkeypatch, capsys):
-    refused = Answer.refused(command.UserError("too long"))
+    refused = Answer.refused(UserError("too long"))
     result = score("a", ["yes", refused, "table"])
     assert result["score"] == pytest.approx(2 / 3)
     (told,) = result["unanswered"]
