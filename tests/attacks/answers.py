@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from moellava.adapters.folder import write_adapter
 from moellava.adapters.lora import Adapter, attach
-from moellava.cli import CLOSED_PIPE, COMMANDS, main
+from moellava.cli import CLOSED_PIPE, main
 from moellava.commands import chat
 from moellava.errors import UserError
 from moellava.model.parts import LLAVA
@@ -222,7 +222,7 @@ def output_tries(vlm: VLM, folder: Path) -> Iterator[Try]:
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(WORK["upcycle"].format(at=folder).replace("new/upcycled", "sparse").split()) == 0
     works = {name: words.format(at=folder) for name, words in WORK.items()}
-    for name in COMMANDS:
+    for name in works:
         for output, words in OUTPUTS.items():
             yield f"moellava {works[name]} > {output}", words, lambda w=works[name], o=output: printing(w, o, folder)
         for flag, target in TARGETS.get(name, {}).items():
