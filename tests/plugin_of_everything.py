@@ -16,6 +16,7 @@ from moellava.conversation import conv_templates
 from moellava.convert.export.targets import TARGETS
 from moellava.data.tokenizers import TOKENIZERS, TokenizerSpec
 from moellava.eval.benchmarks import BENCHMARKS, Benchmark, Question
+from moellava.eval.easy_vqa import score_exact
 from moellava.lmm.architecture import Architecture, register_architecture, register_model
 from moellava.model.families import FAMILIES, Family
 from moellava.model.parts import LLAVA
@@ -74,7 +75,9 @@ def questions() -> list[Question]:
     return [Question("What is it?", answer, path, "all") for answer in ("a square", "red")]
 
 
-BENCHMARKS.register("mine", lambda: Benchmark("mine", "test", "made here", questions, max_new_tokens=4))
+BENCHMARKS.register(
+    "mine", lambda folder, split: Benchmark("mine", "test", "made here", questions, max_new_tokens=4, score=score_exact)
+)
 
 MODES.register("last", lambda n_layers: [n_layers - 1])
 PRESETS.register("mine", {"router_aux_loss_coef": 0.5})

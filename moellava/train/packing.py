@@ -7,12 +7,11 @@ both directions over a row's images. None of them raises anything; the loss is o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moellava.constants import IGNORE_INDEX
 from moellava.data.collate import PLACEHOLDERS, UNREADABLE
@@ -21,6 +20,7 @@ from moellava.data.places import PLACES, Places
 from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.moe.decoder import FAILURES
+from moellava.serve.generate import evaluating
 from moellava.train.loss import supervised_positions
 
 PROBED = 64
@@ -34,18 +34,6 @@ norm: rounding."""
 HEARD = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """How far those of a sample may move when another one of its row is changed: the shapes are the same, so that dense
 layers round alike; experts have other rows beside them."""
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, a model draws nothing and counts nothing; then its modules are as they were."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def require_exact_packing(trainer: Any) -> None:

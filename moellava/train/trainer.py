@@ -23,13 +23,13 @@ from moellava.log import get_logger
 from moellava.moe import moe_layers, router_losses, router_metrics, set_routing_context
 from moellava.moe.own_routers import OwnRouters, has_own_experts
 from moellava.processes import sum_over_processes
+from moellava.serve.generate import evaluating
 from moellava.train.checkpoint import STAGING, last_checkpoint, put_in_place
 from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, stored_ep_size
 from moellava.train.folder import StageFolder
 from moellava.train.intact import reading
 from moellava.train.loss import SupervisedHead, sums_of_records, supervised_positions
 from moellava.train.optimizer import missing_from, parameter_groups
-from moellava.train.packing import evaluating
 from moellava.train.progress import Clock, RunLines, RunProgress
 from moellava.train.run_hooks import RunHooks, counts_of
 from moellava.train.stopping import StepWatch, StopRequest, require_finite
