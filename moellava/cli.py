@@ -30,11 +30,11 @@ COMMANDS = {
     "plan": ("moellava.commands.plan", "memory and speed of a run on so many devices, before it starts"),
     "upcycle": ("moellava.commands.upcycle", "dense folder -> MoE folder, with its certificate"),
     "prune": ("moellava.commands.prune", "sparse folder -> a smaller one, without experts that carry little"),
-    "export": ("moellava.commands.export", "write a model in the layout of LLaVA and MoE-LLaVA"),
+    "export": ("moellava.commands.export", "a folder that opens without moellava, with its proof"),
     "merge-lora": ("moellava.commands.merge_lora", "base folder + adapter -> merged folder, logits compared"),
     "models": ("moellava.commands.models", "families and released models that are known"),
     "compare": ("moellava.commands.compare", "was the MoE worth it? stage 3 and dense controls, scored alike"),
-    "eval": ("moellava.commands.eval", "score a model on a benchmark"),
+    "eval": ("moellava.commands.eval", "score a model on benchmarks"),
     "routing": ("moellava.commands.routing", "which expert each token goes to: numbers, pictures, a page"),
     "report": ("moellava.commands.report", "a run of train.py as one page and a few pictures"),
 }

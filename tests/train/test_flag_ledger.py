@@ -184,8 +184,9 @@ def build(flags_for, tmp_path_factory):
 
 
 @pytest.fixture
-def as_before():
-    """Puts back what trainers change of the process."""
+def as_before(monkeypatch, tmp_path):
+    """Puts back what trainers change of the process; folders that they make lie out of the way."""
+    monkeypatch.chdir(tmp_path)
     verbosity, environment = hf_logging.get_verbosity(), dict(os.environ)
     hf_logging.set_verbosity_warning()  # transformers' own; a test before may have left another
     yield
