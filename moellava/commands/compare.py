@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.values import count
-from moellava.compare.arms import ARMS, DENSE, SPARSE, split_flags
+from moellava.compare.arms import ARMS, in_order, split_flags
 from moellava.errors import UserError
 from moellava.eval.layout import DATA_FOLDER
 from moellava.files import require_output, write_json
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     if args.moe_run is not None and len(args.seeds) > 1:
         raise UserError(f"--moe-run {args.moe_run} is one run, and there are {len(args.seeds)} --seeds.")
     shared, sparse = split_flags(words)
-    arms = [*dict.fromkeys([SPARSE, DENSE, *args.arms])]
+    arms = in_order(args.arms)
     with importing():
         from moellava.compare.compare import Comparing, Plan
         from moellava.compare.picture import draw

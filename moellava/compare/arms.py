@@ -16,7 +16,7 @@ from moellava.moe import MoESpec
 from moellava.registry import Registry
 from moellava.train.arguments import MoEArguments
 
-OWN = ("model_name_or_path", "output_dir", "moe_enable", "seed", "init_seed", "data_path", "deepspeed_port")
+OWN = ("model_name_or_path", "output_dir", "moe_enable", "seed", "init_seed", "data_path")
 """Flags of train.py that a comparison sets itself."""
 
 
@@ -26,7 +26,7 @@ class Costs:
 
     Args:
         steps: optimizer steps of the sparse arm.
-        flops: arm -> floating-point operations of a step, forward and backward.
+        flops: arm -> floating-point operations of a record, forward and backward.
         speed: arm -> tokens per second.
     """
 

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from moellava.batches import batches_of
-from moellava.compare.arms import ARMS, SPARSE, Costs, in_order, without
+from moellava.compare.arms import ARMS, SPARSE, Costs, without
 from moellava.compare.flops import step_flops
 from moellava.compare.result import ArmResult, Comparison
 from moellava.compare.runs import Measured, Run, measured, train, weights_of
@@ -43,7 +43,7 @@ class Plan:
         stage2: the dense folder that all arms start from.
         data: data files that they train on.
         output: folder of everything that is made.
-        arms: names.
+        arms: names, of `in_order`.
         seeds: of data order and routers; each arm runs with each.
         shared, sparse: flags of train.py for all arms, and for the sparse one alone.
         launcher: see `runs.launcher_of`.
@@ -74,12 +74,11 @@ class Plan:
                     f"{' '.join(own)}: arms that are compared start alike."
                 )
 
-    def run(self, arm: str, seed: int, costs: Costs | None) -> Run:
-        """The training of an arm; `costs` where its length depends on them."""
+    def run(self, arm: str, seed: int, costs: Costs) -> Run:
+        """The training of an arm; `costs` are those of the arms before it."""
         entry = ARMS[arm]
         words = list(self.shared)
         if entry.steps is not None:
-            assert costs is not None
             words = [*without(words, "--max_steps", "--num_train_epochs"), "--max_steps", str(entry.steps(costs))]
         if entry.is_sparse:
             words += [*self.sparse, "--moe_enable", "True", "--init_seed", str(seed)]
@@ -105,6 +104,7 @@ class Comparing:
         self.plan, self.exam = plan, exam
         self.tallies: dict[str, list[Tally]] = {}
         self.costs = Costs(steps=0)
+        self.records = load_records(plan.data)
         self.found = Comparison(exam.benchmark.name, len(exam.questions), pictures_of(exam.questions))
         self.found.settings = {
             "stage2": plan.stage2,
@@ -118,41 +118,42 @@ class Comparing:
     def run(self) -> Comparison:
         """Trains, asks and compares. Raises UserError."""
         self.plan.require_moe_run()
-        stage2 = self._opened(self.plan.stage2, "the stage-2 folder")
+        stage2 = open_vlm(self.plan.stage2, flag="--stage2")
         if stage2.spec is not None:
             raise UserError(f"--stage2 {self.plan.stage2} is sparse already; stage 3 starts from a dense folder.")
         self._ask(STAGE2, stage2, Path(self.plan.stage2))
         self.found.arms[STAGE2] = ArmResult("stage 2", self._scores(STAGE2), bytes=weights_of(Path(self.plan.stage2)))
         del stage2
-        for arm in in_order(self.plan.arms):
+        for arm in self.plan.arms:
             self._arm(arm)
         self._conclude()
         return self.found
 
     def _arm(self, arm: str) -> None:
-        runs = [self.plan.run(arm, seed, self.costs) for seed in self.plan.seeds]
         read: list[Measured] = []
-        for run in runs:
+        per_record: float | None = None
+        for run in (self.plan.run(arm, seed, self.costs) for seed in self.plan.seeds):
             if run.folder != self.plan.moe_run:
                 train(run, self.plan.launcher, self.plan.output / "logs" / f"{run.name}.log")
             read.append(measured(run.folder))
-            vlm = self._opened(run.folder, run.name)
+            vlm = open_vlm(run.folder, flag="--output-dir")
             self._ask(arm, vlm, run.folder)
             if arm == SPARSE:
                 self._intervene(vlm, run)
-        steps = round(mean([one.steps for one in read]))
-        self.costs.speed[arm] = mean([one.tokens_per_second for one in read])
+            if len(read) == 1:  # seeds cost the same
+                per_record = self._flops(vlm, run)
+        steps = round(fmean(one.steps for one in read))
+        self.costs.speed[arm] = fmean(one.tokens_per_second for one in read)
         if arm == SPARSE:
             self.costs.steps = steps
-        per_record = self._flops(runs[0])
         if per_record is not None:
             self.costs.flops[arm] = per_record
         self.found.arms[arm] = ArmResult(
             ARMS[arm].title,
             self._scores(arm),
             steps=steps,
-            flops=None if per_record is None else per_record * mean([one.records for one in read]),
-            seconds=mean([one.seconds for one in read]),
+            flops=None if per_record is None else per_record * fmean(one.records for one in read),
+            seconds=fmean(one.seconds for one in read),
             bytes=read[0].bytes,
             trained=read[0].trained,
             gain=difference(self.tallies[arm], self.tallies[STAGE2]),
@@ -174,14 +175,13 @@ class Comparing:
         tally = self.exam.tally(vlm, STAGE2 if name == STAGE2 else where, digest, changed)
         self.tallies.setdefault(name, []).append(tally)
 
-    def _flops(self, run: Run) -> float | None:
+    def _flops(self, vlm: VLM, run: Run) -> float | None:
         """FLOPs of a record of a run, forward and backward; None where an adapter trains."""
         model_args, data_args, moe_args, args = parse_arguments(run.flags)
         if args.lora_enable:
             return None
-        vlm = self._opened(run.folder, run.name)
         files = MediaFiles(data_args.image_folder, data_args.video_folder, data_args.num_frames)
-        (batch,) = batches_of(vlm, load_records(self.plan.data), files, COUNTED_RECORDS, COUNTED_RECORDS)
+        (batch,) = batches_of(vlm, self.records, files, COUNTED_RECORDS, COUNTED_RECORDS)
         chosen = stage_of(model_args, moe_args).selects(vlm, model_args, moe_args)
         return step_flops(vlm, chosen, batch) / len(batch["input_ids"])
 
@@ -196,12 +196,3 @@ class Comparing:
 
     def _scores(self, name: str) -> list[float]:
         return [tally.score for tally in self.tallies[name]]
-
-    def _opened(self, folder: str | Path, what: str) -> VLM:
-        logger.info("Opening %s", what)
-        return open_vlm(folder, flag="--stage2")
-
-
-def mean(values: Sequence[float]) -> float:
-    """Of at least one number."""
-    return sum(values) / len(values)

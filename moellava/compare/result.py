@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 
@@ -61,7 +62,7 @@ class ArmResult:
     @property
     def mean(self) -> float:
         """Accuracy, mean over the seeds."""
-        return sum(self.accuracy) / len(self.accuracy)
+        return fmean(self.accuracy)
 
 
 @dataclass

@@ -95,7 +95,7 @@ class Measured:
         records: that trained, over all steps.
         tokens_per_second: over the steps, all processes together.
         seconds: of training.
-        trained, parameters: numbers that trained, and of the whole model.
+        trained: numbers that trained.
         bytes: of the folder's weights.
     """
 
@@ -104,7 +104,6 @@ class Measured:
     tokens_per_second: float
     seconds: float
     trained: int
-    parameters: int
     bytes: int
 
 
@@ -120,7 +119,6 @@ def measured(folder: Path) -> Measured:
         tokens_per_second=end["tokens"] / end["training"],
         seconds=end["training"],
         trained=sum(row["trainable"] for row in table.values()),
-        parameters=sum(sum(row.values()) for row in table.values()),
         bytes=weights_of(folder),
     )
 

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 from moellava.compare.result import Difference
 from moellava.errors import UserError
@@ -14,7 +15,7 @@ from moellava.eval.benchmarks import Benchmark, Question
 from moellava.eval.journal import Journal, claim
 from moellava.eval.scoring import texts_of
 from moellava.eval.suite import BENCHMARKS
-from moellava.eval.tally import Item, Tally
+from moellava.eval.tally import Tally
 from moellava.vlm import VLM
 
 
@@ -73,12 +74,8 @@ class Exam:
 def mean_of(tallies: Sequence[Tally]) -> Tally:
     """The tally of what several models add on average, question by question."""
     rows = zip(*(tally.items for tally in tallies), strict=True)
-    items = [Item(row[0].id, row[0].image, _mean([one.adds for one in row]), row[0].group) for row in rows]
+    items = [replace(row[0], adds=tuple(map(fmean, zip(*(one.adds for one in row), strict=True)))) for row in rows]
     return Tally(items, tallies[0].statistic)
-
-
-def _mean(values: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
-    return tuple(sum(column) / len(values) for column in zip(*values, strict=True))
 
 
 def difference(one: Sequence[Tally], other: Sequence[Tally]) -> Difference:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moellava.batches import batches_of
+from moellava.convert.whole import build_whole
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
 from moellava.errors import UserError
@@ -23,7 +24,7 @@ from moellava.moe.certificate import FILE, ROUNDING, NotExactError, dense_logits
 from moellava.moe.decoder import decoder_layers, mlp_names
 from moellava.moe.interventions import forced
 from moellava.moe.mix import start_routers, take_expert
-from moellava.vlm import VLM, Probes, build, describe
+from moellava.vlm import VLM, Probes, describe
 
 OWN_OPTIONS = {"init": "copy", "granularity": 1, "use_residual": False}
 """Options that would change an expert, or what stands beside it, and their values here."""
@@ -131,11 +132,7 @@ def opened(name: str) -> VLM:
     if manifest.is_sparse:
         raise UserError(f"--from {name} is sparse already; sources are dense fine-tunes of one model.")
     manifest.require_start()
-    description = describe(manifest)
-    vlm = build(description, description.config.dtype or torch.float32, f"--from {name}")
-    vlm.require_tokenizer()
-    vlm.model.eval()
-    return vlm
+    return build_whole(describe(manifest), manifest.called)
 
 
 @dataclass(frozen=True)

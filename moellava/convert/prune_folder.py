@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from moellava.batches import batches_of
+from moellava.convert.whole import build_whole
 from moellava.data.media import MediaFiles
 from moellava.data.records import Records
 from moellava.errors import UserError
 from moellava.model.manifest import Manifest
 from moellava.moe.prune import Kept, carried, prune
-from moellava.vlm import VLM, build, describe
+from moellava.vlm import VLM, describe
 
 
 def opened(source: Manifest) -> VLM:
@@ -21,10 +20,7 @@ def opened(source: Manifest) -> VLM:
     if not source.is_sparse:
         raise UserError(f"{source.called} is dense: it has no experts that could go.")
     source.require_start()
-    description = describe(source)
-    vlm = build(description, description.config.dtype or torch.float32, source.called)
-    vlm.require_tokenizer()
-    return vlm
+    return build_whole(describe(source), source.called)
 
 
 def prune_folder(

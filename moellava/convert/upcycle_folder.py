@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moellava.convert.streaming import can_stream, convert_files, sparse_config
+from moellava.convert.whole import build_whole
 from moellava.errors import UserError
 from moellava.lmm.architecture import registered
 from moellava.model.build import on_meta
@@ -18,7 +19,7 @@ from moellava.model.offload import run_from_disk
 from moellava.model.weights import require_sizes, shapes_in
 from moellava.moe import MoESpec
 from moellava.moe.certificate import Certificate, compare, dense_logits, forward_of, upcycle_certified
-from moellava.vlm import build, collator_of, describe, encoder_of, probes_of
+from moellava.vlm import collator_of, describe, encoder_of, probes_of
 
 
 def upcycle_folder(source: Manifest, target: Path, spec: MoESpec, shard_bytes: int) -> Certificate:
@@ -61,8 +62,7 @@ def stream(description: Description, target: Path, spec: MoESpec, shard_bytes: i
 
 def in_memory(description: Description, target: Path, spec: MoESpec, source: str) -> Certificate:
     """The same as a whole."""
-    vlm = build(description, description.config.dtype or torch.float32, source)
-    vlm.require_tokenizer()
+    vlm = build_whole(description, source)
     certificate = upcycle_certified(vlm.model, spec, vlm.probes())
     vlm.sparse(spec)
     vlm.save(target, meta={"stage": "moe"})

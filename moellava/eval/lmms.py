@@ -17,8 +17,9 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 from moellava.constants import IGNORE_INDEX
 from moellava.data.dataset import sample_of
+from moellava.moe.modes import evaluating
 from moellava.serve.answer import Prompts, answer
-from moellava.serve.generate import Sampling, evaluating
+from moellava.serve.generate import Sampling
 from moellava.serve.prompt import Request
 from moellava.vlm import open_vlm
 

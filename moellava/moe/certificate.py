@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moellava.files import write_json
+from moellava.moe.modes import evaluating
 from moellava.moe.spec import MoESpec
 from moellava.moe.upcycle import set_routing_context, upcycle
 
@@ -83,12 +84,9 @@ def forward_of(model: nn.Module) -> Forward:
     """A model's logits [N, V] in fp32 at the real positions of a probe, in evaluation mode and without gradient."""
 
     def forward(probe: Probe) -> Tensor:
-        training = model.training
-        model.eval()
         set_routing_context(model)
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             logits = model(**probe, use_cache=False).logits.float()
-        model.train(training)
         return logits[probe["attention_mask"].bool()]
 
     return forward

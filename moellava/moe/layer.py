@@ -118,9 +118,8 @@ class RoutedMLP(nn.Module):
         if not self.is_counted:
             self.record = None
             return routing
-        record = record_layer(
-            routing, tokens.n_sequences, spec
-        )  # in a replay too, whose graph must be that of the first run
+        # In a replay too, whose graph must be that of the first run.
+        record = record_layer(routing, tokens.n_sequences, spec)
         if not is_replay:
             self._note(routing, record)
         return routing

@@ -24,6 +24,7 @@ from moellava.errors import UserError
 from moellava.moe.decoder import decoder_layers, mlp_names
 from moellava.moe.experts import sort_by_expert
 from moellava.moe.layer import NativeMoE
+from moellava.moe.modes import evaluating
 from moellava.moe.spec import MoESpec
 from moellava.moe.upcycle import moe_layers, set_routing_context
 
@@ -60,14 +61,11 @@ def carried(model: Any, batches: Iterable[dict[str, Tensor]]) -> dict[int, Tenso
         Decoder layer -> [E] in fp64.
     """
     sums: dict[int, Tensor] = {}
-    training = model.training
-    model.eval()
-    with _watched(model, sums):
+    with evaluating(model), _watched(model, sums):
         for batch in batches:
             set_routing_context(model, token_mask=batch["attention_mask"].bool())
             model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
     set_routing_context(model)
-    model.train(training)
     return sums
 
 

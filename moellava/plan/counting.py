@@ -9,29 +9,43 @@ values hold.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+LEFT_OUT: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._grouped_mm: lambda one, other, *rest: grouped_flops(one, other),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *rest: sdpa_flop_count(
+        query.shape, key.shape, value.shape
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, query, key, value, *rest: (
+        sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+    ),
+    torch.ops.aten.addmm_: lambda total, one, other: 2 * one.shape[0] * one.shape[1] * other.shape[1],
+}
+"""Operations that torch's registry leaves out -> FLOPs of their tensors: grouped products, attention on a CPU, and
+products that add to what is there."""
 
 
 class Counting(TorchDispatchMode):
     """Bytes of the tensors that are alive, and operations of matrix products.
 
     Args:
-        owned: tensors that are counted elsewhere: weights and buffers.
+        owned: tensors whose bytes are counted elsewhere: weights and buffers.
 
     Attributes:
         peak: most bytes alive at one time, kept gradients left out.
         peak_with_gradients: the same with them.
-        flops: a multiplication and an addition are two.
+        flops: of matrix products and attention; a multiplication and an addition are two. (`FlopCounterMode` cannot
+            look into a backward that calls `autograd.grad` itself, as that of `FusedExperts` does.)
     """
 
-    def __init__(self, owned: Iterable[Tensor]):
+    def __init__(self, owned: Iterable[Tensor] = ()):
         super().__init__()
         self.peak = self.peak_with_gradients = self.alive = self.kept = 0
         self.flops = 0
@@ -46,10 +60,9 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
-        if func._overloadpacket is torch.ops.aten._grouped_mm:
-            self.flops += grouped_flops(*args[:2])
-        elif count is not None:
+        if (left_out := LEFT_OUT.get(func._overloadpacket)) is not None:
+            self.flops += left_out(*args)
+        elif (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **kwargs, out_val=out)
         if func._overloadpacket is torch.ops.aten.stack:  # of experts' weights, which lie together: it is no copy
             self._bytes[out.untyped_storage()._cdata] = 0

@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from moellava.errors import UserError
 from moellava.model.features import FeatureCache
 from moellava.moe import moe_layers, set_routing_context
+from moellava.moe.modes import evaluating
 from moellava.serve.ending import Ending, SaysTerminator
 
 FIXED = {
@@ -166,18 +167,6 @@ class TokenQueue(BaseStreamer):
     def __iter__(self) -> Iterator[int]:
         while (token := self.queue.get()) is not None:
             yield token
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module back to the mode that it was in: parts that are frozen may be in their own."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

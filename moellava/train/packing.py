@@ -20,7 +20,7 @@ from moellava.data.places import PLACES, Places
 from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.moe.decoder import FAILURES
-from moellava.serve.generate import evaluating
+from moellava.moe.modes import evaluating
 from moellava.train.loss import supervised_positions
 
 PROBED = 64

@@ -21,9 +21,9 @@ from moellava.data.sampler import GroupedSampler
 from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.moe import moe_layers, router_losses, router_metrics, set_routing_context
+from moellava.moe.modes import evaluating
 from moellava.moe.own_routers import OwnRouters, has_own_experts
 from moellava.processes import sum_over_processes
-from moellava.serve.generate import evaluating
 from moellava.train.checkpoint import STAGING, last_checkpoint, put_in_place
 from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, stored_ep_size
 from moellava.train.folder import StageFolder

@@ -15,9 +15,10 @@ from PIL import Image
 
 from moellava.errors import UserError
 from moellava.moe import MoESpec, moe_layers, upcycle
+from moellava.moe.modes import evaluating
 from moellava.serve.answer import Prompts
 from moellava.serve.ending import Ending
-from moellava.serve.generate import NoPlaceholders, Sampling, evaluating, generate, stream
+from moellava.serve.generate import NoPlaceholders, Sampling, generate, stream
 from moellava.serve.prompt import Request
 
 QUESTION = "what colour is it?"
