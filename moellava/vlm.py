@@ -30,6 +30,7 @@ from moellava.errors import UserError
 from moellava.files import CONFIG, model_files, resolve_folder
 from moellava.lmm.architecture import Architecture, architecture_of, holds_vlm
 from moellava.lmm.loaders import describe_released
+from moellava.log import get_logger
 from moellava.model.compose import Composition, describe_composed, describe_parts, make_processor
 from moellava.model.description import Description
 from moellava.model.devices import default_device, default_dtype, device_named
@@ -365,7 +366,12 @@ def open_encoder(
         )
     with opening(f"{flag} {path}"):
         tokenizer = load_tokenizer(folder, version)
-    return Encoder(tokenizer, renderer_for(version, tokenizer), CountedImages(tokens_per_image or TOKENS_PER_IMAGE))
+    if tokens_per_image is None:
+        tokens_per_image = TOKENS_PER_IMAGE
+        get_logger().info(
+            "No vision tower is known here: an image counts as %d positions (--tokens-per-image)", tokens_per_image
+        )
+    return Encoder(tokenizer, renderer_for(version, tokenizer), CountedImages(tokens_per_image))
 
 
 def compose(
