@@ -9,14 +9,20 @@ import re
 import shlex
 import shutil
 import sys
+import venv
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from moellava import __version__, train
 from moellava.demo.demo import BASE
 from moellava.train.arguments import parse_arguments
 from tests.processes import ROOT, run
+
+ALONE = {"PYTHONPATH": ""}
+"""For a command of another environment, which is to find nothing of the repository."""
 
 QUICKSTART, PYTHON = ROOT / "docs" / "QUICKSTART.md", ROOT / "docs" / "PYTHON.md"
 
@@ -52,9 +58,37 @@ def test_the_runs_of_the_page_parse_and_follow_each_other(tmp_path):
     assert named == [path.name for path in runs]
 
 
-def install_wheel(folder: Path) -> Path:
-    """Builds the wheel of what is in the repository now, and installs it alone into a folder, which is returned."""
-    source, wheels, target = (folder / name for name in ("source", "wheels", "target"))
+def required(package: str, extra: str) -> dict[str, Distribution]:
+    """What pip installs for a package and one of its extras on this machine, by name, without the package itself."""
+    found: dict[str, Distribution] = {}
+    seen, asked = set(), [(package, extra)]
+    while asked:
+        name, extra = asked.pop()
+        for needed in map(Requirement, distribution(name).requires or ()):
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                found[needed.name] = distribution(needed.name)
+                asked += {(needed.name, more) for more in ("", *needed.extras)} - seen
+                seen.update(asked)
+    return found
+
+
+def empty_environment(folder: Path, extra: str) -> Path:
+    """An environment of what the wheel asks for and nothing else, linked from the tests' own; its interpreter."""
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    where = run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], fresh=True, env=ALONE)
+    site = Path(where.stdout.strip())
+    for package in (required("moellava", "") | required("moellava", extra)).values():
+        files = package.files or ()
+        for top in {Path(file.parts[0]) for file in files if file.parts[0] != ".."}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(str(package.locate_file(top))))
+    return python
+
+
+def install_wheel(folder: Path, python: Path) -> None:
+    """Builds the wheel of what is in the repository now, and installs it alone into an interpreter's environment."""
+    source, wheels = folder / "source", folder / "wheels"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -63,32 +97,33 @@ def install_wheel(folder: Path) -> Path:
     built = run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)], fresh=True)
     assert built.returncode == 0, built.stderr
     (wheel,) = wheels.glob("*.whl")
-    done = run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], fresh=True)
+    done = run([*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)], fresh=True, env=ALONE)
     assert done.returncode == 0, done.stderr
-    carried = {path.relative_to(source) for path in (source / "moellava").rglob("*") if path.is_file()}
+    where = run([str(python), "-c", "import moellava; print(moellava.__file__)"], env=ALONE, cwd=folder, fresh=True)
+    target = Path(where.stdout.strip()).parent
+    assert target.is_relative_to(python.parents[1]), "the repository's own code would be tested"
+    carried = {path.relative_to(source / "moellava") for path in (source / "moellava").rglob("*") if path.is_file()}
     lost = sorted(str(path) for path in carried if not (target / path).is_file())
     assert not lost, f"setup.py leaves them out of the wheel: {lost}"
-    return target
 
 
 @pytest.mark.slow
 def test_a_newcomer_with_the_wheel_follows_the_page_to_a_chat_with_a_sparse_model(tmp_path):
-    target, home = install_wheel(tmp_path), tmp_path / "home"
+    python, home = empty_environment(tmp_path / "env", "train"), tmp_path / "home"
+    install_wheel(tmp_path, python)
     home.mkdir()
     write_files(home)
-    alone = {"PYTHONPATH": str(target), "PATH": f"{target / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    where = run([sys.executable, "-c", "import moellava; print(moellava.__file__)"], env=alone, cwd=home, fresh=True)
-    assert Path(where.stdout.strip()).is_relative_to(target), "the repository's own code would be tested"
+    alone = ALONE | {"PATH": f"{python.parent}{os.pathsep}/usr/bin{os.pathsep}/bin"}
 
     said = {}
     for words in commands():
-        if words[0] == "pip":  # what `install_wheel` has done, and the environment of the tests
+        if words[0] == "pip":  # what has been done
             continue
-        program = sys.executable if words[0] == "python" else str(target / "bin" / words[0])
-        done = run([program, *words[1:]], env=alone, cwd=home, fresh=True)
+        done = run([str(python.parent / words[0]), *words[1:]], env=alone, cwd=home, fresh=True)
         assert done.returncode == 0, f"{shlex.join(words)}:\n{done.stdout}{done.stderr[-3000:]}"
         said[words[1]] = done.stdout
     assert f"moellava {__version__}" in said["env"] and "no problem found" in said["check-data"]
+    assert re.search(r"datasets +-", said["env"]), "what the wheel does not ask for is not there"
     shown = json.loads((home / "chats.json").read_text())[0]["conversations"]
     assert said["chat"].strip() == shown[1]["value"], "the model has learnt what its own data show"
     assert "moe" in json.loads((home / "stage3" / "config.json").read_text())
