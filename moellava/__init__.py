@@ -6,10 +6,9 @@ from moellava import train, open_vlm, answer, upcycle        # docs/PYTHON.md
 
 import importlib
 import logging
-import sys
 from typing import TYPE_CHECKING
 
-from moellava.startup import lazily
+from moellava.startup import lazily, once_imported
 
 if TYPE_CHECKING:
     from moellava.moe import MoESpec, upcycle
@@ -27,10 +26,12 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 lazily(__name__)
 
 
-def register_auto_classes() -> None:
-    """Lets transformers' Auto classes and pipelines open sparse folders. See `moellava/auto_classes.py`."""
+def _register() -> None:
     importlib.import_module("moellava.auto_classes").register_auto_classes()
 
 
-if "transformers" in sys.modules:  # else it waits for whoever calls it: importing transformers takes seconds
-    register_auto_classes()
+_TABLES = "transformers.models.auto"
+# Auto classes and pipelines open sparse folders, whichever is imported first. Importing transformers takes seconds, and
+# waits for whoever wants it.
+once_imported(f"{_TABLES}.modeling_auto", _register)
+once_imported(f"{_TABLES}.configuration_auto", lambda: importlib.import_module(f"{_TABLES}.modeling_auto"))

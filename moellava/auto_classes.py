@@ -2,7 +2,6 @@
 """Our classes among transformers' Auto classes, so that its own tools open sparse folders.
 
     import moellava
-    moellava.register_auto_classes()
     pipeline("image-text-to-text", model="stage3")
 
 A tool of somebody else's, which imports no moellava, is run with them:
@@ -21,7 +20,7 @@ import runpy
 import sys
 from typing import Any, ClassVar
 
-from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 PREFIX = "moellava_"

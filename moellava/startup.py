@@ -6,9 +6,12 @@ from __future__ import annotations
 import ast
 import gc
 import importlib
+import importlib.abc
+import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,6 +76,39 @@ def lazily(package: str) -> None:
             return sorted({*super().__dir__(), *homes, *packages})
 
     module.__class__ = Lazy
+
+
+def once_imported(name: str, act: Callable[[], object]) -> None:
+    """Calls `act` when a module has been imported: now, or when somebody does; it is not imported for this."""
+    if name in sys.modules:
+        act()
+    else:
+        sys.meta_path.insert(0, _Awaited(name, act))
+
+
+class _Awaited(importlib.abc.MetaPathFinder):
+    """Finds a module as others do, and acts after its code has run."""
+
+    def __init__(self, name: str, act: Callable[[], object]):
+        self.name, self.act = name, act
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder`."""
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_act(module: ModuleType) -> None:
+                run(module)
+                self.act()
+
+            spec.loader.exec_module = run_and_act  # type: ignore[method-assign]
+        return spec
 
 
 def _checked_imports(path: Path) -> Iterator[ast.ImportFrom]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moellava
-from moellava.auto_classes import PREFIX
+from moellava.auto_classes import PREFIX, register_auto_classes
 from moellava.model import extended
 from moellava.serve.answer import answer
 from moellava.serve.prompt import Request
@@ -35,7 +35,6 @@ def sparse(flags_for, tmp_path_factory):
 
 
 def test_the_auto_classes_open_a_sparse_folder(sparse, pictures):
-    moellava.register_auto_classes()
     vlm = open_vlm(sparse, device="cpu", dtype=torch.float32)
     model = AutoModelForImageTextToText.from_pretrained(sparse, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(sparse)
@@ -54,7 +53,6 @@ def test_the_auto_classes_open_a_sparse_folder(sparse, pictures):
 
 def test_lmms_evals_way_to_ask_a_model_works(sparse, pictures):
     """The calls of its model `huggingface`: AutoModel answers, prompted by the processor, decoded by it."""
-    moellava.register_auto_classes()
     model = AutoModel.from_pretrained(sparse, dtype=torch.float32).eval()
     processor, tokenizer = AutoProcessor.from_pretrained(sparse), AutoTokenizer.from_pretrained(sparse)
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
@@ -72,31 +70,28 @@ def test_lmms_evals_way_to_ask_a_model_works(sparse, pictures):
 
 
 def test_every_type_of_model_is_known_and_made_when_a_folder_asks_for_it():
-    moellava.register_auto_classes()
-    moellava.register_auto_classes()  # a second time changes nothing
+    register_auto_classes()
+    register_auto_classes()  # a second time changes nothing
     assert {PREFIX + name for name in ("llava", "llava_next", "qwen2_vl", "smolvlm")} <= set(CONFIG_MAPPING.keys())
     config = CONFIG_MAPPING[f"{PREFIX}llava_next"].from_dict({"text_config": {"model_type": f"{PREFIX}qwen2"}})
     assert type(config) is extended.extended_config(extended.base_of("llava_next").config_class)
     assert config.text_config.model_type == "qwen2" and PREFIX == extended.PREFIX
 
 
-LIGHT = """
-import sys
-import moellava
-assert not {"torch", "transformers"} & set(sys.modules)
-assert callable(moellava.register_auto_classes)
-from transformers import AutoConfig
-try:
-    AutoConfig.from_pretrained(sys.argv[1])
-except ValueError:
-    moellava.register_auto_classes()
-print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__)
-"""
+ORDERS = {
+    "moellava first": "import moellava\nassert not {'torch', 'transformers'} & set(sys.modules)\nimport transformers",
+    "transformers first": "import transformers\nimport moellava",
+    "a table first": "from transformers import AutoConfig\nimport moellava",
+    "within another import": "import moellava\nimport transformers.quantizers.auto",
+}
 
 
 @pytest.mark.slow
-def test_importing_moellava_is_light_and_its_classes_can_be_registered(sparse):
-    assert run_python(LIGHT, sparse, fresh=True).split() == ["ExtendedLlavaConfig"]
+@pytest.mark.parametrize("order", ORDERS)
+def test_importing_moellava_registers_its_classes_in_any_order(sparse, order):
+    code = f"import sys\n{ORDERS[order]}\nfrom transformers import AutoConfig\n"
+    code += "print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__)"
+    assert run_python(code, sparse, fresh=True).split() == ["ExtendedLlavaConfig"]
 
 
 def test_importing_moellava_registers_where_transformers_is_there(plain_transformers):

@@ -103,7 +103,7 @@ def opening_lines(config: Any, needs_moellava: bool = False, name: str = "AutoMo
     autos = [auto for auto in auto_map if auto.startswith("AutoModelFor")]
     if needs_moellava or auto_map:
         name = autos[0] if autos else "AutoModelForImageTextToText"
-    before = ["import moellava", "moellava.register_auto_classes()"] if needs_moellava else []
+    before = ["import moellava  # its classes join the Auto classes"] if needs_moellava else []
     lines = [
         *before,
         f"from transformers import AutoProcessor, {name}",
