@@ -123,9 +123,11 @@ class OwnRouters:
     def _ask(self, decoder: nn.Module, inputs: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return inputs, options | ({"output_router_logits": True} if decoder.training else {})
 
-    def _note(self, decoder: nn.Module, inputs: tuple, output: Any) -> None:
+    def _note(self, decoder: nn.Module, inputs: tuple, output: Any) -> Any:
         given = getattr(output, LOGITS, None) if decoder.training else None
         self._logits = tuple(logits for logits in given or () if logits is not None)
+        # The class of the whole hands on all that its decoder returns, and most have no field for what was asked here.
+        return type(output)(**{name: value for name, value in output.items() if name != LOGITS}) if given else output
 
     @property
     def coefficient(self) -> float:

@@ -80,10 +80,14 @@ ROWS = [
 ]
 
 
-def made(rows, data_file, pictures, tokenizer, version="phi", reader=None, name="data.json", **options):
+def made(rows, data_file, pictures, tokenizer, **options):
+    return made_of(data_file(rows, "data.json"), pictures, tokenizer, **options)
+
+
+def made_of(file, pictures, tokenizer, version="phi", reader=None, **options):
     encoder = Encoder(tokenizer, TemplateRenderer(version), reader or CountedImages(4))
     options = {"max_length": 60, "overlong": "drop"} | options
-    return SupervisedDataset(load_records(data_file(rows, name)), encoder, MediaFiles(pictures), **options)
+    return SupervisedDataset(load_records(file), encoder, MediaFiles(pictures), **options)
 
 
 def summary(data) -> list:
@@ -99,7 +103,7 @@ def test_a_second_start_looks_at_nothing(kept, looked_at, data_file, pictures, t
     tokenizers["phi"](["a", "b c"], padding=True, truncation=True, max_length=4)  # which leaves its traces in it
     again = made(ROWS, data_file, pictures, tokenizers["phi"])
     assert looked_at == [] and summary(again) == summary(first)
-    assert made(ROWS, data_file, pictures, tokenizers["phi"], name="moved.json").lengths == first.lengths
+    assert made_of(data_file(ROWS, "moved.json"), pictures, tokenizers["phi"]).lengths == first.lengths
     assert looked_at == []
 
 
@@ -149,8 +153,10 @@ def one_of_two(rank: int, meeting: str, make) -> None:
 
 
 def test_two_processes_look_at_half_each_and_keep_all(kept, looked_at, data_file, pictures, tokenizers, tmp_path):
+    file = data_file(ROWS, "data.json")
+
     def make():
-        return made(ROWS, data_file, pictures, tokenizers["phi"]), looked_at
+        return made_of(file, pictures, tokenizers["phi"]), looked_at
 
     rounds = []
     for number in range(2):
