@@ -18,11 +18,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache
+from transformers.models.llava.modeling_llava import LlavaModel
 
 from moellava.errors import UserError
 
@@ -37,6 +39,9 @@ ROUNDING = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 KEPT_TIE = "embed_tokens.weight"
 """Where a body has the embedding that LLaVA's head can share."""
+
+CACHE = next(name for name in ("cache", "past_key_values") if name in signature(LlavaModel.forward).parameters)
+"""The name under which LLaVA hands the cache on: the second before transformers 5.24."""
 
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, ImportError)
 """What a class raises that does not take what LLaVA gives it. Foreign code runs in a probe, so these are answers."""
@@ -192,12 +197,12 @@ def read_on(body: nn.Module, **inputs: Tensor) -> Tensor:
     attention = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
     past: Any = DynamicCache(config=body.config)  # what `generate` begins with
     for start, stop in ((0, TOKENS - 2), (TOKENS - 2, TOKENS - 1), (TOKENS - 1, TOKENS)):
-        given = {name: tokens[:, start:stop].clone(), "attention_mask": attention[:, :stop], "past_key_values": past}
+        given = {name: tokens[:, start:stop].clone(), "attention_mask": attention[:, :stop], CACHE: past}
         try:
             output = body(**given, use_cache=True)
         except FAILURES as error:
             raise CannotComposeError(f"its body does not read on from a cache: {first_line(error)}") from error
-        past = getattr(output, "past_key_values", None)
+        past = getattr(output, CACHE, None)
         if past is None:
             raise CannotComposeError("it keeps no key-value cache, which LLaVA hands on from token to token")
     return output[0][:, -1]
