@@ -156,10 +156,11 @@ def adapter_page(section: Section, base: str) -> str:
         section: of the model that it has learnt on.
         base: the folder or id that its run started from.
     """
+    name = base if HUB_ID.fullmatch(base) and not Path(base).exists() else Path(base).name
     lines = [
         f"# Low-rank adapter ({section.architecture or section.family or 'moellava'}, template {section.version})",
         "",
-        f"In peft's format. It has learnt on `{Path(base).name}` (BASE below); what its run trained in full is in it:",
+        f"In peft's format. It has learnt on `{name}` (BASE below); what its run trained in full is in it:",
         "",
         "    moellava merge-lora --model-path BASE --adapter . --output-dir MERGED",
         "",

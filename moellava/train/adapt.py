@@ -19,6 +19,7 @@ from moellava.adapters.lora import (
     vision_target_names,
 )
 from moellava.errors import UserError
+from moellava.model.origin import hub_id
 from moellava.model.parts import covering
 from moellava.moe import moe_layers
 from moellava.train.arguments import ModelArguments, MoEArguments, TrainingArguments
@@ -37,9 +38,10 @@ def adapt(vlm: VLM, model_args: ModelArguments, moe_args: MoEArguments, args: Tr
         UserError: nothing to adapt, or flags that do not go together.
     """
     model, targets = vlm.model, wanted_targets(vlm, model_args, moe_args, args)
+    base = hub_id(model_args.model_name_or_path) or model_args.model_name_or_path
     quantised: dict[str, Any] = {"bits": args.bits, "quant_type": args.quant_type, "double_quant": args.double_quant}
     origin = {
-        "base": model_args.model_name_or_path,
+        "base": base,
         "dtype": str(model.dtype).removeprefix("torch."),
         "moe": getattr(model.config, "moe", None),
         "quantised": quantised,
@@ -59,7 +61,7 @@ def adapt(vlm: VLM, model_args: ModelArguments, moe_args: MoEArguments, args: Tr
         lora_dropout=args.lora_dropout,
         bias=args.lora_bias,
         target_modules=pattern_of(targets, (name for name, _ in model.named_modules())),
-        base_model_name_or_path=model_args.model_name_or_path,
+        base_model_name_or_path=base,
     )
     attach(model, config, targets)
     full = trained_in_full(vlm, model_args, moe_args, args.lora_enable)

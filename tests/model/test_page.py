@@ -157,6 +157,7 @@ def test_an_adapter_has_a_card_of_its_own():
     card = ModelCard(adapter_page(section, "/home/me/stage1"))
     assert (card.data.library_name, card.data.base_model, card.data.license) == ("peft", ["org/lm"], "mit")
     assert "lora" in card.data.tags and "`stage1`" in card.text and "/home" not in card.content
+    assert "`org/vlm`" in adapter_page(section, "org/vlm"), "an id on the hub is said in full"
 
 
 def test_a_page_is_ours_until_a_letter_changes(tmp_path):
