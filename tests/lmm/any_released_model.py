@@ -242,7 +242,7 @@ def table(rows: list[Row]) -> str:
 EVERY = """
 ## Every class of transformers for images and text
 
-Below, each class of transformers 5.23 as a tiny random model with a processor of its parts: its parts found, its
+Below, each class of transformers 5.24 as a tiny random model with a processor of its parts: its parts found, its
 answers masked, trained for a few steps, saved, opened again here and in plain transformers, and upcycled in all layers
 by copies and by slices, saved and opened. Where an entry above names the class, it says where the parts are; of all
 others probes find it, and `--model_local_path` trains them as they are. *Undecided* are those whose tiny model could

@@ -210,6 +210,7 @@ TOKEN_OF: dict[str, dict[str, Any]] = {
 """`model_type` -> fields of its config for tokens that its processor has no name for."""
 
 TOKENS_OF: dict[str, dict[str, str]] = {
+    "apertus1p5": {"eol_token": "<row>", "image_wrapper_token": "<wrap>", "boa_token": "<boa>", "eoa_token": "<eoa>"},
     "cohere_compass": {
         "image_token": "<|IMAGE_PAD|>",
         "video_token": "<|VIDEO_PAD|>",
@@ -243,6 +244,8 @@ def shrink(raw: dict[str, Any], name: str, rows: int) -> None:
         raw["vocab_size"] = rows
     own = TEXT_OVERRIDES.get(raw.get("model_type") or "", {})
     update(raw, {field: value for field, value in own.items() if field in raw})
+    if "unpadded_vocab_size" in raw:  # rows of the head, one for each token
+        raw["unpadded_vocab_size"] = rows
     if "mrope_section" in (raw.get("rope_parameters") or {}):
         raw["rope_parameters"] |= {"mrope_section": [2, 1, 1]}
     raw.pop("per_layer_config", None)

@@ -34,7 +34,7 @@ from tests.model.tiny_language_models import (
     tiny_language_model,
 )
 
-SAMPLE = ("qwen3_moe", "gpt2", "granite", "gemma2", "gptj", "mamba")
+SAMPLE = ("qwen3_moe", "gpt2", "granite", "gemma2", "gptj", "openai-gpt")
 """One of each verdict; the first is sparse, the second has no parts of the usual names."""
 
 
