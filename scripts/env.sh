@@ -8,10 +8,13 @@
 #
 #   PYTHON   the interpreter to make it with (otherwise the first of python3, python3.13 … python3.10 that will do)
 #   EXTRAS   what is installed beside the core (otherwise train,demo,test)
+#   CONSTRAINTS   pip's file of versions (otherwise constraints.txt, those that are tested)
 #
 # Made to be sourced: nothing here changes the options of the calling shell, and a failure returns 1.
 
 moellava_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+moellava_constraints=${CONSTRAINTS:-$moellava_root/constraints.txt}
 
 moellava_say() { printf 'env: %s\n' "$*" >&2; }
 
@@ -43,7 +46,7 @@ moellava_has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/nu
 moellava_stamp() {
   printf '%s %s %s\n' "$moellava_root" "$("$1" --version 2>&1)" "${EXTRAS:-train,demo,test}"
   cksum <"$moellava_root/setup.py"
-  cksum <"$moellava_root/constraints.txt"
+  cksum <"$moellava_constraints"
 }
 
 moellava_cpu_builds=https://download.pytorch.org/whl/cpu
@@ -51,7 +54,7 @@ moellava_cpu_builds=https://download.pytorch.org/whl/cpu
 # Whether pip would fetch a build of torch for CUDA, several GB. pip is asked, since indexes and mirrors differ.
 moellava_takes_cuda() {
   "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --dry-run --ignore-installed --no-deps \
-    --report - -c "$moellava_root/constraints.txt" torch 2>/dev/null | grep -Eq '"(nvidia|cuda)-'
+    --report - -c "$moellava_constraints" torch 2>/dev/null | grep -Eq '"(nvidia|cuda)-'
 }
 
 moellava_install() {
@@ -64,7 +67,7 @@ moellava_install() {
     moellava_say "there is no GPU: torch is taken from $moellava_cpu_builds, where its builds for CPUs are"
     index="$moellava_cpu_builds $index"
   fi
-  if ! PIP_EXTRA_INDEX_URL=$index "$VENV/bin/python" -m pip install --disable-pip-version-check -c "$moellava_root/constraints.txt" \
+  if ! PIP_EXTRA_INDEX_URL=$index "$VENV/bin/python" -m pip install --disable-pip-version-check -c "$moellava_constraints" \
     -e "$moellava_root[${EXTRAS:-train,demo,test}]" >"$VENV/install.log" 2>&1; then
     grep -v 'neither a file nor a directory' "$VENV/install.log" | tail -n 20 >&2
     return 1
