@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 PREFIX = "moellava_"
-"""See `extended.PREFIX`: importing it would bring torch."""
+"""What stands before the `model_type` of a class of transformers that is extended here, and of its text config."""
 
 AUTO = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 """Auto classes that open a whole model."""

@@ -15,9 +15,9 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from moellava.auto_classes import PREFIX
 from moellava.data.frame_processors import FrameRecipe
 from moellava.errors import UnknownNameError, UserError
-from moellava.model.extended import PREFIX
 from moellava.model.manifest import VLM, Manifest
 from moellava.model.parts import Keywords
 from moellava.registry import Registry

@@ -12,8 +12,9 @@ from typing import Any, get_args
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, logging
 
+from moellava.auto_classes import PREFIX
 from moellava.errors import UserError
-from moellava.model.extended import PREFIX, as_extended, base_of, extended_config, extension_of, model_class
+from moellava.model.extended import as_extended, base_of, extended_config, extension_of, model_class
 from moellava.model.families import Family
 from moellava.model.hooks import hang_hooks
 from moellava.model.projectors import parse_projector

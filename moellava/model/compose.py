@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from moellava.auto_classes import PREFIX
 from moellava.constants import CHAT_TEMPLATE, DEFAULT_VIDEO_TOKEN, TILED
 from moellava.data.encoder import image_tokens
 from moellava.data.render.jinja import saved_chat_template
@@ -31,7 +32,6 @@ from moellava.errors import UserError
 from moellava.model.any_language_model import own_config, own_tensors
 from moellava.model.build import build, open_config, read, text_config
 from moellava.model.description import Description
-from moellava.model.extended import PREFIX
 from moellava.model.families import Family, registered_family
 from moellava.model.integrity import opening
 from moellava.model.joined_towers import JoinedTowersConfig

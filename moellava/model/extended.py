@@ -25,14 +25,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from moellava.auto_classes import PREFIX
 from moellava.errors import UserError
 from moellava.model.joined_towers import JoinedTowersConfig
 from moellava.model.projectors import ProjectorSpec, parse_projector
 from moellava.model.section import Section, section_of
 from moellava.model.towers import projector_sizes
 from moellava.moe import MoESpec, upcycle
-
-PREFIX = "moellava_"
 
 REMOTE = "remote_"
 """The same before the text config's `model_type` of folders that `moellava export` writes with a file of code."""

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from moellava.auto_classes import PREFIX
 from moellava.errors import UnknownNameError, UserError
 from moellava.log import get_logger
 from moellava.model.joined_towers import JoinedTowersConfig, join, joined_shape
@@ -54,9 +55,11 @@ SELECT_FEATURES = ("patch", "cls_patch", "full")
 
 def is_tower(model_type: str) -> bool:
     """Whether transformers' class of a type is a vision model, or an image-text model with two separate halves."""
-    if model_type not in CONFIG_MAPPING or holds_language_model(CONFIG_MAPPING[model_type]):
+    if model_type.startswith(PREFIX) or model_type not in CONFIG_MAPPING:
         return False
     config = CONFIG_MAPPING[model_type]
+    if holds_language_model(config):
+        return False
     if config in SAME_AS or is_whole(config):
         return True
     try:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaForConditionalGeneration
 
+from moellava.auto_classes import PREFIX
 from moellava.errors import UserError
-from moellava.model.extended import PREFIX, as_extended, base_of, extend_in_place, extension_of
+from moellava.model.extended import as_extended, base_of, extend_in_place, extension_of
 from moellava.model.manifest import VLM, read_folder
 from moellava.moe import MoESpec, moe_layers, upcycle
 from moellava.vlm import open_vlm

@@ -13,10 +13,11 @@ from transformers import (
     PretrainedConfig,
 )
 
+from moellava.auto_classes import PREFIX
 from moellava.convert.export.pieces import Piece, Pieces
 from moellava.convert.export.source import Source
 from moellava.convert.export.targets import TARGETS, Target
-from moellava.model.extended import PREFIX, base_of
+from moellava.model.extended import base_of
 from moellava.model.section import note
 
 NOT_SHARED = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map"}
