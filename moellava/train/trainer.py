@@ -32,6 +32,7 @@ from moellava.train.loss import SupervisedHead, sums_of_records, supervised_posi
 from moellava.train.optimizer import missing_from, parameter_groups
 from moellava.train.progress import Clock, RunLines, RunProgress
 from moellava.train.run_hooks import RunHooks, counts_of
+from moellava.train.split import begin_random, processes_of
 from moellava.train.stopping import StepWatch, StopRequest, require_finite
 from moellava.vlm import VLM
 
@@ -154,7 +155,9 @@ class StageTrainer(Trainer):
 
     def tell_routers(self, inputs, places: Places) -> torch.Tensor:
         """Sets what the routers know of a batch; gives the mask [B, L] of its image patches."""
-        ids, token_mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        ids = inputs["input_ids"]
+        token_mask = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device)
+        token_mask = token_mask.index_fill_(0, places.real, True).view_as(ids)
         image_mask = torch.isin(ids, ids.new_tensor(self.image_token_ids)) & token_mask
         sequences = (places.sequence, places.n_sequences)
         set_routing_context(self.model, token_mask, image_mask, places.real, sequences)
@@ -249,10 +252,11 @@ class StageTrainer(Trainer):
         self.train_sampler = GroupedSampler(
             dataset.lengths if grouped else [1] * len(dataset),  # equal lengths: a plain shuffle
             dataset.shows_media if grouped else None,
-            # Not grouped, a step holds the same samples however it is split over processes and accumulation.
-            batch_size=self.args.train_batch_size * (1 if grouped else self.args.gradient_accumulation_steps),
+            batch_size=self.args.train_batch_size,
             world_size=self.args.world_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            accumulation=self.args.gradient_accumulation_steps,
+            drop_last=self.args.dataloader_drop_last,
         )
         return self.train_sampler
 
@@ -346,6 +350,9 @@ class StageTrainer(Trainer):
         return prepared
 
     def _load_rng_state(self, checkpoint) -> None:
+        if checkpoint and processes_of(Path(checkpoint)) != self.args.world_size:
+            begin_random(self.args.seed, self.state.global_step, self.args.process_index)
+            return
         with reading(checkpoint, False):
             super()._load_rng_state(checkpoint)
 
