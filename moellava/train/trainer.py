@@ -25,10 +25,11 @@ from moellava.moe.modes import evaluating
 from moellava.moe.own_routers import OwnRouters, has_own_experts
 from moellava.processes import sum_over_processes
 from moellava.train.checkpoint import STAGING, last_checkpoint, put_in_place
-from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, stored_ep_size
+from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, spread_of
 from moellava.train.folder import StageFolder
 from moellava.train.intact import reading
 from moellava.train.loss import SupervisedHead, sums_of_records, supervised_positions
+from moellava.train.memory import zero_stage
 from moellava.train.optimizer import missing_from, parameter_groups
 from moellava.train.progress import Clock, RunLines, RunProgress
 from moellava.train.run_hooks import RunHooks, counts_of
@@ -333,20 +334,19 @@ class StageTrainer(Trainer):
             save_portable(self.model_wrapped, self.model, Path(output_dir))
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """As HF's; a checkpoint of another `ep_size` is read by parameter, since DeepSpeed's own files do not fit."""
+        """As HF's; a checkpoint of another `ep_size` or number of processes is read by parameter, since DeepSpeed's own
+        files do not fit."""
         given = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         with reading(given, self.is_deepspeed_enabled):
             return self._prepare_from(max_steps, train_dataloader, given)
 
     def _prepare_from(self, max_steps, train_dataloader, given: Path | None):
-        checkpoint = given if self.is_deepspeed_enabled else None
-        stored = stored_ep_size(checkpoint) if checkpoint else None
-        if checkpoint is None or stored in (None, expert_parallel_size(self.model)):
+        fits = given is None or not zero_stage(self.args.deepspeed)
+        if fits or spread_of(given) == (self.args.world_size, expert_parallel_size(self.model)):
             return super()._prepare_for_training(max_steps, train_dataloader, str(given) if given else None)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        logger.info("%s was written with --ep_size %d: reading it by parameter.", checkpoint, stored)
-        load_portable(self.model_wrapped, self.model, checkpoint)
-        self._load_optimizer_and_scheduler(str(checkpoint))  # under DeepSpeed: the scheduler alone
+        self._load_optimizer_and_scheduler(str(given))  # under DeepSpeed: the scheduler alone
+        load_portable(self.model_wrapped, self.model, given, self.lr_scheduler.get_last_lr())
         return prepared
 
     def _load_rng_state(self, checkpoint) -> None:
