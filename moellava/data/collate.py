@@ -99,9 +99,8 @@ class MediaCollator:
         unreadable = {number: why for sample in samples for number, why in sample.get(UNREADABLE, {}).items()}
         beside: dict[str, Any] = {UNREADABLE: unreadable} if unreadable else {}
         if self.is_told and not self.for_prompts:
-            names = [sample["record"] for sample in samples]
-            beside[RECORDS] = [name for name in names if name]
-            seen_BL = batch["attention_mask"] * torch.tensor([bool(name) for name in names])[:, None]
+            beside[RECORDS] = [sample["record"] for sample in samples if sample["record"]]
+            seen_BL = batch["attention_mask"] * torch.tensor([bool(sample["record"]) for sample in samples])[:, None]
             places = places_of(batch["labels"], seen_BL, batch.get("position_ids"))
             beside[PLACES] = places._asdict()  # the Trainer moves tensors within a dict to its device
         return batch | (media.tensors if media else {}) | beside

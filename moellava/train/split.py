@@ -45,7 +45,12 @@ class Split(NamedTuple):
         return self.batch * self.accumulation * self.processes
 
     def __str__(self) -> str:
-        return f"--{BATCH} {self.batch} × --{ACCUMULATION} {self.accumulation} × {self.processes} processes"
+        return f"--{BATCH} {self.batch} × --{ACCUMULATION} {self.accumulation} × {in_words(self.processes)}"
+
+
+def in_words(processes: int) -> str:
+    """How many they are."""
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
 def split_of(args: Any) -> Split:
@@ -87,8 +92,8 @@ def keep_samples(flags: Mapping[str, Any], default: Mapping[str, Any], processes
     if passes == accumulation or rest or asked is None or [batch, accumulation] != asked[:2]:
         return kept
     logger.warning(
-        "%s: steps of %d samples, by %d processes now: --%s %d keeps them, in place of %d.",
-        flags["output_dir"], samples, processes, ACCUMULATION, passes, accumulation,
+        "%s: steps of %d samples, by %s now: --%s %d keeps them, in place of %d.",
+        flags["output_dir"], samples, in_words(processes), ACCUMULATION, passes, accumulation,
     )  # fmt: skip
     return kept | {ACCUMULATION: passes}
 

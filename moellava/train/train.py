@@ -45,7 +45,7 @@ from moellava.train.checkpoint import (
     mark_finished,
 )
 from moellava.train.deepspeed.extensions import extension_root, remove_abandoned_locks
-from moellava.train.deepspeed.portable import expert_parallel_size
+from moellava.train.deepspeed.portable import expert_parallel_size, refuse_unreadable
 from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 from moellava.train.folder import StageFolder
 from moellava.train.hub import hub_of
@@ -114,6 +114,7 @@ def begin(
     resume = chosen_checkpoint(output_dir, args.resume_from_checkpoint)
     if resume:
         require_intact(resume, [path for path in complete_checkpoints(output_dir) if path != resume])
+        refuse_unreadable(args, resume)
     if args.deepspeed and args.local_process_index == 0:
         remove_abandoned_locks(extension_root())
     set_seed(args.seed)

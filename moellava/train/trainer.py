@@ -341,8 +341,8 @@ class StageTrainer(Trainer):
             return self._prepare_from(max_steps, train_dataloader, given)
 
     def _prepare_from(self, max_steps, train_dataloader, given: Path | None):
-        fits = given is None or not zero_stage(self.args.deepspeed)
-        if fits or spread_of(given) == (self.args.world_size, expert_parallel_size(self.model)):
+        spread = (self.args.world_size, expert_parallel_size(self.model))
+        if given is None or not zero_stage(self.args.deepspeed) or spread_of(given) == spread:
             return super()._prepare_for_training(max_steps, train_dataloader, str(given) if given else None)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._load_optimizer_and_scheduler(str(given))  # under DeepSpeed: the scheduler alone

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 from moellava.errors import UserError
 from moellava.train.checkpoint import check_folder, claim_folder, mark_finished, read_run
 from moellava.train.identity import SAMPLES, renewed
-from moellava.train.split import Split, begin_random, keep_samples, require_same_step, ways_to_keep
+from moellava.train.split import Split, begin_random, in_words, keep_samples, require_same_step, ways_to_keep
 from tests.processes import train_here
 from tests.tiny import weights_of
 
@@ -47,7 +49,7 @@ def test_the_same_command_keeps_its_samples(given, processes, passes, run_of, ca
     kept = keep_samples(flags, DEFAULT, processes)
     assert kept == flags | ({} if passes is None else {"gradient_accumulation_steps": passes})
     if passes is not None:
-        assert f"steps of 8 samples, by {processes} processes now" in caplog.text
+        assert f"steps of 8 samples, by {in_words(processes)} now" in caplog.text
 
 
 def test_a_folder_without_a_run_changes_nothing(tmp_path):
@@ -109,3 +111,57 @@ def test_a_run_goes_on_with_its_steps_split_anew(flags_for, begin_at, losses_of,
     assert losses_of(folder) == pytest.approx(losses_of(whole), abs=1e-5)
     mine, reference = weights_of(folder), weights_of(whole)
     assert all(torch.allclose(mine[name], reference[name], atol=1e-5) for name in reference)
+
+
+@pytest.fixture(scope="module")
+def nine(parts, tmp_path_factory):
+    """A folder of runs with nine conversations, so that the last step of an epoch is not full."""
+    folder = tmp_path_factory.mktemp("nine")
+    (folder / "sft.json").write_text(json.dumps(json.loads((parts / "sft.json").read_text())[:9]))
+    return folder
+
+
+OF_STAGE = {"finetune": {"untrained_projector": True, "pretrain_mm_mlp_adapter": None}, "moe": {}}
+
+
+@pytest.fixture(scope="module")
+def moving(nine, flags_for):
+    """stage -> flags of a run over the nine conversations, whose rate moves."""
+    data = {"data_path": nine / "sft.json", "lr_scheduler_type": "cosine", "skip_dry_save": True}
+    return lambda stage: flags_for(nine, stage) | data | OF_STAGE[stage]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(moving):
+    """stage -> the run of one process that nothing has stopped; stage 3 goes on from stage 2."""
+
+    @cache
+    def run(stage: str):
+        if stage == "moe":
+            run("finetune")
+        return train_here(moving(stage) | {"per_device_train_batch_size": 4})
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stage, settings, spread",
+    [("finetune", "zero2", {}), ("finetune", "zero3", {}), ("moe", "zero2", {"ep_size": 2})],
+    ids=["zero2", "zero3", "experts"],
+)
+def test_a_killed_run_goes_on_with_fewer_processes_and_with_more(
+    stage, settings, spread, moving, uninterrupted, kill_train, run_train, losses_of, tmp_path
+):
+    """Two processes, SIGKILL; one with the same flags, SIGKILL; two: the numbers of one that nothing has stopped."""
+    whole = uninterrupted(stage)
+    flags = moving(stage) | {"output_dir": tmp_path / "run", "deepspeed": settings}
+    kill_train(flags | spread, "checkpoint-2", processes=2)
+    kill_train(flags, "checkpoint-4", processes=1)
+    done = run_train(flags | spread, processes=2)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(whole), abs=1e-5)
+    mine, reference = weights_of(tmp_path / "run"), weights_of(whole)
+    assert mine.keys() == reference.keys()
+    apart = {name: float((mine[name] - reference[name]).abs().max()) for name in reference}
+    assert max(apart.values()) < 1e-4, apart

@@ -15,6 +15,7 @@ Older checkpoints hold whole tensors, without the number; they are read as well.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,15 @@ from safetensors import safe_open
 from torch import nn
 
 from moellava.convert.tensor_files import TensorFiles
+from moellava.errors import UserError
 from moellava.files import read_json, write_json
 from moellava.log import get_logger
 from moellava.model.weights import read_file, weight_files
 from moellava.moe import moe_layers, native_names
 from moellava.train.deepspeed.shards import WEIGHT, EngineStates, Part, joined
-from moellava.train.split import processes_of
+from moellava.train.hf_flags import word
+from moellava.train.memory import zero_stage
+from moellava.train.split import in_words, processes_of
 
 logger = get_logger(__name__)
 
@@ -54,6 +58,40 @@ def stored_ep_size(checkpoint: Path) -> int | None:
 def spread_of(checkpoint: Path) -> tuple[int, int]:
     """(processes, `ep_size`) of the run that wrote a checkpoint."""
     return processes_of(checkpoint), stored_ep_size(checkpoint) or 1
+
+
+ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""Optimizers (`--optim`) whose states are numbers of each weight, so that they can be dealt out anew."""
+
+UNREAD = {
+    "an optimizer of its own": lambda config: "optimizer" in config,
+    "a schedule of its own": lambda config: "scheduler" in config,
+    "states on NVMe": lambda config: '"nvme"' in json.dumps(config.get("zero_optimization", {})),
+    "elastic_checkpoint": lambda config: config.get("zero_optimization", {}).get("elastic_checkpoint"),
+}
+"""What DeepSpeed's settings may ask for, and is not read by parameter."""
+
+
+def refuse_unreadable(args: Any, checkpoint: Path) -> None:
+    """Raises UserError for a checkpoint of another number of processes whose states cannot be read by parameter.
+
+    Args:
+        args: the run's TrainingArguments.
+        checkpoint: from which it would go on.
+    """
+    written, optimizer = processes_of(checkpoint), word(args.optim)
+    if written == args.world_size or not zero_stage(args.deepspeed):
+        return
+    config = args.deepspeed if isinstance(args.deepspeed, dict) else read_json(Path(args.deepspeed))
+    named = [name for name, asks in UNREAD.items() if asks(config)]
+    why = f"--deepspeed {args.deepspeed} with {' and '.join(named)}" if named else ""
+    if optimizer not in ELEMENTWISE:
+        why = f"--optim {optimizer} (of {', '.join(ELEMENTWISE)} they can)"
+    if why:
+        raise UserError(
+            f"{checkpoint} was written by {in_words(written)}, and now there are {args.world_size}: the states of "
+            f"{why} cannot be dealt out anew. Go on with {in_words(written)}."
+        )
 
 
 def save_portable(engine: Any, model: nn.Module, checkpoint: Path) -> None:
@@ -90,8 +128,9 @@ def load_portable(engine: Any, model: nn.Module, checkpoint: Path, rates: Sequen
     Raises:
         UserError: a parameter's states are not there.
     """
-    told = "%s was written with --ep_size %d by %d processes: reading it by parameter."
-    logger.info(told, checkpoint, *reversed(spread_of(checkpoint)))
+    processes, ep_size = spread_of(checkpoint)
+    told = "%s was written with --ep_size %d by %s: reading it by parameter."
+    logger.info(told, checkpoint, ep_size, in_words(processes))
     for group, rate in zip(engine.optimizer.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     stored = StoredStates(checkpoint / FOLDER) if (checkpoint / FOLDER).is_dir() else EngineStates(checkpoint)
@@ -169,10 +208,12 @@ def adam_step(engine: Any) -> int:
 def start_states(engine: Any, step: int | None, moments: Sequence[str]) -> None:
     """Makes the states that DeepSpeed would make at its first step, and links them to the parameters."""
     zero, is_parted = engine.optimizer, engine.zero_optimization_partition_weights()
-    counted = {} if step is None else {"step": torch.tensor(float(step))}
+    on_device = any(group.get("fused") or group.get("capturable") for group in zero.optimizer.param_groups)
     for partition in zero.fp32_partitioned_groups_flat if is_parted else zero.single_partition_of_fp32_groups:
-        empty = {key: torch.zeros_like(partition) for key in moments}
-        zero.optimizer.state[partition] = {name: value.clone() for name, value in counted.items()} | empty
+        state = {key: torch.zeros_like(partition) for key in moments}
+        if step is not None:
+            state["step"] = torch.tensor(float(step), device=partition.device if on_device else "cpu")
+        zero.optimizer.state[partition] = state
     if not is_parted:
         link_states(zero)
 
