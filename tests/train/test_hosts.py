@@ -138,7 +138,7 @@ done
 number=0
 for host in $hosts; do
   . "${0%/*}/$host"
-  own=(env -i PATH="$PATH" HOME=/nowhere TEST_HOST="$NAME" GLOO_SOCKET_IFNAME="$DEVICE" RES_OPTIONS="attempts:1 timeout:1")
+  own=(env -i PATH="$PATH" HOME=/nowhere TEST_HOST="$NAME" GLOO_SOCKET_IFNAME="$DEVICE" RES_OPTIONS="$RES_OPTIONS")
   "${own[@]}" $ENTER bash -c "${*//%n/$number}" & started+=($!)
   number=$((number + 1))
 done

@@ -6,14 +6,24 @@ from __future__ import annotations
 import json
 import random
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moellava.errors import UserError
+from moellava.moe import MoESpec
 from moellava.train.checkpoint import check_folder, claim_folder, mark_finished, read_run
 from moellava.train.identity import SAMPLES, renewed
-from moellava.train.split import Split, begin_random, in_words, keep_samples, require_same_step, ways_to_keep
+from moellava.train.split import (
+    Split,
+    begin_random,
+    in_words,
+    keep_samples,
+    require_same_numbers,
+    require_same_step,
+    ways_to_keep,
+)
 from tests.processes import train_here
 from tests.tiny import weights_of
 
@@ -79,6 +89,36 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
     assert read_run(tmp_path)["split"] == list(Split(4, 2, 2))
     grouped = renewed({"identity": BEFORE | {"--group_by_modality_length": True}})["identity"]
     assert grouped["order of the samples"] == "that of an earlier version of moellava"
+
+
+def trainer_of(folder, split: Split, spec: dict | None = None, own_routers: object = None, mean: bool = True):
+    """What `require_same_numbers` asks of a trainer."""
+    batch = {"train_batch_size": split.batch, "gradient_accumulation_steps": split.accumulation}
+    args = SimpleNamespace(**batch, world_size=split.processes, output_dir=folder, average_tokens_across_devices=mean)
+    vlm = SimpleNamespace(spec=MoESpec(**spec) if spec else None)
+    return SimpleNamespace(args=args, vlm=vlm, is_moe=spec is not None, own_routers=own_routers)
+
+
+PASSES, BATCHES = Split(2, 2, 2), Split(4, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "options, same, other, named",
+    [
+        ({"spec": {"drop_tokens": True}}, PASSES, BATCHES, "capacity"),
+        ({"spec": {"router_balance": "first_choice"}}, PASSES, BATCHES, "--router_balance first_choice"),
+        ({"own_routers": object()}, PASSES, BATCHES, "own experts"),
+        ({"spec": {"router_balance": "batch"}}, Split(8, 1, 1), PASSES, "--router_balance batch"),
+        ({"mean": False}, Split(2, 1, 4), PASSES, "--average_tokens_across_devices False"),
+    ],
+)
+def test_what_depends_on_the_split_is_refused_by_name(options, same, other, named, run_of, tmp_path):
+    folder = run_of(Split(2, 1, 4))
+    for split in (PASSES, BATCHES, Split(8, 1, 1)):
+        require_same_numbers(trainer_of(folder, split, spec={}), tmp_path)
+    require_same_numbers(trainer_of(folder, same, **options), tmp_path)
+    with pytest.raises(UserError, match=f"× 4 processes, and now these are .*: .*{named}.* Keep "):
+        require_same_numbers(trainer_of(folder, other, **options), tmp_path)
 
 
 def test_random_numbers_follow_from_seed_step_and_process():
