@@ -559,6 +559,14 @@ RESUMING = (
         ("train/test_trainer.py",),
     ),
     Mutation(
+        "order-depends-on-the-processes",
+        "data/sampler.py",
+        "return self.batch_size * self.world_size * self.accumulation",
+        "return self.batch_size * self.world_size",
+        "A run that goes on with half of the processes and twice the passes shows some records twice.",
+        ("data/test_order.py",),
+    ),
+    Mutation(
         "weights-not-taken-from-the-checkpoint",
         "train/trainer.py",
         "self.folder.load(model or self.model, Path(resume_from_checkpoint))",

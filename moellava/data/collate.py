@@ -30,7 +30,7 @@ UNREADABLE = "unreadable"
 """Key of a sample that stands for a record which cannot be shown, and of a batch with such samples."""
 
 RECORDS = "records"
-"""Key of a batch of training: the names of its records."""
+"""Key of a batch of training: the names of its records, without what only fills it up."""
 
 
 BEGINS = "begins"
@@ -99,8 +99,9 @@ class MediaCollator:
         unreadable = {number: why for sample in samples for number, why in sample.get(UNREADABLE, {}).items()}
         beside: dict[str, Any] = {UNREADABLE: unreadable} if unreadable else {}
         if self.is_told and not self.for_prompts:
-            beside[RECORDS] = [sample["record"] for sample in samples]
-            places = places_of(batch["labels"], batch["attention_mask"], batch.get("position_ids"))
+            beside[RECORDS] = [sample["record"] for sample in samples if sample["record"]]
+            seen_BL = batch["attention_mask"] * torch.tensor([bool(sample["record"]) for sample in samples])[:, None]
+            places = places_of(batch["labels"], seen_BL, batch.get("position_ids"))
             beside[PLACES] = places._asdict()  # the Trainer moves tensors within a dict to its device
         return batch | (media.tensors if media else {}) | beside
 

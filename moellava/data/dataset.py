@@ -16,6 +16,7 @@ from moellava.data.judge import Judge, counted_media
 from moellava.data.media import MediaFiles
 from moellava.data.preprocess import as_tensor
 from moellava.data.records import MODALITIES, Medium, Records
+from moellava.data.sampler import FILLER
 from moellava.data.verdicts import CUT, DROPPED, SHOWS, WHOLE
 from moellava.data.video import Video
 from moellava.errors import BadFileError, DataError
@@ -89,11 +90,13 @@ class SupervisedDataset(Dataset):
         """A sample: `input_ids` and `labels` LongTensors [L], -200 once per image or frame and -201 once per video,
         `media`, what they show in their order (images, videos, or the paths of images), and `record`, its name.
 
-        One whose file cannot be read is a `blank_sample`, if bad files are skipped.
+        One whose file cannot be read is a `blank_sample`, if bad files are skipped; so is `FILLER`, without a name.
 
         Raises:
             BadFileError: a file has become unreadable.
         """
+        if index == FILLER:
+            return blank_sample(self.encoder, "", {})
         number, answer = int(self._kept[index]), int(self._answers[index])
         record, name = self.records[number], self.records.name(number)
         limit = self.max_length if self.overlong == "truncate" else None
@@ -196,8 +199,10 @@ def blank_sample(encoder: Encoder, name: str, unreadable: dict[int, str]) -> dic
     """What stands for a record that cannot be shown: one token, which nothing is trained on, and no image.
 
     A batch keeps its size by it, and a process its number of batches. The losses of routers see the token, as they see
-    those of a question. `unreadable` travels to the trainer in the sample and its batch: the number of the sample ->
-    why. See `SupervisedDataset.leave_out`.
+    those of a question, unless it has no name: then it stands for no record at all.
+
+    `unreadable` travels to the trainer in the sample and its batch: the number of the sample -> why. See
+    `SupervisedDataset.leave_out`.
     """
     example = Example([encoder.tokenizer.eos_token_id], [IGNORE_INDEX])
     return sample_of(example, [], name) | {UNREADABLE: unreadable}

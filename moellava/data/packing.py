@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from moellava.data.collate import BEGINS, UNREADABLE
+from moellava.data.sampler import FILLER
 
 WINDOW = 4096
 """Samples among which those that fill a row are looked for."""
@@ -93,7 +94,7 @@ class PackedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row `index`. Raises BadFileError."""
-        return joined([self.dataset[number] for number in self.rows[index]])
+        return joined([self.dataset[number] for number in ([FILLER] if index == FILLER else self.rows[index])])
 
     def __getattr__(self, name: str) -> Any:
         """What is asked of the samples: `report`, `leave_out`, `unreadable`, `modalities`, `records`."""

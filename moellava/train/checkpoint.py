@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from moellava.data.render.own import begin_on, day
 from moellava.errors import UserError
 from moellava.files import flush_tree, read_json, write_json
 from moellava.log import get_logger
+from moellava.train.identity import renewed
 from moellava.train.intact import write_digests
 
 logger = get_logger(__name__)
@@ -142,21 +143,26 @@ LONGER = (
 
 
 def read_run(output_dir: Path) -> dict[str, Any]:
-    """What run.json says: {"identity", "contents", "finished"}. Raises UserError where it is damaged."""
+    """What run.json says: {"identity", "contents", "split", "asked", "finished"}. Raises UserError where it is
+    damaged."""
     path = output_dir / RUN_FILE
     stored = read_json(path)
     if not isinstance(stored, dict) or not isinstance(stored.get("identity"), dict) or "finished" not in stored:
         raise UserError(
             f"{path} is damaged: it does not say which run this is. Put it back, or choose another --output_dir."
         )
-    return stored
+    return renewed(stored)
 
 
-def claim_folder(output_dir: Path, identity: dict[str, Any], contents: Mapping[str, Any] = {}) -> None:
-    """Notes whose folder this is. Called once the data and the model are known to be good."""
+def claim_folder(
+    output_dir: Path, identity: dict[str, Any], contents: Mapping[str, Any] = {}, **how: Sequence[int]
+) -> None:
+    """Notes whose folder this is. Called once the data and the model are known to be good. `how`: the `Split` of its
+    steps, and the one that was asked for."""
     output_dir.mkdir(parents=True, exist_ok=True)
     clear_staging(output_dir)
-    write_json(output_dir / RUN_FILE, {"identity": identity, "contents": contents, "day": day(), "finished": False})
+    claim = {"identity": identity, "contents": contents, **how, "day": day(), "finished": False}
+    write_json(output_dir / RUN_FILE, claim)
 
 
 def mark_finished(output_dir: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -68,7 +69,11 @@ WITHOUT_EFFECT: dict[str, str] = {
     **dict.fromkeys(("use_lora", "q_lora", "train_vision_projector"), _SETTLED),
     "ep_size": "another split of the same experts: a checkpoint is read by parameter",
     "resume_from_checkpoint": "which checkpoint of the same run it goes on from",
-    "local_rank": "which process this is; their number counts",
+    "local_rank": "which process this is",
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "gradient_accumulation_steps"),
+        "how a step is split: with the number of processes they make its samples, and these count",
+    ),
     "ddp_timeout": "how long processes wait for each other",
 }
 """Flags that may differ between a run and its continuation -> why. Every other one counts."""
@@ -84,19 +89,22 @@ ENDS = 4096
 would take hours, and a file's head is read anyway when it is checked."""
 
 
+SAMPLES = "samples of a step"
+"""What counts in place of the number of processes, and of how much each of them does."""
+
 UNREADABLE = b"unreadable"
 
 ENDS_ROW = np.dtype([(KEY, "<u8"), ("ends", "S96")])
 """What `ends_digest` has found."""
 
 
-def run_identity(stage: str, groups: Sequence[Any], processes: int) -> dict[str, Any]:
+def run_identity(stage: str, groups: Sequence[Any], samples: int) -> dict[str, Any]:
     """What flags say of a run, by name, without those in `WITHOUT_EFFECT`.
 
     Args:
         stage: its name.
         groups: the four groups of flags.
-        processes: that train together.
+        samples: of a step, of all processes together.
     """
     flags = {
         f"--{field.name}": getattr(group, field.name)
@@ -104,7 +112,23 @@ def run_identity(stage: str, groups: Sequence[Any], processes: int) -> dict[str,
         for field in fields(group)
         if field.name not in WITHOUT_EFFECT
     }
-    return json.loads(json.dumps({"stage": stage, "processes": processes} | flags, default=str))
+    return json.loads(json.dumps({"stage": stage, SAMPLES: samples} | flags, default=str))
+
+
+def renewed(stored: dict[str, Any]) -> dict[str, Any]:
+    """What run.json holds, as it is written today, of a run that an earlier version has begun: there the number of
+    processes counted, and grouped samples had another order where a step was of several passes."""
+    identity = dict(stored["identity"])
+    parts = [identity.pop(name, None) for name in OF_BEFORE]
+    if None in parts:
+        return stored
+    if parts[1] > 1 and identity.get("--group_by_modality_length"):
+        identity["order of the samples"] = "that of an earlier version of moellava"
+    identity[SAMPLES] = math.prod(parts)
+    return stored | {"identity": identity, "split": parts, "asked": parts}
+
+
+OF_BEFORE = ("--per_device_train_batch_size", "--gradient_accumulation_steps", "processes")
 
 
 def run_contents(

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 from moellava.errors import UserError
 from moellava.moe.flags import FlagHelp
 from moellava.plugins import load_plugins
+from moellava.processes import world_size
 from moellava.train.arguments import (
     DROPPED_FLAGS,
     RENAMED_FLAGS,
@@ -34,6 +35,7 @@ from moellava.train.deepspeed.launch import stand_alone
 from moellava.train.deepspeed.named import settings_named
 from moellava.train.hf_flags import find_problems, word
 from moellava.train.run_file import read_run_file, split_file, words_of
+from moellava.train.split import keep_samples
 from moellava.train.trial import construct, field_names, try_out
 
 HELP = "`moellava train --help` lists the flags"
@@ -186,6 +188,7 @@ def arguments_of(given: Mapping[str, Any]) -> Arguments:
     flags = dict(given)
     if (settings := settings_named(flags.pop("deepspeed", None))) is not None:
         flags["deepspeed"] = settings
+    flags = keep_samples(flags, defaults(), world_size())
     load_plugins(flags.get("plugin") or ())
     if problems := find_problems(flags, defaults()):
         raise UserError("\n".join(problems))

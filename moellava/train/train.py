@@ -45,7 +45,7 @@ from moellava.train.checkpoint import (
     mark_finished,
 )
 from moellava.train.deepspeed.extensions import extension_root, remove_abandoned_locks
-from moellava.train.deepspeed.portable import expert_parallel_size
+from moellava.train.deepspeed.portable import expert_parallel_size, refuse_unreadable
 from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 from moellava.train.folder import StageFolder
 from moellava.train.hub import hub_of
@@ -58,6 +58,7 @@ from moellava.train.parsing import TrainingArguments, arguments_of, given_flags,
 from moellava.train.run_file import as_yaml, write_run_file
 from moellava.train.run_log import TEXT_LOG, RunLog
 from moellava.train.samples import SampleAnswers, counts_text, first_sample
+from moellava.train.split import asked_split, require_same_numbers, require_same_step, split_of
 from moellava.train.stages import Stage, freeze_all_but, parameter_table, render_table, save_table, stage_of
 from moellava.train.stopping import Stopped
 from moellava.train.tasks import TaskScores, tasks_of
@@ -84,7 +85,8 @@ def train(
     begin_on(of_rank_zero(day()))  # processes may start on both sides of midnight
     stage, output_dir = stage_of(model_args, moe_args), Path(args.output_dir)
     with locked(output_dir) if is_rank_zero() else nullcontext():
-        identity = run_identity(stage.name, (model_args, data_args, moe_args, args), args.world_size)
+        require_same_step(output_dir, split_of(args))
+        identity = run_identity(stage.name, (model_args, data_args, moe_args, args), split_of(args).samples)
         finished = check_folder(output_dir, identity)
         hub = hub_of(args) if is_rank_zero() else None
         if hub:
@@ -112,6 +114,7 @@ def begin(
     resume = chosen_checkpoint(output_dir, args.resume_from_checkpoint)
     if resume:
         require_intact(resume, [path for path in complete_checkpoints(output_dir) if path != resume])
+        refuse_unreadable(args, resume)
     if args.deepspeed and args.local_process_index == 0:
         remove_abandoned_locks(extension_root())
     set_seed(args.seed)
@@ -129,7 +132,7 @@ def begin(
     contents = contents_of(model_args, data_args, args, records)
     check_contents(output_dir, contents)
     if is_rank_zero():
-        claim_folder(output_dir, identity, contents)
+        claim_folder(output_dir, identity, contents, split=split_of(args), asked=asked_split(args))
         write_run_file(output_dir, args.given, __version__)
     with copied_to(output_dir / TEXT_LOG) if is_rank_zero() else nullcontext():
         if is_rank_zero():
@@ -143,6 +146,7 @@ def run(trainer: StageTrainer, stage: Stage, resume: Path | None) -> None:
     output_dir = Path(trainer.args.output_dir)
     if resume:
         logger.info("Going on from %s", resume)
+        require_same_numbers(trainer, resume)
     with trainer.watch.request.listening():
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.watch.require_unstopped(trainer.args)

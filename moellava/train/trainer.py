@@ -25,13 +25,15 @@ from moellava.moe.modes import evaluating
 from moellava.moe.own_routers import OwnRouters, has_own_experts
 from moellava.processes import sum_over_processes
 from moellava.train.checkpoint import STAGING, last_checkpoint, put_in_place
-from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, stored_ep_size
+from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, spread_of
 from moellava.train.folder import StageFolder
 from moellava.train.intact import reading
 from moellava.train.loss import SupervisedHead, sums_of_records, supervised_positions
+from moellava.train.memory import zero_stage
 from moellava.train.optimizer import missing_from, parameter_groups
 from moellava.train.progress import Clock, RunLines, RunProgress
 from moellava.train.run_hooks import RunHooks, counts_of
+from moellava.train.split import begin_random, processes_of
 from moellava.train.stopping import StepWatch, StopRequest, require_finite
 from moellava.vlm import VLM
 
@@ -154,7 +156,9 @@ class StageTrainer(Trainer):
 
     def tell_routers(self, inputs, places: Places) -> torch.Tensor:
         """Sets what the routers know of a batch; gives the mask [B, L] of its image patches."""
-        ids, token_mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        ids = inputs["input_ids"]
+        token_mask = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device)
+        token_mask = token_mask.index_fill_(0, places.real, True).view_as(ids)
         image_mask = torch.isin(ids, ids.new_tensor(self.image_token_ids)) & token_mask
         sequences = (places.sequence, places.n_sequences)
         set_routing_context(self.model, token_mask, image_mask, places.real, sequences)
@@ -249,10 +253,11 @@ class StageTrainer(Trainer):
         self.train_sampler = GroupedSampler(
             dataset.lengths if grouped else [1] * len(dataset),  # equal lengths: a plain shuffle
             dataset.shows_media if grouped else None,
-            # Not grouped, a step holds the same samples however it is split over processes and accumulation.
-            batch_size=self.args.train_batch_size * (1 if grouped else self.args.gradient_accumulation_steps),
+            batch_size=self.args.train_batch_size,
             world_size=self.args.world_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            accumulation=self.args.gradient_accumulation_steps,
+            drop_last=self.args.dataloader_drop_last,
         )
         return self.train_sampler
 
@@ -329,23 +334,25 @@ class StageTrainer(Trainer):
             save_portable(self.model_wrapped, self.model, Path(output_dir))
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """As HF's; a checkpoint of another `ep_size` is read by parameter, since DeepSpeed's own files do not fit."""
+        """As HF's; a checkpoint of another `ep_size` or number of processes is read by parameter, since DeepSpeed's own
+        files do not fit."""
         given = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         with reading(given, self.is_deepspeed_enabled):
             return self._prepare_from(max_steps, train_dataloader, given)
 
     def _prepare_from(self, max_steps, train_dataloader, given: Path | None):
-        checkpoint = given if self.is_deepspeed_enabled else None
-        stored = stored_ep_size(checkpoint) if checkpoint else None
-        if checkpoint is None or stored in (None, expert_parallel_size(self.model)):
+        spread = (self.args.world_size, expert_parallel_size(self.model))
+        if given is None or not zero_stage(self.args.deepspeed) or spread_of(given) == spread:
             return super()._prepare_for_training(max_steps, train_dataloader, str(given) if given else None)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        logger.info("%s was written with --ep_size %d: reading it by parameter.", checkpoint, stored)
-        load_portable(self.model_wrapped, self.model, checkpoint)
-        self._load_optimizer_and_scheduler(str(checkpoint))  # under DeepSpeed: the scheduler alone
+        self._load_optimizer_and_scheduler(str(given))  # under DeepSpeed: the scheduler alone
+        load_portable(self.model_wrapped, self.model, given, self.lr_scheduler.get_last_lr())
         return prepared
 
     def _load_rng_state(self, checkpoint) -> None:
+        if checkpoint and processes_of(Path(checkpoint)) != self.args.world_size:
+            begin_random(self.args.seed, self.state.global_step, self.args.process_index)
+            return
         with reading(checkpoint, False):
             super()._load_rng_state(checkpoint)
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from moellava.data.sampler import GroupedSampler
+from moellava.data.sampler import FILLER, GroupedSampler
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 7, 64, 101])
@@ -17,7 +17,18 @@ def test_every_index_comes_once(size, modality):
     lengths = [generator.randint(1, 50) for _ in range(size)]
     flags = {"both": [generator.random() < 0.6 for _ in lengths], "image": [True] * size, "text": [False] * size}
     sampler = GroupedSampler(lengths, flags.get(modality), batch_size=4, world_size=2, seed=3)
-    assert sorted(sampler) == list(range(size)) and len(sampler) == size
+    found = list(sampler)
+    assert sorted(index for index in found if index != FILLER) == list(range(size))
+    assert len(sampler) == len(found) == -(-size // 8) * 8, "full batches for both ranks"
+
+
+def test_a_last_step_is_shared_out_with_fillers_behind_each_share():
+    sampler = GroupedSampler([1] * 9, None, batch_size=2, world_size=2, accumulation=1)
+    assert [sorted(list(sampler)[-4:][rank:][:1]) != [FILLER] for rank in (0, 2)] == [True, False]
+    sampler = GroupedSampler([1] * 6, None, batch_size=2, world_size=2)
+    assert [index == FILLER for index in sampler] == [False] * 4 + [False, True, False, True]
+    alone = GroupedSampler([1] * 7, None, batch_size=2, accumulation=2)
+    assert sorted(alone) == list(range(7)), "one process has a smaller last batch"
 
 
 def test_full_steps_are_of_one_modality_and_of_like_length():

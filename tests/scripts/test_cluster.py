@@ -135,6 +135,10 @@ def test_a_hostfile_is_checked_before_it_is_used(cluster, tmp_path):
     (tmp_path / "hosts").write_text("# ours\nnode1 slots=8\nnode2  slots=4\n\n")
     assert ended(cluster("hostfile.sh", "hosts", "--version", "v1")) == (0, "")
     assert log_of(tmp_path) == ["deepspeed --hostfile hosts --module moellava.train.train --version v1"]
+    assert ended(cluster("hostfile.sh", "hosts", "--version", "v1", NODE="1", MASTER="node1:29500"))[0] == 0
+    where = "--master_addr node1 --master_port 29500 --no_ssh --node_rank 1"
+    assert f"deepspeed --hostfile hosts {where} --module moellava.train.train --version v1" in log_of(tmp_path)
+    assert "HOST:PORT" in ended(cluster("hostfile.sh", "hosts", "--version", "v1", NODE="1"))[1]
     (tmp_path / "hosts").write_text("node1 slots=8\nnode2\n")
     status, said = ended(cluster("hostfile.sh", "hosts", "--version", "v1"))
     assert status == 2 and "HOST slots=NUMBER" in said and "2:node2" in said

@@ -134,7 +134,7 @@ WORKERS = "--dataloader_num_workers 1"
 
 BUILT: dict[str, tuple[str, str, Callable[[StageTrainer], Any]]] = {
     "per_device_train_batch_size": ("3", "", loader_of("total_batch_size")),
-    "gradient_accumulation_steps": ("3", "", lambda t: t._get_train_sampler().batch_size),
+    "gradient_accumulation_steps": ("3", "", lambda t: t._get_train_sampler().step),
     "learning_rate": ("0.5", "", lambda t: optimizer_of(t)["lr"]),
     "weight_decay": ("0.5", "", lambda t: [group["weight_decay"] for group in t.create_optimizer().param_groups]),
     "adam_beta1": ("0.5", "", lambda t: optimizer_of(t)["betas"]),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.processes import ROOT, environment, free_port, words_of
+from tests.processes import ROOT, environment, free_port, kill_session, train_here, words_of
 
 
 class Host(NamedTuple):
@@ -101,7 +101,8 @@ def wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
 
 @pytest.mark.slow
 def test_a_host_dies_and_the_run_goes_on_from_its_checkpoint(tmp_path, flags_for, run_train, losses_of):
-    """Two hosts train as two processes of one do; the one that is left says what happened and ends within a minute."""
+    """Two hosts train as two processes of one do; the one that is left says what happened, ends within a minute, and
+    goes on alone with the same batch."""
     flags = flags_for(tmp_path, "pretrain") | {"max_steps": 40, "save_steps": 10, "ddp_timeout": 50}
     run = flags | {"output_dir": tmp_path / "hosts"}
     with two_hosts() as hosts:
@@ -121,7 +122,80 @@ def test_a_host_dies_and_the_run_goes_on_from_its_checkpoint(tmp_path, flags_for
     assert "Connection closed by peer" in said or "Connection reset by peer" in said, said[-3000:]
     step = max(int(path.name.split("-")[1]) for path in (tmp_path / "hosts").glob("checkpoint-*"))
     assert 10 <= step < 40, "it was killed in between"
-    for folder in ("hosts", "one"):
-        result = run_train(flags | {"output_dir": tmp_path / folder}, processes=2, launcher="torchrun")
+    for folder, processes in {"hosts": 1, "one": 2}.items():  # the host that is left, alone; and both, never stopped
+        own = {"output_dir": tmp_path / folder, "ddp_timeout": 50 if processes > 1 else None}
+        result = run_train(flags | own, processes=processes, launcher="torchrun")
         assert result.returncode == 0, result.stderr[-3000:]
     assert losses_of(tmp_path / "hosts") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
+
+
+REMOTE = """#!/bin/bash
+# `ssh HOST COMMAND` and `pdsh … -w HOSTS COMMAND`, by namespaces; a host has an environment of its own.
+while [[ $1 == -* ]]; do
+  case $1 in -w) hosts=${2//,/ }; shift 2 ;; -o | -f) shift 2 ;; *) shift ;; esac
+done
+[ -n "$hosts" ] || { hosts=$1; shift; }
+number=0
+for host in $hosts; do
+  . "${0%/*}/$host"
+  own=(env -i PATH="$PATH" HOME=/nowhere TEST_HOST="$NAME" GLOO_SOCKET_IFNAME="$DEVICE" RES_OPTIONS="$RES_OPTIONS")
+  "${own[@]}" $ENTER bash -c "${*//%n/$number}" & started+=($!)
+  number=$((number + 1))
+done
+for one in "${started[@]}"; do wait "$one" || exit $?; done
+"""
+"""What stands for both programs: no package of Debian's, and no key, is needed."""
+
+
+def write_cluster(folder: Path, hosts: list[Host], port: int) -> dict[str, str]:
+    """Programs that reach the hosts, and a hostfile; the environment of who starts a run from the first of them."""
+    for number, (name, host) in enumerate(zip(NAMES, hosts, strict=True)):
+        facts = {"ENTER": " ".join(host.enter), "DEVICE": host.device, "NAME": host_name(port, number)}
+        (folder / name).write_text("".join(f"{key}='{value}'\n" for key, value in facts.items()))
+    for program in ("ssh", "pdsh"):
+        (folder / program).write_text(REMOTE)
+        (folder / program).chmod(0o755)
+    (folder / "hosts").write_text("".join(f"{name} slots=1\n" for name in NAMES))
+    env = environment()
+    passed = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "TORCH_EXTENSIONS_DIR")
+    (folder / ".deepspeed_env").write_text("\n".join(f"{name}={env[name]}" for name in passed if name in env))
+    env |= {"RES_OPTIONS": "attempts:1 timeout:1"}  # torch asks for the names of addresses; no server answers there
+    return env | {"PATH": f"{folder}{os.pathsep}{env['PATH']}", "MASTER": f"{hosts[0].address}:{port}"}
+
+
+NAMES = ("node1", "node2")
+
+
+@pytest.mark.slow
+def test_a_hostfile_starts_a_run_on_two_hosts_over_ssh_and_without(tmp_path, flags_for, losses_of):
+    """Started over ssh, killed on both; started anew on each host by itself: the numbers of one process."""
+    flags = flags_for(tmp_path, "pretrain") | {"skip_dry_save": True, "lr_scheduler_type": "cosine"}
+    own = words_of(flags | {"output_dir": tmp_path / "run", "deepspeed": "zero2"})
+    script = ["bash", str(ROOT / "scripts" / "cluster" / "hostfile.sh"), "hosts", *own]
+    pipes = {"cwd": tmp_path, "text": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with two_hosts() as hosts:
+        port = free_port()
+        env = write_cluster(tmp_path, hosts, port)
+        over_ssh = subprocess.Popen([*hosts[0].enter, *script], env=env, start_new_session=True, **pipes)
+        try:
+            wait_for(tmp_path / "run" / "checkpoint-2", [over_ssh])
+        finally:
+            kill_session(over_ssh.pid)
+            for number in (0, 1):
+                die(host_name(port, number))
+        again = [
+            subprocess.Popen(
+                [*host.enter, *script], start_new_session=True,
+                env=env | {"NODE": str(number), "GLOO_SOCKET_IFNAME": host.device}, **pipes,
+            )
+            for number, host in enumerate(hosts)
+        ]  # fmt: skip
+        try:
+            ended = [one.communicate(timeout=240)[1] for one in again]
+        finally:
+            for one in again:
+                kill_session(one.pid)
+    assert [one.returncode for one in again] == [0, 0], ended
+    assert "Going on from" in ended[0]
+    whole = train_here(flags | {"output_dir": tmp_path / "one", "per_device_train_batch_size": 4})
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(whole), abs=1e-5)

@@ -24,7 +24,7 @@ EVERY_FLAG = {field.name for group in ARGUMENT_CLASSES for field in fields(group
 def test_every_flag_counts_or_is_known_not_to():
     given = ["--model_name_or_path", "lm", "--data_path", "d.json", "--output_dir", "out", "--image_tower", "tower"]
     identity = run_identity("finetune", parse_arguments(given), 1)
-    counted = {name.removeprefix("--") for name in identity} - {"stage", "processes"}
+    counted = {name.removeprefix("--") for name in identity} - {"stage", known.SAMPLES}
     assert counted | WITHOUT_EFFECT.keys() == EVERY_FLAG
     assert not counted & WITHOUT_EFFECT.keys()
     assert all(reason for reason in WITHOUT_EFFECT.values())

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from moellava.errors import UserError
 from moellava.moe import MoESpec, convert_engine, upcycle
-from moellava.train.deepspeed.portable import FOLDER, META, StoredStates, stored_ep_size, trained
+from moellava.train.deepspeed.portable import FOLDER, META, StoredStates, fill_buffers, stored_ep_size, trained
 
 
 def test_what_trains_is_named_as_in_the_folder_on_every_rank(tiny_llava, monkeypatch):
@@ -55,3 +55,12 @@ def test_a_checkpoint_says_how_its_experts_were_spread(tmp_path):
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / META).write_text('{"ep_size": 4, "step": 1}')
     assert stored_ep_size(tmp_path) == 4
+
+
+def test_what_routers_learn_without_an_optimizer_comes_from_the_folder(tiny_llava, tmp_path):
+    spec = MoESpec(moe_mode="sparse", router_balance="bias")
+    model = upcycle(tiny_llava(), spec)
+    learnt = {name: torch.rand_like(value) for name, value in model.named_buffers() if name.endswith("router.bias")}
+    save_file(learnt | {"lm_head.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    fill_buffers(model, tmp_path)
+    assert learnt and all(torch.equal(dict(model.named_buffers())[name], value) for name, value in learnt.items())
