@@ -44,8 +44,8 @@ PROCESSES: Need = (
     "several processes (`torchrun` or `deepspeed --module moellava.train …`)",
 )
 DDP: Need = (
-    lambda f: PROCESSES[0](f) and not f.deepspeed,
-    "several processes without --deepspeed (`torchrun -m moellava.train …`)",
+    lambda f: PROCESSES[0](f) and not f.deepspeed and f.fsdp_size == 1,
+    "several processes without --deepspeed and --fsdp_size (`torchrun -m moellava.train …`)",
 )
 DENSE_DDP: Need = (
     lambda f: DDP[0](f) and not f.moe_enable,
@@ -198,6 +198,7 @@ OWN_RANGES: dict[str, Served] = {
     "model_max_length": Served(COUNT),
     "mm_projector_lr": Served(RATE),
     "ep_size": Served(COUNT),
+    "fsdp_size": Served(COUNT),
 }
 """Ranges of our own numbers that no dataclass of options checks."""
 
@@ -232,8 +233,8 @@ _LIGER = Refused(
     "the loss over, which needs no full logits here. Leave the flag out."
 )
 _FSDP = Refused(
-    "is not served: folders are gathered from whole parameters or from DeepSpeed's. Parameters are split with "
-    "--deepspeed zero3."
+    "is not served: it shards nothing on the CPU, and knows no experts. Parameters are split with --fsdp_size N, or "
+    "with --deepspeed zero3."
 )
 _CHECKPOINTS = (
     "is not served: checkpoints hold optimizer states, and stay here. The complete folder is uploaded: --hub_strategy "

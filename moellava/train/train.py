@@ -48,6 +48,7 @@ from moellava.train.deepspeed.extensions import extension_root, remove_abandoned
 from moellava.train.deepspeed.portable import expert_parallel_size
 from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 from moellava.train.folder import StageFolder
+from moellava.train.fsdp import check_split, split
 from moellava.train.hub import hub_of
 from moellava.train.identity import folders_of, run_contents, run_identity
 from moellava.train.intact import require_intact
@@ -123,6 +124,9 @@ def begin(
     masters = None if args.deepspeed else raise_trained(vlm.model, training_dtype(args))
     if args.world_size > 1 and args.device.type == "cpu":
         leave_files(vlm.model)
+    if args.fsdp_size > 1:
+        check_split(vlm.model, vlm.source, args.fsdp_size, moe_args.ep_size)
+        split(vlm.model, args.fsdp_size, moe_args.ep_size, args.device)
     records = read_data(model_args, data_args)
     datasets = {name: make_dataset(found, vlm, data_args, args) for name, found in zip(DATASETS, records, strict=True)}
     tell_idle_media_flags(data_args, {shown for one in datasets.values() if one for shown in one.modalities})

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from moellava.data.collate import RECORDS, UNREADABLE
@@ -32,6 +31,7 @@ from moellava.train.loss import SupervisedHead, sums_of_records, supervised_posi
 from moellava.train.optimizer import missing_from, parameter_groups
 from moellava.train.progress import Clock, RunLines, RunProgress
 from moellava.train.run_hooks import RunHooks, counts_of
+from moellava.train.split_trainer import SplitTrainer
 from moellava.train.stopping import StepWatch, StopRequest, require_finite
 from moellava.vlm import VLM
 
@@ -41,7 +41,7 @@ USES_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 """What accelerate sets in the environment when a run uses DeepSpeed, and takes for the user's wish in the next one."""
 
 
-class StageTrainer(Trainer):
+class StageTrainer(SplitTrainer):
     """Trains one stage.
 
     Args:

@@ -64,7 +64,7 @@ REFUSALS = [
     ("--save_strategy best", "moellava eval"),
     ("--metric_for_best_model loss", "moellava eval"),
     ("--load_best_model_at_end True", "moellava eval"),
-    ("--fsdp full_shard", "--deepspeed zero3"),
+    ("--fsdp full_shard", "--fsdp_size N"),
     ("--hub_always_push True", "once"),
     ("--hub_token x", "--push_to_hub True"),
     ("--hub_strategy checkpoint --push_to_hub True", "--hub_strategy end"),
