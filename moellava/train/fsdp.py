@@ -36,7 +36,6 @@ from transformers.distributed.utils import TransformersDeviceMesh, gather_full_s
 
 from moellava.errors import UserError
 from moellava.model.build import quietly
-from moellava.moe import moe_layers
 from moellava.processes import world_size
 
 STATES = "fsdp"
@@ -67,21 +66,16 @@ def mesh_of(tensor: torch.Tensor) -> Any:
 
 
 def check_split(model: Any, called: str, fsdp_size: int, ep_size: int) -> None:
-    """Raises UserError for a model that cannot be split so.
+    """Raises UserError for a model whose experts cannot be spread so. All others can be split.
 
     Args:
         model: as one process would train it.
         called: what the user called it.
         fsdp_size, ep_size: the flags.
     """
-    flags = f"--fsdp_size {fsdp_size}" + (f" --ep_size {ep_size}" if ep_size > 1 else "")
-    if moe_layers(model):
-        raise UserError(
-            f"{flags}: the experts of {called} were upcycled here, and are spread by DeepSpeed: --deepspeed zero2 "
-            "--ep_size. A folder of `moellava export` has experts of its own, which --fsdp_size splits."
-        )
     if ep_size == 1:
         return
+    flags = f"--fsdp_size {fsdp_size} --ep_size {ep_size}"
     counts = {module.num_experts for module in spread_experts(model)}
     text = model.config.get_text_config().model_type
     if not counts:

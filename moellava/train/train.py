@@ -122,11 +122,11 @@ def begin(
     trained = trainable_parameters(vlm, adapter) if adapter else stage.selects(vlm, model_args, moe_args)
     freeze_all_but(vlm.model, trained)
     masters = None if args.deepspeed else raise_trained(vlm.model, training_dtype(args))
-    if args.world_size > 1 and args.device.type == "cpu":
-        leave_files(vlm.model)
-    if args.fsdp_size > 1:
+    if args.fsdp_size > 1:  # of a mapped file, a process reads its share
         check_split(vlm.model, vlm.source, args.fsdp_size, moe_args.ep_size)
         split(vlm.model, args.fsdp_size, moe_args.ep_size, args.device)
+    elif args.world_size > 1 and args.device.type == "cpu":
+        leave_files(vlm.model)
     records = read_data(model_args, data_args)
     datasets = {name: make_dataset(found, vlm, data_args, args) for name, found in zip(DATASETS, records, strict=True)}
     tell_idle_media_flags(data_args, {shown for one in datasets.values() if one for shown in one.modalities})
