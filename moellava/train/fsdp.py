@@ -94,7 +94,7 @@ def spread_experts(model: Any) -> Iterator[nn.Module]:
     return (module for name, module in model.named_modules() if plan.get(name) == DISPATCH)
 
 
-def split(model: Any, fsdp_size: int, ep_size: int, device: torch.device) -> None:
+def split(model: Any, fsdp_size: int, ep_size: int, device: torch.device, in_16_bits: bool = False) -> None:
     """Splits a model in place over the processes of this run. Collective.
 
     Args:
@@ -102,9 +102,12 @@ def split(model: Any, fsdp_size: int, ep_size: int, device: torch.device) -> Non
         fsdp_size: processes that hold one copy of it together; with more processes, there are several copies.
         ep_size: of these, processes that hold one set of experts together, each whole ones of it.
         device: what computes.
+        in_16_bits: gather weights as bf16, also those that train and are held in fp32. Autocast's own copies of them
+            would stay until the backward, of all layers.
     """
     copies = world_size() // fsdp_size
-    config = DistributedConfig(fsdp_size=fsdp_size, dp_replicate_size=copies, ep_size=ep_size)
+    sizes = {"fsdp_size": fsdp_size, "dp_replicate_size": copies, "ep_size": ep_size}
+    config = DistributedConfig(**sizes, fsdp_mixed_precision=in_16_bits)
     dense = (1, copies, fsdp_size, 1)
     experts = (1, copies, config.efsdp_size, ep_size)
     mesh = TransformersDeviceMesh(

@@ -124,7 +124,7 @@ def begin(
     masters = None if args.deepspeed else raise_trained(vlm.model, training_dtype(args))
     if args.fsdp_size > 1:  # of a mapped file, a process reads its share
         check_split(vlm.model, vlm.source, args.fsdp_size, moe_args.ep_size)
-        split(vlm.model, args.fsdp_size, moe_args.ep_size, args.device)
+        split(vlm.model, args.fsdp_size, moe_args.ep_size, args.device, in_16_bits=args.bf16)
     elif args.world_size > 1 and args.device.type == "cpu":
         leave_files(vlm.model)
     records = read_data(model_args, data_args)
@@ -290,7 +290,7 @@ def report(assembled: Assembled, stage: Stage, args: TrainingArguments) -> None:
     if assembled.certificate:
         assembled.certificate.save(output_dir)
         logger.info("%s", "\n".join(assembled.certificate.lines()))
-    layout = layout_of(args.deepspeed, args.world_size, expert_parallel_size(assembled.vlm.model))
+    layout = layout_of(args.deepspeed, args.world_size, expert_parallel_size(assembled.vlm.model), args.fsdp_size)
     logger.info("%s", describe(estimate(assembled.vlm.model, layout)))
 
 
