@@ -29,6 +29,10 @@ PASSES = {False: 2, True: 3}
 """How often a step reads the weights: forward, backward, and the forward again with checkpointing."""
 
 
+LIVE = 1e9
+"""Numbers that ZeRO-3 leaves gathered for the backward: `stage3_max_live_parameters`, in our file and by default."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a plan is asked for.
@@ -100,6 +104,7 @@ class Held:
         fixed: weights, gradients, optimizer states, bytes.
         trained, weights, largest: bytes of the weights that train, of those that a process computes with, and of the
             largest layer.
+        widest: bytes of the largest tensor that trains, which is copied before its gradient is summed.
         expert_share: of the trained weights, that of routed experts.
         expert_weights: of the weights, those of experts that FSDP2 spreads: this process's.
         rows: bytes of the rows that travel for one token and one way, over all sparse layers.
@@ -114,6 +119,7 @@ class Held:
     rows: float
     element: int
     expert_weights: float = 0.0
+    widest: float = 0.0
 
 
 def layouts_for(
@@ -175,6 +181,7 @@ def held_by(vlm: VLM, layout: Layout) -> Held:
         float(choices * hidden * element),
         element,
         spread / layout.ep_size,
+        max((parameter.nbytes for parameter in trained), default=0.0),
     )
 
 
@@ -270,7 +277,7 @@ def row_of(asked: Asked, layout: Layout, held: Held, samples: int, checkpointing
     memory = dict(held.fixed)
     memory["activations"] = beside_gradients(asked, layout, held, traced)
     if layout.zero >= 3:
-        memory["gathered"] = 2 * held.largest
+        memory["gathered"] = max(2 * held.largest, min(held.weights, LIVE * held.element)) + 2 * held.widest
     # When the optimizer steps, the activations are gone; DeepSpeed copies a process's gradients as fp32 then.
     if layout.zero in (1, 2):
         copied = memory["optimizer"] / 3 if not layout.offload else 0.0

@@ -177,7 +177,8 @@ CONFLICTS: list[Rule] = [
     ),
     (
         lambda f: f.moe.ep_size < 1 or (f.moe.ep_size != 1 and not f.moe.moe_enable and not f.splits),
-        "--ep_size {moe.ep_size}: a number of processes from 1 on, in stage 3 (--moe_enable True) or with --fsdp_size.",
+        "--ep_size {moe.ep_size}: a number of processes from 1 on, in stage 3 (--moe_enable True), or, for a language "
+        "model's own experts, with --fsdp_size in place of --deepspeed.",
     ),
     (
         lambda f: f.training.mm_projector_lr is not None and f.projector_rests,

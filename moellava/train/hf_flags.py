@@ -367,6 +367,12 @@ def _is_sound(value: Any) -> bool:
     )
 
 
+AUTO_EP = (
+    "its part expert_parallel (DeepSpeed's AutoEP) is not served: no folder could be written of the experts that it "
+    "deals out (docs/SCALE.md). Take it out: --fsdp_size N --ep_size M spread a language model's own experts."
+)
+
+
 def deepspeed_problem(value: str) -> str | None:
     """What is wrong with a DeepSpeed configuration, a path or JSON itself, or None."""
     try:
@@ -374,4 +380,6 @@ def deepspeed_problem(value: str) -> str | None:
         read = json.loads(text)
     except (OSError, ValueError) as error:
         return f"{' '.join(str(error).split())}. It takes zero2 or another name, or a JSON file (docs/TRAIN.md)."
-    return None if isinstance(read, dict) else "it holds no JSON object."
+    if not isinstance(read, dict):
+        return "it holds no JSON object."
+    return AUTO_EP if "expert_parallel" in read else None

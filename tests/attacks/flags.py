@@ -33,6 +33,7 @@ TRAIN = [
     ("--moe_preset today", "--moe_preset today"),
     ("--ep_size 2 --moe_enable True", "needs --deepspeed"),
     ("--ep_size -1", "--ep_size -1"),
+    ("--ep_size 2 --deepspeed zero2", "with --fsdp_size in place of --deepspeed"),
     ("--fsdp_size 0", "--fsdp_size 0"),
     ("--fsdp_size 2 --moe_enable True", "moellava export"),
     ("--fsdp_size 2 --deepspeed zero2", "both split the model"),

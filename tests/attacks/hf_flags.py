@@ -72,6 +72,7 @@ REFUSALS = [
     ("--report_to comet_ml", "comet"),
     ("--deepspeed /no/such.json", "It takes zero2"),
     ("--deepspeed {", "It takes zero2"),
+    ('--deepspeed {"expert_parallel":{"enabled":true}}', "--fsdp_size N --ep_size M"),
     ("--train_sampling_strategy sequential", "--group_by_modality_length"),
     ("--accelerator_config {}", "sampler"),
     ("--torch_compile True", "supervised positions"),

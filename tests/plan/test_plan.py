@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moellava.plan.devices import DEVICES
-from moellava.plan.plan import Asked, Held, Row, cheapest, held_by, layouts_for, moved_seconds, rows_of
+from moellava.plan.plan import Asked, Held, Row, cheapest, held_by, layouts_for, moved_seconds, row_of, rows_of
 from moellava.plan.report import best_of_each, called, flags_of, launcher, table
 from moellava.plan.trace import Batch, Traced
 from moellava.train.memory import Layout
@@ -100,6 +100,14 @@ def test_a_split_model_is_gathered_by_layers_and_a_process_gathers_its_own_exper
         assert held.fixed["weights"] == held.fixed["gradients"] == numbers(vlm.model)  # 4 bytes each, in 4 pieces
         assert held.fixed["optimizer"] == 2 * numbers(vlm.model)
         assert held.rows == (0 if ep_size == 1 else 4 * 4 * 32 * 4)  # layers, choices, hidden numbers, bytes
+
+
+def test_zero3_leaves_weights_gathered_for_the_backward():
+    layout, model = Layout(2, zero=3), sparse_vlm().model
+    vlm = VLM(model.to(torch.bfloat16), None, None, None)
+    row = row_of(asked((layout,) * 2), layout, held_by(vlm, layout), 1, False, Traced(0, 0, 1))
+    numbers = [parameter.numel() for parameter in model.parameters()]
+    assert row.memory["gathered"] == 2 * sum(numbers) + 2 * 2 * max(numbers)
 
 
 def test_spread_experts_are_not_fetched_and_their_rows_travel():
