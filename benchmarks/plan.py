@@ -34,26 +34,46 @@ COMMON = {"model_max_length": LENGTH, "max_steps": 2, "learning_rate": 1e-5, "sa
 COMMON |= {"per_device_train_batch_size": 4, "activation_checkpointing": False, "skip_dry_save": True}
 MOE = {"moe_enable": True, "moe_mode": "sparse", "num_experts": 4}
 
+SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 704, "decoder_sparse_step": 2}
+SPARSE |= {"shared_expert_intermediate_size": 704, "mlp_only_layers": []}
+"""Of a language model that is sparse of itself."""
+
+ALL = "all"
+"""In place of a number of processes: those of the run."""
+
 CASES: dict[str, dict[str, Any]] = {
     "stage 2, native": {},
     "stage 2, native, checkpoints": {"activation_checkpointing": True},
     "stage 2, ZeRO-1": {"deepspeed": "scripts/zero1.json"},
     "stage 2, ZeRO-2": {"deepspeed": "scripts/zero2.json"},
     "stage 2, ZeRO-3": {"deepspeed": "scripts/zero3.json"},
+    "stage 2, FSDP2": {"fsdp_size": ALL},
+    "sparse of itself, ZeRO-2": {"deepspeed": "scripts/zero2.json", "model_name_or_path": "sparse"},
+    "sparse of itself, FSDP2": {"fsdp_size": ALL, "model_name_or_path": "sparse"},
+    "sparse of itself, FSDP2, ep_size 2": {"fsdp_size": ALL, "ep_size": 2, "model_name_or_path": "sparse"},
     "stage 3, ZeRO-2": {"deepspeed": "scripts/zero2.json"} | MOE,
     "stage 3, ZeRO-2, ep_size 2": {"deepspeed": "scripts/zero2.json", "ep_size": 2} | MOE,
 }
 
 
 def write_inputs(folder: Path) -> dict[str, Path]:
-    """A dense vision-language model and its records."""
+    """A dense vision-language model, one that is sparse of itself, and their records."""
+    import shutil
+
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
     from moellava.vlm import VLM
     from tests import tiny
 
     tokenizer = tiny.write_tokenizer(folder / "tokenizer")
     tiny.write_base(folder / "llm", "qwen", tokenizer, rows=ROWS, **MODEL)
-    vlm: VLM = tiny.compose_tiny(folder / "llm", tiny.write_clip(folder / "tower"), "qwen")
-    vlm.save(folder / "model", meta={"stage": "finetune"})
+    config = Qwen2MoeConfig(vocab_size=ROWS, tie_word_embeddings=False, **MODEL, **SPARSE)
+    Qwen2MoeForCausalLM(config).save_pretrained(folder / "sparse-llm")
+    shutil.copytree(tokenizer, folder / "sparse-llm", dirs_exist_ok=True)
+    tower = tiny.write_clip(folder / "tower")
+    for llm, name in (("llm", "model"), ("sparse-llm", "sparse")):
+        vlm: VLM = tiny.compose_tiny(folder / llm, tower, "qwen")
+        vlm.save(folder / name, meta={"stage": "finetune"})
     said = "it is a red circle " * LENGTH
     records = [tiny.record(number, "what is it?", f"{number} {said}") for number in range(128)]
     (folder / "data.json").write_text(json.dumps(records))
@@ -75,6 +95,7 @@ def told(flags: dict[str, Any], processes: int) -> dict[str, float]:
         main(["plan", "--gpus", str(processes), "--device", "cpu", "--hbm", "1000", "--json", *words_of(flags)])
     rows = json.loads(out.getvalue())["rows"]
     rows = [row for row in rows if row["layout"]["deepspeed"] != bool(engine)]
+    rows = [row for row in rows if (row["layout"]["fsdp"] > 1) == ("fsdp_size" in flags)]
     return rows[0]["memory"] | {"in all": rows[0]["total"]}
 
 
@@ -149,6 +170,12 @@ def main() -> None:
                 flags = COMMON | inputs | own
                 if args.only not in case or processes % flags.get("ep_size", 1):
                     continue
+                if flags.get("fsdp_size") == ALL:
+                    flags["fsdp_size"] = processes
+                if flags.get("fsdp_size") == 1:
+                    continue
+                if "model_name_or_path" in own:
+                    flags["model_name_or_path"] = Path(name) / own["model_name_or_path"]
                 plan, found = told(flags, processes), measured(flags, processes, Path(name))
                 ratio = plan["in all"] / max(found)
                 rows.append({"case": case, "processes": processes, "told": plan, "measured": found, "ratio": ratio})

@@ -583,6 +583,22 @@ RESUMING = (
         ("train/deepspeed/test_portable.py",),
     ),
     Mutation(
+        "schedule-of-split-runs-begins-anew",
+        "train/split_trainer.py",
+        'group["lr"] = rate * factor(schedule.last_epoch)',
+        'group["lr"] = rate',
+        "The first step of a run that goes on under --fsdp_size is made at the full rate.",
+        ("train/test_fsdp.py",),
+    ),
+    Mutation(
+        "states-of-another-engine-left-out",
+        "train/fsdp.py",
+        "if there != split:",
+        "if False:",
+        "A run that goes on without --fsdp_size begins with empty optimizer states.",
+        ("train/test_fsdp.py",),
+    ),
+    Mutation(
         "accumulated-steps-too-long",
         "train/trainer.py",
         "loss = ce * (1 if own_mean else processes) / torch.as_tensor(num_items_in_batch).clamp_min(1)",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from moellava.adapters.lora import NAME, lora_layers, shown
@@ -43,6 +44,7 @@ class GradientWatch(TrainerCallback):
         self.sorts: dict[str, str] = {}
         self.counts: dict[str, torch.Tensor] = {}
         self.handles: dict[str, list[Any]] = {}
+        self.split: dict[str, list[nn.Parameter]] = {}  # FSDP2 calls no hooks of what it splits
         # Cross-attention layers (Llama 3.2 Vision) see nothing in a step without images either.
         readers = [layer for layer in model.modules() if hasattr(layer, "cross_attn")]
         read_images = [*readers, *([encoder] if encoder else [])]
@@ -68,16 +70,23 @@ class GradientWatch(TrainerCallback):
         self.sorts[part] = sort
         self.counts.setdefault(part, torch.zeros(2, device=parameter.device))
 
-        def note(gradient: torch.Tensor) -> None:
-            seen = torch.stack([torch.ones((), device=gradient.device), gradient.any().float()])
-            self.counts[part] = self.counts[part].to(gradient.device) + seen
+        handles = self.handles.setdefault(part, [])
+        if isinstance(parameter, DTensor):
+            self.split.setdefault(part, []).append(parameter)
+        else:
+            handles.append(parameter.register_hook(lambda gradient: self._note(part, gradient)))
 
-        self.handles.setdefault(part, []).append(parameter.register_hook(note))
+    def _note(self, part: str, gradient: torch.Tensor) -> None:
+        seen = torch.stack([torch.ones((), device=gradient.device), gradient.any().float()])
+        self.counts[part] = self.counts[part].to(gradient.device) + seen
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Judges the gradients so far, of all processes together, and stops watching the parts that are judged."""
         if not self.handles or self.is_idle():
             return
+        for part, parameters in self.split.items():
+            for gradient in [parameter.grad for parameter in parameters if parameter.grad is not None]:
+                self._note(part, gradient.to_local())
         sums = sum_over_processes(torch.stack(list(self.counts.values())).double()).tolist()
         reached = {part for part, (calls, _) in zip(self.counts, sums, strict=True) if calls}
         moved = {part for part, (_, alive) in zip(self.counts, sums, strict=True) if alive}
@@ -92,4 +101,5 @@ class GradientWatch(TrainerCallback):
         for part in [part for part in self.counts if part not in waiting]:
             for handle in self.handles.pop(part):
                 handle.remove()
+            self.split.pop(part, None)
             del self.counts[part], self.sorts[part]

@@ -21,8 +21,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         allow_abbrev=False,
         epilog="All other flags are those of train.py: the run that is planned. --model and --data stand for "
-        "--model_name_or_path and --data_path. What they fix (--deepspeed, --ep_size, --activation_checkpointing, "
-        "--per_device_train_batch_size, --bf16) is not varied. The model's weights need not be there.",
+        "--model_name_or_path and --data_path. What they fix (--deepspeed, --fsdp_size, --ep_size, "
+        "--activation_checkpointing, --per_device_train_batch_size, --bf16) is not varied. The model's weights need "
+        "not be there.",
     )
     parser.add_argument("--gpus", type=count, required=True, help="devices, one process each")
     parser.add_argument("--hbm", type=amount, help="memory of a device in GB (default: the device's)")
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     refuse_idle(parser, without(argv, rest), idle_flags(args))
     with importing():
         from moellava.plan.asking import asked_of, command_of, data_of, device_of, flag_groups, said
-        from moellava.plan.model import model_maker
+        from moellava.plan.model import model_maker, own_experts
         from moellava.plan.plan import cheapest, dtype_of, rows_of
         from moellava.plan.report import flags_of
         from moellava.train.parsing import given_flags
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> int:
     device = device_of(args)
     groups = flag_groups(given, args.tokens)
     description, make = model_maker(groups, dtype_of(argparse.Namespace(**given), device))
-    asked = asked_of(args, given, groups, device, data_of(args, groups, description))
+    data = data_of(args, groups, description)
+    asked = asked_of(args, given, groups, device, data, own_experts(make) if args.gpus > 1 else ())
     rows = rows_of(asked, make)
     chosen = cheapest(rows, asked.memory)
     command = None if chosen is None else command_of(asked, flags_of(chosen), words, given)

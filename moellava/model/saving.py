@@ -78,7 +78,7 @@ def note_meta(model: Any, meta: Mapping[str, Any]) -> None:
     note(model.config, **meta)
     if extension_of(model.config).reasons:
         extend_in_place(model)
-    model.config.architectures = [type(model).__name__]
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 derives a class of each
     model.config.dtype = next(model.parameters()).dtype
 
 

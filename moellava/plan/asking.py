@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moellava.constants import IGNORE_INDEX
 from moellava.data.encoder import Encoder
 from moellava.data.media import MediaFiles
+from moellava.data.packing import packed_rows
 from moellava.data.records import load_records
 from moellava.errors import UserError
 from moellava.model.description import Description
@@ -22,13 +24,13 @@ from moellava.plan.trace import Batch
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, settle
 from moellava.train.conflicts import Flags, find_conflicts
 from moellava.train.deepspeed.named import settings_named
-from moellava.train.hf_flags import find_problems
+from moellava.train.hf_flags import find_problems, typed
 from moellava.train.memory import in_units, layout_of
 from moellava.train.parsing import TrainingArguments, defaults
 from moellava.train.trial import construct
 from moellava.vlm import encoder_of
 
-FIXED = ("deepspeed", "ep_size", "activation_checkpointing", "per_device_train_batch_size", "bf16", "fp16")
+FIXED = ("deepspeed", "fsdp_size", "ep_size", "activation_checkpointing", "per_device_train_batch_size", "bf16", "fp16")
 """Flags of training that are looked for where they are not given."""
 
 LOOKED_AT = 256
@@ -79,21 +81,24 @@ class Data:
 
 
 def data_of(args: argparse.Namespace, groups: Groups, description: Description) -> Data:
-    """What flags say of the samples, or the records."""
+    """What flags say of the samples, or the records; with --packing, of rows that hold several of them."""
     if args.tokens:
-        supervised = args.supervised or max(args.tokens // 4, 1)
-        return Data(Batch(1, args.tokens, min(supervised, args.tokens), args.images or 1), args.tokens)
+        training = groups[3]
+        several = max(training.model_max_length // args.tokens, 1) if training.packing else 1
+        supervised = min(args.supervised or max(args.tokens // 4, 1), args.tokens)
+        row = Batch(1, several * args.tokens, several * supervised, several * (args.images or 1))
+        return Data(row, row.length)
     return measured(groups, encoder_of(*description.inputs(), description.config, description.architecture))
 
 
 def measured(groups: Groups, encoder: Encoder) -> Data:
-    """Lengths of the records, as training would cut them. Raises DataError where one cannot be read."""
+    """Lengths of the records, as training would cut and pack them. Raises DataError where one cannot be read."""
     model_args, data_args, _, args = groups
     records = load_records(data_args.data_path, roles=(model_args.user_key, model_args.assistant_key))
     limits = data_args.limits()
     files = MediaFiles(data_args.image_folder, data_args.video_folder, data_args.num_frames, limits)
     step = max(len(records) // LOOKED_AT, 1)
-    found = []
+    found: list[tuple[int, ...]] = []
     for number in range(0, len(records), step):
         name = records.name(number)
         for _, example in encoder.examples(records[number], name, files, max_length=args.model_max_length):
@@ -102,22 +107,45 @@ def measured(groups: Groups, encoder: Encoder) -> Data:
                 found.append((example.length, trained, len(example.media)))
     if not found:
         raise UserError(f"--data {' '.join(data_args.data_path)}: no record has anything to train on.")
+    if args.packing:
+        rows = packed_rows([length for length, _, _ in found], args.model_max_length)
+        found = [tuple(map(sum, zip(*(found[number] for number in row), strict=True))) for row in rows]
     longest, supervised, media = (max(each) for each in zip(*found, strict=True))
     mean = sum(length for length, _, _ in found) / len(found)
     return Data(Batch(1, longest, max(supervised, 1), media), mean)
 
 
-def asked_of(args: argparse.Namespace, given: dict[str, Any], groups: Groups, device: Device, data: Data) -> Asked:
-    """The question, with what the run's flags leave open."""
+def asked_of(
+    args: argparse.Namespace,
+    given: dict[str, Any],
+    groups: Groups,
+    device: Device,
+    data: Data,
+    own_counts: Sequence[int] = (),
+) -> Asked:
+    """The question, with what the run's flags leave open.
+
+    Args:
+        own_counts: see `layouts_for`.
+
+    Raises:
+        UserError: no way to lay a run out is as the flags say.
+    """
     moe, training = groups[2:]
-    layouts = layouts_for(args.gpus, moe.num_experts if moe.moe_enable else None, moe.moe_enable)
+    counts = moe.num_experts if moe.moe_enable else None
+    layouts = layouts_for(args.gpus, counts, moe.moe_enable, own_counts, args.per_host)
     if "deepspeed" in given:
         wanted = layout_of(settings_named(given["deepspeed"]), args.gpus)
-        layouts = tuple({replace(wanted, ep_size=layout.ep_size) for layout in layouts})
+        layouts = tuple({replace(wanted, ep_size=layout.ep_size) for layout in layouts if layout.fsdp == 1})
+    if "fsdp_size" in given:
+        layouts = tuple(layout for layout in layouts if layout.fsdp == given["fsdp_size"])
     if "ep_size" in given:
         layouts = tuple(layout for layout in layouts if layout.ep_size == given["ep_size"])
     if not layouts:
-        raise UserError(f"--ep_size {given['ep_size']} does not divide --gpus {args.gpus} and --num_experts.")
+        flags = " ".join(typed(name, given[name]) for name in ("fsdp_size", "ep_size") if name in given)
+        raise UserError(
+            f"{flags} does not divide --gpus {args.gpus} and the experts (--num_experts, or the model's own)."
+        )
     sizes, checkpointing = given.get("per_device_train_batch_size"), given.get("activation_checkpointing")
     return Asked(
         gpus=args.gpus,
@@ -130,6 +158,7 @@ def asked_of(args: argparse.Namespace, given: dict[str, Any], groups: Groups, de
         samples=(sizes,) if sizes else BATCHES,
         checkpointing=(False, True) if checkpointing is None else (bool(checkpointing),),
         accumulation=training.gradient_accumulation_steps,
+        is_packed=training.packing,
     )
 
 
@@ -145,7 +174,8 @@ def command_of(asked: Asked, flags: list[str], words: list[str], given: dict[str
 def said(asked: Asked, rows: list, command: str | None) -> list[str]:
     """The plan as text."""
     batch = asked.batch
-    about = f"longest sample {batch.length} positions ({batch.supervised} supervised, {batch.images} images)"
+    what = "row of samples" if asked.is_packed else "sample"
+    about = f"longest {what} {batch.length} positions ({batch.supervised} supervised, {batch.images} images)"
     lines = [f"{asked.gpus} devices of {asked.memory:g} GB; {about}, mean {asked.mean_length:.0f}", ""]
     lines += table(best_of_each(rows, asked.memory), asked.memory)
     smallest = in_units(min(row.total for row in rows))

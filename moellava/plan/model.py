@@ -15,6 +15,7 @@ from moellava.plan.spread import spread
 from moellava.train.adapt import adapt
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
 from moellava.train.assemble import choose_attention, described, start_of
+from moellava.train.fsdp import spread_experts
 from moellava.train.stages import freeze_all_but, stage_of
 from moellava.vlm import VLM
 
@@ -55,3 +56,8 @@ def model_maker(groups: Groups, dtype: torch.dtype) -> tuple[Any, Callable[[int]
         return vlm
 
     return description, make
+
+
+def own_experts(make: Callable[[int], VLM]) -> list[int]:
+    """Numbers of experts of a language model that is sparse of itself, where they may be spread over processes."""
+    return sorted({module.num_experts for module in spread_experts(make(1).model)})

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
+from torch import nn
 
 from moellava.moe import moe_layers, routed_expert_parameters
+from moellava.moe.own_routers import CHOICES
 from moellava.plan.devices import Device
 from moellava.plan.trace import Batch, StepTrace, Traced
+from moellava.train.fsdp import spread_experts
 from moellava.train.memory import FP32_BYTES, Layout, estimate
 from moellava.vlm import VLM
 
@@ -23,6 +27,10 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 
 PASSES = {False: 2, True: 3}
 """How often a step reads the weights: forward, backward, and the forward again with checkpointing."""
+
+
+LIVE = 1e9
+"""Numbers that ZeRO-3 leaves gathered for the backward: `stage3_max_live_parameters`, in our file and by default."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Asked:
         samples: of a process and forward.
         checkpointing: values of --activation_checkpointing.
         accumulation: forwards of an optimizer step.
+        is_packed: whether a row of a batch holds several samples; `samples` are then rows.
     """
 
     gpus: int
@@ -52,6 +61,7 @@ class Asked:
     samples: tuple[int, ...] = BATCHES
     checkpointing: tuple[bool, ...] = (False, True)
     accumulation: int = 1
+    is_packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,8 +102,11 @@ class Held:
 
     Args:
         fixed: weights, gradients, optimizer states, bytes.
-        trained, weights, largest: bytes of the weights that train, of all, and of the largest layer.
+        trained, weights, largest: bytes of the weights that train, of those that a process computes with, and of the
+            largest layer.
+        widest: bytes of the largest tensor that trains, which is copied before its gradient is summed.
         expert_share: of the trained weights, that of routed experts.
+        expert_weights: of the weights, those of experts that FSDP2 spreads: this process's.
         rows: bytes of the rows that travel for one token and one way, over all sparse layers.
         element: bytes of a number.
     """
@@ -105,45 +118,70 @@ class Held:
     expert_share: float
     rows: float
     element: int
+    expert_weights: float = 0.0
+    widest: float = 0.0
 
 
-def layouts_for(gpus: int, spec_counts: Iterable[int] | None, is_moe: bool) -> tuple[Layout, ...]:
+def layouts_for(
+    gpus: int, spec_counts: Iterable[int] | None, is_moe: bool, own_counts: Iterable[int] = (), per_host: int = 8
+) -> tuple[Layout, ...]:
     """Every way that training serves.
 
     Args:
         gpus: processes.
         spec_counts: experts of each sparse layer; None: the model is dense.
         is_moe: whether the stage is 3, which several processes run under DeepSpeed alone, without ZeRO-3.
+        own_counts: numbers of experts of a language model that is sparse of itself.
+        per_host: devices of a host, which FSDP2 may keep a copy of the model on.
     """
-    counts = list(spec_counts or ())
-    sizes = [n for n in range(1, gpus + 1) if gpus % n == 0 and all(c % n == 0 for c in counts)] if counts else [1]
+    sizes = _divisors(gpus, spec_counts or ()) if spec_counts else [1]
     native = [Layout(gpus, deepspeed=False)] if gpus == 1 or not is_moe else []
     spread = [Layout(gpus, zero=zero, ep_size=size) for zero in (1, 2) for size in sizes]
     offloaded = [Layout(gpus, zero=2, ep_size=size, offload=True) for size in sizes]
-    return (*native, *spread, *([] if is_moe else [Layout(gpus, zero=3)]), *offloaded)
+    together = {gpus, per_host} if gpus % per_host == 0 else {gpus}
+    split = [
+        Layout(gpus, deepspeed=False, ep_size=size, fsdp=count)
+        for count in sorted(together - {1})
+        for size in (_divisors(count, own_counts) if own_counts else [1])
+    ]
+    return (*native, *spread, *([] if is_moe else [Layout(gpus, zero=3), *split]), *offloaded)
+
+
+def _divisors(processes: int, counts: Iterable[int]) -> list[int]:
+    """Numbers of processes that experts can be dealt out to."""
+    counts = list(counts)
+    return [n for n in range(1, processes + 1) if processes % n == 0 and all(count % n == 0 for count in counts)]
 
 
 def held_by(vlm: VLM, layout: Layout) -> Held:
     """Sizes of one process."""
     model = vlm.model
-    experts = {id(parameter) for parameter in routed_expert_parameters(model)}
+    own = list(spread_experts(model)) if layout.fsdp > 1 else []
+    own_experts = [parameter for module in own for parameter in module.parameters()]
+    experts = {id(parameter) for parameter in [*routed_expert_parameters(model), *own_experts]}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     of_experts = sum(parameter.nbytes for parameter in trained if id(parameter) in experts)
     all_trained = sum(parameter.nbytes for parameter in trained)
     hidden, element = model.config.get_text_config().hidden_size, model.dtype.itemsize
     layers = moe_layers(model)
-    choices = sum(layer.spec.top_k_experts for _, layer in layers) if layout.ep_size > 1 else 0
+    chosen = sum(layer.spec.top_k_experts for _, layer in layers) + len(own) * choices_of(model)
+    choices = chosen if layout.ep_size > 1 else 0
     fixed = estimate(model, layout)
+    if layout.fsdp > 1:
+        fixed["gathered"] = gathered(model, own, layout, element)
     if layout.deepspeed:
         fixed["buckets"] = 2.0 * hidden**2 * element  # `reduce_bucket_size: auto`, twice with `overlap_comm`
+    every, spread = (sum(p.nbytes for p in some) for some in (model.parameters(), own_experts))
     return Held(
         fixed,
         all_trained,
-        sum(parameter.nbytes for parameter in model.parameters()),
+        every - spread + spread / layout.ep_size,
         max(sum(p.nbytes for p in layer.parameters()) for layer in model.get_decoder().layers),
         of_experts / max(all_trained, 1),
         float(choices * hidden * element),
         element,
+        spread / layout.ep_size,
+        max((parameter.nbytes for parameter in trained), default=0.0),
     )
 
 
@@ -156,9 +194,9 @@ def rows_of(asked: Asked, make: Callable[[int], VLM]) -> list[Row]:
     """
     rows: list[Row] = []
     limit = asked.memory * 1e9
-    for ep_size in sorted({layout.ep_size for layout in asked.layouts}):
+    for ep_size in sorted({_traced(layout) for layout in asked.layouts}):
         vlm = make(ep_size)
-        layouts = [layout for layout in asked.layouts if layout.ep_size == ep_size]
+        layouts = [layout for layout in asked.layouts if _traced(layout) == ep_size]
         held = {layout: held_by(vlm, layout) for layout in layouts}
         empty = [layout for layout in layouts if sum(held[layout].fixed.values()) > limit]
         rows += [Row(layout, 0, False, held[layout].fixed, 0.0, 0.0) for layout in empty]
@@ -172,6 +210,44 @@ def rows_of(asked: Asked, make: Callable[[int], VLM]) -> list[Row]:
                 for checkpointing in asked.checkpointing
             ]
     return rows
+
+
+def _traced(layout: Layout) -> int:
+    """The `ep_size` of the model that is traced: a process gets as many rows for its own experts as it sends away from
+    those of a model that is sparse of itself."""
+    return 1 if layout.fsdp > 1 else layout.ep_size
+
+
+def choices_of(model: Any) -> int:
+    """Experts that a token visits in a layer of a language model that is sparse of itself."""
+    text = model.config.get_text_config()
+    return next((value for name in CHOICES if isinstance(value := getattr(text, name, None), int)), 1)
+
+
+def gathered(model: Any, experts: list[nn.Module], layout: Layout, element: int) -> float:
+    """Bytes that FSDP2 has whole at a step's peak: a layer and the next one, what belongs to no layer from the forward
+    on, and gradients before they are split, which are summed as fp32.
+
+    Args:
+        model: see `held_by`.
+        experts: its modules that have several; a process gathers its own.
+        element: bytes of a number.
+    """
+    shared = {id(parameter) for module in experts for parameter in module.parameters()}
+
+    def numbers(parameters: Iterable[nn.Parameter], only_trained: bool) -> float:
+        kept = [p for p in parameters if p.requires_grad or not only_trained]
+        return sum(p.numel() / (layout.ep_size if id(p) in shared else 1) for p in kept)
+
+    layers = [list(layer.parameters()) for layer in model.get_decoder().layers]
+    inner = {id(parameter) for layer in layers for parameter in layer}
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not words.weight:  # an embedding of its own is gathered like a layer
+        inner.add(id(words.weight))
+    outer = [parameter for parameter in model.parameters() if id(parameter) not in inner]
+    largest, largest_trained = (max(numbers(layer, trained) for layer in layers) for trained in (False, True))
+    weights = element * (2 * largest + numbers(outer, False))
+    return weights + element * numbers(outer, True) + (element + FP32_BYTES) * largest_trained
 
 
 class Lines:
@@ -201,7 +277,7 @@ def row_of(asked: Asked, layout: Layout, held: Held, samples: int, checkpointing
     memory = dict(held.fixed)
     memory["activations"] = beside_gradients(asked, layout, held, traced)
     if layout.zero >= 3:
-        memory["gathered"] = 2 * held.largest
+        memory["gathered"] = max(2 * held.largest, min(held.weights, LIVE * held.element)) + 2 * held.widest
     # When the optimizer steps, the activations are gone; DeepSpeed copies a process's gradients as fp32 then.
     if layout.zero in (1, 2):
         copied = memory["optimizer"] / 3 if not layout.offload else 0.0
@@ -220,7 +296,7 @@ def beside_gradients(asked: Asked, layout: Layout, held: Held, traced: Traced) -
     if asked.accumulation > 1:
         return traced.activations
     whole = held.trained if layout.deepspeed else held.trained / held.element * FP32_BYTES
-    share = held.fixed["gradients"] / whole if layout.zero >= 2 else 1.0
+    share = held.fixed["gradients"] / whole if layout.zero >= 2 or layout.fsdp > 1 else 1.0
     peak = traced.activations + (traced.with_gradients - traced.activations) * share
     return max(peak - whole * share, 0.0)
 
@@ -238,8 +314,13 @@ def moved_seconds(asked: Asked, layout: Layout, held: Held, samples: int, checkp
     experts = layout.processes // layout.ep_size
     dense = 2 * held.trained * (1 - held.expert_share) * others
     spread = 2 * held.trained * held.expert_share * (experts - 1) / experts
-    gathered = PASSES[checkpointing] * held.weights * others * steps if layout.zero >= 3 else 0.0
-    outer = (dense + spread + gathered) / link + rows * (layout.ep_size - 1) / layout.ep_size / near
+    fetched = PASSES[checkpointing] * held.weights * others * steps if layout.zero >= 3 else 0.0
+    if layout.fsdp > 1:  # gradients go to those who keep them, and do not come back; experts come from who has the same
+        dense, spread = dense / 2, spread / 2 / layout.ep_size
+        same = layout.fsdp // layout.ep_size
+        some = (held.weights - held.expert_weights) * (layout.fsdp - 1) / layout.fsdp
+        fetched = 2 * (some + held.expert_weights * (same - 1) / same) * steps
+    outer = (dense + spread + fetched) / link + rows * (layout.ep_size - 1) / layout.ep_size / near
     return max(inner / asked.device.bandwidth, outer) / 1e9
 
 
@@ -251,7 +332,15 @@ def cheapest(rows: Iterable[Row], memory: float) -> Row | None:
 
 def _order(row: Row) -> tuple:
     layout = row.layout
-    return (-float(f"{row.bound:.2g}"), layout.offload, row.checkpointing, layout.ep_size, layout.zero, -row.samples)
+    return (
+        -float(f"{row.bound:.2g}"),
+        layout.offload,
+        row.checkpointing,
+        layout.ep_size,
+        layout.fsdp,
+        layout.zero,
+        -row.samples,
+    )
 
 
 def dtype_of(args: object, device: Device) -> torch.dtype:

@@ -47,6 +47,8 @@ def _cells(row: Row, memory: float) -> list[str]:
 
 def called(layout: Layout) -> str:
     """The engine in a few letters."""
+    if layout.fsdp > 1:
+        return "FSDP2" if layout.fsdp == layout.processes else f"FSDP2 of {layout.fsdp}"
     if not layout.deepspeed:
         return "native"
     return f"ZeRO-{layout.zero}" + (" offload" if layout.offload else "")
@@ -58,6 +60,8 @@ def flags_of(row: Row) -> list[str]:
     flags = ["--per_device_train_batch_size", str(row.samples)]
     if layout.deepspeed:
         flags += ["--deepspeed", f"scripts/{FILES[layout.zero, layout.offload]}.json"]
+    if layout.fsdp > 1:
+        flags += ["--fsdp_size", str(layout.fsdp)]
     if layout.ep_size > 1:
         flags += ["--ep_size", str(layout.ep_size)]
     return flags + (["--activation_checkpointing", "True"] if row.checkpointing else [])

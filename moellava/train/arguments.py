@@ -145,7 +145,11 @@ class MoEArguments(MoESpecFlags):
 
     moe_enable: bool = _flag("Stage 3: replace dense MLPs by MoE layers; experts and routers train.", False)
     moe_preset: str | None = _flag("'moe-llava' restores the original's routing and loss (docs/MOE.md).")
-    ep_size: int = _flag("Processes that share one set of experts (expert parallelism; DeepSpeed only).", 1)
+    ep_size: int = _flag(
+        "Processes that share one set of experts (expert parallelism): upcycled ones with --deepspeed, a language "
+        "model's own ones with --fsdp_size.",
+        1,
+    )
     train_modules: list[str] | None = _flag(
         "Stage 3: module names to train instead of experts and routers; 'wg' stands for the routers."
     )
@@ -187,6 +191,11 @@ class RunArguments(AdapterArguments):
 
     model_max_length: int = _flag("Longest sample in tokens, image patches counted.", 512)
     group_by_modality_length: bool = _flag("Batches of one modality and similar lengths.", False)
+    fsdp_size: int = _flag(
+        "Processes that hold one copy of weights, gradients and states together (FSDP2, without DeepSpeed); 1: each "
+        "holds all.",
+        1,
+    )
     packing: bool = _flag(
         "Several samples in a row of --model_max_length, each as if it were alone; a batch is then of rows.", False
     )

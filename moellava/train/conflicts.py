@@ -19,6 +19,10 @@ OWN_BALANCE = "router_aux_loss_coef"
 """The option that a model with experts of its own takes in all stages; `reconcile.py` judges it."""
 
 
+SPLIT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""What computes with each process's share alone."""
+
+
 class Flags(NamedTuple):
     """The four groups of flags of `arguments.py`, as rules read them."""
 
@@ -31,6 +35,11 @@ class Flags(NamedTuple):
     def processes(self) -> int:
         """Of this run, as launchers set it."""
         return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def splits(self) -> bool:
+        """Whether the model is split without DeepSpeed."""
+        return self.training.fsdp_size > 1
 
     @property
     def in_tiles(self) -> bool:
@@ -83,6 +92,45 @@ TASK_CONFLICTS: list[Rule] = [
 ]
 """Of benchmarks during training."""
 
+SPLIT_CONFLICTS: list[Rule] = [
+    (
+        lambda f: f.training.fsdp_size < 1 or f.processes % max(f.training.fsdp_size, 1),
+        "--fsdp_size {training.fsdp_size}: a number that divides the {processes} processes of this run (`torchrun "
+        "--nproc-per-node N -m moellava.train …`).",
+    ),
+    (
+        lambda f: f.splits and f.training.deepspeed,
+        "--fsdp_size {training.fsdp_size} and --deepspeed conflict: both split the model. Choose one.",
+    ),
+    (
+        lambda f: f.splits and f.moe.moe_enable,
+        "--fsdp_size {training.fsdp_size} and --moe_enable True conflict: upcycled experts are spread by DeepSpeed "
+        "(--deepspeed zero2 --ep_size N). A folder of `moellava export` has experts of its own and trains with "
+        "--fsdp_size and --ep_size, without --moe_enable.",
+    ),
+    (
+        lambda f: f.splits and f.moe.ep_size > 0 and f.training.fsdp_size % f.moe.ep_size,
+        "--ep_size {moe.ep_size} does not divide --fsdp_size {training.fsdp_size}: experts lie on processes that hold "
+        "one copy of the model together.",
+    ),
+    (
+        lambda f: f.splits and f.training.fp16,
+        "--fsdp_size {training.fsdp_size} and --fp16 True conflict: its scaled gradients are not split. Use --bf16 "
+        "True, or --deepspeed zero3.",
+    ),
+    (
+        lambda f: f.splits and f.training.bits != 16,
+        "--fsdp_size {training.fsdp_size} and --bits {training.bits} conflict: packed weights are not split. Use "
+        "--bits 16, or leave --fsdp_size out.",
+    ),
+    (
+        lambda f: f.splits and f.training.optim not in SPLIT_OPTIMIZERS,
+        f"--fsdp_size {{training.fsdp_size}} and --optim {{training.optim.value}} conflict: split weights are trained "
+        f"by {', '.join(SPLIT_OPTIMIZERS)}.",
+    ),
+]
+"""Of runs whose model is split without DeepSpeed."""
+
 CONFLICTS: list[Rule] = [
     (
         lambda f: not f.model.model_name_or_path,
@@ -119,16 +167,18 @@ CONFLICTS: list[Rule] = [
         "--train_modules is read in stage 3 only: it needs --moe_enable True.",
     ),
     (
-        lambda f: f.moe.ep_size > 1 and not f.training.deepspeed,
-        "--ep_size {moe.ep_size} needs --deepspeed: the native engine keeps all experts in each process.",
+        lambda f: f.moe.ep_size > 1 and not f.training.deepspeed and not f.splits,
+        "--ep_size {moe.ep_size} needs --deepspeed (upcycled experts) or --fsdp_size (a language model's own): the "
+        "native engine keeps all experts in each process.",
     ),
     (
         lambda f: f.model.force_version and not f.model.version,
         "--force_version True needs --version: there is no template to force.",
     ),
     (
-        lambda f: f.moe.ep_size < 1 or (f.moe.ep_size != 1 and not f.moe.moe_enable),
-        "--ep_size {moe.ep_size}: a number of processes from 1 on, in stage 3 (--moe_enable True).",
+        lambda f: f.moe.ep_size < 1 or (f.moe.ep_size != 1 and not f.moe.moe_enable and not f.splits),
+        "--ep_size {moe.ep_size}: a number of processes from 1 on, in stage 3 (--moe_enable True), or, for a language "
+        "model's own experts, with --fsdp_size in place of --deepspeed.",
     ),
     (
         lambda f: f.training.mm_projector_lr is not None and f.projector_rests,
@@ -172,6 +222,7 @@ CONFLICTS: list[Rule] = [
         "--eval_samples {training.eval_samples} needs --eval_strategy steps or epoch, and --eval_data_path.",
     ),
     *TASK_CONFLICTS,
+    *SPLIT_CONFLICTS,
     (
         lambda f: f.training.report_html and missing(),
         "--report_html True needs matplotlib and pyarrow: pip install 'moellava[vis]', or leave the flag out.",

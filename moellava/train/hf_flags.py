@@ -44,8 +44,8 @@ PROCESSES: Need = (
     "several processes (`torchrun` or `deepspeed --module moellava.train …`)",
 )
 DDP: Need = (
-    lambda f: PROCESSES[0](f) and not f.deepspeed,
-    "several processes without --deepspeed (`torchrun -m moellava.train …`)",
+    lambda f: PROCESSES[0](f) and not f.deepspeed and f.fsdp_size == 1,
+    "several processes without --deepspeed and --fsdp_size (`torchrun -m moellava.train …`)",
 )
 DENSE_DDP: Need = (
     lambda f: DDP[0](f) and not f.moe_enable,
@@ -198,6 +198,7 @@ OWN_RANGES: dict[str, Served] = {
     "model_max_length": Served(COUNT),
     "mm_projector_lr": Served(RATE),
     "ep_size": Served(COUNT),
+    "fsdp_size": Served(COUNT),
 }
 """Ranges of our own numbers that no dataclass of options checks."""
 
@@ -232,8 +233,8 @@ _LIGER = Refused(
     "the loss over, which needs no full logits here. Leave the flag out."
 )
 _FSDP = Refused(
-    "is not served: folders are gathered from whole parameters or from DeepSpeed's. Parameters are split with "
-    "--deepspeed zero3."
+    "is not served: it shards nothing on the CPU, and knows no experts. Parameters are split with --fsdp_size N, or "
+    "with --deepspeed zero3."
 )
 _CHECKPOINTS = (
     "is not served: checkpoints hold optimizer states, and stay here. The complete folder is uploaded: --hub_strategy "
@@ -366,6 +367,12 @@ def _is_sound(value: Any) -> bool:
     )
 
 
+AUTO_EP = (
+    "its part expert_parallel (DeepSpeed's AutoEP) is not served: no folder could be written of the experts that it "
+    "deals out (docs/SCALE.md). Take it out: --fsdp_size N --ep_size M spread a language model's own experts."
+)
+
+
 def deepspeed_problem(value: str) -> str | None:
     """What is wrong with a DeepSpeed configuration, a path or JSON itself, or None."""
     try:
@@ -373,4 +380,6 @@ def deepspeed_problem(value: str) -> str | None:
         read = json.loads(text)
     except (OSError, ValueError) as error:
         return f"{' '.join(str(error).split())}. It takes zero2 or another name, or a JSON file (docs/TRAIN.md)."
-    return None if isinstance(read, dict) else "it holds no JSON object."
+    if not isinstance(read, dict):
+        return "it holds no JSON object."
+    return AUTO_EP if "expert_parallel" in read else None

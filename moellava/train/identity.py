@@ -67,6 +67,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     ),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), _UNREAD),
     **dict.fromkeys(("use_lora", "q_lora", "train_vision_projector"), _SETTLED),
+    "fsdp_size": "another split of the same numbers: a checkpoint is read by parameter",
     "ep_size": "another split of the same experts: a checkpoint is read by parameter",
     "resume_from_checkpoint": "which checkpoint of the same run it goes on from",
     "local_rank": "which process this is",

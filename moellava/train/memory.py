@@ -4,7 +4,8 @@
 Bytes as in ZeRO (arXiv:1910.02054, section 3): AdamW keeps two fp32 moments per trained parameter, and DeepSpeed an
 fp32 copy of it, also of one that is in fp32 itself. Stage 1 splits these over the processes, stage 2 the gradients too,
 stage 3 the weights too. Experts that are spread over `ep_size` processes are split over those that hold the same ones.
-Without DeepSpeed, what trains in 16 bits is in fp32 itself (`masters.py`): 4 bytes each for weight and gradient, and
+FSDP2 splits all of it, experts too, whatever `ep_size` is, and gathers a layer while it computes. Without DeepSpeed,
+what trains in 16 bits is in fp32 itself (`masters.py`): 4 bytes each for weight and gradient, and (not under FSDP2)
 autocast's 16-bit copies while a step computes. Activations come on top; `moellava plan` tells them.
 """
 
@@ -33,6 +34,7 @@ class Layout:
         zero: ZeRO stage.
         ep_size: processes that share one set of experts.
         offload: whether optimizer states are in the host's memory.
+        fsdp: processes that hold one copy of the model together (FSDP2, without DeepSpeed).
     """
 
     processes: int
@@ -40,6 +42,7 @@ class Layout:
     zero: int = 0
     ep_size: int = 1
     offload: bool = False
+    fsdp: int = 1
 
 
 def zero_stage(deepspeed: str | dict[str, Any] | None) -> int:
@@ -50,10 +53,10 @@ def zero_stage(deepspeed: str | dict[str, Any] | None) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def layout_of(deepspeed: str | dict[str, Any] | None, processes: int, ep_size: int = 1) -> Layout:
+def layout_of(deepspeed: str | dict[str, Any] | None, processes: int, ep_size: int = 1, fsdp: int = 1) -> Layout:
     """How a run lies over its processes by its DeepSpeed JSON file (or its content); None: the native engine."""
     if not deepspeed:
-        return Layout(processes, deepspeed=False)
+        return Layout(processes, deepspeed=False, ep_size=ep_size, fsdp=fsdp)
     config = deepspeed if isinstance(deepspeed, dict) else read_json(Path(deepspeed))
     offloaded = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     return Layout(processes, zero=zero_stage(config), ep_size=ep_size, offload=offloaded != "none")
@@ -75,7 +78,7 @@ def estimate(model: nn.Module, layout: Layout) -> dict[str, float]:
             for part, number in _trained(size, layout, same).items():
                 held[part] += number * count
         else:
-            held["weights"] += size * count / (layout.processes if layout.zero >= 3 else 1)
+            held["weights"] += size * count / (layout.processes if layout.zero >= 3 else layout.fsdp)
     return held
 
 
@@ -84,6 +87,9 @@ def _trained(size: int, layout: Layout, processes: int) -> dict[str, float]:
 
     The native engine's gradients are twice there in more than one process: DistributedDataParallel sums copies.
     """
+    if layout.fsdp > 1:
+        parts = {"weights": FP32_BYTES, "gradients": FP32_BYTES, "optimizer": MOMENTS * FP32_BYTES}
+        return {part: count / layout.fsdp for part, count in parts.items()}
     if not layout.deepspeed:
         copies = 2 if layout.processes > 1 else 1
         cast = size if size < FP32_BYTES else 0

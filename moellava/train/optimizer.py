@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from moellava.train.fsdp import mesh_of
+
 
 def parameter_groups(
     model: nn.Module,
@@ -32,12 +34,15 @@ def parameter_groups(
     """
     in_projector = {id(parameter) for parameter in projector.parameters()}
     groups: dict[str, dict[str, Any]] = {}
+    meshes: dict[Any, str] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         part = "projector" if id(parameter) in in_projector and projector_lr is not None else "model"
         decays = parameter.ndim > 1 and weight_decay > 0
-        name = f"{part}_{'decay' if decays else 'no_decay'}"
+        mesh = mesh_of(parameter)
+        meshes.setdefault(mesh, "" if not meshes else f"_{len(meshes)}")  # one step's kernel spans no two of them
+        name = f"{part}_{'decay' if decays else 'no_decay'}{meshes[mesh]}"
         group = groups.setdefault(
             name,
             {

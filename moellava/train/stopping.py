@@ -22,6 +22,7 @@ from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.processes import joined_over_processes, rank, sum_over_processes
 from moellava.train.checkpoint import last_checkpoint
+from moellava.train.fsdp import own
 
 logger = get_logger(__name__)
 
@@ -186,7 +187,7 @@ def require_finite(model: torch.nn.Module, step: int, last: object) -> None:
     bad = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not torch.isfinite(getattr(parameter, "ds_tensor", parameter)).all()
+        if parameter.requires_grad and not torch.isfinite(getattr(parameter, "ds_tensor", own(parameter))).all()
     ]
     device = next(model.parameters()).device
     if float(sum_over_processes(torch.tensor(float(len(bad)), device=device))):

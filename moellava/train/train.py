@@ -48,6 +48,7 @@ from moellava.train.deepspeed.extensions import extension_root, remove_abandoned
 from moellava.train.deepspeed.portable import expert_parallel_size, refuse_unreadable
 from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 from moellava.train.folder import StageFolder
+from moellava.train.fsdp import check_split, split
 from moellava.train.hub import hub_of
 from moellava.train.identity import folders_of, run_contents, run_identity
 from moellava.train.intact import require_intact
@@ -124,7 +125,10 @@ def begin(
     trained = trainable_parameters(vlm, adapter) if adapter else stage.selects(vlm, model_args, moe_args)
     freeze_all_but(vlm.model, trained)
     masters = None if args.deepspeed else raise_trained(vlm.model, training_dtype(args))
-    if args.world_size > 1 and args.device.type == "cpu":
+    if args.fsdp_size > 1:  # of a mapped file, a process reads its share
+        check_split(vlm.model, vlm.source, args.fsdp_size, moe_args.ep_size)
+        split(vlm.model, args.fsdp_size, moe_args.ep_size, args.device, in_16_bits=args.bf16)
+    elif args.world_size > 1 and args.device.type == "cpu":
         leave_files(vlm.model)
     records = read_data(model_args, data_args)
     datasets = {name: make_dataset(found, vlm, data_args, args) for name, found in zip(DATASETS, records, strict=True)}
@@ -290,7 +294,7 @@ def report(assembled: Assembled, stage: Stage, args: TrainingArguments) -> None:
     if assembled.certificate:
         assembled.certificate.save(output_dir)
         logger.info("%s", "\n".join(assembled.certificate.lines()))
-    layout = layout_of(args.deepspeed, args.world_size, expert_parallel_size(assembled.vlm.model))
+    layout = layout_of(args.deepspeed, args.world_size, expert_parallel_size(assembled.vlm.model), args.fsdp_size)
     logger.info("%s", describe(estimate(assembled.vlm.model, layout)))
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from moellava.data.collate import RECORDS, UNREADABLE
@@ -34,6 +33,7 @@ from moellava.train.optimizer import missing_from, parameter_groups
 from moellava.train.progress import Clock, RunLines, RunProgress
 from moellava.train.run_hooks import RunHooks, counts_of
 from moellava.train.split import begin_random, processes_of
+from moellava.train.split_trainer import SplitTrainer
 from moellava.train.stopping import StepWatch, StopRequest, require_finite
 from moellava.vlm import VLM
 
@@ -43,7 +43,7 @@ USES_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 """What accelerate sets in the environment when a run uses DeepSpeed, and takes for the user's wish in the next one."""
 
 
-class StageTrainer(Trainer):
+class StageTrainer(SplitTrainer):
     """Trains one stage.
 
     Args:

@@ -2,10 +2,12 @@
 """`moellava plan`: from the flags of a run to a table and a command; no weight is read."""
 
 import json
+import shutil
 
 import pytest
 
 from moellava.cli import main
+from tests.tiny import tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,21 @@ def test_rows_as_json_and_what_the_flags_fix(config_alone, capsys):
     assert told["cheapest"] == told["rows"][0]
 
 
+def test_a_model_that_is_sparse_of_itself_may_have_its_experts_spread(config_alone, tmp_path, capsys):
+    """Its products are traced in fp32, of which torch tells no shapes on the CPU."""
+    sparse = tiny_llava("qwen2_moe", num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=24)
+    shutil.copytree(config_alone, tmp_path / "model")
+    config = json.loads((config_alone / "config.json").read_text())
+    config["text_config"] = sparse.config.text_config.to_dict() | {"vocab_size": config["text_config"]["vocab_size"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    fixed = ("--tokens", "64", "--per_device_train_batch_size", "1", *NO_CHECKPOINTS)
+    assert main(plan(tmp_path / "model", "--gpus", "4", "--fsdp_size", "4", "--json", *fixed)) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["layout"]["fsdp"], row["layout"]["ep_size"]) for row in rows] == [(4, 1), (4, 2), (4, 4)]
+    assert main(plan(tmp_path / "model", "--gpus", "4", "--fsdp_size", "4", "--ep_size", "3", *fixed)) == 2
+    assert "--fsdp_size 4 --ep_size 3 does not divide --gpus 4" in capsys.readouterr().err
+
+
 def test_lengths_are_those_of_the_records(config_alone, data_file, make_record, capsys):
     records = [make_record(1, "what is it?", "a circle"), make_record(2, "what is it?", "a circle " * 30)]
     data = data_file(records)
@@ -59,6 +76,18 @@ def test_lengths_are_those_of_the_records(config_alone, data_file, make_record, 
     first = capsys.readouterr().out.splitlines()[0]
     longest, mean = int(first.split("longest sample ")[1].split()[0]), int(first.split("mean ")[1])
     assert longest > 1.5 * mean / 2 and mean < longest
+
+
+def test_packed_rows_are_as_long_as_flags_let_them_be(config_alone, data_file, make_record, capsys):
+    data = data_file([make_record(number, "what is it?", "a circle " * 5) for number in range(12)])
+    for words in (("--tokens", "60"), ("--data", str(data))):
+        told = {}
+        for packing in ("False", "True"):
+            flags = ("--gpus", "1", "--per_device_train_batch_size", "1", "--model_max_length", "512", *NO_CHECKPOINTS)
+            assert main(plan(config_alone, *flags, *words, "--packing", packing)) == 0
+            first = capsys.readouterr().out.splitlines()[0]
+            told[packing] = int(first.split(" positions")[0].split()[-1])
+        assert "longest row of samples" in first and told["True"] == 512 // told["False"] * told["False"]
 
 
 def test_nothing_fits_is_said_with_the_smallest(config_alone, capsys):

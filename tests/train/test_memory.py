@@ -45,6 +45,13 @@ def test_without_deepspeed_what_trains_is_fp32_and_summed_as_a_copy(dtype, proce
     assert estimate(half_frozen(dtype), Layout(processes, deepspeed=False)) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fsdp2_splits_everything_over_those_that_hold_one_copy(dtype):
+    frozen = 400 if dtype == torch.float32 else 200
+    expected = {"weights": (frozen + 400) / 2, "gradients": 200, "optimizer": 400}
+    assert estimate(half_frozen(dtype), Layout(4, deepspeed=False, fsdp=2)) == expected
+
+
 def test_experts_are_split_over_those_who_hold_the_same():
     sparse = upcycle(tiny_llava(), MoESpec(num_experts=[4], moe_mode="dense"))
     for parameter in sparse.parameters():
@@ -62,6 +69,7 @@ def test_a_layout_is_read_from_the_file():
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     assert layout_of(offload, 4, 2) == Layout(4, zero=2, ep_size=2, offload=True)
     assert layout_of(None, 2) == Layout(2, deepspeed=False)
+    assert layout_of(None, 4, fsdp=2) == Layout(4, deepspeed=False, fsdp=2)
 
 
 def test_the_stage_is_read_from_the_file(tmp_path):

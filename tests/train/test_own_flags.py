@@ -190,6 +190,7 @@ VALUES: dict[str, tuple[object, Flags]] = {
     "moe_enable": (True, {}),
     "moe_preset": ("moe-llava", {}),
     "ep_size": (2, {}),
+    "fsdp_size": (2, {}),
     "train_modules": ("wg", {}),
     "lora_enable": (True, {}),
     "lora_r": (2, LORA),
@@ -253,7 +254,8 @@ REFUSED: dict[str, dict[str, str]] = {
         "stage 1": "--moe_enable True .stage 3. starts from a stage-2 folder",
     },
     "moe_preset": everywhere("need --moe_enable True.*--moe_preset moe-llava", DENSE),
-    "ep_size": everywhere("--ep_size 2 needs --deepspeed"),
+    "ep_size": everywhere("--ep_size 2 needs --deepspeed .* or --fsdp_size"),
+    "fsdp_size": everywhere("--fsdp_size 2: a number that divides the 1 processes of this run"),
     "train_modules": everywhere("--train_modules is read in stage 3 only", DENSE),
 }
 """Flag -> start -> words of the refusal. Where no words stand, the flag acts."""

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights, gradients and optimizer states that are split over processes without DeepSpeed: torch's FSDP2, and beside it
+the expert parallelism of transformers for language models that have experts of their own.
+
+    --fsdp_size 4 --ep_size 2, a layer with experts 0 to 3
+
+    rank             0            1            2            3
+    dense weights    quarter 0    quarter 1    quarter 2    quarter 3    gathered while a layer computes
+    experts          0            2            1            3            ranks 0 and 2 gather 0 and 1 of each other,
+                                                                         0 and 1 send each other the rows of theirs
+
+A model is put together whole, as for every engine, and split in place before it trains. What is split is a `DTensor`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers import DistributedConfig
+from transformers.distributed.utils import TransformersDeviceMesh, gather_full_state_dict
+
+from moellava.errors import UserError
+from moellava.model.build import quietly
+from moellava.processes import world_size
+
+STATES = "fsdp"
+"""The folder of a checkpoint that holds optimizer states, in shards."""
+
+DISPATCH = "ep_dispatch_experts"
+"""What transformers calls, in a model's plan, the modules whose experts may lie on several processes."""
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether parameters of a model are split by `split`."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's share of a tensor; all of it where it is not split."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, on every process. Collective where it is split."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def mesh_of(tensor: torch.Tensor) -> Any:
+    """The processes that a tensor is split over; None where it is not split."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
+
+
+def check_split(model: Any, called: str, fsdp_size: int, ep_size: int) -> None:
+    """Raises UserError for a model whose experts cannot be spread so. All others can be split.
+
+    Args:
+        model: as one process would train it.
+        called: what the user called it.
+        fsdp_size, ep_size: the flags.
+    """
+    if ep_size == 1:
+        return
+    flags = f"--fsdp_size {fsdp_size} --ep_size {ep_size}"
+    counts = {module.num_experts for module in spread_experts(model)}
+    text = model.config.get_text_config().model_type
+    if not counts:
+        raise UserError(
+            f"{flags}: transformers spreads no experts of the language model of {called} ({text}) over processes. "
+            "Leave --ep_size out: --fsdp_size alone splits all weights."
+        )
+    for count in sorted(counts):
+        if count % ep_size:
+            raise UserError(f"{flags}: --ep_size does not divide the {count} experts of {called}'s language model.")
+
+
+def spread_experts(model: Any) -> Iterator[nn.Module]:
+    """The modules of a model whose experts may lie on several processes."""
+    plan = model._expand_parallel_plan(model.ep_plan)
+    return (module for name, module in model.named_modules() if plan.get(name) == DISPATCH)
+
+
+def split(model: Any, fsdp_size: int, ep_size: int, device: torch.device, in_16_bits: bool = False) -> None:
+    """Splits a model in place over the processes of this run. Collective.
+
+    Args:
+        model: of which all processes hold the same, `requires_grad` set.
+        fsdp_size: processes that hold one copy of it together; with more processes, there are several copies.
+        ep_size: of these, processes that hold one set of experts together, each whole ones of it.
+        device: what computes.
+        in_16_bits: gather weights as bf16, also those that train and are held in fp32. Autocast's own copies of them
+            would stay until the backward, of all layers.
+    """
+    copies = world_size() // fsdp_size
+    sizes = {"fsdp_size": fsdp_size, "dp_replicate_size": copies, "ep_size": ep_size}
+    config = DistributedConfig(**sizes, fsdp_mixed_precision=in_16_bits)
+    dense = (1, copies, fsdp_size, 1)
+    experts = (1, copies, config.efsdp_size, ep_size)
+    mesh = TransformersDeviceMesh(
+        init_device_mesh(device.type, dense, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp")),
+        init_device_mesh(device.type, experts, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep")),
+    )
+    with quietly():  # of a plan for all models, which has names that this one lacks
+        type(model).maybe_distribute_model(model, config, mesh)
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+def whole_state(model: Any) -> dict[str, torch.Tensor]:
+    """The state dict of a split model, gathered on the first process; {} elsewhere. Collective."""
+    return gather_full_state_dict(model)
+
+
+def load_part(model: nn.Module, part: Mapping[str, torch.Tensor]) -> Any:
+    """Copies whole tensors into a split model, each process its share; as `load_state_dict(strict=False)`."""
+    return set_model_state_dict(model, dict(part), options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def save_states(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
+    """Writes optimizer states as safetensors, by parameter: each process its share. Collective.
+
+    transformers would write torch's own format, whose index is a pickle: reading it runs what stands in it.
+    """
+    writer = HuggingFaceStorageWriter(str(checkpoint / STATES), save_distributed=True)
+    dcp.save(_in_stretches(_states(model, optimizer)), storage_writer=writer)
+
+
+def load_states(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
+    """Reads optimizer states, whatever --fsdp_size and --ep_size wrote them. Collective."""
+    state = _states(model, optimizer)
+    read = _in_stretches(state)
+    dcp.load(read, storage_reader=HuggingFaceStorageReader(str(checkpoint / STATES)))
+    for name, value in read.items():
+        state[name] = value.redistribute(placements=state[name].placements) if isinstance(value, DTensor) else value
+    set_optimizer_state_dict(model, optimizer, state, options=FLAT)
+
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+"""Optimizer states by the parameter's name and their own: `state.lm_head.weight.exp_avg`."""
+
+
+def _states(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    return get_optimizer_state_dict(model, optimizer, options=FLAT)
+
+
+def _in_stretches(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict, each process with one stretch of each, as files hold them: experts that lie on
+    several processes and are split over others besides are in several (`_StridedShard`)."""
+    found = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return {name: _in_stretch(value) if isinstance(value, DTensor) else value for name, value in found.items()}
+
+
+def _in_stretch(tensor: DTensor) -> DTensor:
+    dims = [getattr(placement, "dim", None) for placement in tensor.placements]
+    return tensor.redistribute(placements=[Replicate() if dim is None else Shard(dim) for dim in dims])
+
+
+def require_same_engine(checkpoint: Path, split: bool) -> None:
+    """Raises UserError for a checkpoint whose optimizer states this run would not find."""
+    there = (checkpoint / STATES).is_dir()
+    if there != split:
+        wrote, way = ("with", "with it") if there else ("without", "without it")
+        raise UserError(f"{checkpoint} was written {wrote} --fsdp_size: go on {way}, or start anew elsewhere.")

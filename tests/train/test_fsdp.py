@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that are split without DeepSpeed: FSDP2, and the expert parallelism of language models that are sparse of
+themselves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import LlavaForConditionalGeneration, get_scheduler
+
+from moellava.errors import UserError
+from moellava.train.fsdp import check_split, is_split, own, require_same_engine, split
+from moellava.train.optimizer import parameter_groups
+from moellava.train.split_trainer import SplitTrainer
+from moellava.train.stopping import require_finite
+from tests import tiny
+from tests.model.tiny_language_models import tiny_language_model
+from tests.processes import losses_of, run_train, train_here
+
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+
+
+@pytest.fixture
+def two_of_them() -> Iterator[None]:
+    """This process as the first of two, whose other one answers nothing."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def sparse_model() -> LlavaForConditionalGeneration:
+    """A Llava whose language model has four experts a layer."""
+    return tiny.tiny_llava("qwen2_moe", **EXPERTS)
+
+
+def test_a_process_holds_half_of_all_and_whole_experts(two_of_them):
+    whole, model = sparse_model(), sparse_model()
+    split(model, fsdp_size=2, ep_size=2, device=torch.device("cpu"))
+    assert is_split(model) and not is_split(whole)
+    wanted = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.shape == wanted[name].shape
+        half = wanted[name][: (len(wanted[name]) + 1) // 2]
+        assert torch.equal(own(parameter.detach()), half), name
+        assert own(parameter).untyped_storage().nbytes() == half.nbytes, "the whole one stays in memory"
+    assert model.model.language_model.layers[0].mlp.experts.num_experts == 2
+
+
+def test_experts_are_in_a_group_of_their_own(two_of_them):
+    """One step's kernel spans no two meshes."""
+    model = sparse_model()
+    split(model, fsdp_size=2, ep_size=2, device=torch.device("cpu"))
+    groups = parameter_groups(model, model.model.multi_modal_projector, weight_decay=0.0, learning_rate=1.0)
+    experts = {id(p) for name, p in model.named_parameters() if ".experts." in name}
+    assert {group["name"]: {id(p) in experts for p in group["params"]} for group in groups} == {
+        "model_no_decay": {False},
+        "model_no_decay_1": {True},
+    }
+
+
+def test_weights_that_are_not_finite_are_seen_in_a_share(two_of_them):
+    model = sparse_model()
+    split(model, fsdp_size=2, ep_size=1, device=torch.device("cpu"))
+    require_finite(model, 1, None)
+    own(model.lm_head.weight.data)[0, 0] = torch.nan
+    with pytest.raises(UserError, match="not finite after step 1 .lm_head.weight"):
+        require_finite(model, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("make", "ep_size", "words"),
+    [
+        (tiny.tiny_llava, 2, "spreads no experts of .* .llama. .* Leave --ep_size out"),
+        (sparse_model, 3, "--ep_size does not divide the 4 experts"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(make, ep_size, words):
+    with pytest.raises(UserError, match=words):
+        check_split(make(), "this model", 6, ep_size)
+
+
+def test_experts_may_stay_together():
+    for model in (tiny.tiny_llava("llama"), sparse_model()):
+        check_split(model, "this model", 2, 1)
+
+
+def test_a_schedule_goes_on_with_another_number_of_groups():
+    def schedule(groups: int) -> SimpleNamespace:
+        each = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0} for _ in range(groups)]
+        optimizer = torch.optim.SGD(each, lr=1.0)
+        made = get_scheduler("linear", optimizer, num_warmup_steps=4, num_training_steps=8)
+        return SimpleNamespace(optimizer=optimizer, lr_scheduler=made)
+
+    before, after = schedule(1), schedule(2)
+    for _ in range(3):
+        before.optimizer.step()
+        before.lr_scheduler.step()
+    SplitTrainer._load_schedule(after, before.lr_scheduler.state_dict())
+    assert [group["lr"] for group in after.optimizer.param_groups] == [0.75, 0.75]
+    after.optimizer.step()
+    after.lr_scheduler.step()
+    assert after.lr_scheduler.get_last_lr() == [1.0, 1.0]
+
+
+def test_a_checkpoint_of_another_engine_is_refused(tmp_path):
+    require_same_engine(tmp_path, False)
+    with pytest.raises(UserError, match="was written without --fsdp_size"):
+        require_same_engine(tmp_path, True)
+    (tmp_path / "fsdp").mkdir()
+    with pytest.raises(UserError, match="was written with --fsdp_size"):
+        require_same_engine(tmp_path, False)
+
+
+def write_sparse(folder: Path, tokenizer: Path) -> Path:
+    """A language model that is sparse of itself, with a tokenizer."""
+    tiny_language_model("qwen2_moe").save_pretrained(folder)
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    return folder
+
+
+def history_of(folder: Path) -> list[dict[str, float]]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [line for line in history if "loss" in line]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_and_go_on_in_other_pieces(flags_for, tokenizer_folder, tmp_path, begin_at):
+    flags = flags_for(tmp_path, "finetune") | {"max_steps": 4, "save_total_limit": 5, "router_aux_loss_coef": 0.01}
+    flags |= {"model_name_or_path": write_sparse(tmp_path / "base", tokenizer_folder), "untrained_projector": True}
+    flags |= {"pretrain_mm_mlp_adapter": None, "eval_data_path": flags["data_path"], "eval_strategy": "epoch"}
+    flags |= {"lr_scheduler_type": "linear", "warmup_steps": 3, "eval_samples": 1}
+    one = train_here(flags | {"per_device_train_batch_size": 8, "output_dir": tmp_path / "one"})
+
+    flags |= {"per_device_train_batch_size": 4}
+    spread = flags | {"fsdp_size": 2, "ep_size": 2, "output_dir": tmp_path / "two"}
+    done = run_train(spread, processes=2, launcher="torchrun", fresh=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(one), abs=1e-5)
+    first, second = (history_of(folder)[0] for folder in (one, tmp_path / "two"))
+    assert first.keys() == second.keys() and "aux" in first
+    wanted, found = tiny.weights_of(one), tiny.weights_of(tmp_path / "two")
+    assert wanted.keys() == found.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=0)
+    assert not list((tmp_path / "two").rglob("*.distcp")), "its index would be a pickle"
+
+    plain, ours = LlavaForConditionalGeneration.from_pretrained(tmp_path / "two"), tiny.reopen(tmp_path / "two")
+    probe = ours.probes()["image"]
+    assert torch.equal(plain(**probe).logits, ours.model(**probe).logits)
+
+    begin_at(2, tmp_path / "two", tmp_path / "again")
+    done = run_train(flags | {"fsdp_size": 2, "output_dir": tmp_path / "again"}, processes=2, launcher="torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = tiny.weights_of(tmp_path / "again")
+    for name, value in found.items():
+        torch.testing.assert_close(again[name], value, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_adapters_and_copies_train_in_pieces(flags_for, tokenizer_folder, tmp_path):
+    """Four processes, two of which hold a copy together, with adapters, packing and checkpoints."""
+    flags = flags_for(tmp_path, "finetune") | {"max_steps": 2, "save_strategy": "no", "lora_enable": True}
+    flags |= {"model_name_or_path": write_sparse(tmp_path / "base", tokenizer_folder), "untrained_projector": True}
+    flags |= {"pretrain_mm_mlp_adapter": None, "lora_dropout": 0, "lora_r": 4, "activation_checkpointing": True}
+    one = train_here(flags | {"per_device_train_batch_size": 8, "output_dir": tmp_path / "one"})
+    spread = {"fsdp_size": 2, "ep_size": 2, "output_dir": tmp_path / "four"}
+    done = run_train(flags | spread, processes=4, launcher="torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses_of(tmp_path / "four") == pytest.approx(losses_of(one), abs=1e-5)
+    wanted, found = tiny.weights_of(one / "adapter"), tiny.weights_of(tmp_path / "four" / "adapter")
+    assert wanted.keys() == found.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=0)
