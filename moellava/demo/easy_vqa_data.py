@@ -104,17 +104,19 @@ def conversation_records(images: list[TrainImage], copies: int, seed: int) -> li
         {
             "id": f"questions-{image.index}-{copy}",
             "image": image.path.name,
-            "conversations": _conversation(shuffler.sample(image.turns, len(image.turns))),
+            "conversations": conversation(shuffler.sample(image.turns, len(image.turns))),
         }
         for copy in range(copies)
         for image in images
     ]
 
 
-def _conversation(turns: list[tuple[str, str]]) -> list[dict]:
+def conversation(turns: list[tuple[str, str]], has_image: bool = True) -> list[dict]:
+    """Questions and answers as a record has them; a picture stands before the first question."""
     messages = []
     for number, (question, answer) in enumerate(turns):
-        messages += [_turn("human", question if number else f"<image>\n{question}"), _turn("gpt", answer)]
+        lead = "<image>\n" if has_image and not number else ""
+        messages += [_turn("human", lead + question), _turn("gpt", answer)]
     return messages
 
 

@@ -267,6 +267,24 @@ def mm_vet(root: Path) -> None:
     write_json(folder / "mm-vet.json", truth)
 
 
+def own(root: Path) -> None:
+    """Two questions about a picture and one about none; only the first says all that may be said."""
+    folder = root / "own"
+    image = save(folder / "images" / "a.png")
+    rows: list[dict[str, Any]] = [
+        {
+            "question_id": "q1",
+            "image": f"images/{image}",
+            "text": "What colour?",
+            "answer": "red",
+            "category": "colour",
+        },
+        {"image": str(folder / "images" / image), "text": "And now?", "answer": " red "},
+        {"text": "What is the capital?", "answer": "Bern"},
+    ]
+    write_lines(folder / "questions.jsonl", rows)
+
+
 MINIATURES: dict[str, Callable[[Path], None]] = {
     "vqav2": vqav2,
     "vizwiz": vizwiz,
@@ -279,6 +297,7 @@ MINIATURES: dict[str, Callable[[Path], None]] = {
     "seed-bench": seed_bench,
     "llava-bench": llava_bench,
     "mm-vet": mm_vet,
+    "own": own,
 }
 """Task -> what writes its miniature; that of mmbench-cn is beside mmbench's."""
 

@@ -40,6 +40,7 @@ RIGHT: dict[str, tuple[str | None, list[str], float | None]] = {
     "seed-bench": (None, ["A", "B. green", "D"], 2 / 3),
     "llava-bench": (None, ["It", "is", "so"], None),
     "mm-vet": (None, ["-1", ""], None),
+    "own": (None, ["red\n", "red", "bern"], 2 / 3),
 }
 """Task, with a word that tells two of its cases apart -> split, what is said, and the score of that. (The table of
 MMBench has three questions: two, three and two turns; the third is about the first one's image.)"""
@@ -219,12 +220,18 @@ DAMAGE: dict[str, tuple[str, str, str, str]] = {
     "no problem": ("scienceqa", "scienceqa/problems.json", '"0": ', "has no problem 0"),
     "no annotation": ("textvqa", "textvqa/TextVQA_0.5.1_val.json", "what brand?", "has no question 'what brand?'"),
     "no question": ("seed-bench", "seed_bench/SEED-Bench.json", '"0_0"', "has no question 0_0"),
+    "no right answer": ("own", "own/questions.jsonl", '"answer": "Bern"', "line 3 has no 'answer'; it has text, reply"),
     "no caption": ("llava-bench", "llava-bench-in-the-wild/context.jsonl", "001.jpg", "lacks question 1 or 001.jpg"),
     "an answer that is no option": ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "\tB\t", "the answer is 'E'"),
 }
 """Name -> task, file, what is taken out of it, and words of the message."""
 
-IN_ITS_PLACE = {"another key": '"picture": ', "no problem": '"9": ', "no question": '"9_9"'}
+IN_ITS_PLACE = {
+    "another key": '"picture": ',
+    "no problem": '"9": ',
+    "no question": '"9_9"',
+    "no right answer": '"reply": "Bern"',
+}
 IN_ITS_PLACE |= {"an answer that is no option": "\tE\t", "no caption": "002.jpg"}
 
 
