@@ -297,7 +297,8 @@ def beside_gradients(asked: Asked, layout: Layout, held: Held, traced: Traced) -
         return traced.activations
     whole = held.trained if layout.deepspeed else held.trained / held.element * FP32_BYTES
     share = held.fixed["gradients"] / whole if layout.zero >= 2 or layout.fsdp > 1 else 1.0
-    peak = traced.activations + (traced.with_gradients - traced.activations) * share
+    # Traced in the dtype that the model computes in; what trains in fp32 has gradients of twice the size.
+    peak = traced.activations + (traced.with_gradients - traced.activations) * whole / held.trained * share
     return max(peak - whole * share, 0.0)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import DistributedConfig
 from transformers.distributed.utils import TransformersDeviceMesh, gather_full_state_dict
@@ -117,6 +119,20 @@ def split(model: Any, fsdp_size: int, ep_size: int, device: torch.device, in_16_
     with quietly():  # of a plan for all models, which has names that this one lacks
         type(model).maybe_distribute_model(model, config, mesh)
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, parts of a split model that belong to no layer are whole: tower and projector may be called beside the
+    model's forward, as by benchmarks that encode each picture once. Collective."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def whole_state(model: Any) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from moellava.log import get_logger, is_rank_zero
 from moellava.model.features import FeatureCache
 from moellava.processes import joined_over_processes, rank, world_size
 from moellava.serve.answer import answer
+from moellava.train.fsdp import gathered
 from moellava.train.progress import SCORE
 from moellava.train.samples import is_common_effort
 
@@ -64,7 +65,8 @@ class TaskScores(TrainerCallback):
         share = Share() if is_common_effort(self.trainer.model) else Share(rank(), world_size())
         places = share.of(range(len(questions)))
         asked = [request_of(questions[place]) for place in places]
-        said = answer(vlm, asked, max_new_tokens=benchmark.max_new_tokens, batch_size=self.batch_size)
+        with gathered(vlm.model):
+            said = answer(vlm, asked, max_new_tokens=benchmark.max_new_tokens, batch_size=self.batch_size)
         own = {place: None if text.error else str(text) for place, text in zip(places, said, strict=True)}
         vlm.features = FeatureCache()  # memory that the next steps may need
         joined = joined_over_processes(own)

@@ -166,15 +166,19 @@ def test_two_processes_are_one_and_go_on_in_other_pieces(flags_for, tokenizer_fo
 
 @pytest.mark.slow
 def test_adapters_and_copies_train_in_pieces(flags_for, tokenizer_folder, tmp_path):
-    """Four processes, two of which hold a copy together, with adapters, packing and checkpoints."""
+    """Four processes, two of which hold a copy together, with adapters and checkpoints; at the end all are asked about
+    pictures, which go through the tower alone."""
     flags = flags_for(tmp_path, "finetune") | {"max_steps": 2, "save_strategy": "no", "lora_enable": True}
     flags |= {"model_name_or_path": write_sparse(tmp_path / "base", tokenizer_folder), "untrained_projector": True}
     flags |= {"pretrain_mm_mlp_adapter": None, "lora_dropout": 0, "lora_r": 4, "activation_checkpointing": True}
     one = train_here(flags | {"per_device_train_batch_size": 8, "output_dir": tmp_path / "one"})
     spread = {"fsdp_size": 2, "ep_size": 2, "output_dir": tmp_path / "four"}
+    spread |= {"eval_task": "easy-vqa", "eval_task_limit": 2, "eval_steps": 2}
     done = run_train(flags | spread, processes=4, launcher="torchrun")
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses_of(tmp_path / "four") == pytest.approx(losses_of(one), abs=1e-5)
+    history = json.loads((tmp_path / "four" / "trainer_state.json").read_text())["log_history"]
+    assert any("easy-vqa" in name for line in history for name in line)
     wanted, found = tiny.weights_of(one / "adapter"), tiny.weights_of(tmp_path / "four" / "adapter")
     assert wanted.keys() == found.keys()
     for name, value in wanted.items():
