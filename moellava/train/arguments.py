@@ -186,7 +186,7 @@ class RunArguments(AdapterArguments):
     """Flags of the run itself that Hugging Face has not, or has with another default."""
 
     model_max_length: int = _flag("Longest sample in tokens, image patches counted.", 512)
-    group_by_modality_length: bool = _flag("Batches of one modality and similar lengths.", False)
+    group_by_modality_length: bool = _flag("Steps of one modality and similar lengths.", False)
     packing: bool = _flag(
         "Several samples in a row of --model_max_length, each as if it were alone; a batch is then of rows.", False
     )

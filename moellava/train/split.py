@@ -107,7 +107,7 @@ def require_same_step(output_dir: Path, now: Split) -> None:
         return
     raise UserError(
         f"--output_dir {output_dir} holds a run with {samples} samples in a step, but {now} are {now.samples}. "
-        f"{ways_to_keep(samples, now)}"
+        f"{ways_to_keep(samples, now)} Another run takes another folder."
     )
 
 
