@@ -208,5 +208,6 @@ def begin_random(seed: int, step: int, rank: int) -> None:
         step: from which it goes on.
         rank: of the process.
     """
+    logger.info("Random numbers of each process follow from --seed %d, step %d and its rank.", seed, step)
     (drawn,) = numpy.random.SeedSequence((seed, step, rank)).generate_state(1)
     set_seed(int(drawn))
