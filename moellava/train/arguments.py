@@ -190,7 +190,7 @@ class RunArguments(AdapterArguments):
     """Flags of the run itself that Hugging Face has not, or has with another default."""
 
     model_max_length: int = _flag("Longest sample in tokens, image patches counted.", 512)
-    group_by_modality_length: bool = _flag("Batches of one modality and similar lengths.", False)
+    group_by_modality_length: bool = _flag("Steps of one modality and similar lengths.", False)
     fsdp_size: int = _flag(
         "Processes that hold one copy of weights, gradients and states together (FSDP2, without DeepSpeed); 1: each "
         "holds all.",

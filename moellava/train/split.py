@@ -8,7 +8,7 @@ else (see `GroupedSampler`). So a run may lose a host, or gain one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +107,7 @@ def require_same_step(output_dir: Path, now: Split) -> None:
         return
     raise UserError(
         f"--output_dir {output_dir} holds a run with {samples} samples in a step, but {now} are {now.samples}. "
-        f"{ways_to_keep(samples, now)}"
+        f"{ways_to_keep(samples, now)} Another run takes another folder."
     )
 
 
@@ -122,6 +122,61 @@ def ways_to_keep(samples: int, now: Split) -> str:
     return f"Give {' or '.join(ways) or f'--{BATCH} {share} --{ACCUMULATION} 1'}, which keeps them."
 
 
+class Dependence(NamedTuple):
+    """What a run computes from how its steps are split.
+
+    Args:
+        applies: whether a run does, by its `StageTrainer`.
+        counts: what of a split it is computed from.
+        keep: the flags that keep it.
+        why: what is computed, a sentence.
+    """
+
+    applies: Callable[[Any], bool]
+    counts: Callable[[Split], Any]
+    keep: str
+    why: str
+
+
+def routing(trainer: Any, option: str) -> Any:
+    """An option of a sparse model's routing; None of a dense one's."""
+    return getattr(trainer.vlm.spec, option) if trainer.is_moe else None
+
+
+DEPENDENCES = (
+    Dependence(
+        lambda trainer: bool(routing(trainer, "drop_tokens")),
+        lambda split: split.batch,
+        f"--{BATCH}",
+        "experts drop what exceeds their capacity, which is counted over the samples of a pass.",
+    ),
+    Dependence(
+        lambda trainer: routing(trainer, "router_balance") == "first_choice",
+        lambda split: split.batch,
+        f"--{BATCH}",
+        "--router_balance first_choice counts the padding of a pass.",
+    ),
+    Dependence(
+        lambda trainer: trainer.own_routers is not None,
+        lambda split: split.batch,
+        f"--{BATCH}",
+        "the balancing loss of the language model's own experts is taken over the samples of a pass.",
+    ),
+    Dependence(
+        lambda trainer: routing(trainer, "router_balance") == "batch",
+        lambda split: split.accumulation,
+        f"--{ACCUMULATION}, with another --{BATCH}",
+        "--router_balance batch is taken over a pass of all processes.",
+    ),
+    Dependence(
+        lambda trainer: not trainer.args.average_tokens_across_devices,
+        lambda split: split,
+        "the number of processes, and both flags",
+        "--average_tokens_across_devices False takes the mean of each process.",
+    ),
+)
+
+
 def require_same_numbers(trainer: Any, checkpoint: Path) -> None:
     """Raises UserError where a run that goes on with another split would compute something else.
 
@@ -130,72 +185,14 @@ def require_same_numbers(trainer: Any, checkpoint: Path) -> None:
         checkpoint: from which.
     """
     stored = stored_run(Path(trainer.args.output_dir))
-    before, now = Split(*stored["split"]) if stored and "split" in stored else None, split_of(trainer.args)
-    if before is None or before == now:
+    if stored is None or "split" not in stored:
         return
-    for counts, depends in DEPENDS:
-        why = depends(trainer)
-        if why and counts(before) != counts(now):
+    before, now = Split(*stored["split"]), split_of(trainer.args)
+    for one in DEPENDENCES:
+        if one.applies(trainer) and one.counts(before) != one.counts(now):
             raise UserError(
-                f"{checkpoint} was trained with {before}, and now these are {now}: {why} Keep {KEPT[counts]}."
+                f"{checkpoint} was trained with {before}, and now these are {now}: {one.why} Keep {one.keep}."
             )
-
-
-def _of_a_pass(split: Split) -> int:
-    return split.batch
-
-
-def _of_all_passes(split: Split) -> int:
-    return split.batch * split.processes
-
-
-def _all(split: Split) -> Split:
-    return split
-
-
-KEPT = {
-    _of_a_pass: f"--{BATCH}",
-    _of_all_passes: f"--{ACCUMULATION}, with another --{BATCH}",
-    _all: "the number of processes, and both flags",
-}
-
-
-def _by_capacity(trainer: Any) -> str:
-    spec = trainer.vlm.spec if trainer.is_moe else None
-    drops = spec is not None and spec.drop_tokens
-    return "experts drop what exceeds their capacity, which is counted over the samples of a pass." if drops else ""
-
-
-def _by_first_choice(trainer: Any) -> str:
-    spec = trainer.vlm.spec if trainer.is_moe else None
-    counts = spec is not None and spec.router_balance == "first_choice"
-    return "--router_balance first_choice counts the padding of a pass." if counts else ""
-
-
-def _by_batch(trainer: Any) -> str:
-    spec = trainer.vlm.spec if trainer.is_moe else None
-    counts = spec is not None and spec.router_balance == "batch"
-    return "--router_balance batch is taken over a pass of all processes." if counts else ""
-
-
-def _by_own_routers(trainer: Any) -> str:
-    own = trainer.own_routers is not None
-    return "the balancing loss of the language model's own experts is taken over the samples of a pass." if own else ""
-
-
-def _by_own_mean(trainer: Any) -> str:
-    own = not trainer.args.average_tokens_across_devices
-    return "--average_tokens_across_devices False takes the mean of each process." if own else ""
-
-
-DEPENDS = (
-    (_of_a_pass, _by_capacity),
-    (_of_a_pass, _by_first_choice),
-    (_of_a_pass, _by_own_routers),
-    (_of_all_passes, _by_batch),
-    (_all, _by_own_mean),
-)
-"""What of a split counts, and why it does in a run ('' where it does not)."""
 
 
 def processes_of(checkpoint: Path) -> int:
@@ -211,5 +208,6 @@ def begin_random(seed: int, step: int, rank: int) -> None:
         step: from which it goes on.
         rank: of the process.
     """
+    logger.info("Random numbers of each process follow from --seed %d, step %d and its rank.", seed, step)
     (drawn,) = numpy.random.SeedSequence((seed, step, rank)).generate_state(1)
     set_seed(int(drawn))

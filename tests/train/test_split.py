@@ -95,7 +95,7 @@ def trainer_of(folder, split: Split, spec: dict | None = None, own_routers: obje
     """What `require_same_numbers` asks of a trainer."""
     batch = {"train_batch_size": split.batch, "gradient_accumulation_steps": split.accumulation}
     args = SimpleNamespace(**batch, world_size=split.processes, output_dir=folder, average_tokens_across_devices=mean)
-    vlm = SimpleNamespace(spec=MoESpec(**spec) if spec else None)
+    vlm = SimpleNamespace(spec=MoESpec(**spec) if spec is not None else None)
     return SimpleNamespace(args=args, vlm=vlm, is_moe=spec is not None, own_routers=own_routers)
 
 
