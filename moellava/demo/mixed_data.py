@@ -11,7 +11,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 from moellava.conversation import conv_templates
@@ -19,6 +20,9 @@ from moellava.demo.easy_vqa_data import COLORS, SHAPES, Facts, TrainImage, conve
 from moellava.eval.easy_vqa import test_questions
 
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
+
+Turn = tuple[str, str]
+"""A question and the right answer."""
 
 VERSION = "qwen"
 """The template."""
@@ -109,7 +113,9 @@ def records(world: World, images: list[TrainImage], sizes: Sizes, copies: int, s
     ]
 
 
-def _dealt(facts: list[tuple[str, str]], copies: int, turns: int, chance: random.Random) -> Iterator[list]:
+def _dealt(
+    facts: list[tuple[str, str]], copies: int, turns: int, chance: random.Random
+) -> Iterator[list[tuple[str, str]]]:
     """All facts in a new order for each copy, so many a conversation."""
     for _ in range(copies):
         order = chance.sample(facts, len(facts))
@@ -133,7 +139,7 @@ def questions(world: World, images: list[TrainImage], each: int, seed: int) -> l
         seed: which.
     """
     chance = random.Random(seed)
-    asked = {
+    asked: dict[str, list[tuple[TrainImage | None, tuple[str, str]]]] = {
         KNOW: [(None, turn) for turn in world.facts()],
         LOOK: [(image, turn) for image in images for turn in world.about(image.facts)],
         SEE: [(image, turn) for image in images for turn in image.turns],
@@ -156,9 +162,8 @@ def texts(world: World, images: list[TrainImage]) -> Iterator[str]:
 
 def unseen_images() -> list[TrainImage]:
     """The test split with its questions, as `train_images` has the training split."""
-    by_image = sorted(test_questions(), key=lambda question: int(question.image.stem))
-    return [
-        TrainImage(index, asked[0].image, tuple((question.text, question.answer) for question in asked))
-        for index, group in groupby(by_image, key=lambda question: int(question.image.stem))
-        if (asked := list(group))
-    ]
+    turns: dict[Path, list[tuple[str, str]]] = {}
+    for question in test_questions():
+        assert question.image is not None  # every question of easy-VQA is about a picture
+        turns.setdefault(Path(question.image), []).append((question.text, question.answer))
+    return [TrainImage(int(path.stem), path, tuple(turns[path])) for path in sorted(turns)]
