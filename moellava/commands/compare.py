@@ -46,7 +46,11 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--limit", type=count, help="ask only so many questions, drawn at random (default: all)")
     flags.add_argument("--batch-size", type=count, default=256, help="questions answered at once (default 256)")
     flags.add_argument(
-        "--moe-run", type=Path, help="a finished stage-3 run of the same flags, in place of training it (one seed)"
+        "--moe-run",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="finished stage-3 runs of the same flags for the first of the seeds, in place of training them",
     )
     flags.add_argument(
         "--launcher", help="in place of `python`: 'deepspeed --num_accelerators 2', 'torchrun --nproc-per-node 2'"
@@ -65,8 +69,8 @@ def main(argv: list[str]) -> int:
     require_output(output / RESULT, "--output-dir")
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: each once.")
-    if args.moe_run is not None and len(args.seeds) > 1:
-        raise UserError(f"--moe-run {args.moe_run} is one run, and there are {len(args.seeds)} --seeds.")
+    if len(args.moe_run) > len(args.seeds):
+        raise UserError(f"--moe-run names {len(args.moe_run)} runs, and --seeds has {len(args.seeds)}: one run a seed.")
     shared, sparse = split_flags(words)
     arms = in_order(args.arms)
     with importing():

@@ -10,6 +10,7 @@ from pathlib import Path
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.values import count
 from moellava.demo.demo import default_processes, run_demo
+from moellava.demo.mixed import PROTOCOLS, run_mixed
 from moellava.demo.recipes import DEFAULT, FULL, RECIPES, SMOKE
 
 
@@ -22,6 +23,12 @@ def make_parser() -> argparse.ArgumentParser:
         size.add_argument(
             f"--{name}", dest="recipe", action="store_const", const=name, help=f"{text}: {recipe.duration}"
         )
+    flags.add_argument(
+        "--task",
+        choices=("easy-vqa", "mixed"),
+        default="easy-vqa",
+        help="mixed: more to know than a small language model holds, learnt with experts and without (docs/MOE.md)",
+    )
     flags.add_argument("--make-base", action="store_true", help="make the base models anew first (10 minutes more)")
     flags.add_argument("--output-dir", type=Path, help="default: demo, or smoke with --smoke, in --runs")
     flags.add_argument("--runs", type=Path, default=Path("moellava-runs"), help="folder of runs (moellava-runs)")
@@ -34,7 +41,18 @@ def main(argv: list[str]) -> int:
     """The subcommand. Exit status 1 if a step failed or the scores miss what the recipe promises."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    refuse_idle(parser, argv, [Idle(["runs"], args.output_dir, "--output-dir names the folder itself: leave it out")])
+    is_mixed = args.task == "mixed"
+    idle = [
+        Idle(["runs"], args.output_dir, "--output-dir names the folder itself: leave it out"),
+        Idle(
+            ["make_base", "processes"],
+            is_mixed,
+            "--task mixed makes its language model anew, and trains in one process",
+        ),
+    ]
+    refuse_idle(parser, argv, idle)
+    if is_mixed:
+        return run_mixed(PROTOCOLS[args.recipe], args.output_dir or args.runs / "mixed", args.started)
     recipe = RECIPES[args.recipe or DEFAULT.name]
     folder = args.output_dir or args.runs / ("smoke" if recipe is SMOKE else "demo")
     return run_demo(recipe, folder, args.processes or default_processes(), args.make_base, args.started)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -47,7 +48,7 @@ class Plan:
         seeds: of data order and routers; each arm runs with each.
         shared, sparse: flags of train.py for all arms, and for the sparse one alone.
         launcher: see `runs.launcher_of`.
-        moe_run: a finished run that is the sparse arm; None: it is trained like the others.
+        moe_runs: finished runs that are the sparse arm's with the first seeds; with the others it is trained.
     """
 
     stage2: str
@@ -58,21 +59,21 @@ class Plan:
     shared: list[str]
     sparse: list[str]
     launcher: list[str]
-    moe_run: Path | None = None
+    moe_runs: Sequence[Path] = ()
 
-    def require_moe_run(self) -> None:
-        """Raises UserError unless the run that is given has started from the same folder, with the same data."""
-        if self.moe_run is None:
-            return
-        given = read_run_file(self.moe_run / RUN_YAML)
-        for flag, name, own in (("--stage2", "model_name_or_path", [self.stage2]), ("--data", "data_path", self.data)):
-            theirs = given.get(name, [])
-            theirs = theirs if isinstance(theirs, list) else [theirs]
-            if [Path(one).resolve() for one in theirs] != [Path(one).resolve() for one in own]:
-                raise UserError(
-                    f"--moe-run {self.moe_run} has --{name} {' '.join(map(str, theirs))}, but {flag} is "
-                    f"{' '.join(own)}: arms that are compared start alike."
-                )
+    def require_moe_runs(self) -> None:
+        """Raises UserError unless the runs that are given have started from the same folder, with the same data."""
+        same = (("--stage2", "model_name_or_path", [self.stage2]), ("--data", "data_path", self.data))
+        for folder in self.moe_runs:
+            given = read_run_file(folder / RUN_YAML)
+            for flag, name, own in same:
+                theirs = given.get(name, [])
+                theirs = theirs if isinstance(theirs, list) else [theirs]
+                if [Path(one).resolve() for one in theirs] != [Path(one).resolve() for one in own]:
+                    raise UserError(
+                        f"--moe-run {folder} has --{name} {' '.join(map(str, theirs))}, but {flag} is "
+                        f"{' '.join(own)}: arms that are compared start alike."
+                    )
 
     def run(self, arm: str, seed: int, costs: Costs) -> Run:
         """The training of an arm; `costs` are those of the arms before it."""
@@ -83,8 +84,8 @@ class Plan:
         if entry.is_sparse:
             words += [*self.sparse, "--moe_enable", "True", "--init_seed", str(seed)]
         folder = self.output / "runs" / f"{arm}-seed{seed}"
-        if entry.is_sparse and self.moe_run is not None:
-            folder = self.moe_run
+        if entry.is_sparse:
+            folder = dict(zip(self.seeds, self.moe_runs, strict=False)).get(seed, folder)
         start = ["--model_name_or_path", self.stage2, "--data_path", *self.data]
         return Run(arm, seed, folder, [*words, *entry.flags, *start, "--output_dir", str(folder), "--seed", str(seed)])
 
@@ -117,11 +118,11 @@ class Comparing:
 
     def run(self) -> Comparison:
         """Trains, asks and compares. Raises UserError."""
-        self.plan.require_moe_run()
+        self.plan.require_moe_runs()
         stage2 = open_vlm(self.plan.stage2, flag="--stage2")
         if stage2.spec is not None:
             raise UserError(f"--stage2 {self.plan.stage2} is sparse already; stage 3 starts from a dense folder.")
-        self._ask(STAGE2, stage2, Path(self.plan.stage2))
+        self._ask(STAGE2, stage2, Path(self.plan.stage2), STAGE2)
         self.found.arms[STAGE2] = ArmResult("stage 2", self._scores(STAGE2), bytes=weights_of(Path(self.plan.stage2)))
         del stage2
         for arm in self.plan.arms:
@@ -133,11 +134,11 @@ class Comparing:
         read: list[Measured] = []
         per_record: float | None = None
         for run in (self.plan.run(arm, seed, self.costs) for seed in self.plan.seeds):
-            if run.folder != self.plan.moe_run:
+            if run.folder not in self.plan.moe_runs:
                 train(run, self.plan.launcher, self.plan.output / "logs" / f"{run.name}.log")
             read.append(measured(run.folder))
             vlm = open_vlm(run.folder, flag="--output-dir")
-            self._ask(arm, vlm, run.folder)
+            self._ask(arm, vlm, run.folder, run.name)
             if arm == SPARSE:
                 self._intervene(vlm, run)
             if len(read) == 1:  # seeds cost the same
@@ -167,12 +168,11 @@ class Comparing:
                 logger.info("%s (%s) is left out: %s", name, entry.says, reason)
                 continue
             with intervened(vlm.model, name, run.seed):
-                self._ask(name, vlm, run.folder, changed=name)
+                self._ask(name, vlm, run.folder, f"{run.name}-{name}", changed=name)
 
-    def _ask(self, name: str, vlm: VLM, folder: Path, changed: str = "") -> None:
+    def _ask(self, name: str, vlm: VLM, folder: Path, where: str, changed: str = "") -> None:
         digest = checkpoint_digest(folder, "--model-path")
-        where = "-".join(filter(None, (folder.name, changed)))
-        tally = self.exam.tally(vlm, STAGE2 if name == STAGE2 else where, digest, changed)
+        tally = self.exam.tally(vlm, where, digest, changed)
         self.tallies.setdefault(name, []).append(tally)
 
     def _flops(self, vlm: VLM, run: Run) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterable
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -71,23 +72,44 @@ def make_tokenizer(images: list[TrainImage]) -> Qwen2Tokenizer:
         for image in images
         for _, text in joined(conversation_pieces(image, len(image.turns), shuffler)) + joined(caption_pieces(image))
     )
+    return tokenizer_of(texts, VOCAB_ROWS)
+
+
+def tokenizer_of(texts: Iterable[str], rows: int) -> Qwen2Tokenizer:
+    """Byte-level BPE over some texts, for an embedding of so many rows."""
     return Qwen2Tokenizer(model_max_length=MAX_LENGTH).train_new_from_iterator(
         texts,
-        vocab_size=VOCAB_ROWS - FREE_ROWS,
+        vocab_size=rows - FREE_ROWS,
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
 
 
-def lm_config(tokenizer: Qwen2Tokenizer) -> Qwen2Config:
-    """About 0.9 M parameters."""
+def lm_config(
+    tokenizer: Qwen2Tokenizer,
+    *,
+    rows: int = VOCAB_ROWS,
+    width: int = 128,
+    units: int = 352,
+    layers: int = 4,
+    heads: int = 4,
+) -> Qwen2Config:
+    """By default about 0.9 M parameters.
+
+    Args:
+        tokenizer: whose special tokens the config names.
+        rows: of the embedding.
+        width: of the hidden states.
+        units: of an MLP.
+        layers, heads: how many.
+    """
     return Qwen2Config(
-        vocab_size=VOCAB_ROWS,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        vocab_size=rows,
+        hidden_size=width,
+        intermediate_size=units,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=False,
         # Five times the usual width: at this size the usual one is so near zero that attention takes long to form.

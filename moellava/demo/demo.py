@@ -202,6 +202,7 @@ class Demo:
         return [
             *("moellava", "compare", "--stage2", short(self.folder / "stage2"), "--data", short(self.data("stage3"))),
             *("--moe-run", short(self.folder / "stage3"), "--output-dir", short(self.comparison)),
+            *("--seeds", *map(str, self.recipe.seeds)),
             *("--limit", str(min(COMPARED, self.recipe.limit or COMPARED)), "--launcher", launcher, "--", *shared),
         ]
 

@@ -58,6 +58,7 @@ class Recipe:
         duration: how long it takes, in words, once the environment is there.
         least_accuracy: what stage 3 promises on the right images; None promises nothing.
         limit: questions that are scored; None is the whole official test split.
+        seeds: of the comparison; stage 3 is the first one's sparse run.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Recipe:
     stage3: StageRecipe
     least_accuracy: float | None
     limit: int | None = None
+    seeds: tuple[int, ...] = (0,)
 
     def missed(self, scores: dict[str, dict[str, float]]) -> list[str]:
         """The promises that scores do not keep, in words."""
@@ -98,6 +100,7 @@ FULL = Recipe(
     stage2=StageRecipe(copies=6, batch_size=32, learning_rate=1.5e-3),
     stage3=StageRecipe(copies=2, batch_size=32, learning_rate=5e-4),
     least_accuracy=0.98,
+    seeds=(0, 1),
 )
 
 SMOKE = Recipe(

@@ -33,7 +33,7 @@ ACTS: dict[str, str] = {
     "models": "markdown",
     "recipe": "base stage",
     "env": "json",
-    "demo": "full smoke make-base output-dir processes started",
+    "demo": "task full smoke output-dir started",
     "eval": "model-path task shuffle-images limit batch-size max-new-tokens processes output output-dir against",
     "routing": "model-path data output image-folder video-folder limit pictures batch-size max-length num-frames "
     "version max-image-pixels max-image-side max-aspect-ratio user_key assistant_key confine_media",
@@ -90,7 +90,11 @@ IDLE: dict[str, dict[str, str]] = {
     "plan": {"supervised": "--gpus 1 --supervised 9", "images": "--gpus 1 --images 2"},
     "verify": {"atol": "{folder} --files --atol 1e-4", "update": "{folder} --update"},
     "models": {"family": "--markdown --family llava-1.5", "json": "--markdown --json"},
-    "demo": {"runs": "--smoke --output-dir o --runs r"},
+    "demo": {
+        "runs": "--smoke --output-dir o --runs r",
+        "make-base": "--task mixed --make-base",
+        "processes": "--task mixed --processes 2",
+    },
     "recipe": {"print": "--print", "output": "qwen3 pretrain --print --output a.yaml"},
     "eval": {
         "seed": "--model-path m --seed 0",

@@ -93,8 +93,12 @@ def test_a_run_that_is_there_is_not_trained_again(stage2, parts, tmp_path, start
     started.clear()
     assert main([*again[:1], "--moe-run", str(run), *again[1:]]) == 0
     assert started == ["dense-seed0"]
-    assert main([*again[:1], "--moe-run", str(run), "--seeds", "0", "1", *again[1:]]) == 2
-    assert "is one run, and there are 2 --seeds" in capsys.readouterr().err
+    started.clear()
+    more = words(stage2, parts, tmp_path / "c", "--arms", "dense", "--seeds", "0", "1", "--limit", "4")
+    assert main([*more[:1], "--moe-run", str(run), *more[1:]]) == 0
+    assert started == ["moe-seed1", "dense-seed0", "dense-seed1"]
+    assert main([*again[:1], "--moe-run", str(run), str(run), *again[1:]]) == 2
+    assert "--moe-run names 2 runs, and --seeds has 1" in capsys.readouterr().err
     other = [word.replace("sft.json", "captions.json") for word in again]
     assert main([*other[:1], "--moe-run", str(run), *other[1:]]) == 2
     assert "arms that are compared start alike" in capsys.readouterr().err

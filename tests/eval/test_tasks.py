@@ -232,7 +232,7 @@ IN_ITS_PLACE = {
     "no question": '"9_9"',
     "no right answer": '"reply": "Bern"',
 }
-IN_ITS_PLACE |= {"an answer that is no option": "\tE\t", "no caption": "002.jpg"}
+IN_ITS_PLACE |= {"an answer that is no option": "\tE\t", "no caption": "002.jpg", "no right answer": '"reply": "Bern"'}
 
 
 @pytest.mark.parametrize("name", DAMAGE)
