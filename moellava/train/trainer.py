@@ -31,6 +31,7 @@ from moellava.train.intact import reading
 from moellava.train.loss import SupervisedHead, sums_of_records, supervised_positions
 from moellava.train.optimizer import missing_from, parameter_groups
 from moellava.train.progress import Clock, RunLines, RunProgress
+from moellava.train.rows import NeededRows
 from moellava.train.run_hooks import RunHooks, counts_of
 from moellava.train.stopping import StepWatch, StopRequest, require_finite
 from moellava.vlm import VLM
@@ -58,6 +59,7 @@ class StageTrainer(Trainer):
         self.image_token_ids = vlm.placeholder_ids  # the image tokens of the routing statistics
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the supervised tokens of the whole step
         self.head = SupervisedHead(self.model.get_output_embeddings(), self.model.config.get_text_config().vocab_size)
+        self.rows = NeededRows(self.model)
         self.is_moe = bool(moe_layers(self.model))
         self.own_routers = watch_own_experts(vlm, balance)
         self.step_tokens = torch.zeros(())
@@ -98,6 +100,11 @@ class StageTrainer(Trainer):
         self.step_items = num_items_in_batch
         return batches, num_items_in_batch
 
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """As HF's."""
+        with self.rows.only_within():
+            return super().training_step(*args, **kwargs)
+
     @property
     def step_labels(self) -> int:
         """Supervised tokens of this optimizer step. The host waits for the device."""
@@ -123,6 +130,9 @@ class StageTrainer(Trainer):
         if self.head.is_last is None and self.may_chunk:
             with evaluating(model):
                 self.head.look(lambda: model(**inputs, use_cache=False).logits, supervised)
+        if model.training:  # until `training_step` is over
+            forward = lambda: self.head.seen(lambda: model(**inputs, use_cache=False), supervised)  # noqa: E731
+            self.rows.begin(model, forward, places, supervised)
         with self.head.only(supervised):
             outputs = model(**inputs, use_cache=False)
         if not model.training:
