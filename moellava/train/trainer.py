@@ -20,6 +20,7 @@ from moellava.data.places import PLACES, Places
 from moellava.data.sampler import GroupedSampler
 from moellava.errors import UserError
 from moellava.log import get_logger
+from moellava.model.short_tower import ShortTower
 from moellava.moe import moe_layers, router_losses, router_metrics, set_routing_context
 from moellava.moe.modes import evaluating
 from moellava.moe.own_routers import OwnRouters, has_own_experts
@@ -59,7 +60,7 @@ class StageTrainer(Trainer):
         self.image_token_ids = vlm.placeholder_ids  # the image tokens of the routing statistics
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the supervised tokens of the whole step
         self.head = SupervisedHead(self.model.get_output_embeddings(), self.model.config.get_text_config().vocab_size)
-        self.rows = NeededRows(self.model)
+        self.rows, self.tower = NeededRows(self.model), ShortTower(self.model)
         self.is_moe = bool(moe_layers(self.model))
         self.own_routers = watch_own_experts(vlm, balance)
         self.step_tokens = torch.zeros(())
@@ -102,7 +103,7 @@ class StageTrainer(Trainer):
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """As HF's."""
-        with self.rows.only_within():
+        with self.rows.only_within(), self.tower:
             return super().training_step(*args, **kwargs)
 
     @property
