@@ -46,8 +46,7 @@ class ShortTower:
         self.is_inside, self._grad = False, True
         self._whole: list[tuple[nn.ModuleList, list[nn.Module]]] = []
         self._cut: list[tuple[nn.ModuleList, int]] = []
-        is_fixed = tower is not None and not any(p.requires_grad or hasattr(p, "ds_id") for p in tower.parameters())
-        if not is_fixed or read is None:
+        if tower is None or read is None or any(p.requires_grad or hasattr(p, "ds_id") for p in tower.parameters()):
             return
         wanted = [read] if isinstance(read, int) else list(read)
         towers = tower.towers if isinstance(tower, JoinedTowers) else [tower]
