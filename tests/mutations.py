@@ -297,7 +297,7 @@ LOSSES = (
         "train/rows.py",
         "return alike",
         "return True",
-        "A model whose last layer's other positions are read (a mean over them, a second pass) learns from zeros there.",
+        "A model whose last layer's other positions are read (by a mean over them) learns from zeros there.",
         ("train/test_rows.py",),
     ),
 )
