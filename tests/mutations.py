@@ -292,6 +292,14 @@ LOSSES = (
         "The model learns to repeat the token that it reads: the loss goes to 0 and every answer is noise.",
         ("train/test_loss.py",),
     ),
+    Mutation(
+        "rows-that-are-read-left-out",
+        "train/rows.py",
+        "return alike",
+        "return True",
+        "A model whose last layer's other positions are read (by a mean over them) learns from zeros there.",
+        ("train/test_rows.py",),
+    ),
 )
 
 PACKING = (

@@ -228,7 +228,11 @@ class LinearLoss(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         weight_VD, bias_V = own_VD.to(dtype), None if own_V is None else own_V.to(dtype)
         dhidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
-        dweight_VD = torch.zeros_like(own_VD) if wants_weight else None
+        adds = (
+            own_VD.dtype == dtype
+        )  # in place; then the first chunk's product is written, and nothing is zeroed before
+        empty = torch.empty_like if adds and len(hidden_ND) else torch.zeros_like
+        dweight_VD = empty(own_VD) if wants_weight else None
         dbias_V = torch.zeros_like(own_V) if wants_bias else None
         kept_NV, ctx.kept_NV = ctx.kept_NV, None  # it becomes the gradient
         for begin in range(0, len(hidden_ND), rows):
@@ -238,8 +242,8 @@ class LinearLoss(torch.autograd.Function):
             dlogits_nV = _into_gradient(logits_nV.float(), target_N[chunk], label_smoothing).mul_(dloss).to(dtype)
             if dhidden_ND is not None:
                 dhidden_ND[chunk] = dlogits_nV @ weight_VD
-            if dweight_VD is not None and dweight_VD.dtype == dtype:
-                dweight_VD.addmm_(dlogits_nV.t(), hidden_nD)
+            if dweight_VD is not None and adds:
+                dweight_VD.addmm_(dlogits_nV.t(), hidden_nD, beta=int(begin > 0))
             elif dweight_VD is not None:
                 dweight_VD += dlogits_nV.t() @ hidden_nD
             if dbias_V is not None:

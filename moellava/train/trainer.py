@@ -19,6 +19,7 @@ from moellava.data.places import PLACES, Places
 from moellava.data.sampler import GroupedSampler
 from moellava.errors import UserError
 from moellava.log import get_logger
+from moellava.model.short_tower import ShortTower
 from moellava.moe import moe_layers, router_losses, router_metrics, set_routing_context
 from moellava.moe.modes import evaluating
 from moellava.moe.own_routers import OwnRouters, has_own_experts
@@ -31,6 +32,7 @@ from moellava.train.loss import SupervisedHead, sums_of_records, supervised_posi
 from moellava.train.memory import zero_stage
 from moellava.train.optimizer import missing_from, parameter_groups
 from moellava.train.progress import Clock, RunLines, RunProgress
+from moellava.train.rows import NeededRows
 from moellava.train.run_hooks import RunHooks, counts_of
 from moellava.train.split import begin_random, processes_of
 from moellava.train.split_trainer import SplitTrainer
@@ -60,6 +62,7 @@ class StageTrainer(SplitTrainer):
         self.image_token_ids = vlm.placeholder_ids  # the image tokens of the routing statistics
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the supervised tokens of the whole step
         self.head = SupervisedHead(self.model.get_output_embeddings(), self.model.config.get_text_config().vocab_size)
+        self.rows, self.tower = NeededRows(self.model), ShortTower(self.model)
         self.is_moe = bool(moe_layers(self.model))
         self.own_routers = watch_own_experts(vlm, balance)
         self.step_tokens = torch.zeros(())
@@ -100,6 +103,11 @@ class StageTrainer(SplitTrainer):
         self.step_items = num_items_in_batch
         return batches, num_items_in_batch
 
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """As HF's."""
+        with self.rows.only_within(), self.tower:
+            return super().training_step(*args, **kwargs)
+
     @property
     def step_labels(self) -> int:
         """Supervised tokens of this optimizer step. The host waits for the device."""
@@ -125,6 +133,9 @@ class StageTrainer(SplitTrainer):
         if self.head.is_last is None and self.may_chunk:
             with evaluating(model):
                 self.head.look(lambda: model(**inputs, use_cache=False).logits, supervised)
+        if model.training:  # until `training_step` is over
+            forward = lambda: self.head.seen(lambda: model(**inputs, use_cache=False), supervised)  # noqa: E731
+            self.rows.begin(model, forward, places, supervised)
         with self.head.only(supervised):
             outputs = model(**inputs, use_cache=False)
         if not model.training:

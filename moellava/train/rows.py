@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense MLPs of a decoder run over the rows that something reads.
+
+    tokens            a   b   c   d   .   .      two positions of padding
+    labels            .   .   .   d   .   .
+    layers before     x   x   x   x              real tokens: no attention reads padding
+    last layer                x                  the head reads position i where label i + 1 is trained
+
+A layer's MLP is the larger part of it, and what it gives elsewhere is not read by anything: zeros stand there. What
+surrounds it keeps its shapes, and Hugging Face's forward stays as it is. Whether that is so for a model (and not for
+one that scans padding, or goes through its layers twice) is found out on it, before its first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moellava.data.places import Places
+from moellava.errors import UserError
+from moellava.log import get_logger
+from moellava.moe import moe_layers
+from moellava.moe.decoder import MLP, decoder_layers
+from moellava.moe.mlp import has_usual_names
+from moellava.moe.modes import evaluating
+from moellava.train.loss import Supervised
+from moellava.train.packing import OFF, distance
+
+WORTH = 0.95
+"""Rows are picked where they are at most so many of all: to copy them there and back takes time, too."""
+
+
+class NeededRows:
+    """Narrows the inputs of dense MLPs from [B, L, D] to [1, N, D] while it is told of a batch.
+
+    Args:
+        model: a VLM; sparse layers pick their rows themselves.
+
+    Attributes:
+        is_exact: whether what the head reads stays the same; None: not known yet.
+    """
+
+    def __init__(self, model: Any):
+        self.is_exact: bool | None = None
+        self._mlps = [_Narrowed(mlp, is_last) for mlp, is_last in narrowable(model)]
+        if not self._mlps:
+            self.is_exact = False
+
+    def tell(self, places: Places, supervised: Supervised) -> None:
+        """What the next forward holds, and a recomputation of it in its backward."""
+        if self.is_exact is not False:
+            for mlp in self._mlps:
+                place_N = supervised.place_N if mlp.is_last else places.real
+                worth = len(place_N) <= WORTH * supervised.shape.numel()
+                mlp.told = (place_N, supervised.shape) if worth else None
+
+    def forget(self) -> None:
+        """Whatever comes next is not known."""
+        for mlp in self._mlps:
+            mlp.told = None
+
+    @contextmanager
+    def only_within(self) -> Iterator[None]:
+        """What is told inside is forgotten behind it."""
+        try:
+            yield
+        finally:
+            self.forget()
+
+    def begin(self, model: Any, seen: Callable[[], Tensor], places: Places, supervised: Supervised) -> None:
+        """Tells of a batch; of the first one after a look at whether the model allows it. With many processes, on all.
+
+        Args:
+            model: as it is called, wrapped or not.
+            seen: runs it on the batch, without gradient; what the head reads, [N, D].
+        """
+        if self.is_exact is None:
+            with evaluating(model):
+                self.is_exact = self._looks_alike(seen, places, supervised)
+        self.tell(places, supervised)
+
+    def _looks_alike(self, seen: Callable[[], Tensor], places: Places, supervised: Supervised) -> bool:
+        wanted = seen().float()
+        self.tell(places, supervised)
+        with self.only_within():
+            found = seen().float()
+        dtype = next(self._mlps[0].mlp.parameters()).dtype
+        alike = len(wanted) > 0 and distance(found, wanted) <= OFF.get(dtype, max(OFF.values()))
+        if not alike:
+            get_logger().info("What the head reads depends on all positions of a batch: MLPs run over all of them.")
+        return alike
+
+
+class _Narrowed:
+    """One MLP.
+
+    Attributes:
+        told: indices [N] among the positions [B, L] that it runs over, and that shape; None: over all.
+    """
+
+    def __init__(self, mlp: nn.Module, is_last: bool):
+        self.mlp, self.is_last = mlp, is_last
+        self.told: tuple[Tensor, torch.Size] | None = None
+        self._narrows = False
+        mlp.register_forward_pre_hook(self._pick)
+        mlp.register_forward_hook(self._put_back)
+
+    def _pick(self, module: nn.Module, inputs: tuple) -> tuple | None:
+        hidden, *rest = inputs
+        self._narrows = self.told is not None and hidden.shape[:-1] == self.told[1]
+        if not self._narrows or self.told is None:
+            return None
+        return (hidden.flatten(0, 1).index_select(0, self.told[0]).unsqueeze(0), *rest)
+
+    def _put_back(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+        if not self._narrows or self.told is None:
+            return None
+        place_N, shape = self.told
+        rows_ND = output.squeeze(0)
+        all_TD = rows_ND.new_zeros(shape.numel(), rows_ND.shape[-1])
+        return all_TD.index_copy(0, place_N, rows_ND).view(*shape, -1)
+
+
+def narrowable(model: Any) -> list[tuple[nn.Module, bool]]:
+    """Dense MLPs of a decoder, and whether each is in the last layer; none where padding counts, too.
+
+    MLPs that drop units at random are left alone: what they draw would be another one.
+    """
+    if any(layer.spec.router_balance == "first_choice" for _, layer in moe_layers(model)):
+        return []  # its loss counts how padding is routed
+    try:
+        layers = decoder_layers(model)
+    except (UserError, AttributeError):  # a decoder of another sort
+        return []
+    mlps = [(getattr(layer, MLP, None), number == len(layers) - 1) for number, layer in enumerate(layers)]
+    return [(mlp, is_last) for mlp, is_last in mlps if mlp is not None and has_usual_names(mlp) and not _drops(mlp)]
+
+
+def _drops(mlp: nn.Module) -> bool:
+    return any(isinstance(part, nn.Dropout) and part.p > 0 for part in mlp.modules())
