@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What HF's Trainer lacks for models that `fsdp.split` has split: checkpoints that a run can go on from."""
+"""What HF's Trainer lacks for models that `fsdp.split` has split: checkpoints that a run can go on from. And that one
+run in a process leaves nothing of its engine to the next."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 from moellava.train.fsdp import is_split, load_states, require_same_engine, save_states, whole
+
+USES_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+"""What accelerate sets in the environment when a run uses DeepSpeed, and takes for the user's wish in the next one."""
 
 
 class SplitTrainer(Trainer):
@@ -25,6 +30,14 @@ class SplitTrainer(Trainer):
         given, args.save_only_model = args.save_only_model, self.is_split  # else HF refuses to save, since it cannot
         super().__init__(model=model, args=args, **kwargs)
         args.save_only_model = given
+
+    def create_accelerator_and_postprocess(self):
+        """As HF's; that this run uses DeepSpeed, or not, is not left behind for the next one in this process."""
+        before = os.environ.get(USES_DEEPSPEED)
+        super().create_accelerator_and_postprocess()
+        os.environ.pop(USES_DEEPSPEED, None)
+        if before is not None:
+            os.environ[USES_DEEPSPEED] = before
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -41,9 +40,6 @@ from moellava.vlm import VLM
 
 logger = get_logger(__name__)
 
-USES_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
-"""What accelerate sets in the environment when a run uses DeepSpeed, and takes for the user's wish in the next one."""
-
 
 class StageTrainer(SplitTrainer):
     """Trains one stage.
@@ -80,14 +76,6 @@ class StageTrainer(SplitTrainer):
         self.add_callback((RunProgress if shows_bar else RunLines)(self.clock))
         self.add_callback(RunHooks(self))
         self.add_callback(self.watch)
-
-    def create_accelerator_and_postprocess(self):
-        """As HF's; that this run uses DeepSpeed, or not, is not left behind for the next one in this process."""
-        before = os.environ.get(USES_DEEPSPEED)
-        super().create_accelerator_and_postprocess()
-        os.environ.pop(USES_DEEPSPEED, None)
-        if before is not None:
-            os.environ[USES_DEEPSPEED] = before
 
     # -- loss ------------------------------------------------------------------------------------------------------
 
