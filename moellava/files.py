@@ -139,10 +139,10 @@ def file_problem(path: str | Path) -> str | None:
 
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's content, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
+    digest, block = hashlib.sha256(), memoryview(bytearray(2**18))  # which stays in a core's cache
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
     return digest.hexdigest()
 
 

@@ -120,14 +120,19 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from transformers import LlavaConfig
-from moellava.convert.streaming import convert_files
+from moellava.convert.streaming import convert_files, sparse_config
+from moellava.model.offload import without_weights
 from moellava.moe import MoESpec
 from safetensors import safe_open
 small, big, target = map(Path, sys.argv[1:4])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-convert_files(small, target / "small", LlavaConfig.from_pretrained(small), MoESpec(), 10**9)  # imports, buffers
+def convert(folder, spec, shard_bytes):
+    config = LlavaConfig.from_pretrained(folder)
+    dense, sparse = without_weights(config), without_weights(sparse_config(config, spec))
+    convert_files(folder, target / folder.name, dense, sparse, spec, shard_bytes)
+convert(small, MoESpec(), 10**9)  # imports, buffers
 before = peak()
-convert_files(big, target / "big", LlavaConfig.from_pretrained(big), MoESpec(moe_mode="dense"), 30_000_000)
+convert(big, MoESpec(moe_mode="dense"), 30_000_000)
 print(peak() - before)
 """
 
