@@ -59,8 +59,9 @@ def convert_files(source: Path, target: Path, dense: Any, sparse: Any, spec: MoE
         OSError: the disk is full; the target is as it was.
     """
     give_freed_memory_back()
-    with staged(target, STAGING) as staging:
-        _convert(source, staging, dense, sparse, spec, shard_bytes)
+    digests: dict[str, str] = {}
+    with staged(target, STAGING, digests) as staging:
+        digests |= _convert(source, staging, dense, sparse, spec, shard_bytes)
         for file in source.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name not in NOT_COPIED:
                 shutil.copy2(file, staging / file.name)
@@ -92,11 +93,13 @@ def sparse_config(config: PretrainedConfig, spec: MoESpec) -> PretrainedConfig:
     return sparse
 
 
-def _convert(source: Path, target: Path, dense: Any, sparse: Any, spec: MoESpec, limit: int) -> None:
+def _convert(source: Path, target: Path, dense: Any, sparse: Any, spec: MoESpec, limit: int) -> dict[str, str]:
+    """Writes the weights; returns the digests of the files."""
     places = locate(weight_files(source), dense)
     layers = decoder_layers(dense)
     counts, mlps = spec.layers_of(len(layers)), _mlp_names(dense, spec)
-    output = TensorFiles(target, _planned(sparse, file_dtypes(places), mlps), limit)
+    planned = _planned(sparse, file_dtypes(places), mlps)
+    output = TensorFiles(target, _as_written(planned, list(places), mlps), limit)
     layer_of = {f"{prefix}{part}": index for index, (prefix, parts) in mlps.items() for part in parts}
     waiting: dict[int, dict[str, Tensor]] = {index: {} for index in mlps}
     for name, tensor in read_all(places):
@@ -117,6 +120,19 @@ def _convert(source: Path, target: Path, dense: Any, sparse: Any, spec: MoESpec,
         logger.info("Layer %d has %d experts", index, counts[index])
     if output.missing:
         raise UserError(f"{source} lacks tensors of its config.json: {', '.join(sorted(output.missing)[:5])} …")
+    return output.digests
+
+
+def _as_written(
+    planned: dict[str, Tensor], read: list[str], mlps: dict[int, tuple[str, list[str]]]
+) -> dict[str, Tensor]:
+    """The tensors of the new folder in the order in which they come, when those of the dense one are `read` in theirs:
+    a sparse layer's after the last of its MLP."""
+    place = {name: number for number, name in enumerate(read)}
+    for prefix, parts in mlps.values():
+        end = max(place.get(prefix + part, 0) for part in parts)
+        place |= {name: end for name in planned if name.startswith(prefix)}
+    return dict(sorted(planned.items(), key=lambda item: place.get(item[0], len(read))))
 
 
 def streamed(description: Description) -> Any | None:

@@ -42,9 +42,9 @@ def upcycle_folder(source: Manifest, target: Path, spec: MoESpec, shard_bytes: i
     source.require_start()
     description = describe(source)
     dense = streamed(description)
-    if dense is not None:
-        return stream(description, dense, target, spec, shard_bytes)
-    return in_memory(description, target, spec, source.called)
+    if dense is None:
+        return in_memory(description, target, spec, source.called)
+    return stream(description, dense, target, spec, shard_bytes)
 
 
 def stream(description: Description, dense: Any, target: Path, spec: MoESpec, shard_bytes: int) -> Certificate:

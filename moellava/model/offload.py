@@ -19,6 +19,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.initialization import no_init_weights
 
 from moellava.model.build import class_of
 from moellava.model.weights import Place, file_dtypes, locate, read_all, weight_files
@@ -32,8 +33,12 @@ READ_AT_ONCE = ["MultiheadAttention", "MllamaVisionModel"]
 
 def without_weights(config: PretrainedConfig) -> Any:
     """The model of a config, in evaluation mode, whose weights are still to come: they take no memory."""
-    with init_empty_weights(include_buffers=False):
-        return class_of(config)(config).eval()
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = class_of(config)(config).eval()
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # drawing numbers that are not kept takes longer than all else
+    model.init_weights()  # what some classes compute there: constants in buffers
+    return model
 
 
 def run_from_disk(folder: Path, model: nn.Module, dtype: torch.dtype) -> None:

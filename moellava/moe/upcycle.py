@@ -93,7 +93,7 @@ def sparse_mlp(
     if generator is not None and spec.granularity > 1:
         check_slices(mlp, spec.granularity)
     experts = [_make_expert(mlp, spec, index, generator) for index in range(n_experts)]
-    if _are_aliases(spec) and not share_copies:
+    if _are_aliases(spec) and not share_copies and not next(mlp.parameters()).is_meta:
         experts = [_copied(expert) for expert in experts]
     layer = NativeMoE(experts, spec, hidden_size(mlp), _copied(mlp) if _keeps_mlp(spec) else None)
     if generator is not None:
@@ -102,13 +102,15 @@ def sparse_mlp(
 
 
 def expert_stream(mlp: nn.Module, spec: MoESpec, n_experts: int, layer_index: int) -> Iterator[tuple[str, Tensor]]:
-    """The state dict of `sparse_mlp(mlp, …)` piece by piece, so that one expert at a time is in memory."""
+    """The state dict of `sparse_mlp(mlp, …)` in its order, piece by piece: one expert at a time is in memory."""
     generator = torch.Generator().manual_seed(spec.init_seed * 100_003 + layer_index)
     if spec.granularity > 1:
         check_slices(mlp, spec.granularity)
-    yield from _draw_routing(spec, n_experts, hidden_size(mlp), generator).items()
+    drawn = _draw_routing(spec, n_experts, hidden_size(mlp), generator)
+    yield from ((part, tensor) for part, tensor in drawn.items() if part.startswith("router."))
     if _keeps_mlp(spec):
         yield from ((f"shared.{part}", tensor) for part, tensor in mlp.state_dict().items())
+    yield from ((part, tensor) for part, tensor in drawn.items() if not part.startswith("router."))
     for index in range(n_experts):
         state = _make_expert(mlp, spec, index, generator).state_dict()
         for part in list(state):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from moellava import files
 from moellava.cli import main
 from moellava.files import read_config
 from moellava.moe import MoESpec, upcycle
@@ -74,6 +75,17 @@ def test_bf16_weights_stay_bf16_and_routers_are_fp32(made, dense, tmp_path):
     assert len(list((tmp_path / "moe").glob("*.safetensors"))) > 2
     dtypes = {name.split(".mlp.")[-1]: tensor.dtype for name, tensor in found.items() if ".layers.3.mlp." in name}
     assert dtypes["router.weight"] == torch.float32 and dtypes["experts.3.up_proj.weight"] == torch.bfloat16
+
+
+def test_weights_are_digested_while_they_are_written(dense, tmp_path, monkeypatch):
+    """And not read again for it, whatever comes in a layer; in several files, too."""
+    read, digest = [], files.file_digest
+    monkeypatch.setattr(files, "file_digest", lambda path: read.append(str(path)) or digest(path))
+    assert run(dense, tmp_path / "moe", "--use_residual", "--shard-size", "0.00005") == 0
+    assert read and not any(path.endswith(".safetensors") for path in read)
+    recorded = files.read_digests(tmp_path / "moe")
+    assert sum(name.endswith(".safetensors") for name in recorded) > 2
+    assert files.digest_problems(tmp_path / "moe", recorded) == {}
 
 
 def test_other_files_come_along_and_plain_transformers_refuses(dense, tmp_path):
