@@ -13,8 +13,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from moellava.moe.adapted import Adapted, adapted_of
 from moellava.moe.fused import FusedExperts
-from moellava.moe.grouped import can_group, run_grouped
+from moellava.moe.grouped import can_group, run_adapted, run_grouped
 from moellava.moe.losses import tally
 from moellava.moe.router import Choice, is_at_hand
 from moellava.moe.weights import Layout, tensors_of
@@ -69,27 +70,39 @@ def run_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch) -> T
     Under autocast the products run in its dtype, and sums in fp32. An expert without tokens gets a zero gradient and
     not none: ranks must agree on which parameters have one.
     """
-    fusable = tensors_of(experts)
-    if fusable is None:
-        return loop_over_experts(experts, x_TD, dispatch)
-    layout, flat = fusable
     device = x_TD.device.type
-    if not torch.is_autocast_enabled(device):
-        return _run_tensors(x_TD, dispatch, layout, flat)
-    dtype = torch.get_autocast_dtype(device)
-    cast = [tensor if tensor is None else tensor.to(dtype) for tensor in flat]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+    fusable, cast_TD = tensors_of(experts), x_TD.to(dtype)
+    wrapped = None if fusable is not None else _wrapped(experts, cast_TD)
+    if fusable is None and wrapped is None:
+        return loop_over_experts(experts, x_TD, dispatch)
     with torch.autocast(device, enabled=False):
-        return _run_tensors(x_TD.to(dtype), dispatch, layout, cast).to(x_TD.dtype)
+        if wrapped is not None:
+            rows = (dispatch.gate_R, dispatch.token_R, dispatch.count_E)
+            return run_adapted(cast_TD, *rows, wrapped).to(x_TD.dtype)
+        assert fusable is not None
+        layout, flat = fusable
+        cast = flat if dtype == x_TD.dtype else [tensor if tensor is None else tensor.to(dtype) for tensor in flat]
+        return _run_tensors(cast_TD, dispatch, layout, cast).to(x_TD.dtype)
+
+
+def _wrapped(experts: list[nn.Module], x_TD: Tensor) -> Adapted | None:
+    """The tensors of experts whose linears are wrapped, where grouped products run; else they are called."""
+    if not can_group(x_TD, x_TD.shape[1:]):
+        return None
+    wrapped = adapted_of(experts)
+    return wrapped if wrapped is not None and can_group(x_TD, wrapped.linears["w2"][0].sizes) else None
 
 
 def _run_tensors(x_TD: Tensor, dispatch: Dispatch, layout: Layout, flat: list[Tensor | None]) -> Tensor:
-    if can_group(x_TD, layout, flat):
+    w2_DI = layout.experts(flat[: len(layout.names)])[0].w2_DI
+    if w2_DI is not None and can_group(x_TD, w2_DI.shape):
         return run_grouped(x_TD, dispatch.gate_R, dispatch.token_R, dispatch.count_E, layout, flat)
     return FusedExperts.apply(x_TD, dispatch.gate_R, dispatch.token_R, dispatch.counts, layout, *flat)
 
 
 def loop_over_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch) -> Tensor:
-    """The same by calling each expert: for experts whose linears are wrapped (LoRA, 4-bit)."""
+    """The same by calling each expert: for experts whose linears are wrapped, where no grouped products run."""
     out_TD = torch.zeros_like(x_TD)
     rows = zip(dispatch.token_R.split(dispatch.counts), dispatch.gate_R.split(dispatch.counts), experts, strict=True)
     for token_n, gate_n, expert in rows:

@@ -12,55 +12,131 @@ copied. Each expert keeps parameters of its own, for the optimizer and on disk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from moellava.moe.weights import Expert, Layout
+from moellava.moe.adapted import Adapted
+from moellava.moe.weights import TENSORS, Activation, Expert, Layout
 
 ALIGNMENT = 16
 """Bytes that rows of the operands must be a multiple of (the kernels' rule)."""
 
 
-def can_group(x_TD: Tensor, layout: Layout, flat: list[Tensor | None]) -> bool:
-    """Whether grouped kernels run here: a GPU, half precision, aligned sizes, a torch that has them."""
+def can_group(x_TD: Tensor, sizes: Iterable[int]) -> bool:
+    """Whether grouped kernels run here: a GPU, half precision, aligned sizes, a torch that has them.
+
+    Args:
+        sizes: D and I.
+    """
     if not x_TD.is_cuda or x_TD.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
-    w2_DI = layout.experts(flat[: len(layout.names)])[0].w2_DI
-    return w2_DI is not None and not any(size * x_TD.element_size() % ALIGNMENT for size in w2_DI.shape)
+    return not any(size * x_TD.element_size() % ALIGNMENT for size in sizes)
 
 
 def run_grouped(
     x_TD: Tensor, gate_R: Tensor, token_R: Tensor, count_E: Tensor, layout: Layout, flat: list[Tensor | None]
 ) -> Tensor:
     """As `FusedExperts.apply`, differentiated by autograd."""
-    experts = layout.experts(flat)
-    ends_E = count_E.cumsum(0).to(torch.int32)
+    experts, ends_E = layout.experts(flat), count_E.cumsum(0).to(torch.int32)
+
+    def linear(role: str, row_RD: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, bias = TENSORS[role]
+        y_RI = F.grouped_mm(row_RD, _stacked(experts, weight).transpose(1, 2), offs=ends_E)
+        return y_RI, None if getattr(experts[0], bias) is None else _stacked(experts, bias)
+
+    roles = [role for role, (weight, _) in TENSORS.items() if weight in layout.names]
+    return _through(linear, roles, layout.activation, x_TD, gate_R, token_R, count_E)
+
+
+def run_adapted(x_TD: Tensor, gate_R: Tensor, token_R: Tensor, count_E: Tensor, adapted: Adapted) -> Tensor:
+    """The same of experts whose linears are wrapped, in the dtype of x; adapters are read where they lie."""
+    ends_E, dtype = count_E.cumsum(0).to(torch.int32), x_TD.dtype
+
+    def linear(role: str, row_RD: Tensor) -> tuple[Tensor, Tensor | None]:
+        every = adapted.linears[role]
+        first = every[0]
+        if callable(first.weight):
+            y_RI = FrozenProduct.apply(row_RD, ends_E, [factors.weight for factors in every])
+        else:
+            weight_EID = Stacked.apply(*(factors.weight for factors in every)).to(dtype)
+            y_RI = F.grouped_mm(row_RD, weight_EID.transpose(1, 2), offs=ends_E)
+        if first.down_rD is not None:
+            down_ErD, up_EIr = _aligned(
+                Stacked.apply(*(factors.down_rD for factors in every)).to(dtype),
+                Stacked.apply(*(factors.up_Ir for factors in every)).to(dtype),
+            )
+            low_Rr = F.grouped_mm(F.dropout(row_RD, first.dropout), down_ErD.transpose(1, 2), offs=ends_E)
+            y_RI = y_RI + F.grouped_mm(low_Rr, up_EIr.transpose(1, 2), offs=ends_E) * first.scale
+        return y_RI, None if first.bias is None else Stacked.apply(*(factors.bias for factors in every)).to(dtype)
+
+    return _through(linear, list(adapted.linears), adapted.activation, x_TD, gate_R, token_R, count_E)
+
+
+def _through(
+    linear: Callable[[str, Tensor], tuple[Tensor, Tensor | None]],
+    roles: Collection[str],
+    activation: Activation,
+    x_TD: Tensor,
+    gate_R: Tensor,
+    token_R: Tensor,
+    count_E: Tensor,
+) -> Tensor:
+    """Σ over a token's experts of gate × expert(token), [T, D], summed in fp32.
+
+    Args:
+        linear: (role, rows) -> what that linear of every expert makes of its rows, and the biases [E, I] to add.
+        roles: those that there are.
+    """
     every_E = torch.arange(len(count_E), device=x_TD.device)
     expert_R = every_E.repeat_interleave(count_E, output_size=len(token_R))
 
-    def linear(row_RD: Tensor, weight: str, bias: str, gate_R1: Tensor | None = None) -> Tensor:
-        """One linear of every expert over its rows; `gate_R1` weighs the bias."""
-        y_RI = F.grouped_mm(row_RD, _stacked(experts, weight).transpose(1, 2), offs=ends_E)
-        if getattr(experts[0], bias) is None:
-            return y_RI
-        bias_RI = _stacked(experts, bias)[expert_R]
-        return y_RI + (bias_RI if gate_R1 is None else gate_R1 * bias_RI)
+    def biased(role: str, row_RD: Tensor) -> Tensor:
+        y_RI, bias_EI = linear(role, row_RD)
+        return y_RI if bias_EI is None else y_RI + bias_EI[expert_R]
 
     row_RD, gate_R1 = x_TD.index_select(0, token_R), gate_R.unsqueeze(1)
-    if experts[0].w13_PD is not None:
-        h1_RI, h3_RI = linear(row_RD, "w13_PD", "b13_P").chunk(2, dim=1)
+    if "w13" in roles:
+        h1_RI, h3_RI = biased("w13", row_RD).chunk(2, dim=1)
+        inner_RI = activation(h1_RI) * h3_RI
     else:
-        h1_RI = linear(row_RD, "w1_ID", "b1_I")
-        h3_RI = linear(row_RD, "w3_ID", "b3_I") if layout.is_gated else None
-    inner_RI = layout.activation(h1_RI)
-    if h3_RI is not None:
-        inner_RI = inner_RI * h3_RI
-    y_RD = linear((inner_RI * gate_R1).to(x_TD.dtype), "w2_DI", "b2_D", gate_R1)
+        inner_RI = activation(biased("w1", row_RD))
+        if "w3" in roles:
+            inner_RI = inner_RI * biased("w3", row_RD)
+    y_RD, bias_ED = linear("w2", (inner_RI * gate_R1).to(x_TD.dtype))
+    if bias_ED is not None:
+        y_RD = y_RD + gate_R1 * bias_ED[expert_R]
     out_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
     return out_TD.index_add(0, token_R, y_RD.float()).to(x_TD.dtype)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """Rows by their experts' frozen weights, which are made when they are needed: forward and backward, never kept."""
+
+    @staticmethod
+    def forward(ctx, row_RD: Tensor, ends_E: Tensor, makers: list[Callable[[], Tensor]]) -> Tensor:
+        ctx.makers = makers
+        ctx.save_for_backward(ends_E)
+        return F.grouped_mm(row_RD, _made(makers, row_RD.dtype).transpose(1, 2), offs=ends_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_RI: Tensor):
+        return F.grouped_mm(grad_RI, _made(ctx.makers, grad_RI.dtype), offs=ctx.saved_tensors[0]), None, None
+
+
+def _made(makers: list[Callable[[], Tensor]], dtype: torch.dtype) -> Tensor:
+    """The weights of all experts, [E, I, D]."""
+    return torch.stack([make().to(dtype) for make in makers])
+
+
+def _aligned(down_ErD: Tensor, up_EIr: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of a rank that the kernels take: with zeros behind, which add nothing."""
+    lacking = -down_ErD.shape[1] % (ALIGNMENT // down_ErD.element_size())
+    return (F.pad(down_ErD, (0, 0, 0, lacking)), F.pad(up_EIr, (0, lacking))) if lacking else (down_ErD, up_EIr)
 
 
 def _stacked(experts: list[Expert], name: str) -> Tensor:
@@ -104,7 +180,8 @@ def lie_together(experts: Sequence[nn.Module]) -> None:
     names = [name for name, _ in experts[0].named_parameters()]
     for name in names:
         parameters = [expert.get_parameter(name) for expert in experts]
-        if in_place(parameters) is not None:
+        # What is quantised lies as its package has packed it.
+        if not parameters[0].is_floating_point() or in_place(parameters) is not None:
             continue
         with torch.inference_mode(False):
             together = torch.stack([parameter.data for parameter in parameters])

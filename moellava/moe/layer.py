@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moellava.moe.adapted import adapted_of
 from moellava.moe.context import RoutingContext, decide
 from moellava.moe.experts import run_experts, sort_by_expert
 from moellava.moe.few_tokens import FEW, run_few
@@ -185,7 +186,8 @@ class NativeMoE(RoutedMLP):
 
     def run(self, x_TD: Tensor, routing: Routing) -> Tensor:
         if x_TD.is_cuda and not self.is_together:
-            self.is_together = tensors_of(list(self.experts)) is not None
+            experts = list(self.experts)
+            self.is_together = tensors_of(experts) is not None or adapted_of(experts) is not None
             if self.is_together:
-                lie_together(list(self.experts))
+                lie_together(experts)
         return run_experts(list(self.experts), x_TD, sort_by_expert(routing.choice, routing.gate_Nk, self.n_experts))

@@ -110,7 +110,7 @@ def plain_layout(module: nn.Module) -> MLPLayout | None:
     """The layout with which the formula of `Expert` is all that a module computes, found out once; None: there is more
     to it, such as a norm in the middle (BitNet), cut-off units (Gemma 3n) or dropout."""
     if VERDICT not in vars(module):
-        if any(map(_is_watched, module.modules())) or not _is_bare(module):
+        if any(map(is_watched, module.modules())) or not _is_bare(module):
             return None  # the module itself is called; once it is bare again, it is looked at
         found = [layout for layout in layouts_of(module) if _says_all(module, layout)]
         vars(module)[VERDICT] = found[0] if found else None
@@ -146,9 +146,9 @@ def _formula(expert: Expert, activation: Activation, x_ND: Tensor) -> Tensor:
 
 def is_called_plainly(module: nn.Module, linears: Collection[nn.Module]) -> bool:
     """Whether calling an MLP runs its linears, and they their weights, with nothing around it."""
-    return all(type(linear) is nn.Linear for linear in linears) and not any(map(_is_watched, (module, *linears)))
+    return all(type(linear) is nn.Linear for linear in linears) and not any(map(is_watched, (module, *linears)))
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether something must happen when the module is called: hooks, or a forward of its own (offloaded weights)."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
