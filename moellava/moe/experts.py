@@ -96,7 +96,7 @@ def _wrapped(experts: list[nn.Module], x_TD: Tensor) -> Adapted | None:
 
 def _run_tensors(x_TD: Tensor, dispatch: Dispatch, layout: Layout, flat: list[Tensor | None]) -> Tensor:
     w2_DI = layout.experts(flat[: len(layout.names)])[0].w2_DI
-    if w2_DI is not None and can_group(x_TD, w2_DI.shape):
+    if torch.compiler.is_compiling() or (w2_DI is not None and can_group(x_TD, w2_DI.shape)):
         return run_grouped(x_TD, dispatch.gate_R, dispatch.token_R, dispatch.count_E, layout, flat)
     return FusedExperts.apply(x_TD, dispatch.gate_R, dispatch.token_R, dispatch.counts, layout, *flat)
 

@@ -12,15 +12,17 @@ copied. Each expert keeps parameters of its own, for the optimizer and on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moellava.moe.adapted import Adapted
-from moellava.moe.weights import TENSORS, Activation, Expert, Layout
+from moellava.moe.compiled import grouped_product
+from moellava.moe.places import Stacked
+from moellava.moe.weights import TENSORS, Activation, Layout
 
 ALIGNMENT = 16
 """Bytes that rows of the operands must be a multiple of (the kernels' rule)."""
@@ -45,8 +47,8 @@ def run_grouped(
 
     def linear(role: str, row_RD: Tensor) -> tuple[Tensor, Tensor | None]:
         weight, bias = TENSORS[role]
-        y_RI = F.grouped_mm(row_RD, _stacked(experts, weight).transpose(1, 2), offs=ends_E)
-        return y_RI, None if getattr(experts[0], bias) is None else _stacked(experts, bias)
+        y_RI = _product(row_RD, [getattr(expert, weight) for expert in experts], ends_E)
+        return y_RI, None if getattr(experts[0], bias) is None else _stacked([getattr(one, bias) for one in experts])
 
     roles = [role for role, (weight, _) in TENSORS.items() if weight in layout.names]
     return _through(linear, roles, layout.activation, x_TD, gate_R, token_R, count_E)
@@ -62,16 +64,15 @@ def run_adapted(x_TD: Tensor, gate_R: Tensor, token_R: Tensor, count_E: Tensor, 
         if callable(first.weight):
             y_RI = FrozenProduct.apply(row_RD, ends_E, [factors.weight for factors in every])
         else:
-            weight_EID = Stacked.apply(*(factors.weight for factors in every)).to(dtype)
-            y_RI = F.grouped_mm(row_RD, weight_EID.transpose(1, 2), offs=ends_E)
+            y_RI = _product(row_RD, [factors.weight for factors in every], ends_E)
         if first.down_rD is not None:
             down_ErD, up_EIr = _aligned(
-                Stacked.apply(*(factors.down_rD for factors in every)).to(dtype),
-                Stacked.apply(*(factors.up_Ir for factors in every)).to(dtype),
+                _stacked([factors.down_rD for factors in every]).to(dtype),
+                _stacked([factors.up_Ir for factors in every]).to(dtype),
             )
             low_Rr = F.grouped_mm(F.dropout(row_RD, first.dropout), down_ErD.transpose(1, 2), offs=ends_E)
             y_RI = y_RI + F.grouped_mm(low_Rr, up_EIr.transpose(1, 2), offs=ends_E) * first.scale
-        return y_RI, None if first.bias is None else Stacked.apply(*(factors.bias for factors in every)).to(dtype)
+        return y_RI, None if first.bias is None else _stacked([factors.bias for factors in every]).to(dtype)
 
     return _through(linear, list(adapted.linears), adapted.activation, x_TD, gate_R, token_R, count_E)
 
@@ -139,51 +140,13 @@ def _aligned(down_ErD: Tensor, up_EIr: Tensor) -> tuple[Tensor, Tensor]:
     return (F.pad(down_ErD, (0, 0, 0, lacking)), F.pad(up_EIr, (0, lacking))) if lacking else (down_ErD, up_EIr)
 
 
-def _stacked(experts: list[Expert], name: str) -> Tensor:
+def _product(row_RD: Tensor, weights: list[Tensor], ends_E: Tensor) -> Tensor:
+    """Rows by the weights of their experts, in the rows' dtype."""
+    if torch.compiler.is_compiling():
+        return grouped_product(row_RD, [weight.to(row_RD.dtype) for weight in weights], ends_E)
+    return F.grouped_mm(row_RD, Stacked.apply(*weights).to(row_RD.dtype).transpose(1, 2), offs=ends_E)
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
     """One tensor of each expert as [E, …]."""
-    return Stacked.apply(*(getattr(expert, name) for expert in experts))
-
-
-class Stacked(torch.autograd.Function):
-    """Tensors of one shape as one, without a copy where they lie at equal distances; each gets its own gradient."""
-
-    @staticmethod
-    def forward(ctx, *tensors: Tensor) -> Tensor:
-        found = in_place(tensors)
-        return torch.stack(tensors) if found is None else found
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad.unbind(0)
-
-
-def in_place(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The tensors stacked where they are, [E, …]; None where they do not lie at equal distances in one memory."""
-    first, offsets = tensors[0], [tensor.storage_offset() for tensor in tensors]
-    alike = {(t.untyped_storage().data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors}
-    steps = {after - before for before, after in zip(offsets, offsets[1:], strict=False)}
-    if len(alike) > 1 or len(steps) > 1 or min(steps, default=1) <= 0 or first.device.type == "meta":
-        return None
-    memory = torch.empty(
-        0, dtype=first.dtype, device=first.device
-    )  # no view of a parameter, which autograd would watch
-    distance = next(iter(steps), first.numel())
-    return memory.set_(first.untyped_storage(), offsets[0], (len(tensors), *first.shape), (distance, *first.stride()))
-
-
-@torch.no_grad()
-def lie_together(experts: Sequence[nn.Module]) -> None:
-    """Moves the parameters of experts that are alike into one memory for each name, where they are not in one already.
-
-    They stay the parameters that they are. Not under DeepSpeed, whose flat buffers they must not leave.
-    """
-    names = [name for name, _ in experts[0].named_parameters()]
-    for name in names:
-        parameters = [expert.get_parameter(name) for expert in experts]
-        # What is quantised lies as its package has packed it.
-        if not parameters[0].is_floating_point() or in_place(parameters) is not None:
-            continue
-        with torch.inference_mode(False):
-            together = torch.stack([parameter.data for parameter in parameters])
-        for parameter, place in zip(parameters, together.unbind(0), strict=True):
-            parameter.data = place
+    return torch.stack(tensors) if torch.compiler.is_compiling() else Stacked.apply(*tensors)

@@ -14,7 +14,8 @@ from moellava.adapters.lora import lora_layers
 from moellava.adapters.quantize import quantise
 from moellava.moe.adapted import adapted_of
 from moellava.moe.experts import Dispatch, loop_over_experts, run_experts
-from moellava.moe.grouped import in_place, lie_together, run_adapted
+from moellava.moe.grouped import run_adapted
+from moellava.moe.places import in_place, lie_together
 from tests.moe.test_fused import Gated, GatedInOne, Plain, problem
 
 LINEARS = {

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from moellava.moe.experts import Dispatch, loop_over_experts, run_experts, sort_by_expert
-from moellava.moe.grouped import can_group, in_place, lie_together, run_grouped
+from moellava.moe.grouped import can_group, run_grouped
+from moellava.moe.places import in_place, lie_together
 from moellava.moe.router import Choice
 from moellava.moe.weights import tensors_of
 
