@@ -28,15 +28,16 @@ ALIGNMENT = 16
 """Bytes that rows of the operands must be a multiple of (the kernels' rule)."""
 
 
-def can_group(x_TD: Tensor, sizes: Iterable[int]) -> bool:
+def can_group(device: torch.device, dtype: torch.dtype, sizes: Iterable[int]) -> bool:
     """Whether grouped kernels run here: a GPU, half precision, aligned sizes, a torch that has them.
 
     Args:
+        device, dtype: of the rows.
         sizes: D and I.
     """
-    if not x_TD.is_cuda or x_TD.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
+    if device.type != "cuda" or dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
-    return not any(size * x_TD.element_size() % ALIGNMENT for size in sizes)
+    return not any(size * dtype.itemsize % ALIGNMENT for size in sizes)
 
 
 def run_grouped(

@@ -190,4 +190,5 @@ class NativeMoE(RoutedMLP):
             self.is_together = tensors_of(experts) is not None or adapted_of(experts) is not None
             if self.is_together:
                 lie_together(experts)
-        return run_experts(list(self.experts), x_TD, sort_by_expert(routing.choice, routing.gate_Nk, self.n_experts))
+        dispatch = sort_by_expert(routing.choice, routing.gate_Nk, self.n_experts)
+        return run_experts(list(self.experts), x_TD, dispatch, self.context.kernel)

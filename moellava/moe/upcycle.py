@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moellava.errors import UserError
 from moellava.moe.context import RoutingContext, checkpoint_contexts
 from moellava.moe.decoder import decoder_layers, mlp_names
+from moellava.moe.experts import kernel_for
 from moellava.moe.layer import NativeMoE, RoutedMLP
 from moellava.moe.losses import Reduce, RouterLosses, Total, combine, step_bias
 from moellava.moe.mlp import add_noise, check_slices, hidden_size, redraw_units, silence, slice_mlp
@@ -303,6 +304,26 @@ def update_router_bias(model: nn.Module, reduce: Reduce | None = None) -> None:
     for layer, choices_E in zip(layers, loads, strict=True):
         step_bias(layer.router.bias, choices_E, layer.spec.router_bias_rate)
         layer.choices_E = None
+
+
+def use_kernel(model: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Chooses what runs the experts of a sparse model.
+
+    Args:
+        name: of `moellava.moe.kernels.KERNELS`; 'auto': what fits, decided in each forward.
+        device, dtype: where it will run, and of the products.
+
+    Returns:
+        The name of what will run, 'auto' being told by what it takes; several where layers differ.
+
+    Raises:
+        UserError: an unknown name, or one that cannot run there or these experts.
+    """
+    layers = sparse_modules(model)
+    chosen = [kernel_for(list(layer.local_experts().values()), name, device, dtype) for layer in layers]
+    for layer in layers:
+        layer.context.kernel = name
+    return ", ".join(sorted(set(chosen)))
 
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:

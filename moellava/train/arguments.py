@@ -146,6 +146,7 @@ class MoEArguments(MoESpecFlags):
     moe_enable: bool = _flag("Stage 3: replace dense MLPs by MoE layers; experts and routers train.", False)
     moe_preset: str | None = _flag("'moe-llava' restores the original's routing and loss (docs/MOE.md).")
     ep_size: int = _flag("Processes that share one set of experts (expert parallelism; DeepSpeed only).", 1)
+    moe_kernel: str = _flag("Stage 3: what runs the experts: auto, loop, fused, grouped, or a plug-in's.", "auto")
     train_modules: list[str] | None = _flag(
         "Stage 3: module names to train instead of experts and routers; 'wg' stands for the routers."
     )

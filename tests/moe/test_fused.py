@@ -210,7 +210,7 @@ def test_grouped_products_in_bf16():
 
 def test_the_cpu_does_not_take_the_gpu_path():
     experts, x, _ = problem(Gated, dtype=torch.bfloat16)
-    assert tensors_of(experts) is not None and not can_group(x, x.shape[1:])
+    assert tensors_of(experts) is not None and not can_group(x.device, x.dtype, x.shape[1:])
 
 
 def test_stacked_weights_are_read_where_they_lie():
