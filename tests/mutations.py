@@ -372,7 +372,7 @@ KERNEL_SLIPS = (
     ),
     Mutation(
         "experts-stacked-in-any-order",
-        "moe/grouped.py",
+        "moe/places.py",
         "if len(alike) > 1 or len(steps) > 1 or min(steps, default=1) <= 0 or first.device.type",
         "if len(alike) > 1 or first.device.type",
         "On a GPU, tokens are run by experts that they have not chosen.",
@@ -381,10 +381,18 @@ KERNEL_SLIPS = (
     Mutation(
         "autocast-left-to-the-loop",
         "moe/experts.py",
-        "cast = [tensor if tensor is None else tensor.to(dtype) for tensor in flat]",
-        "return loop_over_experts(experts, x_TD, dispatch)",
+        "fusable, cast_TD = tensors_of(experts), x_TD.to(dtype)",
+        "fusable, cast_TD = None if dtype != x_TD.dtype else tensors_of(experts), x_TD.to(dtype)",
         "Every --bf16 run without DeepSpeed calls its experts one by one.",
         ("moe/test_fused.py",),
+    ),
+    Mutation(
+        "adapters-of-experts-unscaled",
+        "moe/grouped.py",
+        "offs=ends_E) * first.scale",
+        "offs=ends_E)",
+        "On a GPU, the adapters of experts say another multiple than they do once they are merged.",
+        ("moe/test_adapted.py",),
     ),
 )
 
@@ -443,7 +451,7 @@ UPCYCLING = (
     Mutation(
         "experts-share-one-tensor",
         "moe/upcycle.py",
-        "if slices > 1 else copy.deepcopy(mlp)",
+        "if slices > 1 else _copied(mlp)",
         "if slices > 1 else mlp",
         "All experts of a layer are one: the sparse model is the dense one and stays so.",
         ("moe/test_upcycle.py",),

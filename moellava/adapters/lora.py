@@ -15,16 +15,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 
+from moellava.adapters.factors import read_lora
 from moellava.errors import UserError
 from moellava.model.parts import Keywords, group_of
 from moellava.moe import moe_layers
+from moellava.moe.adapted import understand
 from moellava.vlm import VLM
 
 NAME = "default"
 """peft's name of the one adapter that a model has here."""
+
+understand(Linear, read_lora)
 
 HEAD = "lm_head."
 """What the names of the head's tensors begin with; it is no part of the decoder."""

@@ -12,9 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners import lora
 from torch import nn
 
+from moellava.adapters.factors import read_lora
 from moellava.errors import UserError
+from moellava.moe.adapted import Factors, understand
 
 try:
     import bitsandbytes as bnb
@@ -53,6 +56,15 @@ class Linear4bit(Frozen, bnb.nn.Linear4bit):
 
     def dense_weight(self) -> torch.Tensor:
         return bnb.functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
+
+
+def read_4bit(linear: Linear4bit) -> Factors:
+    """Its weight, dequantised when it is needed. (Not of 8 bits, which treat outliers of x by themselves.)"""
+    return Factors((linear.out_features, linear.in_features), linear.dense_weight, linear.bias)
+
+
+understand(Linear4bit, read_4bit)
+understand(lora.Linear4bit, read_lora)
 
 
 class Linear8bit(Frozen, bnb.nn.Linear8bitLt):

@@ -12,6 +12,7 @@ import ctypes
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ from moellava.convert.tensor_files import TensorFiles
 from moellava.errors import UserError
 from moellava.files import PAGE, staged
 from moellava.log import get_logger
-from moellava.model.build import class_of, on_meta
+from moellava.model.build import class_of
 from moellava.model.description import Description
 from moellava.model.extended import as_extended
+from moellava.model.offload import without_weights
 from moellava.model.page import folder_page, write_page
 from moellava.model.saving import STAGING, remove_old_weights
 from moellava.model.section import note, note_plugins, plugins_of
@@ -42,13 +44,13 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".index.json", ".pt", ".pth")
 NOT_COPIED = {"config.json", PAGE}
 
 
-def convert_files(source: Path, target: Path, config: PretrainedConfig, spec: MoESpec, shard_bytes: int) -> None:
+def convert_files(source: Path, target: Path, dense: Any, sparse: Any, spec: MoESpec, shard_bytes: int) -> None:
     """Writes the sparse folder of a dense one.
 
     Args:
         source: a folder of safetensors whose names are those of its model class.
         target: the new folder; its weights appear when all of them are there, `config.json` last.
-        config: the dense model's.
+        dense, sparse: both models without memory; the sparse one is of `sparse_config`.
         spec: options.
         shard_bytes: largest file of the new folder.
 
@@ -57,15 +59,15 @@ def convert_files(source: Path, target: Path, config: PretrainedConfig, spec: Mo
         OSError: the disk is full; the target is as it was.
     """
     give_freed_memory_back()
-    with staged(target, STAGING) as staging:
-        new_config = sparse_config(config, spec)
-        _convert(source, staging, config, new_config, spec, shard_bytes)
+    digests: dict[str, str] = {}
+    with staged(target, STAGING, digests) as staging:
+        digests |= _convert(source, staging, dense, sparse, spec, shard_bytes)
         for file in source.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name not in NOT_COPIED:
                 shutil.copy2(file, staging / file.name)
-        write_plugins(plugins_of(new_config), staging)
-        new_config.save_pretrained(staging)
-        write_page(folder_page(new_config), staging, target)
+        write_plugins(plugins_of(sparse.config), staging)
+        sparse.config.save_pretrained(staging)
+        write_page(folder_page(sparse.config), staging, target)
         names = {file.name for file in staging.iterdir()}
     remove_old_weights(target, names)
 
@@ -91,14 +93,13 @@ def sparse_config(config: PretrainedConfig, spec: MoESpec) -> PretrainedConfig:
     return sparse
 
 
-def _convert(
-    source: Path, target: Path, config: PretrainedConfig, new_config: PretrainedConfig, spec: MoESpec, limit: int
-) -> None:
-    dense, sparse = on_meta(config), on_meta(new_config)
+def _convert(source: Path, target: Path, dense: Any, sparse: Any, spec: MoESpec, limit: int) -> dict[str, str]:
+    """Writes the weights; returns the digests of the files."""
     places = locate(weight_files(source), dense)
     layers = decoder_layers(dense)
     counts, mlps = spec.layers_of(len(layers)), _mlp_names(dense, spec)
-    output = TensorFiles(target, _planned(sparse, file_dtypes(places), mlps), limit)
+    planned = _planned(sparse, file_dtypes(places), mlps)
+    output = TensorFiles(target, _as_written(planned, list(places), mlps), limit)
     layer_of = {f"{prefix}{part}": index for index, (prefix, parts) in mlps.items() for part in parts}
     waiting: dict[int, dict[str, Tensor]] = {index: {} for index in mlps}
     for name, tensor in read_all(places):
@@ -119,15 +120,29 @@ def _convert(
         logger.info("Layer %d has %d experts", index, counts[index])
     if output.missing:
         raise UserError(f"{source} lacks tensors of its config.json: {', '.join(sorted(output.missing)[:5])} …")
+    return output.digests
 
 
-def can_stream(description: Description) -> bool:
-    """Whether a folder holds safetensors whose names are those of its model class, of today or of the hub."""
+def _as_written(
+    planned: dict[str, Tensor], read: list[str], mlps: dict[int, tuple[str, list[str]]]
+) -> dict[str, Tensor]:
+    """The tensors of the new folder in the order in which they come, when those of the dense one are `read` in theirs:
+    a sparse layer's after the last of its MLP."""
+    place = {name: number for number, name in enumerate(read)}
+    for prefix, parts in mlps.values():
+        end = max(place.get(prefix + part, 0) for part in parts)
+        place |= {name: end for name in planned if name.startswith(prefix)}
+    return dict(sorted(planned.items(), key=lambda item: place.get(item[0], len(read))))
+
+
+def streamed(description: Description) -> Any | None:
+    """The model of a folder, without its weights, where they can be read one by one: where it holds safetensors whose
+    names are those of its model class, of today or of the hub. None elsewhere."""
     files = weight_files(description.folder) if description.streams else []
     if not files or any(file.suffix != ".safetensors" for file in files):
-        return False
-    dense = on_meta(description.config)
-    return set(locate(files, dense)) <= set(dense.state_dict())
+        return None
+    model = without_weights(description.config)
+    return model if set(locate(files, model)) <= set(model.state_dict()) else None
 
 
 def _mlp_names(dense: nn.Module, spec: MoESpec) -> dict[int, tuple[str, list[str]]]:

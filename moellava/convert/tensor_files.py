@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""safetensors files of known names, shapes and places, that are filled in any order: nothing is held until the end."""
+"""safetensors files of known names, shapes and places, that are filled in any order: nothing is held until the end.
+
+What is written in the order of the files is digested on the way, so that nobody has to read it again.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +49,8 @@ class TensorFiles:
     def __init__(self, folder: Path, tensors: dict[str, Tensor], shard_bytes: int = 0, stem: str = "model"):
         self.folder = folder
         self.slots: dict[str, Slot] = {}
+        self._digested: dict[str, tuple[Any, int]] = {}  # file -> the digest of its first bytes, and how many they are
+        self._sizes: dict[str, int] = {}
         self.missing = set(tensors)
         shards = _cut(tensors, shard_bytes) if shard_bytes else [tensors]
         for number, shard in enumerate(shards, start=1):
@@ -67,11 +73,19 @@ class TensorFiles:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         begin = 8 + len(text)
+        self._sizes[file] = begin + position
         for name, tensor in tensors.items():
             self.slots[name] = Slot(tensor.dtype, tensor.shape, file, begin + header[name]["data_offsets"][0])
         with open(self.folder / file, "wb") as handle:
             handle.write(len(text).to_bytes(8, "little") + text)
             handle.truncate(begin + position)
+        self._digested[file] = (hashlib.sha256(len(text).to_bytes(8, "little") + text), begin)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """File -> SHA-256 of what has been written, where that was in the order of its tensors."""
+        found = self._digested.items()
+        return {file: digest.hexdigest() for file, (digest, end) in found if end == self._sizes[file]}
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Puts a tensor in its place. Raises UserError if the new folder has no such place."""
@@ -83,6 +97,10 @@ class TensorFiles:
         with open(self.folder / slot.file, "r+b", buffering=0) as handle:
             handle.seek(slot.start)
             handle.write(memoryview(numbers))
+        digest, end = self._digested[slot.file]
+        if end == slot.start:
+            digest.update(memoryview(numbers))
+            self._digested[slot.file] = (digest, end + len(numbers))
         self.missing.discard(name)
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from moellava.convert.streaming import can_stream, convert_files, sparse_config
+from moellava.convert.streaming import convert_files, sparse_config, streamed
 from moellava.convert.whole import build_whole
 from moellava.errors import UserError
 from moellava.lmm.architecture import registered
-from moellava.model.build import on_meta
 from moellava.model.description import Description
 from moellava.model.manifest import Manifest
-from moellava.model.offload import run_from_disk
+from moellava.model.offload import let_go, run_from_disk, without_weights
 from moellava.model.weights import require_sizes, shapes_in
 from moellava.moe import MoESpec
 from moellava.moe.certificate import Certificate, compare, dense_logits, forward_of, upcycle_certified
@@ -42,22 +41,27 @@ def upcycle_folder(source: Manifest, target: Path, spec: MoESpec, shard_bytes: i
         architecture.refuse_upcycling(source.called)
     source.require_start()
     description = describe(source)
-    if can_stream(description):
-        return stream(description, target, spec, shard_bytes)
-    return in_memory(description, target, spec, source.called)
+    dense = streamed(description)
+    if dense is None:
+        return in_memory(description, target, spec, source.called)
+    return stream(description, dense, target, spec, shard_bytes)
 
 
-def stream(description: Description, target: Path, spec: MoESpec, shard_bytes: int) -> Certificate:
+def stream(description: Description, dense: Any, target: Path, spec: MoESpec, shard_bytes: int) -> Certificate:
     """Converts and certifies file by file."""
     config, architecture = description.config, description.architecture
     require_sizes(config, shapes_in(description.folder), str(description.folder))
-    dtype, sparse = config.dtype or torch.float32, sparse_config(config, spec)
-    on_meta(sparse)  # a decoder that cannot be cut into experts says so before anything is computed
+    dtype = config.dtype or torch.float32
+    # first: a decoder that cannot be cut into experts says so before anything is computed
+    sparse = without_weights(sparse_config(config, spec))
     encoder = encoder_of(*description.inputs(), config, architecture)
     probes: dict[str, Any] = probes_of(config, encoder, collator_of(encoder, architecture), dtype)
-    dense = dense_logits(forward_of(run_from_disk(description.folder, config, dtype)), probes)
-    convert_files(description.folder, target, config, spec, shard_bytes)
-    return compare(forward_of(run_from_disk(target, sparse, dtype)), probes, dense, spec, dtype)
+    run_from_disk(description.folder, dense, dtype)
+    wanted = dense_logits(forward_of(dense), probes)
+    let_go(dense)
+    convert_files(description.folder, target, dense, sparse, spec, shard_bytes)
+    run_from_disk(target, sparse, dtype)
+    return compare(forward_of(sparse), probes, wanted, spec, dtype)
 
 
 def in_memory(description: Description, target: Path, spec: MoESpec, source: str) -> Certificate:

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import dispatch_model, init_empty_weights
+from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.initialization import no_init_weights
 
 from moellava.model.build import class_of
 from moellava.model.weights import Place, file_dtypes, locate, read_all, weight_files
@@ -28,19 +31,28 @@ READ_AT_ONCE = ["MultiheadAttention", "MllamaVisionModel"]
 """Classes that look at the weights of modules inside them without calling those."""
 
 
-def run_from_disk(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """A model over the safetensors of a folder, for forwards on the CPU.
+def without_weights(config: PretrainedConfig) -> Any:
+    """The model of a config, in evaluation mode, whose weights are still to come: they take no memory."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = class_of(config)(config).eval()
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # drawing numbers that are not kept takes longer than all else
+    model.init_weights()  # what some classes compute there: constants in buffers
+    return model
+
+
+def run_from_disk(folder: Path, model: nn.Module, dtype: torch.dtype) -> None:
+    """Lets a model run over the safetensors of a folder, for forwards on the CPU. `let_go` undoes it.
 
     Args:
         folder: weights under the names of the model class.
-        config: the folder's.
+        model: of `without_weights`.
         dtype: of the weights in the files; routers are fp32.
     """
-    with init_empty_weights(include_buffers=False):
-        model = class_of(config)(config).to(dtype).eval()
+    model.to(dtype)
     places = locate(weight_files(folder), model)
     if mapped(model, places, dtype):
-        return model
+        return
     index = {
         name: {
             "safetensors_file": str(place.file),
@@ -63,7 +75,12 @@ def run_from_disk(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
         force_hooks=True,
         preload_module_classes=READ_AT_ONCE,
     )
-    return model
+
+
+def let_go(model: nn.Module) -> None:
+    """Takes the files away again: what is left is the structure, without memory."""
+    remove_hook_from_submodules(model)
+    model.to("meta")
 
 
 def mapped(model: nn.Module, places: Mapping[str, Place], dtype: torch.dtype) -> bool:

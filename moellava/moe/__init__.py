@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         set_routing_context,
         upcycle,
         update_router_bias,
+        use_kernel,
     )
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "spread_shapes",
     "update_router_bias",
     "upcycle",
+    "use_kernel",
 ]
 
 lazily(__name__)

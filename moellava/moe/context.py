@@ -44,6 +44,7 @@ class RoutingContext:
         places: indices [N] of the real tokens, where the host knows them; None: the first layer looks for them.
         sequences: the sequence of each real token [N], and S; None: every row is one.
         counts_answers: note load and losses of forwards that nothing is learnt from, too.
+        kernel: what runs the experts, a name of `moellava.moe.kernels`.
     """
 
     token_mask: Tensor | None = None
@@ -51,6 +52,7 @@ class RoutingContext:
     places: Tensor | None = None
     sequences: tuple[Tensor, int] | None = None
     counts_answers: bool = False
+    kernel: str = "auto"
     _tokens: dict[bool, Tokens] = field(default_factory=dict, repr=False)
 
     def set(

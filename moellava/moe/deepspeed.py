@@ -104,7 +104,7 @@ class DeepSpeedMoE(RoutedMLP, MoE):
         dispatch = sort_by_expert(choice, routing.gate_Nk, self.n_experts)
         experts = list(self.deepspeed_moe.experts.deepspeed_experts)
         if self.ep_size == 1:
-            return run_experts(experts, x_TD, dispatch)
+            return run_experts(experts, x_TD, dispatch, self.context.kernel)
         return self._run_spread(experts, x_TD, dispatch)
 
     def _run_spread(self, experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch) -> Tensor:
@@ -124,7 +124,9 @@ class DeepSpeedMoE(RoutedMLP, MoE):
         order_Q = expert_Q.argsort(stable=True)
         ones_Q = torch.ones(len(order_Q), device=x_TD.device)
         arrived = Dispatch(order_Q, ones_Q, received_WP.sum(0))
-        back_RD = Exchange.apply(run_experts(experts, row_QD, arrived), in_splits, out_splits, group)
+        back_RD = Exchange.apply(
+            run_experts(experts, row_QD, arrived, self.context.kernel), in_splits, out_splits, group
+        )
         weighted_RD = (back_RD * dispatch.gate_R.unsqueeze(1)).to(x_TD.dtype)
         return torch.zeros_like(x_TD).index_add(0, dispatch.token_R, weighted_RD)
 

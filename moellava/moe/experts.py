@@ -7,37 +7,18 @@ expert, n the rows of one expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moellava.errors import UserError
+from moellava.moe.adapted import Adapted, adapted_of
 from moellava.moe.fused import FusedExperts
-from moellava.moe.grouped import can_group, run_grouped
+from moellava.moe.grouped import can_group, run_adapted, run_grouped
+from moellava.moe.kernels import AUTO, KERNELS, Dispatch, ExpertKernel, require_kernel
 from moellava.moe.losses import tally
 from moellava.moe.router import Choice, is_at_hand
 from moellava.moe.weights import Layout, tensors_of
-
-
-@dataclass
-class Dispatch:
-    """Routed rows, sorted by expert.
-
-    Args:
-        token_R: which row of x each routed row reads and adds to.
-        gate_R: weight of the row's output, with gradient.
-        count_E: rows of each expert, in order; their sum is R.
-    """
-
-    token_R: Tensor
-    gate_R: Tensor
-    count_E: Tensor
-
-    @cached_property
-    def counts(self) -> list[int]:
-        """`count_E` as numbers. On a GPU the host waits for them, which grouped products do without."""
-        return self.count_E.tolist()
 
 
 def sort_by_expert(choice: Choice, gate_Nk: Tensor, n_experts: int, leave_out: bool | None = None) -> Dispatch:
@@ -63,36 +44,101 @@ def sort_by_expert(choice: Choice, gate_Nk: Tensor, n_experts: int, leave_out: b
     return Dispatch(token_R, gate_Nk.reshape(-1).index_select(0, order_R), count_E)
 
 
-def run_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch) -> Tensor:
+def run_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch, kernel: str = AUTO) -> Tensor:
     """Σ over a token's experts of gate × expert(token), [T, D].
 
     Under autocast the products run in its dtype, and sums in fp32. An expert without tokens gets a zero gradient and
     not none: ranks must agree on which parameters have one.
+
+    Args:
+        kernel: a name of `KERNELS` that these experts can be run by (`use_kernel`).
     """
-    fusable = tensors_of(experts)
-    if fusable is None:
-        return loop_over_experts(experts, x_TD, dispatch)
-    layout, flat = fusable
     device = x_TD.device.type
-    if not torch.is_autocast_enabled(device):
-        return _run_tensors(x_TD, dispatch, layout, flat)
-    dtype = torch.get_autocast_dtype(device)
-    cast = [tensor if tensor is None else tensor.to(dtype) for tensor in flat]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+    fusable, cast_TD = tensors_of(experts), x_TD.to(dtype)
+    wrapped = None if fusable is not None else _wrapped(experts, cast_TD, kernel)
+    if kernel == LOOP or (fusable is None and wrapped is None):
+        return loop_over_experts(experts, x_TD, dispatch)
     with torch.autocast(device, enabled=False):
-        return _run_tensors(x_TD.to(dtype), dispatch, layout, cast).to(x_TD.dtype)
+        if wrapped is not None:
+            rows = (dispatch.gate_R, dispatch.token_R, dispatch.count_E)
+            return run_adapted(cast_TD, *rows, wrapped).to(x_TD.dtype)
+        assert fusable is not None
+        layout, flat = fusable
+        cast = flat if dtype == x_TD.dtype else [tensor if tensor is None else tensor.to(dtype) for tensor in flat]
+        return _run_tensors(cast_TD, dispatch, layout, cast, kernel).to(x_TD.dtype)
 
 
-def _run_tensors(x_TD: Tensor, dispatch: Dispatch, layout: Layout, flat: list[Tensor | None]) -> Tensor:
-    if can_group(x_TD, layout, flat):
-        return run_grouped(x_TD, dispatch.gate_R, dispatch.token_R, dispatch.count_E, layout, flat)
+def _wrapped(experts: list[nn.Module], x_TD: Tensor, kernel: str) -> Adapted | None:
+    """The tensors of experts whose linears are wrapped, where grouped products run; else they are called."""
+    device, dtype = x_TD.device, x_TD.dtype
+    if kernel != GROUPED and not (kernel == AUTO and can_group(device, dtype, x_TD.shape[1:])):
+        return None
+    wrapped = adapted_of(experts)
+    fits = wrapped is not None and (kernel == GROUPED or can_group(device, dtype, wrapped.linears["w2"][0].sizes))
+    return wrapped if fits else None
+
+
+def _run_tensors(x_TD: Tensor, dispatch: Dispatch, layout: Layout, flat: list[Tensor | None], kernel: str) -> Tensor:
+    if kernel == AUTO:
+        w2_DI = layout.experts(flat[: len(layout.names)])[0].w2_DI
+        fits = w2_DI is not None and can_group(x_TD.device, x_TD.dtype, w2_DI.shape)
+        kernel = GROUPED if fits or torch.compiler.is_compiling() else FUSED
+    run = KERNELS[kernel].run
+    assert run is not None
+    return run(x_TD, dispatch, layout, flat)
+
+
+def _fused(x_TD: Tensor, dispatch: Dispatch, layout: Layout, flat: list[Tensor | None]) -> Tensor:
     return FusedExperts.apply(x_TD, dispatch.gate_R, dispatch.token_R, dispatch.counts, layout, *flat)
 
 
+def _grouped(x_TD: Tensor, dispatch: Dispatch, layout: Layout, flat: list[Tensor | None]) -> Tensor:
+    return run_grouped(x_TD, dispatch.gate_R, dispatch.token_R, dispatch.count_E, layout, flat)
+
+
+def _why_not_grouped(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not hasattr(F, "grouped_mm"):
+        return f"torch {torch.__version__} has no grouped products"
+    return "on a GPU they are for --bf16 True" if device.type == "cuda" and dtype != torch.bfloat16 else None
+
+
+LOOP, FUSED, GROUPED = "loop", "fused", "grouped"
+
+KERNELS.register(LOOP, ExpertKernel(None))
+KERNELS.register(FUSED, ExpertKernel(_fused))
+KERNELS.register(GROUPED, ExpertKernel(_grouped, why_not=_why_not_grouped))
+
+
 def loop_over_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch) -> Tensor:
-    """The same by calling each expert: for experts whose linears are wrapped (LoRA, 4-bit)."""
+    """The same by calling each expert: for experts whose linears are wrapped, where no grouped products run."""
     out_TD = torch.zeros_like(x_TD)
     rows = zip(dispatch.token_R.split(dispatch.counts), dispatch.gate_R.split(dispatch.counts), experts, strict=True)
     for token_n, gate_n, expert in rows:
         y_nD = expert(x_TD.index_select(0, token_n))
         out_TD = out_TD.index_add(0, token_n, (y_nD * gate_n.unsqueeze(1)).to(out_TD.dtype))
     return out_TD
+
+
+def kernel_for(experts: list[nn.Module], name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of what runs these experts under a name of `KERNELS`: itself, or what `AUTO` takes.
+
+    Raises:
+        UserError: `require_kernel`, or the experts are more than the kernel's tensors.
+    """
+    kernel, fusable = require_kernel(name, device, dtype), tensors_of(experts)
+    wrapped = adapted_of(experts) if fusable is None and name in (AUTO, GROUPED) else None
+    if name == AUTO:
+        parts = [] if wrapped is None else [wrapped.linears["w2"][0].sizes]
+        if fusable is not None:
+            layout, flat = fusable
+            parts = [expert.w2_DI.shape for expert in layout.experts(flat)[:1] if expert.w2_DI is not None]
+        if any(can_group(device, dtype, sizes) for sizes in parts):
+            return GROUPED
+        return LOOP if fusable is None else FUSED
+    if kernel.run is not None and fusable is None and wrapped is None:
+        raise UserError(
+            f"--moe_kernel {name} runs experts of two or three plain linears around a function; these have adapters or "
+            f"weights in 4 or 8 bits, or are more than that. Leave the flag out: --moe_kernel {AUTO} runs them."
+        )
+    return name

@@ -12,101 +12,142 @@ copied. Each expert keeps parameters of its own, for the optimizer and on disk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from moellava.moe.weights import Expert, Layout
+from moellava.moe.adapted import Adapted
+from moellava.moe.compiled import grouped_product
+from moellava.moe.places import Stacked
+from moellava.moe.weights import TENSORS, Activation, Layout
 
 ALIGNMENT = 16
 """Bytes that rows of the operands must be a multiple of (the kernels' rule)."""
 
 
-def can_group(x_TD: Tensor, layout: Layout, flat: list[Tensor | None]) -> bool:
-    """Whether grouped kernels run here: a GPU, half precision, aligned sizes, a torch that has them."""
-    if not x_TD.is_cuda or x_TD.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
+def can_group(device: torch.device, dtype: torch.dtype, sizes: Iterable[int]) -> bool:
+    """Whether grouped kernels run here: a GPU, half precision, aligned sizes, a torch that has them.
+
+    Args:
+        device, dtype: of the rows.
+        sizes: D and I.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
-    w2_DI = layout.experts(flat[: len(layout.names)])[0].w2_DI
-    return w2_DI is not None and not any(size * x_TD.element_size() % ALIGNMENT for size in w2_DI.shape)
+    return not any(size * dtype.itemsize % ALIGNMENT for size in sizes)
 
 
 def run_grouped(
     x_TD: Tensor, gate_R: Tensor, token_R: Tensor, count_E: Tensor, layout: Layout, flat: list[Tensor | None]
 ) -> Tensor:
     """As `FusedExperts.apply`, differentiated by autograd."""
-    experts = layout.experts(flat)
-    ends_E = count_E.cumsum(0).to(torch.int32)
+    experts, ends_E = layout.experts(flat), count_E.cumsum(0).to(torch.int32)
+
+    def linear(role: str, row_RD: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, bias = TENSORS[role]
+        y_RI = _product(row_RD, [getattr(expert, weight) for expert in experts], ends_E)
+        return y_RI, None if getattr(experts[0], bias) is None else _stacked([getattr(one, bias) for one in experts])
+
+    roles = [role for role, (weight, _) in TENSORS.items() if weight in layout.names]
+    return _through(linear, roles, layout.activation, x_TD, gate_R, token_R, count_E)
+
+
+def run_adapted(x_TD: Tensor, gate_R: Tensor, token_R: Tensor, count_E: Tensor, adapted: Adapted) -> Tensor:
+    """The same of experts whose linears are wrapped, in the dtype of x; adapters are read where they lie."""
+    ends_E, dtype = count_E.cumsum(0).to(torch.int32), x_TD.dtype
+
+    def linear(role: str, row_RD: Tensor) -> tuple[Tensor, Tensor | None]:
+        every = adapted.linears[role]
+        first = every[0]
+        if callable(first.weight):
+            y_RI = FrozenProduct.apply(row_RD, ends_E, [factors.weight for factors in every])
+        else:
+            y_RI = _product(row_RD, [factors.weight for factors in every], ends_E)
+        if first.down_rD is not None:
+            down_ErD, up_EIr = _aligned(
+                _stacked([factors.down_rD for factors in every]).to(dtype),
+                _stacked([factors.up_Ir for factors in every]).to(dtype),
+            )
+            low_Rr = F.grouped_mm(F.dropout(row_RD, first.dropout), down_ErD.transpose(1, 2), offs=ends_E)
+            y_RI = y_RI + F.grouped_mm(low_Rr, up_EIr.transpose(1, 2), offs=ends_E) * first.scale
+        return y_RI, None if first.bias is None else _stacked([factors.bias for factors in every]).to(dtype)
+
+    return _through(linear, list(adapted.linears), adapted.activation, x_TD, gate_R, token_R, count_E)
+
+
+def _through(
+    linear: Callable[[str, Tensor], tuple[Tensor, Tensor | None]],
+    roles: Collection[str],
+    activation: Activation,
+    x_TD: Tensor,
+    gate_R: Tensor,
+    token_R: Tensor,
+    count_E: Tensor,
+) -> Tensor:
+    """Σ over a token's experts of gate × expert(token), [T, D], summed in fp32.
+
+    Args:
+        linear: (role, rows) -> what that linear of every expert makes of its rows, and the biases [E, I] to add.
+        roles: those that there are.
+    """
     every_E = torch.arange(len(count_E), device=x_TD.device)
     expert_R = every_E.repeat_interleave(count_E, output_size=len(token_R))
 
-    def linear(row_RD: Tensor, weight: str, bias: str, gate_R1: Tensor | None = None) -> Tensor:
-        """One linear of every expert over its rows; `gate_R1` weighs the bias."""
-        y_RI = F.grouped_mm(row_RD, _stacked(experts, weight).transpose(1, 2), offs=ends_E)
-        if getattr(experts[0], bias) is None:
-            return y_RI
-        bias_RI = _stacked(experts, bias)[expert_R]
-        return y_RI + (bias_RI if gate_R1 is None else gate_R1 * bias_RI)
+    def biased(role: str, row_RD: Tensor) -> Tensor:
+        y_RI, bias_EI = linear(role, row_RD)
+        return y_RI if bias_EI is None else y_RI + bias_EI[expert_R]
 
     row_RD, gate_R1 = x_TD.index_select(0, token_R), gate_R.unsqueeze(1)
-    if experts[0].w13_PD is not None:
-        h1_RI, h3_RI = linear(row_RD, "w13_PD", "b13_P").chunk(2, dim=1)
+    if "w13" in roles:
+        h1_RI, h3_RI = biased("w13", row_RD).chunk(2, dim=1)
+        inner_RI = activation(h1_RI) * h3_RI
     else:
-        h1_RI = linear(row_RD, "w1_ID", "b1_I")
-        h3_RI = linear(row_RD, "w3_ID", "b3_I") if layout.is_gated else None
-    inner_RI = layout.activation(h1_RI)
-    if h3_RI is not None:
-        inner_RI = inner_RI * h3_RI
-    y_RD = linear((inner_RI * gate_R1).to(x_TD.dtype), "w2_DI", "b2_D", gate_R1)
+        inner_RI = activation(biased("w1", row_RD))
+        if "w3" in roles:
+            inner_RI = inner_RI * biased("w3", row_RD)
+    y_RD, bias_ED = linear("w2", (inner_RI * gate_R1).to(x_TD.dtype))
+    if bias_ED is not None:
+        y_RD = y_RD + gate_R1 * bias_ED[expert_R]
     out_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
     return out_TD.index_add(0, token_R, y_RD.float()).to(x_TD.dtype)
 
 
-def _stacked(experts: list[Expert], name: str) -> Tensor:
+class FrozenProduct(torch.autograd.Function):
+    """Rows by their experts' frozen weights, which are made when they are needed: forward and backward, never kept."""
+
+    @staticmethod
+    def forward(ctx, row_RD: Tensor, ends_E: Tensor, makers: list[Callable[[], Tensor]]) -> Tensor:
+        ctx.makers = makers
+        ctx.save_for_backward(ends_E)
+        return F.grouped_mm(row_RD, _made(makers, row_RD.dtype).transpose(1, 2), offs=ends_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_RI: Tensor):
+        return F.grouped_mm(grad_RI, _made(ctx.makers, grad_RI.dtype), offs=ctx.saved_tensors[0]), None, None
+
+
+def _made(makers: list[Callable[[], Tensor]], dtype: torch.dtype) -> Tensor:
+    """The weights of all experts, [E, I, D]."""
+    return torch.stack([make().to(dtype) for make in makers])
+
+
+def _aligned(down_ErD: Tensor, up_EIr: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of a rank that the kernels take: with zeros behind, which add nothing."""
+    lacking = -down_ErD.shape[1] % (ALIGNMENT // down_ErD.element_size())
+    return (F.pad(down_ErD, (0, 0, 0, lacking)), F.pad(up_EIr, (0, lacking))) if lacking else (down_ErD, up_EIr)
+
+
+def _product(row_RD: Tensor, weights: list[Tensor], ends_E: Tensor) -> Tensor:
+    """Rows by the weights of their experts, in the rows' dtype."""
+    if torch.compiler.is_compiling():
+        return grouped_product(row_RD, [weight.to(row_RD.dtype) for weight in weights], ends_E)
+    return F.grouped_mm(row_RD, Stacked.apply(*weights).to(row_RD.dtype).transpose(1, 2), offs=ends_E)
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
     """One tensor of each expert as [E, …]."""
-    return Stacked.apply(*(getattr(expert, name) for expert in experts))
-
-
-class Stacked(torch.autograd.Function):
-    """Tensors of one shape as one, without a copy where they lie at equal distances; each gets its own gradient."""
-
-    @staticmethod
-    def forward(ctx, *tensors: Tensor) -> Tensor:
-        found = in_place(tensors)
-        return torch.stack(tensors) if found is None else found
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad.unbind(0)
-
-
-def in_place(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The tensors stacked where they are, [E, …]; None where they do not lie at equal distances in one memory."""
-    first, offsets = tensors[0], [tensor.storage_offset() for tensor in tensors]
-    alike = {(t.untyped_storage().data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors}
-    steps = {after - before for before, after in zip(offsets, offsets[1:], strict=False)}
-    if len(alike) > 1 or len(steps) > 1 or min(steps, default=1) <= 0 or first.device.type == "meta":
-        return None
-    memory = torch.empty(
-        0, dtype=first.dtype, device=first.device
-    )  # no view of a parameter, which autograd would watch
-    distance = next(iter(steps), first.numel())
-    return memory.set_(first.untyped_storage(), offsets[0], (len(tensors), *first.shape), (distance, *first.stride()))
-
-
-@torch.no_grad()
-def lie_together(experts: Sequence[nn.Module]) -> None:
-    """Moves the parameters of experts that are alike into one memory for each name, where they are not in one already.
-
-    They stay the parameters that they are. Not under DeepSpeed, whose flat buffers they must not leave.
-    """
-    names = [name for name, _ in experts[0].named_parameters()]
-    for name in names:
-        parameters = [expert.get_parameter(name) for expert in experts]
-        if in_place(parameters) is not None:
-            continue
-        with torch.inference_mode(False):
-            together = torch.stack([parameter.data for parameter in parameters])
-        for parameter, place in zip(parameters, together.unbind(0), strict=True):
-            parameter.data = place
+    return torch.stack(tensors) if torch.compiler.is_compiling() else Stacked.apply(*tensors)

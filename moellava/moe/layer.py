@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moellava.moe.adapted import adapted_of
 from moellava.moe.context import RoutingContext, decide
 from moellava.moe.experts import run_experts, sort_by_expert
 from moellava.moe.few_tokens import FEW, run_few
-from moellava.moe.grouped import lie_together
 from moellava.moe.losses import LayerRecord, record_layer
-from moellava.moe.router import Choice, Router, Routing, capacity, choose, gates, select, within_capacity
+from moellava.moe.places import lie_together
+from moellava.moe.router import Choice, Router, Routing, capacity, choose, gates, is_at_hand, select, within_capacity
 from moellava.moe.spec import MoESpec
 from moellava.moe.stats import RouterStats
 from moellava.moe.weights import tensors_of
@@ -176,7 +177,7 @@ class NativeMoE(RoutedMLP):
         return made.train(self.training)
 
     def routed(self, x_TD: Tensor, shape: torch.Size) -> Tensor:
-        is_step = len(x_TD) <= FEW and x_TD.device.type == "cpu" and self.context.token_mask is None
+        is_step = len(x_TD) <= FEW and is_at_hand(x_TD) and self.context.token_mask is None
         if self.is_counted or not is_step or self._may_drop(len(x_TD)):
             return super().routed(x_TD, shape)
         if self.record is not None:  # setting what a module has takes long
@@ -184,8 +185,10 @@ class NativeMoE(RoutedMLP):
         return run_few(list(self.experts), x_TD, *choose(self.router(x_TD), self.router.bias, self.spec))
 
     def run(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        if x_TD.is_cuda and not self.is_together:
-            self.is_together = tensors_of(list(self.experts)) is not None
+        if x_TD.is_cuda and not self.is_together and not torch.compiler.is_compiling():
+            experts = list(self.experts)
+            self.is_together = tensors_of(experts) is not None or adapted_of(experts) is not None
             if self.is_together:
-                lie_together(list(self.experts))
-        return run_experts(list(self.experts), x_TD, sort_by_expert(routing.choice, routing.gate_Nk, self.n_experts))
+                lie_together(experts)
+        dispatch = sort_by_expert(routing.choice, routing.gate_Nk, self.n_experts)
+        return run_experts(list(self.experts), x_TD, dispatch, self.context.kernel)

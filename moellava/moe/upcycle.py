@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moellava.errors import UserError
 from moellava.moe.context import RoutingContext, checkpoint_contexts
 from moellava.moe.decoder import decoder_layers, mlp_names
+from moellava.moe.experts import kernel_for
 from moellava.moe.layer import NativeMoE, RoutedMLP
 from moellava.moe.losses import Reduce, RouterLosses, Total, combine, step_bias
 from moellava.moe.mlp import add_noise, check_slices, hidden_size, redraw_units, silence, slice_mlp
@@ -93,22 +94,24 @@ def sparse_mlp(
     if generator is not None and spec.granularity > 1:
         check_slices(mlp, spec.granularity)
     experts = [_make_expert(mlp, spec, index, generator) for index in range(n_experts)]
-    if _are_aliases(spec) and not share_copies:
-        experts = [copy.deepcopy(expert) for expert in experts]
-    layer = NativeMoE(experts, spec, hidden_size(mlp), copy.deepcopy(mlp) if _keeps_mlp(spec) else None)
+    if _are_aliases(spec) and not share_copies and not next(mlp.parameters()).is_meta:
+        experts = [_copied(expert) for expert in experts]
+    layer = NativeMoE(experts, spec, hidden_size(mlp), _copied(mlp) if _keeps_mlp(spec) else None)
     if generator is not None:
         layer.load_state_dict(drawn, strict=False)
     return layer.train(mlp.training)
 
 
 def expert_stream(mlp: nn.Module, spec: MoESpec, n_experts: int, layer_index: int) -> Iterator[tuple[str, Tensor]]:
-    """The state dict of `sparse_mlp(mlp, …)` piece by piece, so that one expert at a time is in memory."""
+    """The state dict of `sparse_mlp(mlp, …)` in its order, piece by piece: one expert at a time is in memory."""
     generator = torch.Generator().manual_seed(spec.init_seed * 100_003 + layer_index)
     if spec.granularity > 1:
         check_slices(mlp, spec.granularity)
-    yield from _draw_routing(spec, n_experts, hidden_size(mlp), generator).items()
+    drawn = _draw_routing(spec, n_experts, hidden_size(mlp), generator)
+    yield from ((part, tensor) for part, tensor in drawn.items() if part.startswith("router."))
     if _keeps_mlp(spec):
         yield from ((f"shared.{part}", tensor) for part, tensor in mlp.state_dict().items())
+    yield from ((part, tensor) for part, tensor in drawn.items() if not part.startswith("router."))
     for index in range(n_experts):
         state = _make_expert(mlp, spec, index, generator).state_dict()
         for part in list(state):
@@ -138,7 +141,7 @@ def _make_expert(mlp: nn.Module, spec: MoESpec, index: int, generator: torch.Gen
     slices = spec.granularity
     if _are_aliases(spec):
         return _alias(mlp)
-    expert = slice_mlp(mlp, index % slices, slices) if slices > 1 else copy.deepcopy(mlp)
+    expert = slice_mlp(mlp, index % slices, slices) if slices > 1 else _copied(mlp)
     if generator is not None:
         if spec.init == "noise":
             add_noise(expert, spec.init_noise, generator)
@@ -155,8 +158,17 @@ def _are_aliases(spec: MoESpec) -> bool:
 
 def _alias(mlp: nn.Module) -> nn.Module:
     """A copy whose parameters lie where the MLP's do."""
-    same = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in mlp.parameters()}
-    return copy.deepcopy(mlp, same)
+    return _copied(mlp, {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in mlp.parameters()})
+
+
+def _copied(mlp: nn.Module, same: dict[int, Any] | None = None) -> nn.Module:
+    """A copy with the model's config, as all its modules have it: copying that takes longer than all else.
+
+    Args:
+        same: id of a part -> what stands in its place.
+    """
+    config = getattr(mlp, "config", None)
+    return copy.deepcopy(mlp, {id(config): config, **(same or {})})
 
 
 def separate_experts(model: nn.Module) -> None:
@@ -292,6 +304,26 @@ def update_router_bias(model: nn.Module, reduce: Reduce | None = None) -> None:
     for layer, choices_E in zip(layers, loads, strict=True):
         step_bias(layer.router.bias, choices_E, layer.spec.router_bias_rate)
         layer.choices_E = None
+
+
+def use_kernel(model: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Chooses what runs the experts of a sparse model.
+
+    Args:
+        name: of `moellava.moe.kernels.KERNELS`; 'auto': what fits, decided in each forward.
+        device, dtype: where it will run, and of the products.
+
+    Returns:
+        The name of what will run, 'auto' being told by what it takes; several where layers differ.
+
+    Raises:
+        UserError: an unknown name, or one that cannot run there or these experts.
+    """
+    layers = sparse_modules(model)
+    chosen = [kernel_for(list(layer.local_experts().values()), name, device, dtype) for layer in layers]
+    for layer in layers:
+        layer.context.kernel = name
+    return ", ".join(sorted(set(chosen)))
 
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:

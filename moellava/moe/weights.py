@@ -109,12 +109,21 @@ VERDICT = "_plain_layout"
 def plain_layout(module: nn.Module) -> MLPLayout | None:
     """The layout with which the formula of `Expert` is all that a module computes, found out once; None: there is more
     to it, such as a norm in the middle (BitNet), cut-off units (Gemma 3n) or dropout."""
-    if VERDICT not in vars(module):
-        if any(map(_is_watched, module.modules())) or not _is_bare(module):
-            return None  # the module itself is called; once it is bare again, it is looked at
+    if torch.compiler.is_compiling():
+        _look_at(module)  # on numbers, which a graph has none of
+    elif VERDICT not in vars(module):
+        _look_at(module)
+    return getattr(module, VERDICT, None)
+
+
+@torch.compiler.assume_constant_result
+def _look_at(module: nn.Module) -> bool:
+    """Notes on a module what `plain_layout` asks, where it has not been noted; else, and if the module has to be called
+    as it now is, nothing. Returns whether it is noted."""
+    if VERDICT not in vars(module) and not any(map(is_watched, module.modules())) and _is_bare(module):
         found = [layout for layout in layouts_of(module) if _says_all(module, layout)]
         vars(module)[VERDICT] = found[0] if found else None
-    return vars(module)[VERDICT]
+    return VERDICT in vars(module)
 
 
 def _is_bare(module: nn.Module) -> bool:
@@ -146,9 +155,9 @@ def _formula(expert: Expert, activation: Activation, x_ND: Tensor) -> Tensor:
 
 def is_called_plainly(module: nn.Module, linears: Collection[nn.Module]) -> bool:
     """Whether calling an MLP runs its linears, and they their weights, with nothing around it."""
-    return all(type(linear) is nn.Linear for linear in linears) and not any(map(_is_watched, (module, *linears)))
+    return all(type(linear) is nn.Linear for linear in linears) and not any(map(is_watched, (module, *linears)))
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether something must happen when the module is called: hooks, or a forward of its own (offloaded weights)."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -21,7 +21,7 @@ from moellava.model.manifest import TOWER, Manifest, read_folder
 from moellava.model.origin import note_data, note_projector
 from moellava.model.projector_start import load_projector
 from moellava.model.section import plugins_of
-from moellava.moe import convert_engine, separate_experts
+from moellava.moe import convert_engine, separate_experts, use_kernel
 from moellava.moe.certificate import Certificate, upcycle_certified
 from moellava.train.adapt import adapt
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
@@ -80,6 +80,10 @@ def assemble(
     if moe_args.moe_enable and args.deepspeed:
         convert_engine(vlm.model, "deepspeed", ep_size=moe_args.ep_size)
     separate_experts(vlm.model)  # those that are left: a process holds its own alone
+    if moe_args.moe_enable:
+        computed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
+        kernel = use_kernel(vlm.model, moe_args.moe_kernel, args.device, computed)
+        logger.info("Experts run by --moe_kernel %s: %s", moe_args.moe_kernel, kernel)
     return Assembled(vlm, certificate, adapter, balance)
 
 

@@ -167,6 +167,10 @@ CONFLICTS: list[Rule] = [
         "--train_modules is read in stage 3 only: it needs --moe_enable True.",
     ),
     (
+        lambda f: f.moe.moe_kernel != "auto" and not f.moe.moe_enable,
+        "--moe_kernel {moe.moe_kernel} runs the experts of stage 3: it needs --moe_enable True.",
+    ),
+    (
         lambda f: f.moe.ep_size > 1 and not f.training.deepspeed and not f.splits,
         "--ep_size {moe.ep_size} needs --deepspeed (upcycled experts) or --fsdp_size (a language model's own): the "
         "native engine keeps all experts in each process.",

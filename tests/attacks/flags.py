@@ -29,6 +29,7 @@ TRAIN = [
     ("--model_local_path folder", "--model_name_or_path lm conflicts"),
     ("--force_version True", "needs --version"),
     ("--train_modules wg", "needs --moe_enable True"),
+    ("--moe_kernel loop", "it needs --moe_enable True"),
     ("--num_experts 4", "--num_experts [4]"),
     ("--moe_preset today", "--moe_preset today"),
     ("--ep_size 2 --moe_enable True", "needs --deepspeed"),

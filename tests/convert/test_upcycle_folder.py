@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from moellava import files
 from moellava.cli import main
 from moellava.files import read_config
 from moellava.moe import MoESpec, upcycle
@@ -76,6 +77,17 @@ def test_bf16_weights_stay_bf16_and_routers_are_fp32(made, dense, tmp_path):
     assert dtypes["router.weight"] == torch.float32 and dtypes["experts.3.up_proj.weight"] == torch.bfloat16
 
 
+def test_weights_are_digested_while_they_are_written(dense, tmp_path, monkeypatch):
+    """And not read again for it, whatever comes in a layer; in several files, too."""
+    read, digest = [], files.file_digest
+    monkeypatch.setattr(files, "file_digest", lambda path: read.append(str(path)) or digest(path))
+    assert run(dense, tmp_path / "moe", "--use_residual", "--shard-size", "0.00005") == 0
+    assert read and not any(path.endswith(".safetensors") for path in read)
+    recorded = files.read_digests(tmp_path / "moe")
+    assert sum(name.endswith(".safetensors") for name in recorded) > 2
+    assert files.digest_problems(tmp_path / "moe", recorded) == {}
+
+
 def test_other_files_come_along_and_plain_transformers_refuses(dense, tmp_path):
     assert run(dense, tmp_path / "moe") == 0
     for name in ("notes.txt", "tokenizer.json", "processor_config.json", "chat_template.jinja"):
@@ -120,14 +132,19 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from transformers import LlavaConfig
-from moellava.convert.streaming import convert_files
+from moellava.convert.streaming import convert_files, sparse_config
+from moellava.model.offload import without_weights
 from moellava.moe import MoESpec
 from safetensors import safe_open
 small, big, target = map(Path, sys.argv[1:4])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-convert_files(small, target / "small", LlavaConfig.from_pretrained(small), MoESpec(), 10**9)  # imports, buffers
+def convert(folder, spec, shard_bytes):
+    config = LlavaConfig.from_pretrained(folder)
+    dense, sparse = without_weights(config), without_weights(sparse_config(config, spec))
+    convert_files(folder, target / folder.name, dense, sparse, spec, shard_bytes)
+convert(small, MoESpec(), 10**9)  # imports, buffers
 before = peak()
-convert_files(big, target / "big", LlavaConfig.from_pretrained(big), MoESpec(moe_mode="dense"), 30_000_000)
+convert(big, MoESpec(moe_mode="dense"), 30_000_000)
 print(peak() - before)
 """
 

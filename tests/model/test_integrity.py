@@ -20,6 +20,7 @@ from moellava.adapters.lora import Adapter, attach
 from moellava.commands.verify import main as verify
 from moellava.convert.export.export_folder import export_folder
 from moellava.convert.export.llava import write_published
+from moellava.convert.streaming import streamed
 from moellava.convert.upcycle_folder import in_memory, stream
 from moellava.errors import UserError
 from moellava.files import DIGESTS, read_digests
@@ -104,7 +105,8 @@ def test_every_writer_of_a_folder_notes_digests(dense, tmp_path):
     vlm = reopen(dense)
     vlm.save(tmp_path / "saved")
     write_published(reopen(dense), tmp_path / "published")
-    stream(describe(source), tmp_path / "streamed", SPEC, 10**9)
+    described = describe(source)
+    stream(described, streamed(described), tmp_path / "streamed", SPEC, 10**9)
     in_memory(describe(source), tmp_path / "in memory", SPEC, "it")
     adapter = Adapter(LoraConfig(r=2, target_modules=["q_proj"]), {"base": "it"}, LLAVA)
     attach(vlm.model, adapter.config)

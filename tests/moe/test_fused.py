@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from moellava.moe import MoESpec
 from moellava.moe.experts import Dispatch, loop_over_experts, run_experts, sort_by_expert
-from moellava.moe.grouped import can_group, in_place, lie_together, run_grouped
+from moellava.moe.grouped import can_group, run_grouped
+from moellava.moe.places import in_place, lie_together
 from moellava.moe.router import Choice
+from moellava.moe.upcycle import sparse_mlp
 from moellava.moe.weights import tensors_of
 
 
@@ -209,7 +212,7 @@ def test_grouped_products_in_bf16():
 
 def test_the_cpu_does_not_take_the_gpu_path():
     experts, x, _ = problem(Gated, dtype=torch.bfloat16)
-    assert not can_group(x, *tensors_of(experts))
+    assert tensors_of(experts) is not None and not can_group(x.device, x.dtype, x.shape[1:])
 
 
 def test_stacked_weights_are_read_where_they_lie():
@@ -249,3 +252,31 @@ def test_rows_of_dropped_choices_weigh_nothing():
     assert len(kept.token_R) == 4 and len(all_rows.token_R) == 6
     assert kept.counts == [1, 1, 1, 1] and all_rows.counts == [1, 3, 1, 1]
     torch.testing.assert_close(run_experts(experts, x[:3], all_rows), run_experts(experts, x[:3], kept))
+
+
+def saved_bytes(module, x):
+    """What a forward keeps for the backward beside parameters, every memory once."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor):
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in own:
+            kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = module(x)
+    assert out.grad_fn is not None
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("n_experts", "k", "width"), [(4, 2, 344), (16, 4, 86), (64, 8, 43)])
+@pytest.mark.parametrize("mlp", [Gated, Plain])
+def test_a_layer_keeps_less_than_a_dense_mlp_of_the_same_work(mlp, n_experts, k, width):
+    """Of k × width units, at any granularity, routing and its losses counted."""
+    spec = MoESpec(num_experts=[n_experts], top_k_experts=k)
+    layer = sparse_mlp(mlp(64, width, False, nn.SiLU()), spec, n_experts, 0)
+    x = torch.randn(2, 64, 64, requires_grad=True)
+    sparse, dense = saved_bytes(layer, x), saved_bytes(mlp(64, k * width, False, nn.SiLU()), x)
+    assert x.numel() * 4 < sparse <= dense

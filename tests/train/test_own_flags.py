@@ -284,6 +284,7 @@ ELSEWHERE = {
     "skip_dry_save": "train/test_train.py",
     "report_html": "vis/test_report.py",
     "packing": "train/test_packing.py",
+    "moe_kernel": "moe/test_kernels.py",
 }
 """Flag -> the file that shows what it does."""
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moellava.convert.streaming import can_stream
+from moellava.convert.streaming import streamed
 from moellava.errors import UserError
-from moellava.model.build import on_meta
 from moellava.model.description import Description
 from moellava.model.extended import Extension, extension_of
 from moellava.model.saving import without_ties
@@ -134,8 +133,8 @@ def opened_source(description: Description, called: str) -> Iterator[Source]:
     """
     config = description.config
     require_sizes(config, shapes_in(description.folder), called)
-    if can_stream(description):
-        model = on_meta(config)
+    model = streamed(description)
+    if model is not None:
         places = locate(weight_files(description.folder), model)
         yield Source(called, config, model, _stored(model, places), lambda name: places[name].read(), description)
         return

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped products as one operation of a compiled graph (`torch.compile`), which cannot look where weights lie.
+
+Legend: R rows sorted by expert, D inputs, I outputs, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moellava.moe.places import stacked
+
+
+@torch.library.custom_op("moellava::grouped_product", mutates_args=())
+def grouped_product(row_RD: Tensor, weights: list[Tensor], ends_E: Tensor) -> Tensor:
+    """Rows by the weights [I, D] of their experts: [R, I]. Weights in one memory are read there."""
+    return F.grouped_mm(row_RD, stacked(weights).transpose(1, 2), offs=ends_E)
+
+
+@torch.library.custom_op("moellava::grouped_gradients", mutates_args=())
+def grouped_gradients(grad_RI: Tensor, row_RD: Tensor, weights: list[Tensor], ends_E: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the rows [R, D] and of all weights [E, I, D]."""
+    grad_RI = grad_RI.contiguous()
+    drow_RD = F.grouped_mm(grad_RI, stacked(weights), offs=ends_E)
+    return drow_RD, F.grouped_mm(grad_RI.t(), row_RD, offs=ends_E)
+
+
+@grouped_product.register_fake
+def _(row_RD, weights, ends_E):
+    return row_RD.new_empty(row_RD.shape[0], weights[0].shape[0])
+
+
+@grouped_gradients.register_fake
+def _(grad_RI, row_RD, weights, ends_E):
+    return torch.empty_like(row_RD), row_RD.new_empty(len(weights), *weights[0].shape)
+
+
+def _keep(ctx, inputs, output) -> None:
+    row_RD, weights, ends_E = inputs
+    ctx.save_for_backward(row_RD, ends_E, *weights)
+
+
+def _backward(ctx, grad_RI):
+    row_RD, ends_E, *weights = ctx.saved_tensors
+    drow_RD, dweight_EID = grouped_gradients(grad_RI, row_RD, weights, ends_E)
+    return drow_RD, list(dweight_EID.unbind(0)), None
+
+
+grouped_product.register_autograd(_backward, setup_context=_keep)
