@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from moellava.data.plain_pixels import plain_pixels
 from moellava.data.records import MODALITIES
 from moellava.data.remembered import Remembered
 from moellava.data.video import USUAL_FPS, Clip, Video
@@ -123,6 +124,7 @@ class MediaReader:
         self.run_length = Remembered(self._run_length, SIZES_KEPT)
         self._clip_run = Remembered(self._run_of_clip, CLIPS_KEPT)
         blank_run, self.fixed_run = self._probed()
+        self._plain = plain_pixels(processor.image_processor) if self.fixed_run else None
         self.spelled = self._spelled(blank_run)
         """The placeholder with the plain text that the processor puts around it."""
         self.is_timed = "video" in self.placeholders and self._tells_times()
@@ -252,8 +254,11 @@ class MediaReader:
         self, samples: Sequence[Sequence[Image.Image]], run: Run
     ) -> tuple[list[list[Run]], dict[str, torch.Tensor]]:
         """The same as `_asked`, where every image is one run."""
+        images = [image for row in samples for image in row]
         try:
-            pixels = self.processor.image_processor([image for row in samples for image in row], return_tensors="pt")
+            if self._plain is not None:
+                return [[run] * len(row) for row in samples], {"pixel_values": self._plain(images)}
+            pixels = self.processor.image_processor(images, return_tensors="pt")
         except (ValueError, ZeroDivisionError, IndexError) as error:
             raise BadFileError(f"the processor cannot take images of {sizes_of(samples)} pixels: {error}") from error
         return [[run] * len(row) for row in samples], {"pixel_values": pixels["pixel_values"]}

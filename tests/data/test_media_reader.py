@@ -93,6 +93,7 @@ def test_what_a_processor_cannot_take_is_told_by_name(reader, monkeypatch):
         raise ValueError("too thin")
 
     monkeypatch.setattr(reader.processor, "image_processor", refuse)
+    monkeypatch.setattr(reader, "_plain", refuse)
     with pytest.raises(DataError, match=r"Record 7: the processor cannot take images of \[\(5, 4\)\] pixels: too thin"):
         reader.read([[picture((5, 4))]], "Record 7")
 

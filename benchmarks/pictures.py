@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a picture costs before the tower sees it, beside Pillow's own decoding and resizing.
+
+    python benchmarks/pictures.py --json FILE
+
+Files of several formats and sizes are written: smooth shapes with a little noise, which take about the bytes a pixel
+that photographs take. For each, four ways take turns, one thread, and the least CPU time of the rounds counts:
+
+* Pillow: the file is decoded, made RGB and resized to the model's size, and nothing else;
+* transformers: the same file by Pillow, then the model's image processor, which also cuts, rescales and normalises;
+* ours: `open_image`, which also checks the file, its limits and its orientation, and `MediaReader`'s pixels: the same
+  numbers as transformers', which is looked at first;
+* ours, opening: `open_image` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
+
+from moellava.data.images import open_image
+from moellava.data.plain_pixels import plain_pixels
+
+GOAL = 1.5
+"""Most CPU time of ours, as a multiple of Pillow's."""
+
+SIDE = 336
+
+CROP = {"height": SIDE, "width": SIDE}
+
+PROCESSORS = {
+    "CLIP, cut": CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=CROP),
+    "SigLIP, whole": SiglipImageProcessorPil(size=CROP),
+    "LLaVA, padded": LlavaImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=CROP, do_pad=True),
+}
+
+FILES = {
+    "JPEG, 640 × 480": ((640, 480), ".jpg", {"quality": 90}),
+    "JPEG, 1920 × 1080": ((1920, 1080), ".jpg", {"quality": 90}),
+    "JPEG, 1080 × 1920": ((1080, 1920), ".jpg", {"quality": 90}),
+    "PNG, 640 × 480": ((640, 480), ".png", {}),
+    "WebP, 640 × 480": ((640, 480), ".webp", {"quality": 85}),
+}
+
+
+def picture(size: tuple[int, int]) -> Image.Image:
+    """Waves of colour with some noise."""
+    width, height = size
+    x, y = np.meshgrid(np.linspace(0, 9, width), np.linspace(0, 7, height))
+    waves = np.stack([np.sin(x + channel) * np.cos(y * channel) for channel in range(1, 4)], -1)
+    noise = np.random.default_rng(0).normal(0, 4, waves.shape)
+    return Image.fromarray((127 + 100 * waves + noise).clip(0, 255).astype(np.uint8))
+
+
+def resized_size(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height to which a processor resizes a picture."""
+    if "shortest_edge" not in {name for name, side in dict(processor.size).items() if side}:
+        return SIDE, SIDE
+    if getattr(processor, "do_pad", False):
+        return SIDE, SIDE
+    return int(SIDE * size[0] / min(size)), int(SIDE * size[1] / min(size))
+
+
+def ways(path: Path, processor: Any, size: tuple[int, int]) -> dict[str, Callable[[], Any]]:
+    """What is timed."""
+    plain, target = plain_pixels(processor), resized_size(processor, size)
+    assert plain is not None
+
+    def by_pillow() -> Any:
+        with Image.open(path) as image:
+            return image.convert("RGB").resize(target, processor.resample)
+
+    def by_transformers() -> Any:
+        with Image.open(path) as image:
+            return processor([image.convert("RGB")], return_tensors="pt")["pixel_values"]
+
+    def ours() -> Any:
+        return plain([open_image(path)])
+
+    if not torch.equal(by_transformers(), ours()):
+        raise SystemExit(f"{path.name}: pixels differ")
+    return {
+        "Pillow": by_pillow,
+        "transformers": by_transformers,
+        "ours": ours,
+        "ours, opening": lambda: open_image(path),
+    }
+
+
+def timed(work: dict[str, Callable[[], Any]], rounds: int, times: int) -> dict[str, float]:
+    """The least CPU milliseconds of each, which take turns."""
+    least = dict.fromkeys(work, float("inf"))
+    for _ in range(rounds):
+        for name, do in work.items():
+            began = time.process_time()
+            for _ in range(times):
+                do()
+            least[name] = min(least[name], (time.process_time() - began) / times * 1000)
+    return least
+
+
+def main() -> None:
+    """Prints milliseconds of CPU time and ratios to Pillow's."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--times", type=int, default=10, help="pictures a round")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for file, (size, ending, options) in FILES.items():
+            path = Path(folder) / f"picture{ending}"
+            picture(size).save(path, **options)
+            for name, processor in PROCESSORS.items():
+                ms = timed(ways(path, processor, size), args.rounds, args.times)
+                row = {"file": file, "bytes": path.stat().st_size, "processor": name, "ms": ms}
+                row["ratio"] = ms["ours"] / ms["Pillow"]
+                found.append(row)
+                told = ", ".join(f"{way} {value:.2f} ms ({value / ms['Pillow']:.2f})" for way, value in ms.items())
+                print(f"{file}; {name}: {told}", flush=True)
+    print(f"ours / Pillow: {max(row['ratio'] for row in found):.2f} at most (goal {GOAL})")
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
