@@ -121,7 +121,9 @@ class FileIndex:
         return self._table.nbytes
 
     def _column(self, name: str) -> np.ndarray:
-        return self._table.column(name).to_numpy()
+        found = self._table.column(name).to_numpy()
+        self.release()  # a few numbers of each batch have brought whole pages with them
+        return found
 
 
 def write_index(target: Any, rows: Iterable[Row]) -> None:
