@@ -55,6 +55,13 @@ class Shown:
             texts = self._distinct.take(arrow.array(numbers[begin : begin + SLICE])).to_pylist()
             yield begin, [Medium(_MODALITY[text[0]], text[1:]) for text in texts]
 
+    def embedded(self) -> np.ndarray:
+        """The digests of those that their records hold themselves, uint64, in their order."""
+        import pyarrow as arrow
+
+        texts = self._distinct.take(arrow.array(np.flatnonzero(~self.in_file))).to_pylist()
+        return np.array([int(text[1:], 16) for text in texts], np.uint64)
+
     def files(self) -> Iterator[Medium]:
         """All that lie in files."""
         return (medium for _, media in self.slices(np.flatnonzero(self.in_file)) for medium in media)

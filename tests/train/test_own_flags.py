@@ -282,6 +282,7 @@ ELSEWHERE = {
     "skip_dry_save": "train/test_train.py",
     "report_html": "vis/test_report.py",
     "packing": "train/test_packing.py",
+    "cache_features": "train/test_known_features.py",
 }
 """Flag -> the file that shows what it does."""
 
