@@ -83,7 +83,7 @@ def know_features(trainer: Any, folder: Path, datasets: Sequence[SupervisedDatas
         UserError: the tower gives other features each time, the disk is too small, or not the same for all processes.
         BadFileError: a file that cannot be decoded, unless bad files are skipped.
     """
-    vlm: VLM = trainer.vlm
+    vlm: Any = trainer.vlm
     maker = Maker(trainer, folder)
     for dataset in datasets:
         contents = Contents(Shown(dataset.records), dataset.files)

@@ -252,7 +252,7 @@ def tell_idle_media_flags(data_args: DataArguments, modalities: set[str]) -> Non
     """Warns of flags about images or videos of which the records show none."""
     both = {"image", "video"}
     readers = {"image_folder": both, "video_folder": {"video"}, "num_frames": {"video"}, "confine_media": both}
-    readers["cache_features"] = both
+    readers |= {"cache_features": both}
     if data_args.video_folder is not None:
         readers["image_folder"] = {"image"}
     default = {item.name: item.default for item in fields(data_args)}

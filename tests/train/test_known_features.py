@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +16,8 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
-from moellava.model.known_tower import placed
+from moellava.errors import UserError
+from moellava.model.known_tower import placed, tower_of
 from moellava.moe import MoESpec, upcycle
 from moellava.train.arguments import parse_arguments
 from moellava.train.assemble import assemble
@@ -21,7 +25,7 @@ from moellava.train.known_features import know_features, refuse_features
 from moellava.train.stages import freeze_all_but, stage_of
 from moellava.train.train import make_dataset, make_trainer, read_data
 from tests import tiny
-from tests.processes import Flags, losses_of, train_here, words_of
+from tests.processes import ROOT, Flags, losses_of, run_train, train_here, words_of
 
 SHORT: Flags = {"save_strategy": "no", "skip_dry_save": True, "max_steps": 3, "learning_rate": "2e-2"}
 
@@ -126,12 +130,16 @@ def shown(tmp_path_factory, clips) -> Path:
     return root
 
 
-@pytest.mark.parametrize("ratio", ["pad", "anyres", "anyres_max_9"])
-def test_features_take_the_place_of_pixels(ratio, parts, shown, tmp_path, seen):
+def in_full(parts: Path, data: Path, runs: Path) -> Flags:
+    """Flags of a run of `shown`."""
     flags: Flags = {"model_name_or_path": parts / "lm", "image_tower": parts / "tower", "untrained_projector": True}
-    flags |= {"data_path": shown / "data.json", "image_folder": shown, "num_frames": 3, "model_max_length": 900}
-    flags |= {"image_aspect_ratio": ratio, "output_dir": tmp_path / "out", "report_to": "none"}
-    before, after, trainer = of_samples(flags | {"cache_features": tmp_path / "features"})
+    flags |= {"data_path": data / "data.json", "image_folder": data, "num_frames": 3, "model_max_length": 900}
+    return flags | {"output_dir": runs / "out", "report_to": "none", "cache_features": runs / "features"}
+
+
+@pytest.mark.parametrize("ratio", ["pad", pytest.param("anyres", marks=pytest.mark.slow), "anyres_max_9"])
+def test_features_take_the_place_of_pixels(ratio, parts, shown, tmp_path, seen):
+    before, after, trainer = of_samples(in_full(parts, shown, tmp_path) | {"image_aspect_ratio": ratio})
     pixels = [name for name in before if name.startswith("pixel_values")]
     for name in before.keys() - {*pixels, "places", "records"}:
         assert torch.equal(before[name], after[name]), name
@@ -145,6 +153,77 @@ def test_features_take_the_place_of_pixels(ratio, parts, shown, tmp_path, seen):
         found = trainer.model(**inputs[1]).logits
     assert seen == []
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def known(vlm: Any, folder: Path, **args: Any) -> None:
+    for parameter in vlm.model.parameters():
+        parameter.requires_grad_(False)
+    refuse_features(vlm, str(folder), SimpleNamespace(deepspeed=None) if not args else SimpleNamespace(**args))
+
+
+def test_where_features_cannot_be_kept_the_flag_is_refused_by_name(composed, tmp_path):
+    vlm = copy.deepcopy(composed)
+    known(vlm, tmp_path / "new")
+    with pytest.raises(UserError, match="--cache_features .*ZeRO-3"):
+        known(vlm, tmp_path, deepspeed=str(ROOT / "scripts" / "zero3.json"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--cache_features .*file cannot be written"):
+        known(vlm, tmp_path / "file")
+    vlm.model.model.vision_tower.requires_grad_(True)
+    with pytest.raises(UserError, match="the vision encoder trains"):
+        refuse_features(vlm, str(tmp_path), SimpleNamespace(deepspeed=None))
+    vlm.model.config.vision_feature_layer = [-2, -1]
+    with pytest.raises(UserError, match="several layers"):
+        tower_of(vlm.model)
+    other = SimpleNamespace(config=transformers.Qwen2VLConfig(), base_model=vlm.model.model)
+    with pytest.raises(UserError, match="does not take features in place of pixels, as Llava, LlavaNext"):
+        tower_of(other)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ({"train_vision_encoder": True}, "--cache_features .* conflicts with --train_vision_encoder True"),
+        ({"is_multimodal": False}, "--cache_features .* and --is_multimodal False conflict"),
+    ],
+)
+def test_flags_that_contradict_it(flag, words, parts, tmp_path):
+    flags = {"model_name_or_path": parts / "lm", "data_path": parts / "sft.json", "output_dir": tmp_path}
+    with pytest.raises(UserError, match=words):
+        parse_arguments(words_of(flags | {"cache_features": tmp_path} | flag))
+
+
+def test_a_tower_that_is_random_is_refused(parts, shown, tmp_path):
+    shutil.copytree(parts / "tower", tmp_path / "tower")
+    config = json.loads((tmp_path / "tower" / "config.json").read_text())
+    (tmp_path / "tower" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    with pytest.raises(UserError, match="gives other features each time"):
+        of_samples(in_full(parts, shown, tmp_path) | {"image_tower": tmp_path / "tower"})
+
+
+def test_a_file_that_is_damaged_or_changes_is_told(parts, shown, tmp_path):
+    for name in ("0.png", "1.png", "2.png", "data.json"):
+        (tmp_path / name).write_bytes((shown / name).read_bytes())
+    flags = in_full(parts, tmp_path, tmp_path) | {"bad_files": "skip"}
+    content = bytearray((tmp_path / "2.png").read_bytes())
+    content[len(content) // 2] ^= 255  # a hole that head and ending do not show
+    (tmp_path / "2.png").write_bytes(content)
+    _, _, trainer = of_samples(flags)
+    dataset = trainer.train_dataset
+    assert [len(dataset[number]["media"]) for number in range(6)] == [1, 2, 0, 0, 3, 0]
+    Image.new("RGB", (9, 9)).save(tmp_path / "0.png")
+    assert "has changed since this run looked at it" in str(dataset[0]["unreadable"])
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(flags_for, tmp_path):
+    flags = flags_for(tmp_path, "pretrain") | SHORT | {"report_to": "none"}
+    plain = run_train(flags | {"output_dir": tmp_path / "plain"}, 2, "torchrun")
+    kept = run_train(flags | {"cache_features": tmp_path / "features"}, 2, "torchrun")
+    assert "3 pictures, 0 of them known before, 3 computed" in kept.stdout + kept.stderr
+    assert plain.returncode == kept.returncode == 0
+    assert losses_of(tmp_path / "pretrain") == losses_of(tmp_path / "plain")
+    assert len(list((tmp_path / "features").glob("*/*.safetensors"))) == 2
 
 
 @pytest.mark.parametrize("layer", [-1, -3, 0, 2])
