@@ -27,6 +27,7 @@ from moellava.data.media import MediaFiles
 from moellava.data.media_reader import BLANK, SIZES_KEPT, Media, MediaReader, Shown, blank, modality_of
 from moellava.data.records import Medium
 from moellava.data.remembered import Remembered
+from moellava.data.remote import RemoteFile
 from moellava.data.scan import shared, slices_of
 from moellava.data.shown import SLICE, scattered, states_of
 from moellava.data.shown import Shown as ShownMedia
@@ -71,12 +72,13 @@ class Contents:
         numbers = np.flatnonzero(shown.in_file)
         found = shared(slices_of(numbers, SLICE), lambda part: [self._look(shown, one, files, kept) for one in part])
         rows = np.concatenate([np.empty(0, CONTENT_ROW), *found])
-        kept.add(rows[kept.known(rows[KEY])[0] == 0])
+        known_by_state = rows[rows[KEY] != 0]
+        kept.add(known_by_state[kept.known(known_by_state[KEY])[0] == 0])
         self.of_media = np.zeros(len(shown), np.uint64)
         self.of_media[numbers] = rows["content"]
         self.of_media[~shown.in_file] = shown.embedded()
-        order = np.argsort(rows[KEY])
-        self._states, self._contents = rows[KEY][order], rows["content"][order]
+        known_by_state.sort(order=KEY)
+        self._states, self._contents = known_by_state[KEY], known_by_state["content"]
         self.files = files
 
     @staticmethod
@@ -104,7 +106,7 @@ class Contents:
         return content_of_file(self.files.file_of(medium))
 
 
-def content_of_file(path: Path) -> int:
+def content_of_file(path: Path | RemoteFile) -> int:
     """64 bits of a file's content; 0 where it cannot be read: whoever decodes it says why."""
     try:
         return digest_of(path.read_bytes())
