@@ -13,6 +13,7 @@ from moellava.constants import IGNORE_INDEX
 from moellava.data.collate import UNREADABLE
 from moellava.data.encoder import Encoder, Example
 from moellava.data.judge import Judge, counted_media
+from moellava.data.known import KnownMedia
 from moellava.data.media import MediaFiles
 from moellava.data.preprocess import as_tensor
 from moellava.data.records import MODALITIES, Medium, Records
@@ -50,6 +51,8 @@ class SupervisedDataset(Dataset):
         lengths: positions that each sample takes in the model.
         shows_media: whether each sample has an image or a video.
         modalities: what the samples show, all together.
+        known: reads media whose features are known (`--cache_features`); None: files are opened.
+        cut: whether each sample was too long and has lost its end [N].
         unreadable: sample -> its file's problem, of files that proved damaged only when they were decoded.
 
     Raises:
@@ -79,6 +82,7 @@ class SupervisedDataset(Dataset):
         self.max_length = max_length
         self.overlong = overlong
         self.bad_files = bad_files
+        self.known: KnownMedia | None = None
         self.unreadable: dict[int, str] = {}
         self._counts = dict.fromkeys(COUNTS, 0) | {"records": len(records), "skip_listed": records.skipped}
         self._judge(Judge(records, encoder, self.files, max_length, overlong, bad_files), takes_media, workers)
@@ -104,7 +108,7 @@ class SupervisedDataset(Dataset):
             example = self.encoder.encode(
                 record, name, self.files, max_length=limit, answer=None if answer == WHOLE else answer
             )
-            media = opened(example.media, self.encoder, self.files)
+            media = self.known.read(example.media) if self.known else opened(example.media, self.encoder, self.files)
         except BadFileError as error:
             why = f"{name}: {error}"
             if self.bad_files == "skip":
@@ -116,6 +120,11 @@ class SupervisedDataset(Dataset):
         """The record of a sample, its name, and the number of the answer that it trains; None: all of them."""
         number, answer = self._kept[index], self._answers[index]
         return self.records[number], self.records.name(number), None if answer == WHOLE else answer
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The number of each sample's record [N]."""
+        return self._kept
 
     @property
     def lengths(self) -> list[int]:
@@ -154,6 +163,7 @@ class SupervisedDataset(Dataset):
         kept = flags & DROPPED == 0
         self._kept, self._answers = judged.numbers[kept].astype(np.int32), answers[kept]
         self._lengths, shown = judged.rows["length"][kept], flags[kept]
+        self.cut = shown & CUT != 0
         self._shows_media = (shown & sum(SHOWS)) != 0
         self._seen = {name for name, flag in zip(MODALITIES, SHOWS, strict=True) if (shown & flag).any()}
         self._counts["dropped"] = int((~kept).sum())

@@ -44,7 +44,7 @@ def fingerprint(encoder: Encoder) -> str:
         repr(getattr(encoder.renderer, "template", None)),
         _of_object(reader),
         repr(getattr(reader, "fixed_run", None)),
-        _of_processor(reader.processor),
+        processor_settings(reader.processor),
         encoder.image_ids,
         [_ids(encoder, talk) for talk in TALKS],
         [reader.run_length(size, count) for size in SIZES for count in (1, 2)] if reader.needs_sizes else [],
@@ -53,16 +53,16 @@ def fingerprint(encoder: Encoder) -> str:
 
 
 @functools.cache
-def versions() -> list[str]:
-    """Of the packages and of our own code, by which what they found is kept apart."""
+def versions(packages: tuple[str, ...] = PACKAGES, rooms: tuple[str, ...] = ROOMS) -> list[str]:
+    """Of packages and of our own code, by which what they found is kept apart."""
     found = []
-    for name in PACKAGES:
+    for name in packages:
         try:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             found.append(name)
     root = Path(moellava.__file__).parent
-    for room in ROOMS:
+    for room in rooms:
         sources = [root / room] if room.endswith(".py") else sorted((root / room).rglob("*.py"))
         found += [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
     return found
@@ -82,7 +82,7 @@ def _of_object(thing: Any) -> Any:
     return [type(thing).__module__, type(thing).__qualname__, plain]
 
 
-def _of_processor(processor: Any) -> Any:
+def processor_settings(processor: Any) -> Any:
     """A processor with its parts, as their settings say."""
     if processor is None:
         return None

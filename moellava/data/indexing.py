@@ -18,6 +18,7 @@ from moellava.data.formats import rows_of
 from moellava.data.index import FileIndex, index_in_memory, open_index, save_index
 from moellava.data.record_reader import RecordReader
 from moellava.data.record_rows import rows_for
+from moellava.data.remote import copied, is_remote
 from moellava.errors import DataError, UserError
 from moellava.files import file_digest
 from moellava.log import get_logger
@@ -38,12 +39,17 @@ def index_of(path: str | Path, roles: tuple[str, str] = ROLES) -> FileIndex:
     """The index of a data file or folder; `facts` hold what is wrong with the whole of it.
 
     Args:
-        path: of any format (see `formats.py`).
+        path: of any format (see `formats.py`), or an address (see `remote.py`).
         roles: what it calls the human and the model, beside the usual names.
 
     Raises:
         UserError: a package that its format needs is not installed; the index cannot be written.
     """
+    if is_remote(path):
+        try:
+            path = copied(str(path))
+        except DataError as error:
+            return index_in_memory(iter(()), {"problems": error.problems, "ignored": {}, "seen": []})
     files = files_of(Path(path))
     if sum(size for _, size, _ in files) >= KEPT_FROM and (folder := cache_folder()) is not None:
         name = f"{INDEXES}/{_name_of(Path(path), files, roles, folder)}"

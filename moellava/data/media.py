@@ -7,6 +7,7 @@ For a model without a way for videos, a video is its frames: `<video>` in a ques
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from moellava.data.embedded import opened as opened_uri
 from moellava.data.images import USUAL_LIMITS, Limits, image_problem, image_size, normalised, open_image
 from moellava.data.records import ROLES, Medium, Source
 from moellava.data.remembered import Remembered
+from moellava.data.remote import RemoteFile, RemoteFolder, is_remote
 from moellava.data.video import Clip, Video, probe_video, read_frames, video_problem
 from moellava.errors import DataError, UserError
 
@@ -58,32 +60,40 @@ class MediaFiles:
         limits: Limits = USUAL_LIMITS,
         confined: bool = False,
     ):
-        self.image_folder = Path(image_folder or "")
-        self.video_folder = Path(video_folder) if video_folder else self.image_folder
+        self.image_folder = folder_named(image_folder or "")
+        self.video_folder = folder_named(video_folder) if video_folder else self.image_folder
         self.num_frames = num_frames
         self.limits = limits
         self.confined = confined
         self._probed = Remembered(self._probe, CLIPS_KEPT)
 
-    def folder_of(self, modality: str) -> Path:
+    def folder_of(self, modality: str) -> Path | RemoteFolder:
         """What paths of a modality are relative to."""
         return self.image_folder if modality == "image" else self.video_folder
 
     @property
     def settings(self) -> list[Any]:
         """All that decides over what is found in a file, as JSON."""
-        folders = [os.path.abspath(self.folder_of(modality)) for modality in MODALITIES]
+        folders = [place_of(self.folder_of(modality)) for modality in MODALITIES]
         return [*folders, self.num_frames, astuple(self.limits), self.confined]
 
-    def file_of(self, medium: Medium) -> Path:
+    def file_of(self, medium: Medium) -> Path | RemoteFile:
         """Where an image or a video lies. Raises DataError where the record holds it itself, or where it lies outside
-        its folder and may not."""
+        its folder and may not, or is a video that lies elsewhere."""
         if is_embedded(medium.path):
             raise DataError(f"an embedded {medium.modality} lies in no file, and here it has to: {TO_FILES}")
         folder = self.folder_of(medium.modality)
         path = folder / medium.path
         if self.confined and not within(path, folder):
             raise DataError(f"{path}: lies outside {folder or Path()}, which --confine_media forbids")
+        if isinstance(path, RemoteFile) and medium.modality == "video":
+            raise DataError(f"{path}: videos are read from this machine's disks: copy them, and name --video_folder")
+        return path
+
+    def local(self, medium: Medium) -> Path:
+        """The same of a file on this machine's disks."""
+        path = self.file_of(medium)
+        assert isinstance(path, Path), "only images are fetched"
         return path
 
     def problem(self, medium: Medium, in_full: bool = False) -> str | None:
@@ -94,6 +104,8 @@ class MediaFiles:
             return str(error)
         if isinstance(content, Embedded):
             return image_problem(content, in_full, self.limits)
+        if isinstance(content, RemoteFile):
+            return remote_problem(content, in_full, self.limits)
         if medium.modality == "image":
             found = image_problem(content, in_full, self.limits)
         else:
@@ -103,7 +115,12 @@ class MediaFiles:
         )
         return f"{found} ({NO_FOLDER.format(medium.modality)})" if forgotten else found
 
-    def _content(self, medium: Medium) -> Path | Embedded:
+    def _fetched(self, medium: Medium) -> Path | Embedded:
+        """As `_content`, of an image that lies elsewhere its content. Raises BadFileError where it cannot be read."""
+        content = self._content(medium)
+        return content.fetched() if isinstance(content, RemoteFile) else content
+
+    def _content(self, medium: Medium) -> Path | Embedded | RemoteFile:
         """Where a medium lies, or the content of an image that its record holds. Raises DataError: see `file_of`."""
         if medium.modality == "image" and is_embedded(medium.path):
             return opened_uri(medium.path)
@@ -123,7 +140,7 @@ class MediaFiles:
         return self._probed(medium)
 
     def _probe(self, medium: Medium) -> Clip:
-        return probe_video(self.file_of(medium), self.num_frames, self.limits)
+        return probe_video(self.local(medium), self.num_frames, self.limits)
 
     def frames_of(self, medium: Medium) -> int:
         """Images that an image or a video is, where a video is its frames."""
@@ -137,7 +154,7 @@ class MediaFiles:
             return self.clip(medium).size
         if isinstance(medium.path, Image.Image):
             return normalised(medium.path, self.limits).size
-        return image_size(self._content(medium), self.limits)
+        return image_size(self._fetched(medium), self.limits)
 
     def read(self, medium: Medium) -> Image.Image | Video:
         """An image as `normalised` shows it, or the shown frames of a video. Raises BadFileError: see `open_image` and
@@ -147,12 +164,32 @@ class MediaFiles:
         if isinstance(medium.path, Image.Image):
             return normalised(medium.path, self.limits)
         if medium.modality == "image":
-            return open_image(self._content(medium), self.limits)
-        return read_frames(self.file_of(medium), self.clip(medium), self.limits)
+            return open_image(self._fetched(medium), self.limits)
+        return read_frames(self.local(medium), self.clip(medium), self.limits)
 
 
-def within(path: Path, folder: Path) -> bool:
+def folder_named(name: str | Path) -> Path | RemoteFolder:
+    """A folder, or one that lies elsewhere. Raises UserError: see `RemoteFolder`."""
+    return RemoteFolder(str(name)) if is_remote(name) else Path(name)
+
+
+def place_of(folder: Path | RemoteFolder) -> str:
+    """What stays the same of a folder whatever the working folder is."""
+    return str(folder) if isinstance(folder, RemoteFolder) else os.path.abspath(folder)
+
+
+def remote_problem(file: RemoteFile, in_full: bool, limits: Limits) -> str | None:
+    """What is wrong with an image that lies elsewhere, or None. Not `in_full`: whether it is there, as its folder's
+    list says."""
+    if file.state is None:
+        return f"{file}: no such image file"
+    return image_problem(file.fetched(), in_full, limits) if in_full else None
+
+
+def within(path: Path | RemoteFile, folder: Path | RemoteFolder) -> bool:
     """Whether a path leads into a folder once `..` and links are followed; a path that cannot be followed does not."""
+    if isinstance(path, RemoteFile) or isinstance(folder, RemoteFolder):
+        return isinstance(path, RemoteFile) and not posixpath.normpath(path.path).startswith("..")
     try:
         return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
     except (OSError, ValueError):  # a null character, a circle of links

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moellava.data.record_keys import brief
+from moellava.data.remote import addresses, copied, is_remote
 from moellava.errors import DataError, UserError
 from moellava.files import NO_FILE, file_problem
 from moellava.log import get_logger
@@ -77,20 +78,22 @@ def listing_of(path: str | Path) -> Listing:
     """
     if Path(path).suffix.lower() not in MIXTURES:
         return Listing([Part(fitting(str(path)))])
-    mixture = _read(Path(path))
+    mixture = _read(copied(str(path)) if is_remote(path) else Path(path))
     listed = mixture.get("datasets") if isinstance(mixture, dict) else None
     if not isinstance(listed, list) or not listed:
         raise DataError(f'{path} has no list "datasets" of data files: {brief(mixture)}')
     _refuse_unknown(path, mixture, _OF_MIXTURES)
     temperature = _positive(path, mixture, "temperature")
-    parts = [_part(Path(path), number, part, mixture) for number, part in enumerate(listed)]
+    parts = [_part(str(path), number, part, mixture) for number, part in enumerate(listed)]
     _refuse_two_ways(path, parts, temperature)
     return Listing(parts, temperature)
 
 
 def fitting(name: str) -> list[str]:
     """The files of a name: itself, or those that fit it as a pattern (`*`, `?`, `[…]`, `**`). Raises DataError where
-    none does."""
+    none does. Of an address only `*` makes a pattern."""
+    if is_remote(name):
+        return addresses(name) if "*" in name else [name]
     if file_problem(name) != NO_FILE or not glob.has_magic(name):
         return [name]
     found = sorted(glob.glob(name, recursive=True))
@@ -133,7 +136,7 @@ def _repeated(rows: list[int] | range, factor: float, seed: int) -> list[int] | 
     return sorted(list(rows) * times + random.Random(seed).sample(rows, rest))
 
 
-def _part(path: Path, number: int, part: Any, mixture: dict[str, Any]) -> Part:
+def _part(path: str, number: int, part: Any, mixture: dict[str, Any]) -> Part:
     """An entry of a mixture. Raises DataError for what would not act."""
     if not isinstance(part, dict) or not isinstance(part.get("json_path"), str):
         raise DataError(f'{path}: entry {number} of "datasets" has no "json_path": {brief(part)}')
@@ -200,11 +203,13 @@ def _refuse_unknown(path: str | Path, given: dict[Any, Any], known: set[str]) ->
         raise DataError(f"{path} has {brief(unknown[0])}, which would not act; known are {', '.join(sorted(known))}")
 
 
-def _found(path: Path, name: str) -> str:
+def _found(path: str, name: str) -> str:
     """Where a file of a mixture lies: as it is named, or beside the mixture."""
     if Path(name).suffix.lower() in MIXTURES:
         raise DataError(f"{path} lists {name}: a mixture holds data files, no other mixture")
-    places = [name, str(path.parent / name)]
+    if is_remote(name) or is_remote(path):
+        return name if is_remote(name) else f"{path.rpartition('/')[0]}/{name}"
+    places = [name, str(Path(path).parent / name)]
     return next((place for place in places if file_problem(place) != NO_FILE or glob.glob(place)), name)
 
 

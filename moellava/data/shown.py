@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from moellava.constants import MODALITIES
-from moellava.data.media import MediaFiles
+from moellava.data.media import MediaFiles, place_of
 from moellava.data.records import Medium, Records
+from moellava.data.remote import RemoteFolder
 from moellava.data.skip_lists import digest_of
 
 _MODALITY = {modality[0]: modality for modality in MODALITIES}
@@ -55,6 +58,13 @@ class Shown:
             texts = self._distinct.take(arrow.array(numbers[begin : begin + SLICE])).to_pylist()
             yield begin, [Medium(_MODALITY[text[0]], text[1:]) for text in texts]
 
+    def embedded(self) -> np.ndarray:
+        """The digests of those that their records hold themselves, uint64, in their order."""
+        import pyarrow as arrow
+
+        texts = self._distinct.take(arrow.array(np.flatnonzero(~self.in_file))).to_pylist()
+        return np.array([int(text[1:], 16) for text in texts], np.uint64)
+
     def files(self) -> Iterator[Medium]:
         """All that lie in files."""
         return (medium for _, media in self.slices(np.flatnonzero(self.in_file)) for medium in media)
@@ -86,8 +96,15 @@ def scattered(numbers: np.ndarray) -> np.ndarray:
 def states_of(media: Sequence[Medium], files: MediaFiles) -> np.ndarray:
     """For each medium a digest of where its file lies, how large it is and when it was changed, uint64 [N]; 0 where
     there is none. A file with the same number has the same content, as far as anybody can tell without reading it."""
-    folders = {name: os.path.abspath(files.folder_of(name)) for name in MODALITIES}
-    return np.fromiter((_state(os.path.join(folders[name], path)) for name, path in media), np.uint64, len(media))
+    folders = {name: files.folder_of(name) for name in MODALITIES}
+    roots = {name: place_of(folder) for name, folder in folders.items()}
+    found = (
+        _state(os.path.join(roots[name], path))
+        if isinstance(folders[name], Path) or os.path.isabs(path)
+        else cast(RemoteFolder, folders[name]).state(path) or 0
+        for name, path in media
+    )
+    return np.fromiter(found, np.uint64, len(media))
 
 
 def _state(path: str) -> int:

@@ -129,6 +129,9 @@ class DataArguments:
     max_image_pixels: int = _flag("Width × height of the largest image, or frame of a video.", USUAL_LIMITS.pixels)
     max_image_side: int = _flag("Longest side of an image or frame, in pixels.", USUAL_LIMITS.side)
     max_aspect_ratio: float = _flag("Longer side of an image or frame by its shorter one.", USUAL_LIMITS.aspect_ratio)
+    cache_features: str | None = _flag(
+        "Folder where features of pictures are kept: a frozen tower sees each picture once, for all runs."
+    )
     skip_list: str | None = _flag("Records to leave out (counted): a file of `moellava check-data --skip-list`.")
 
     def __post_init__(self):

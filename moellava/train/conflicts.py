@@ -218,6 +218,15 @@ CONFLICTS: list[Rule] = [
         lambda f: f.data.image_grid_pinpoints and f.model.image_tower and not f.in_tiles,
         "--image_grid_pinpoints {data.image_grid_pinpoints} needs --image_aspect_ratio anyres or anyres_max_N.",
     ),
+    (
+        lambda f: f.data.cache_features and (f.model.train_vision_encoder or f.model.use_vision_lora),
+        "--cache_features {data.cache_features} conflicts with --train_vision_encoder True and --use_vision_lora True: "
+        "features of a tower that trains change with every step.",
+    ),
+    (
+        lambda f: f.data.cache_features and not f.data.is_multimodal,
+        "--cache_features {data.cache_features} and --is_multimodal False conflict: there are no pictures.",
+    ),
     (lambda f: f.data.num_frames < 1, "--num_frames {data.num_frames}: a video is at least 1 frame."),
     (lambda f: f.data.bad_files not in ("error", "skip"), "--bad_files {data.bad_files}: choose error or skip."),
     (lambda f: f.training.eval_samples < 0, "--eval_samples {training.eval_samples}: a number of records, or 0."),

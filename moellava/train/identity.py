@@ -19,6 +19,7 @@ import numpy as np
 from moellava.data.findings import KEY, Findings, findings
 from moellava.data.media import CHECKING_THREADS, MediaFiles
 from moellava.data.records import Medium, Records
+from moellava.data.remote import RemoteFile
 from moellava.data.scan import shared, slices_of
 from moellava.data.shown import SLICE, Shown, states_of
 from moellava.files import MODEL_FILES, PAGE, file_digest, read_json
@@ -53,7 +54,7 @@ WITHOUT_EFFECT: dict[str, str] = {
         (
             *("lazy_preprocess", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
             *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps"),
-            "cache_dir",
+            *("cache_dir", "cache_features"),
         ),
         _LOADED,
     ),
@@ -205,8 +206,11 @@ def _ends(media: Sequence[Medium], files: MediaFiles, kept: Findings, fresh: dic
     return [known[state].decode() if state in known else next(anew) for state in states.tolist()]
 
 
-def ends_digest(path: Path) -> str:
-    """Size and ends of a file; 'unreadable' where it cannot be read: whoever checks the data says why."""
+def ends_digest(path: Path | RemoteFile) -> str:
+    """Size and ends of a file; 'unreadable' where it cannot be read: whoever checks the data says why. Of one that lies
+    elsewhere, what the other side says of its content."""
+    if isinstance(path, RemoteFile):
+        return UNREADABLE.decode() if path.state is None else f"elsewhere {path.state}"
     try:
         with open(path, "rb") as file:
             head, size = file.read(ENDS), file.seek(0, 2)

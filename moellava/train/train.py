@@ -52,6 +52,7 @@ from moellava.train.fsdp import check_split, split
 from moellava.train.hub import hub_of
 from moellava.train.identity import folders_of, run_contents, run_identity
 from moellava.train.intact import require_intact
+from moellava.train.known_features import know_features, refuse_features
 from moellava.train.lock import locked
 from moellava.train.masters import Masters, raise_trained
 from moellava.train.memory import describe, estimate, layout_of
@@ -124,6 +125,8 @@ def begin(
     vlm, adapter = assembled.vlm, assembled.adapter
     trained = trainable_parameters(vlm, adapter) if adapter else stage.selects(vlm, model_args, moe_args)
     freeze_all_but(vlm.model, trained)
+    if data_args.cache_features:
+        refuse_features(vlm, data_args.cache_features, args)
     masters = None if args.deepspeed else raise_trained(vlm.model, training_dtype(args))
     if args.fsdp_size > 1:  # of a mapped file, a process reads its share
         check_split(vlm.model, vlm.source, args.fsdp_size, moe_args.ep_size)
@@ -142,7 +145,10 @@ def begin(
         if is_rank_zero():
             report(assembled, stage, args)
             report_data(datasets, trains_questions=not model_args.mask_question_tokens)
-        run(make_trainer(stage, assembled, masters, model_args, args, datasets), stage, resume)
+        trainer = make_trainer(stage, assembled, masters, model_args, args, datasets)
+        if data_args.cache_features:
+            know_features(trainer, Path(data_args.cache_features), [one for one in datasets.values() if one])
+        run(trainer, stage, resume)
 
 
 def run(trainer: StageTrainer, stage: Stage, resume: Path | None) -> None:
@@ -254,6 +260,7 @@ def tell_idle_media_flags(data_args: DataArguments, modalities: set[str]) -> Non
     """Warns of flags about images or videos of which the records show none."""
     both = {"image", "video"}
     readers = {"image_folder": both, "video_folder": {"video"}, "num_frames": {"video"}, "confine_media": both}
+    readers |= {"cache_features": both}
     if data_args.video_folder is not None:
         readers["image_folder"] = {"image"}
     default = {item.name: item.default for item in fields(data_args)}

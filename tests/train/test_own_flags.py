@@ -285,6 +285,7 @@ ELSEWHERE = {
     "report_html": "vis/test_report.py",
     "packing": "train/test_packing.py",
     "moe_kernel": "moe/test_kernels.py",
+    "cache_features": "train/test_known_features.py",
 }
 """Flag -> the file that shows what it does."""
 

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures whose features are known: they are neither decoded nor brought to the tower's shape.
+
+A picture's key is made of the digest of its file, and of what else decides over its pixels: how many frames of a video
+are shown, and whether an image is alone in its record, where a processor cuts only such a one into tiles. In place of
+its pixels [rows, 3, H, W] the model's input holds its features as a picture of one channel, [rows, 1, P, D], which the
+tower hands on (`model/known_tower.py`). All else that a processor gives for it, it gives for a blank of its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from moellava.constants import MODALITIES
+from moellava.data.embedded import is_embedded
+from moellava.data.encoder import Encoder
+from moellava.data.feature_store import FeatureStore
+from moellava.data.findings import KEY, findings
+from moellava.data.media import MediaFiles
+from moellava.data.media_reader import BLANK, SIZES_KEPT, Media, MediaReader, Shown, blank, modality_of
+from moellava.data.records import Medium
+from moellava.data.remembered import Remembered
+from moellava.data.remote import RemoteFile
+from moellava.data.scan import shared, slices_of
+from moellava.data.shown import SLICE, scattered, states_of
+from moellava.data.shown import Shown as ShownMedia
+from moellava.data.skip_lists import digest_of
+from moellava.data.video import USUAL_FPS, Clip, Video
+from moellava.errors import BadFileError
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""Modality -> the input that holds its pixels."""
+
+CONTENT_ROW = np.dtype([(KEY, "<u8"), ("content", "<u8")])
+"""What is kept of a file: its state -> the digest of its content."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """An image whose features are known.
+
+    Attributes:
+        size: width and height in pixels.
+        place: in the store.
+        part: which of so many equal parts of the rows there are its own: a video's frames stand together.
+    """
+
+    size: tuple[int, int]
+    place: int
+    part: tuple[int, int] = (0, 1)
+
+
+@dataclass(frozen=True)
+class KnownVideo(Video):
+    """A video whose features are known, of a model that has a way for videos."""
+
+    place: int = 0
+
+
+class Contents:
+    """Digests of the files of media by the state that they are in, so that a file that stays is read once."""
+
+    def __init__(self, shown: ShownMedia, files: MediaFiles):
+        kept = findings("contents", list, CONTENT_ROW, len(shown))
+        numbers = np.flatnonzero(shown.in_file)
+        found = shared(slices_of(numbers, SLICE), lambda part: [self._look(shown, one, files, kept) for one in part])
+        rows = np.concatenate([np.empty(0, CONTENT_ROW), *found])
+        known_by_state = rows[rows[KEY] != 0]
+        kept.add(known_by_state[kept.known(known_by_state[KEY])[0] == 0])
+        self.of_media = np.zeros(len(shown), np.uint64)
+        self.of_media[numbers] = rows["content"]
+        self.of_media[~shown.in_file] = shown.embedded()
+        known_by_state.sort(order=KEY)
+        self._states, self._contents = known_by_state[KEY], known_by_state["content"]
+        self.files = files
+
+    @staticmethod
+    def _look(shown: ShownMedia, numbers: np.ndarray, files: MediaFiles, kept: Any) -> np.ndarray:
+        """Rows of some media, in their order."""
+        rows = np.empty(len(numbers), CONTENT_ROW)
+        for begin, media in shown.slices(numbers):
+            states = states_of(media, files)
+            counts, known = kept.known(states)
+            contents = np.zeros(len(media), np.uint64)
+            contents[counts > 0] = known["content"]
+            for place in np.flatnonzero(counts == 0):
+                contents[place] = content_of_file(files.file_of(media[place]))
+            rows[KEY][begin : begin + len(media)], rows["content"][begin : begin + len(media)] = states, contents
+        return rows
+
+    def of(self, medium: Medium) -> int:
+        """Of one medium."""
+        if is_embedded(medium.path):
+            return digest_of(medium.path.encode())
+        (state,) = states_of([medium], self.files)
+        place = np.searchsorted(self._states, state)
+        if place < len(self._states) and self._states[place] == state:
+            return int(self._contents[place])
+        return content_of_file(self.files.file_of(medium))
+
+
+def content_of_file(path: Path | RemoteFile) -> int:
+    """64 bits of a file's content; 0 where it cannot be read: whoever decodes it says why."""
+    try:
+        return digest_of(path.read_bytes())
+    except (OSError, ValueError):
+        return 0
+
+
+def keys_of(contents: np.ndarray, variants: np.ndarray) -> np.ndarray:
+    """Keys of pictures, uint64 [N], from the digests of their files [N] and their variants [N]. See `variant`."""
+    return scattered(contents ^ scattered(variants.astype(np.uint64) + np.uint64(1)))
+
+
+def variant(modality: str, alone: bool, num_frames: int) -> int:
+    """What decides over the pixels of a file beside its content."""
+    return 2 * (num_frames if modality == "video" else 0) + alone
+
+
+def key_of(content: int, modality: str, alone: bool, num_frames: int) -> int:
+    """Of one picture."""
+    return int(keys_of(np.array([content], np.uint64), np.array([variant(modality, alone, num_frames)]))[0])
+
+
+def key_of_blank(modality: str) -> int:
+    """Of what stands in where a batch shows nothing."""
+    return key_of(digest_of(f"a blank {modality}".encode()), modality, True, 0)
+
+
+class KnownMedia:
+    """What records show, as pictures whose features are known. It takes the place of opening files.
+
+    Args:
+        store: holds the features.
+        contents: digests of the files.
+        encoder: of the model.
+    """
+
+    def __init__(self, store: FeatureStore, contents: Contents, encoder: Encoder):
+        self.store, self.contents, self.encoder = store, contents, encoder
+        self.files = contents.files
+
+    def read(self, media: Sequence[Medium]) -> list[Shown]:
+        """The media of a sample. Raises BadFileError: a file cannot be read, or is another one than at the start."""
+        alone = self.are_alone(media)
+        return [one for medium in media for one in self._read(medium, alone)]
+
+    def are_alone(self, media: Sequence[Medium]) -> bool:
+        """Whether an image among them is read as one that is alone in its sample."""
+        in_frames = self.encoder.in_frames
+        count = sum(self.files.frames_of(one) for one in media if in_frames or one.modality == "image")
+        return not self.encoder.reader.needs_sizes or count == 1
+
+    def _read(self, medium: Medium, alone: bool) -> list[Any]:
+        as_video = medium.modality == "video" and not self.encoder.in_frames
+        key = key_of(self.contents.of(medium), medium.modality, alone or as_video, self.files.num_frames)
+        place = self.store.place(key)
+        if place is None:
+            self.files.read(medium)
+            raise BadFileError(f"{self.files.file_of(medium)}: the file has changed since this run looked at it")
+        if as_video:
+            return [KnownVideo(self.files.clip(medium), (), place)]
+        size, count = self.store.size(place), self.files.frames_of(medium)
+        return [Known(size, place, (number, count)) for number in range(count)]
+
+
+class KnownReader:
+    """Reads media whose features are known: runs, and features in place of pixels. See `MediaReader.read`.
+
+    Args:
+        reader: of the model's processor.
+        store: holds the features, of blanks too.
+    """
+
+    is_one_input = False
+
+    def __init__(self, reader: MediaReader, store: FeatureStore):
+        self.reader, self.store = reader, store
+        self._beside = Remembered(self._without_pixels, SIZES_KEPT)
+        self.axes = {name: reader.read([[blank(name)]]).tensors[PIXELS[name]].ndim for name in reader.placeholders}
+
+    def read(self, samples: Sequence[Sequence[Any]], name: str = "the batch") -> Media:
+        """Runs and tensors of samples, none of them without media."""
+        found = [self._beside(*map(self._essence, sample)) for sample in samples]
+        names = list(dict.fromkeys(name for _, tensors in found for name in tensors))
+        tensors = {name: torch.cat([one[name] for _, one in found if name in one]) for name in names}
+        for modality in MODALITIES:
+            shown = [one for sample in samples for one in sample if modality_of(one) == modality]
+            if shown:
+                tensors[PIXELS[modality]] = self._stacked([self._features(one) for one in shown], modality)
+        return Media([runs for runs, _ in found], tensors)
+
+    def _without_pixels(self, *shown: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        """What the processor makes of blanks of these sizes and clips, in one sample."""
+        sample = [
+            Video(one, (Image.new("RGB", one.size),) * len(one.indices))
+            if isinstance(one, Clip)
+            else Image.new("RGB", one)
+            for one in shown
+        ]
+        media = self.reader.read([sample])
+        return media.runs[0], {name: one for name, one in media.tensors.items() if name not in PIXELS.values()}
+
+    def _essence(self, shown: Any) -> Any:
+        """What decides over all that a processor gives but pixels: a size, or a clip."""
+        if isinstance(shown, Video):
+            clip, count = shown.clip, len(shown.clip.indices)
+            if self.reader.is_timed:
+                return Clip(BLANK, clip.total, clip.fps, clip.indices)
+            return Clip(BLANK, count, USUAL_FPS, tuple(range(count)))
+        return shown.size if self.reader.needs_sizes else BLANK
+
+    def _features(self, shown: Any) -> torch.Tensor:
+        """[rows, P, D] of one image or video."""
+        if isinstance(shown, KnownVideo):
+            return self.store.features(shown.place)
+        if isinstance(shown, Known):
+            number, count = shown.part
+            return self.store.features(shown.place).chunk(count)[number]
+        place = self.store.place(key_of_blank(modality_of(shown)))
+        assert place is not None, "a batch shows what is known, or blanks"
+        return self.store.features(place)
+
+    def _stacked(self, rows: Sequence[torch.Tensor], modality: str) -> torch.Tensor:
+        """[N, 1, P, D] of features [1, P, D] each; [N, T, 1, P, D] where pictures have several rows, or may have."""
+        if self.axes[modality] == 4:
+            return torch.cat(list(rows)).unsqueeze(1)
+        most = max(map(len, rows))
+        return torch.stack([torch.cat([one, one.new_zeros(most - len(one), *one.shape[1:])]) for one in rows])[
+            :, :, None
+        ]
