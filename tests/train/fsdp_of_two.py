@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one of two processes holds of a split model. `test_fsdp.py` runs this in a process of its own: a group that the
+tests before have left would be in the way, and theirs must stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import LlavaForConditionalGeneration
+
+from moellava.errors import UserError
+from moellava.train.fsdp import is_split, own, split
+from moellava.train.optimizer import parameter_groups
+from moellava.train.stopping import require_finite
+from tests import tiny
+
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+
+
+@pytest.fixture
+def two_of_them() -> Iterator[None]:
+    """This process as the first of two, whose other one answers nothing."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def sparse_model() -> LlavaForConditionalGeneration:
+    """A Llava whose language model has four experts a layer."""
+    return tiny.tiny_llava("qwen2_moe", **EXPERTS)
+
+
+def test_a_process_holds_half_of_all_and_whole_experts(two_of_them):
+    whole, model = sparse_model(), sparse_model()
+    split(model, fsdp_size=2, ep_size=2, device=torch.device("cpu"))
+    assert is_split(model) and not is_split(whole)
+    wanted = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.shape == wanted[name].shape
+        half = wanted[name][: (len(wanted[name]) + 1) // 2]
+        assert torch.equal(own(parameter.detach()), half), name
+        assert own(parameter).untyped_storage().nbytes() == half.nbytes, "the whole one stays in memory"
+    assert model.model.language_model.layers[0].mlp.experts.num_experts == 2
+
+
+def test_experts_are_in_a_group_of_their_own(two_of_them):
+    """One step's kernel spans no two meshes."""
+    model = sparse_model()
+    split(model, fsdp_size=2, ep_size=2, device=torch.device("cpu"))
+    groups = parameter_groups(model, model.model.multi_modal_projector, weight_decay=0.0, learning_rate=1.0)
+    experts = {id(p) for name, p in model.named_parameters() if ".experts." in name}
+    assert {group["name"]: {id(p) in experts for p in group["params"]} for group in groups} == {
+        "model_no_decay": {False},
+        "model_no_decay_1": {True},
+    }
+
+
+def test_weights_that_are_not_finite_are_seen_in_a_share(two_of_them):
+    model = sparse_model()
+    split(model, fsdp_size=2, ep_size=1, device=torch.device("cpu"))
+    require_finite(model, 1, None)
+    own(model.lm_head.weight.data)[0, 0] = torch.nan
+    with pytest.raises(UserError, match="not finite after step 1 .lm_head.weight"):
+        require_finite(model, 1, None)
