@@ -54,7 +54,8 @@ def run_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch, kern
         kernel: a name of `KERNELS` that these experts can be run by (`use_kernel`).
     """
     device = x_TD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+    mixed = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if mixed else x_TD.dtype
     fusable, cast_TD = tensors_of(experts), x_TD.to(dtype)
     wrapped = None if fusable is not None else _wrapped(experts, cast_TD, kernel)
     if kernel == LOOP or (fusable is None and wrapped is None):
@@ -65,7 +66,7 @@ def run_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch, kern
             return run_adapted(cast_TD, *rows, wrapped).to(x_TD.dtype)
         assert fusable is not None
         layout, flat = fusable
-        cast = flat if dtype == x_TD.dtype else [tensor if tensor is None else tensor.to(dtype) for tensor in flat]
+        cast = [tensor if tensor is None else tensor.to(dtype) for tensor in flat] if mixed else flat
         return _run_tensors(cast_TD, dispatch, layout, cast, kernel).to(x_TD.dtype)
 
 

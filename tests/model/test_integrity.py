@@ -135,6 +135,7 @@ def test_no_other_module_writes_weights():
     known = {"model/saving.py", "convert/streaming.py", "adapters/folder.py", *exports}
     passing = {"convert/export/proof.py", "convert/export/reopened.py"}  # what two processes tell each other
     passing |= {"demo/base_lm.py", "demo/base_tower.py"}  # Hugging Face's own folders, as a demo starts from
+    passing |= {"data/feature_store.py"}  # features of pictures, which are made again where they are lost
     others = {name for name in found - known - passing if not name.startswith("train/")}  # checkpoints are no folders
     assert known <= found and not others
 

@@ -13,8 +13,8 @@ from tests.model.tiny_language_models import SPARSE, tiny_language_model
 
 WITHOUT = (
     "afmoe aria_text axk1 axk2 bailing_hybrid cohere2_moe deepseek_v2 dots1 dots3_note_text exaone_moe glm4_moe "
-    "glm4_moe_lite hunyuan_v1_moe hy_v3 hy_v4 inkling2_text inkling_text kimi_linear kolibri1 llama4_text "
-    "longcat_flash mimo_v2_flash nemotron_h solar_open zamba zaya"
+    "glm4_moe_lite hunyuan_v1_moe hy_v3 hy_v4 inkling_text kimi_linear kolibri1 llama4_text "
+    "longcat_flash mimo_v2_flash nemotron_h sarvam_mla sarvam_moe solar_open zamba zaya"
 )
 """Sparse by their layers, with no balancing loss in transformers."""
 
