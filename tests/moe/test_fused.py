@@ -190,6 +190,15 @@ def test_under_autocast_experts_are_one_node_too(dtype, monkeypatch):
     assert float((fused[0] - exact[0]).abs().max()) > 1e-5, "the products ran in fp32"
 
 
+def test_under_autocast_an_input_of_its_dtype_meets_weights_of_another():
+    """What comes from a linear under autocast is bf16 already, and the weights are fp32 still."""
+    experts, x_TD, dispatch = problem(Gated)[:3]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = loop_over_experts(experts, x_TD.bfloat16(), dispatch)
+        fused = run_experts(experts, x_TD.bfloat16(), dispatch)
+    assert fused.dtype == torch.bfloat16 and torch.allclose(fused.float(), plain.float(), atol=0.05)
+
+
 def grouped(experts, x, dispatch):
     layout, flat = tensors_of(experts)
     return run_grouped(x, dispatch.gate_R, dispatch.token_R, dispatch.count_E, layout, flat)
