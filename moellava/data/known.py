@@ -29,7 +29,7 @@ from moellava.data.records import Medium
 from moellava.data.remembered import Remembered
 from moellava.data.remote import RemoteFile
 from moellava.data.scan import shared, slices_of
-from moellava.data.shown import SLICE, scattered, states_of
+from moellava.data.shown import SLICE, looked_up, scattered, states_of
 from moellava.data.shown import Shown as ShownMedia
 from moellava.data.skip_lists import digest_of
 from moellava.data.video import USUAL_FPS, Clip, Video
@@ -73,7 +73,9 @@ class Contents:
         found = shared(slices_of(numbers, SLICE), lambda part: [self._look(shown, one, files, kept) for one in part])
         rows = np.concatenate([np.empty(0, CONTENT_ROW), *found])
         known_by_state = rows[rows[KEY] != 0]
-        kept.add(known_by_state[kept.known(known_by_state[KEY])[0] == 0])
+        # What could not be read is read again, since a permission may change and the state stay.
+        read = known_by_state[known_by_state["content"] != 0]
+        kept.add(read[kept.known(read[KEY])[0] == 0])
         self.of_media = np.zeros(len(shown), np.uint64)
         self.of_media[numbers] = rows["content"]
         self.of_media[~shown.in_file] = shown.embedded()
@@ -86,13 +88,8 @@ class Contents:
         """Rows of some media, in their order."""
         rows = np.empty(len(numbers), CONTENT_ROW)
         for begin, media in shown.slices(numbers):
-            states = states_of(media, files)
-            counts, known = kept.known(states)
-            contents = np.zeros(len(media), np.uint64)
-            contents[counts > 0] = known["content"]
-            for place in np.flatnonzero(counts == 0):
-                contents[place] = content_of_file(files.file_of(media[place]))
-            rows[KEY][begin : begin + len(media)], rows["content"][begin : begin + len(media)] = states, contents
+            place = slice(begin, begin + len(media))
+            rows[KEY][place], rows["content"][place], _ = looked_up(media, files, kept, "content", content_of_file)
         return rows
 
     def of(self, medium: Medium) -> int:
@@ -119,14 +116,14 @@ def keys_of(contents: np.ndarray, variants: np.ndarray) -> np.ndarray:
     return scattered(contents ^ scattered(variants.astype(np.uint64) + np.uint64(1)))
 
 
-def variant(modality: str, alone: bool, num_frames: int) -> int:
-    """What decides over the pixels of a file beside its content."""
-    return 2 * (num_frames if modality == "video" else 0) + alone
+def variant(is_video: Any, alone: Any, num_frames: int) -> Any:
+    """What decides over the pixels of a file beside its content: of one, or of many in arrays."""
+    return 2 * num_frames * is_video + alone
 
 
 def key_of(content: int, modality: str, alone: bool, num_frames: int) -> int:
     """Of one picture."""
-    return int(keys_of(np.array([content], np.uint64), np.array([variant(modality, alone, num_frames)]))[0])
+    return int(keys_of(np.array([content], np.uint64), np.array([variant(modality == "video", alone, num_frames)]))[0])
 
 
 def key_of_blank(modality: str) -> int:

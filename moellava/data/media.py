@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
@@ -129,9 +129,8 @@ class MediaFiles:
     def problems(self, media: Iterable[Medium], in_full: bool = False) -> dict[Medium, str]:
         """What is wrong with files, for those that something is wrong with; each is looked at once."""
         distinct = list(dict.fromkeys(media))
-        with ThreadPoolExecutor(CHECKING_THREADS) as pool:
-            found = pool.map(lambda medium: self.problem(medium, in_full), distinct)
-            return {medium: problem for medium, problem in zip(distinct, found, strict=True) if problem}
+        found = threaded(lambda medium: self.problem(medium, in_full), distinct)
+        return {medium: problem for medium, problem in zip(distinct, found, strict=True) if problem}
 
     def clip(self, medium: Medium) -> Clip:
         """Which frames of a video are shown. Raises BadFileError: see `probe_video`."""
@@ -166,6 +165,12 @@ class MediaFiles:
         if medium.modality == "image":
             return open_image(self._fetched(medium), self.limits)
         return read_frames(self.local(medium), self.clip(medium), self.limits)
+
+
+def threaded(look: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """What `look` finds in each item, several at a time."""
+    with ThreadPoolExecutor(CHECKING_THREADS) as pool:
+        return list(pool.map(look, items))
 
 
 def folder_named(name: str | Path) -> Path | RemoteFolder:

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from moellava.constants import MODALITIES
-from moellava.data.media import MediaFiles, place_of
+from moellava.data.findings import Findings
+from moellava.data.media import MediaFiles, place_of, threaded
 from moellava.data.records import Medium, Records
 from moellava.data.remote import RemoteFolder
 from moellava.data.skip_lists import digest_of
@@ -105,6 +106,29 @@ def states_of(media: Sequence[Medium], files: MediaFiles) -> np.ndarray:
         for name, path in media
     )
     return np.fromiter(found, np.uint64, len(media))
+
+
+def looked_up(
+    media: Sequence[Medium], files: MediaFiles, kept: Findings, field: str, look: Callable[[Any], Any]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What was found out about files, by the states that they are in; what is not kept is looked at now.
+
+    Args:
+        media: that lie in files [N].
+        kept: at most one row for a state.
+        field: of its rows.
+        look: (where a file lies) -> what the field holds of it.
+
+    Returns:
+        States [N] (see `states_of`), values of the field [N], and which of them are new.
+    """
+    states = states_of(media, files)
+    counts, rows = kept.known(states)
+    values = np.zeros(len(media), rows.dtype[field])
+    values[counts > 0] = rows[field]
+    new = np.flatnonzero(counts == 0)
+    values[new] = threaded(look, [files.file_of(media[place]) for place in new.tolist()])
+    return states, values, new
 
 
 def _state(path: str) -> int:

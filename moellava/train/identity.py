@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from fnmatch import fnmatch
 from itertools import chain
@@ -17,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from moellava.data.findings import KEY, Findings, findings
-from moellava.data.media import CHECKING_THREADS, MediaFiles
+from moellava.data.media import MediaFiles, threaded
 from moellava.data.records import Medium, Records
 from moellava.data.remote import RemoteFile
 from moellava.data.scan import shared, slices_of
-from moellava.data.shown import SLICE, Shown, states_of
+from moellava.data.shown import SLICE, Shown, looked_up
 from moellava.files import MODEL_FILES, PAGE, file_digest, read_json
 from moellava.model.manifest import Manifest
 
@@ -196,14 +195,9 @@ def ends_of(shown: Shown, slices: Sequence[np.ndarray], files: MediaFiles) -> li
 
 def _ends(media: Sequence[Medium], files: MediaFiles, kept: Findings, fresh: dict[int, bytes]) -> list[str]:
     """Of a few media; `fresh` gets those that were not kept, by their states."""
-    states = states_of(media, files)
-    counts, rows = kept.known(states)
-    known = dict(zip(states[counts > 0].tolist(), rows["ends"].tolist(), strict=True))
-    new = np.flatnonzero(counts == 0).tolist()
-    digests = threaded(ends_digest, [files.file_of(media[place]) for place in new])
-    fresh.update(zip(states[new].tolist(), map(str.encode, digests), strict=True))
-    anew = iter(digests)
-    return [known[state].decode() if state in known else next(anew) for state in states.tolist()]
+    states, ends, new = looked_up(media, files, kept, "ends", lambda path: ends_digest(path).encode())
+    fresh.update(zip(states[new].tolist(), ends[new].tolist(), strict=True))
+    return [one.decode() for one in ends.tolist()]
 
 
 def ends_digest(path: Path | RemoteFile) -> str:
@@ -218,12 +212,6 @@ def ends_digest(path: Path | RemoteFile) -> str:
             return f"{size} {hashlib.sha256(head + file.read(ENDS)).hexdigest()}"
     except (OSError, ValueError):
         return UNREADABLE.decode()
-
-
-def threaded(look: Any, items: Sequence[Any]) -> list[Any]:
-    """What `look` finds in each item, several at a time."""
-    with ThreadPoolExecutor(CHECKING_THREADS) as pool:
-        return list(pool.map(look, items))
 
 
 def combined(digests: Iterable[str]) -> str:

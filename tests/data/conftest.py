@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import LlavaProcessor
 
+from moellava.data import cache, findings
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.encoder import Encoder, image_ids_of
 from moellava.data.media import MediaFiles
@@ -22,6 +23,20 @@ ROWS = 151936
 """Of Qwen's embedding, the free ones included."""
 
 FILES = ("image_folder", "video_folder", "num_frames")
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch) -> Path:
+    """A cache of a test's own, which is made when it is needed."""
+    monkeypatch.setenv(cache.PLACE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def kept(empty_cache, monkeypatch) -> Path:
+    """An empty cache, in which everything is kept that is found."""
+    monkeypatch.setattr(findings, "KEPT_FROM", 1)
+    return empty_cache
 
 
 @pytest.fixture(scope="session")

@@ -24,11 +24,10 @@ from tests.tiny import record
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(empty_cache, monkeypatch) -> Path:
     """An empty cache, in which the index of every file is kept."""
-    monkeypatch.setenv(cache.PLACE, str(tmp_path / "cache"))
     monkeypatch.setattr(indexing, "KEPT_FROM", 0)
-    return tmp_path / "cache"
+    return empty_cache
 
 
 @pytest.fixture

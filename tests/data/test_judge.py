@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moellava.data import cache, findings
+from moellava.data import findings
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.encoder import CountedImages, Encoder
 from moellava.data.findings import KEY, Findings
@@ -28,14 +28,6 @@ from moellava.data.scan import with_progress, workers_for
 from moellava.data.shown import Shown, states_of
 from moellava.errors import DataError
 from tests.tiny import record
-
-
-@pytest.fixture
-def kept(tmp_path, monkeypatch) -> Path:
-    """An empty cache, in which everything is kept that is found."""
-    monkeypatch.setenv(cache.PLACE, str(tmp_path / "cache"))
-    monkeypatch.setattr(findings, "KEPT_FROM", 1)
-    return tmp_path / "cache"
 
 
 @pytest.fixture
