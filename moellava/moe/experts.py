@@ -57,7 +57,11 @@ def run_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch, kern
     mixed = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if mixed else x_TD.dtype
     fusable, cast_TD = tensors_of(experts), x_TD.to(dtype)
-    wrapped = None if fusable is not None else _wrapped(experts, cast_TD, kernel)
+    # Adapters are looked for where grouped products may run them: reading them takes long beside a few rows.
+    seeks = kernel == GROUPED or (kernel == AUTO and can_group(x_TD.device, dtype, x_TD.shape[1:]))
+    wrapped = adapted_of(experts) if fusable is None and seeks else None
+    if kernel == AUTO:
+        kernel = what_fits(fusable, wrapped, x_TD.device, dtype)
     if kernel == LOOP or (fusable is None and wrapped is None):
         return loop_over_experts(experts, x_TD, dispatch)
     with torch.autocast(device, enabled=False):
@@ -67,27 +71,34 @@ def run_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch, kern
         assert fusable is not None
         layout, flat = fusable
         cast = [tensor if tensor is None else tensor.to(dtype) for tensor in flat] if mixed else flat
-        return _run_tensors(cast_TD, dispatch, layout, cast, kernel).to(x_TD.dtype)
+        run = KERNELS[kernel].run
+        assert run is not None
+        return run(cast_TD, dispatch, layout, cast).to(x_TD.dtype)
 
 
-def _wrapped(experts: list[nn.Module], x_TD: Tensor, kernel: str) -> Adapted | None:
-    """The tensors of experts whose linears are wrapped, where grouped products run; else they are called."""
-    device, dtype = x_TD.device, x_TD.dtype
-    if kernel != GROUPED and not (kernel == AUTO and can_group(device, dtype, x_TD.shape[1:])):
-        return None
-    wrapped = adapted_of(experts)
-    fits = wrapped is not None and (kernel == GROUPED or can_group(device, dtype, wrapped.linears["w2"][0].sizes))
-    return wrapped if fits else None
+def what_fits(
+    fusable: tuple[Layout, list[Tensor | None]] | None,
+    wrapped: Adapted | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str:
+    """The kernel that `AUTO` stands for.
 
-
-def _run_tensors(x_TD: Tensor, dispatch: Dispatch, layout: Layout, flat: list[Tensor | None], kernel: str) -> Tensor:
-    if kernel == AUTO:
+    Args:
+        fusable: of `tensors_of` the experts.
+        wrapped: of `adapted_of` them, where they are not that.
+        device, dtype: where, and of the products.
+    """
+    sizes = None if wrapped is None else wrapped.linears["w2"][0].sizes
+    if fusable is not None:
+        layout, flat = fusable
         w2_DI = layout.experts(flat[: len(layout.names)])[0].w2_DI
-        fits = w2_DI is not None and can_group(x_TD.device, x_TD.dtype, w2_DI.shape)
-        kernel = GROUPED if fits or torch.compiler.is_compiling() else FUSED
-    run = KERNELS[kernel].run
-    assert run is not None
-    return run(x_TD, dispatch, layout, flat)
+        sizes = None if w2_DI is None else w2_DI.shape
+    if sizes is not None and can_group(device, dtype, sizes):
+        return GROUPED
+    if fusable is None:
+        return LOOP
+    return GROUPED if torch.compiler.is_compiling() else FUSED
 
 
 def _fused(x_TD: Tensor, dispatch: Dispatch, layout: Layout, flat: list[Tensor | None]) -> Tensor:
@@ -130,13 +141,7 @@ def kernel_for(experts: list[nn.Module], name: str, device: torch.device, dtype:
     kernel, fusable = require_kernel(name, device, dtype), tensors_of(experts)
     wrapped = adapted_of(experts) if fusable is None and name in (AUTO, GROUPED) else None
     if name == AUTO:
-        parts = [] if wrapped is None else [wrapped.linears["w2"][0].sizes]
-        if fusable is not None:
-            layout, flat = fusable
-            parts = [expert.w2_DI.shape for expert in layout.experts(flat)[:1] if expert.w2_DI is not None]
-        if any(can_group(device, dtype, sizes) for sizes in parts):
-            return GROUPED
-        return LOOP if fusable is None else FUSED
+        return what_fits(fusable, wrapped, device, dtype)
     if kernel.run is not None and fusable is None and wrapped is None:
         raise UserError(
             f"--moe_kernel {name} runs experts of two or three plain linears around a function; these have adapters or "

@@ -185,10 +185,10 @@ class NativeMoE(RoutedMLP):
         return run_few(list(self.experts), x_TD, *choose(self.router(x_TD), self.router.bias, self.spec))
 
     def run(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        experts = list(self.experts)
         if x_TD.is_cuda and not self.is_together and not torch.compiler.is_compiling():
-            experts = list(self.experts)
             self.is_together = tensors_of(experts) is not None or adapted_of(experts) is not None
             if self.is_together:
                 lie_together(experts)
         dispatch = sort_by_expert(routing.choice, routing.gate_Nk, self.n_experts)
-        return run_experts(list(self.experts), x_TD, dispatch, self.context.kernel)
+        return run_experts(experts, x_TD, dispatch, self.context.kernel)
