@@ -599,8 +599,8 @@ RESUMING = (
         ("train/deepspeed/test_portable.py",),
     ),
     Mutation(
-        "schedule-of-split-runs-begins-anew",
-        "train/split_trainer.py",
+        "schedule-of-sharded-runs-begins-anew",
+        "train/fsdp_trainer.py",
         'group["lr"] = rate * factor(schedule.last_epoch)',
         'group["lr"] = rate',
         "The first step of a run that goes on under --fsdp_size is made at the full rate.",
@@ -609,7 +609,7 @@ RESUMING = (
     Mutation(
         "states-of-another-engine-left-out",
         "train/fsdp.py",
-        "if there != split:",
+        "if there != fsdp:",
         "if False:",
         "A run that goes on without --fsdp_size begins with empty optimizer states.",
         ("train/test_fsdp.py",),

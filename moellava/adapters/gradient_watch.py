@@ -44,7 +44,7 @@ class GradientWatch(TrainerCallback):
         self.sorts: dict[str, str] = {}
         self.counts: dict[str, torch.Tensor] = {}
         self.handles: dict[str, list[Any]] = {}
-        self.split: dict[str, list[nn.Parameter]] = {}  # FSDP2 calls no hooks of what it splits
+        self.sharded: dict[str, list[nn.Parameter]] = {}  # FSDP2 calls no hooks of what it shards
         # Cross-attention layers (Llama 3.2 Vision) see nothing in a step without images either.
         readers = [layer for layer in model.modules() if hasattr(layer, "cross_attn")]
         read_images = [*readers, *([encoder] if encoder else [])]
@@ -72,7 +72,7 @@ class GradientWatch(TrainerCallback):
 
         handles = self.handles.setdefault(part, [])
         if isinstance(parameter, DTensor):
-            self.split.setdefault(part, []).append(parameter)
+            self.sharded.setdefault(part, []).append(parameter)
         else:
             handles.append(parameter.register_hook(lambda gradient: self._note(part, gradient)))
 
@@ -84,7 +84,7 @@ class GradientWatch(TrainerCallback):
         """Judges the gradients so far, of all processes together, and stops watching the parts that are judged."""
         if not self.handles or self.is_idle():
             return
-        for part, parameters in self.split.items():
+        for part, parameters in self.sharded.items():
             for gradient in [parameter.grad for parameter in parameters if parameter.grad is not None]:
                 self._note(part, gradient.to_local())
         sums = sum_over_processes(torch.stack(list(self.counts.values())).double()).tolist()
@@ -101,5 +101,5 @@ class GradientWatch(TrainerCallback):
         for part in [part for part in self.counts if part not in waiting]:
             for handle in self.handles.pop(part):
                 handle.remove()
-            self.split.pop(part, None)
+            self.sharded.pop(part, None)
             del self.counts[part], self.sorts[part]

@@ -19,7 +19,7 @@ OWN_BALANCE = "router_aux_loss_coef"
 """The option that a model with experts of its own takes in all stages; `reconcile.py` judges it."""
 
 
-SPLIT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """What computes with each process's share alone."""
 
 
@@ -37,8 +37,8 @@ class Flags(NamedTuple):
         return int(os.environ.get("WORLD_SIZE", "1"))
 
     @property
-    def splits(self) -> bool:
-        """Whether the model is split without DeepSpeed."""
+    def is_fsdp(self) -> bool:
+        """Whether the model is sharded without DeepSpeed."""
         return self.training.fsdp_size > 1
 
     @property
@@ -92,44 +92,44 @@ TASK_CONFLICTS: list[Rule] = [
 ]
 """Of benchmarks during training."""
 
-SPLIT_CONFLICTS: list[Rule] = [
+FSDP_CONFLICTS: list[Rule] = [
     (
         lambda f: f.training.fsdp_size < 1 or f.processes % max(f.training.fsdp_size, 1),
         "--fsdp_size {training.fsdp_size}: a number that divides the {processes} processes of this run (`torchrun "
         "--nproc-per-node N -m moellava.train …`).",
     ),
     (
-        lambda f: f.splits and f.training.deepspeed,
+        lambda f: f.is_fsdp and f.training.deepspeed,
         "--fsdp_size {training.fsdp_size} and --deepspeed conflict: both split the model. Choose one.",
     ),
     (
-        lambda f: f.splits and f.moe.moe_enable,
+        lambda f: f.is_fsdp and f.moe.moe_enable,
         "--fsdp_size {training.fsdp_size} and --moe_enable True conflict: upcycled experts are spread by DeepSpeed "
         "(--deepspeed zero2 --ep_size N). A folder of `moellava export` has experts of its own and trains with "
         "--fsdp_size and --ep_size, without --moe_enable.",
     ),
     (
-        lambda f: f.splits and f.moe.ep_size > 0 and f.training.fsdp_size % f.moe.ep_size,
+        lambda f: f.is_fsdp and f.moe.ep_size > 0 and f.training.fsdp_size % f.moe.ep_size,
         "--ep_size {moe.ep_size} does not divide --fsdp_size {training.fsdp_size}: experts lie on processes that hold "
         "one copy of the model together.",
     ),
     (
-        lambda f: f.splits and f.training.fp16,
+        lambda f: f.is_fsdp and f.training.fp16,
         "--fsdp_size {training.fsdp_size} and --fp16 True conflict: its scaled gradients are not split. Use --bf16 "
         "True, or --deepspeed zero3.",
     ),
     (
-        lambda f: f.splits and f.training.bits != 16,
+        lambda f: f.is_fsdp and f.training.bits != 16,
         "--fsdp_size {training.fsdp_size} and --bits {training.bits} conflict: packed weights are not split. Use "
         "--bits 16, or leave --fsdp_size out.",
     ),
     (
-        lambda f: f.splits and f.training.optim not in SPLIT_OPTIMIZERS,
+        lambda f: f.is_fsdp and f.training.optim not in SHARDED_OPTIMIZERS,
         f"--fsdp_size {{training.fsdp_size}} and --optim {{training.optim.value}} conflict: split weights are trained "
-        f"by {', '.join(SPLIT_OPTIMIZERS)}.",
+        f"by {', '.join(SHARDED_OPTIMIZERS)}.",
     ),
 ]
-"""Of runs whose model is split without DeepSpeed."""
+"""Of runs whose model is sharded without DeepSpeed."""
 
 CONFLICTS: list[Rule] = [
     (
@@ -171,7 +171,7 @@ CONFLICTS: list[Rule] = [
         "--moe_kernel {moe.moe_kernel} runs the experts of stage 3: it needs --moe_enable True.",
     ),
     (
-        lambda f: f.moe.ep_size > 1 and not f.training.deepspeed and not f.splits,
+        lambda f: f.moe.ep_size > 1 and not f.training.deepspeed and not f.is_fsdp,
         "--ep_size {moe.ep_size} needs --deepspeed (upcycled experts) or --fsdp_size (a language model's own): the "
         "native engine keeps all experts in each process.",
     ),
@@ -180,7 +180,7 @@ CONFLICTS: list[Rule] = [
         "--force_version True needs --version: there is no template to force.",
     ),
     (
-        lambda f: f.moe.ep_size < 1 or (f.moe.ep_size != 1 and not f.moe.moe_enable and not f.splits),
+        lambda f: f.moe.ep_size < 1 or (f.moe.ep_size != 1 and not f.moe.moe_enable and not f.is_fsdp),
         "--ep_size {moe.ep_size}: a number of processes from 1 on, in stage 3 (--moe_enable True), or, for a language "
         "model's own experts, with --fsdp_size in place of --deepspeed.",
     ),
@@ -235,7 +235,7 @@ CONFLICTS: list[Rule] = [
         "--eval_samples {training.eval_samples} needs --eval_strategy steps or epoch, and --eval_data_path.",
     ),
     *TASK_CONFLICTS,
-    *SPLIT_CONFLICTS,
+    *FSDP_CONFLICTS,
     (
         lambda f: f.training.report_html and missing(),
         "--report_html True needs matplotlib and pyarrow: pip install 'moellava[vis]', or leave the flag out.",

@@ -29,7 +29,7 @@ from moellava.log import get_logger
 from moellava.model.weights import read_file, weight_files
 from moellava.moe import gather_moe_state_dict, spread_shapes
 from moellava.train.checkpoint import last_checkpoint
-from moellava.train.fsdp import is_split, load_part, whole_state
+from moellava.train.fsdp import is_fsdp, load_part, whole_state
 from moellava.train.masters import Masters
 from moellava.vlm import VLM
 
@@ -61,7 +61,7 @@ class StageFolder:
 
     def gather(self, model: nn.Module, wrapped: nn.Module, accelerator) -> dict[str, torch.Tensor]:
         """The whole state dict on the first process, experts under their global ids; {} elsewhere. Collective."""
-        if is_split(model):
+        if is_fsdp(model):
             return whole_state(model)
         if is_sharded(model):
             return accelerator.get_state_dict(wrapped)
@@ -140,7 +140,7 @@ class StageFolder:
 
 def is_sharded(model: nn.Module) -> bool:
     """True if each process holds a piece of every parameter only (DeepSpeed's ZeRO-3, or FSDP2)."""
-    return is_split(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return is_fsdp(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def load_whole(model: nn.Module, path: Path) -> None:
@@ -150,7 +150,7 @@ def load_whole(model: nn.Module, path: Path) -> None:
     missing = set(model.state_dict())
     for file in weight_files(path):
         part = dict(read_file(file))
-        result = load_part(model, part) if is_split(model) else model.load_state_dict(part, strict=False)
+        result = load_part(model, part) if is_fsdp(model) else model.load_state_dict(part, strict=False)
         if result.unexpected_keys:
             raise UserError(f"{file} holds tensors that this model has not: {result.unexpected_keys[:3]} …")
         missing -= set(part)

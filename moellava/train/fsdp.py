@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights, gradients and optimizer states that are split over processes without DeepSpeed: torch's FSDP2, and beside it
-the expert parallelism of transformers for language models that have experts of their own.
+"""Weights, gradients and optimizer states that are sharded over processes without DeepSpeed: torch's FSDP2, and beside
+it the expert parallelism of transformers for language models that have experts of their own.
 
     --fsdp_size 4 --ep_size 2, a layer with experts 0 to 3
 
@@ -9,7 +9,8 @@ the expert parallelism of transformers for language models that have experts of 
     experts          0            2            1            3            ranks 0 and 2 gather 0 and 1 of each other,
                                                                          0 and 1 send each other the rows of theirs
 
-A model is put together whole, as for every engine, and split in place before it trains. What is split is a `DTensor`.
+A model is put together whole, as for every engine, and sharded in place before it trains. What is sharded is a
+`DTensor`.
 """
 
 from __future__ import annotations
@@ -47,28 +48,28 @@ DISPATCH = "ep_dispatch_experts"
 """What transformers calls, in a model's plan, the modules whose experts may lie on several processes."""
 
 
-def is_split(model: nn.Module) -> bool:
-    """Whether parameters of a model are split by `split`."""
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether parameters of a model are sharded by `shard`."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's share of a tensor; all of it where it is not split."""
+    """This process's share of a tensor; all of it where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, on every process. Collective where it is split."""
+    """All of a tensor, on every process. Collective where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def mesh_of(tensor: torch.Tensor) -> Any:
-    """The processes that a tensor is split over; None where it is not split."""
+    """The processes that a tensor is sharded over; None where it is not."""
     return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
 
-def check_split(model: Any, called: str, fsdp_size: int, ep_size: int) -> None:
-    """Raises UserError for a model whose experts cannot be spread so. All others can be split.
+def check_shards(model: Any, called: str, fsdp_size: int, ep_size: int) -> None:
+    """Raises UserError for a model whose experts cannot be spread so. All others can be sharded.
 
     Args:
         model: as one process would train it.
@@ -96,8 +97,8 @@ def spread_experts(model: Any) -> Iterator[nn.Module]:
     return (module for name, module in model.named_modules() if plan.get(name) == DISPATCH)
 
 
-def split(model: Any, fsdp_size: int, ep_size: int, device: torch.device, in_16_bits: bool = False) -> None:
-    """Splits a model in place over the processes of this run. Collective.
+def shard(model: Any, fsdp_size: int, ep_size: int, device: torch.device, in_16_bits: bool = False) -> None:
+    """Shards a model in place over the processes of this run. Collective.
 
     Args:
         model: of which all processes hold the same, `requires_grad` set.
@@ -123,7 +124,7 @@ def split(model: Any, fsdp_size: int, ep_size: int, device: torch.device, in_16_
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, parts of a split model that belong to no layer are whole: tower and projector may be called beside the
+    """Inside, parts of a sharded model that belong to no layer are whole: tower and projector may be called beside the
     model's forward, as by benchmarks that encode each picture once. Collective."""
     if not isinstance(model, FSDPModule):
         yield
@@ -136,12 +137,12 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def whole_state(model: Any) -> dict[str, torch.Tensor]:
-    """The state dict of a split model, gathered on the first process; {} elsewhere. Collective."""
+    """The state dict of a sharded model, gathered on the first process; {} elsewhere. Collective."""
     return gather_full_state_dict(model)
 
 
 def load_part(model: nn.Module, part: Mapping[str, torch.Tensor]) -> Any:
-    """Copies whole tensors into a split model, each process its share; as `load_state_dict(strict=False)`."""
+    """Copies whole tensors into a sharded model, each process its share; as `load_state_dict(strict=False)`."""
     return set_model_state_dict(model, dict(part), options=StateDictOptions(full_state_dict=True, strict=False))
 
 
@@ -184,9 +185,9 @@ def _in_stretch(tensor: DTensor) -> DTensor:
     return tensor.redistribute(placements=[Replicate() if dim is None else Shard(dim) for dim in dims])
 
 
-def require_same_engine(checkpoint: Path, split: bool) -> None:
+def require_same_engine(checkpoint: Path, fsdp: bool) -> None:
     """Raises UserError for a checkpoint whose optimizer states this run would not find."""
     there = (checkpoint / STATES).is_dir()
-    if there != split:
+    if there != fsdp:
         wrote, way = ("with", "with it") if there else ("without", "without it")
         raise UserError(f"{checkpoint} was written {wrote} --fsdp_size: go on {way}, or start anew elsewhere.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What HF's Trainer lacks for models that `fsdp.split` has split: checkpoints that a run can go on from. And that one
+"""What HF's Trainer lacks for models that `fsdp.shard` has sharded: checkpoints that a run can go on from. And that one
 run in a process leaves nothing of its engine to the next."""
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import torch
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from moellava.train.fsdp import is_split, load_states, require_same_engine, save_states, whole
+from moellava.train.fsdp import is_fsdp, load_states, require_same_engine, save_states, whole
 
 USES_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 """What accelerate sets in the environment when a run uses DeepSpeed, and takes for the user's wish in the next one."""
 
 
-class SplitTrainer(Trainer):
-    """HF's Trainer, whose model may be split.
+class FSDPTrainer(Trainer):
+    """HF's Trainer, whose model may be sharded.
 
     Args:
         model, args: of `transformers.Trainer`, as are `kwargs`.
     """
 
     def __init__(self, *, model: Any, args: Any, **kwargs):
-        self.is_split = is_split(model)
-        given, args.save_only_model = args.save_only_model, self.is_split  # else HF refuses to save, since it cannot
+        self.is_fsdp = is_fsdp(model)
+        given, args.save_only_model = args.save_only_model, self.is_fsdp  # else HF refuses to save, since it cannot
         super().__init__(model=model, args=args, **kwargs)
         args.save_only_model = given
 
@@ -44,7 +44,7 @@ class SplitTrainer(Trainer):
         return whole(norm) if isinstance(norm, torch.Tensor) else norm
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_split:
+        if not self.is_fsdp:
             return super()._save_optimizer_and_scheduler(output_dir)
         save_states(self.model, self.optimizer, Path(output_dir))
         if self.args.should_save:
@@ -52,8 +52,8 @@ class SplitTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            require_same_engine(Path(checkpoint), self.is_split)
-        if checkpoint is None or not self.is_split:
+            require_same_engine(Path(checkpoint), self.is_fsdp)
+        if checkpoint is None or not self.is_fsdp:
             return super()._load_optimizer_and_scheduler(checkpoint)
         load_states(self.model, self.optimizer, Path(checkpoint))
         stored = torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)

@@ -48,7 +48,7 @@ from moellava.train.deepspeed.extensions import extension_root, remove_abandoned
 from moellava.train.deepspeed.portable import expert_parallel_size, refuse_unreadable
 from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 from moellava.train.folder import StageFolder
-from moellava.train.fsdp import check_split, split
+from moellava.train.fsdp import check_shards, shard
 from moellava.train.hub import hub_of
 from moellava.train.identity import folders_of, run_contents, run_identity
 from moellava.train.intact import require_intact
@@ -129,8 +129,8 @@ def begin(
         refuse_features(vlm, data_args.cache_features, args)
     masters = None if args.deepspeed else raise_trained(vlm.model, training_dtype(args))
     if args.fsdp_size > 1:  # of a mapped file, a process reads its share
-        check_split(vlm.model, vlm.source, args.fsdp_size, moe_args.ep_size)
-        split(vlm.model, args.fsdp_size, moe_args.ep_size, args.device, in_16_bits=args.bf16)
+        check_shards(vlm.model, vlm.source, args.fsdp_size, moe_args.ep_size)
+        shard(vlm.model, args.fsdp_size, moe_args.ep_size, args.device, in_16_bits=args.bf16)
     elif args.world_size > 1 and args.device.type == "cpu":
         leave_files(vlm.model)
     records = read_data(model_args, data_args)

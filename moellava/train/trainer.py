@@ -26,6 +26,7 @@ from moellava.processes import sum_over_processes
 from moellava.train.checkpoint import STAGING, last_checkpoint, put_in_place
 from moellava.train.deepspeed.portable import expert_parallel_size, load_portable, save_portable, spread_of
 from moellava.train.folder import StageFolder
+from moellava.train.fsdp_trainer import FSDPTrainer
 from moellava.train.intact import reading
 from moellava.train.loss import SupervisedHead, sums_of_records, supervised_positions
 from moellava.train.memory import zero_stage
@@ -34,14 +35,13 @@ from moellava.train.progress import Clock, RunLines, RunProgress
 from moellava.train.rows import NeededRows
 from moellava.train.run_hooks import RunHooks, counts_of
 from moellava.train.split import begin_random, processes_of
-from moellava.train.split_trainer import SplitTrainer
 from moellava.train.stopping import StepWatch, StopRequest, require_finite
 from moellava.vlm import VLM
 
 logger = get_logger(__name__)
 
 
-class StageTrainer(SplitTrainer):
+class StageTrainer(FSDPTrainer):
     """Trains one stage.
 
     Args:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one of two processes holds of a split model. `test_fsdp.py` runs this in a process of its own: a group that the
-tests before have left would be in the way, and theirs must stay."""
+"""What one of two processes holds of a sharded model. `test_fsdp.py` runs this in a process of its own: a group that
+the tests before have left would be in the way, and theirs must stay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlavaForConditionalGeneration
 
 from moellava.errors import UserError
-from moellava.train.fsdp import is_split, own, split
+from moellava.train.fsdp import is_fsdp, own, shard
 from moellava.train.optimizer import parameter_groups
 from moellava.train.stopping import require_finite
 from tests import tiny
@@ -36,8 +36,8 @@ def sparse_model() -> LlavaForConditionalGeneration:
 
 def test_a_process_holds_half_of_all_and_whole_experts(two_of_them):
     whole, model = sparse_model(), sparse_model()
-    split(model, fsdp_size=2, ep_size=2, device=torch.device("cpu"))
-    assert is_split(model) and not is_split(whole)
+    shard(model, fsdp_size=2, ep_size=2, device=torch.device("cpu"))
+    assert is_fsdp(model) and not is_fsdp(whole)
     wanted = dict(whole.named_parameters())
     for name, parameter in model.named_parameters():
         assert parameter.shape == wanted[name].shape
@@ -50,7 +50,7 @@ def test_a_process_holds_half_of_all_and_whole_experts(two_of_them):
 def test_experts_are_in_a_group_of_their_own(two_of_them):
     """One step's kernel spans no two meshes."""
     model = sparse_model()
-    split(model, fsdp_size=2, ep_size=2, device=torch.device("cpu"))
+    shard(model, fsdp_size=2, ep_size=2, device=torch.device("cpu"))
     groups = parameter_groups(model, model.model.multi_modal_projector, weight_decay=0.0, learning_rate=1.0)
     experts = {id(p) for name, p in model.named_parameters() if ".experts." in name}
     assert {group["name"]: {id(p) in experts for p in group["params"]} for group in groups} == {
@@ -61,7 +61,7 @@ def test_experts_are_in_a_group_of_their_own(two_of_them):
 
 def test_weights_that_are_not_finite_are_seen_in_a_share(two_of_them):
     model = sparse_model()
-    split(model, fsdp_size=2, ep_size=1, device=torch.device("cpu"))
+    shard(model, fsdp_size=2, ep_size=1, device=torch.device("cpu"))
     require_finite(model, 1, None)
     own(model.lm_head.weight.data)[0, 0] = torch.nan
     with pytest.raises(UserError, match="not finite after step 1 .lm_head.weight"):

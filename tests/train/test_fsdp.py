@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that are split without DeepSpeed: FSDP2, and the expert parallelism of language models that are sparse of
+"""Models that are sharded without DeepSpeed: FSDP2, and the expert parallelism of language models that are sparse of
 themselves."""
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from transformers import LlavaForConditionalGeneration, get_scheduler
 
 from moellava.errors import UserError
-from moellava.train.fsdp import check_split, require_same_engine
-from moellava.train.split_trainer import SplitTrainer
+from moellava.train.fsdp import check_shards, require_same_engine
+from moellava.train.fsdp_trainer import FSDPTrainer
 from tests import tiny
 from tests.model.tiny_language_models import tiny_language_model
 from tests.processes import ROOT, losses_of, run, run_train, train_here
@@ -37,14 +37,14 @@ def test_one_of_two_processes_holds_its_share():
         (sparse_model, 3, "--ep_size does not divide the 4 experts"),
     ],
 )
-def test_what_cannot_be_split_is_refused(make, ep_size, words):
+def test_what_cannot_be_sharded_is_refused(make, ep_size, words):
     with pytest.raises(UserError, match=words):
-        check_split(make(), "this model", 6, ep_size)
+        check_shards(make(), "this model", 6, ep_size)
 
 
 def test_experts_may_stay_together():
     for model in (tiny.tiny_llava("llama"), sparse_model()):
-        check_split(model, "this model", 2, 1)
+        check_shards(model, "this model", 2, 1)
 
 
 def test_a_schedule_goes_on_with_another_number_of_groups():
@@ -58,7 +58,7 @@ def test_a_schedule_goes_on_with_another_number_of_groups():
     for _ in range(3):
         before.optimizer.step()
         before.lr_scheduler.step()
-    SplitTrainer._load_schedule(after, before.lr_scheduler.state_dict())
+    FSDPTrainer._load_schedule(after, before.lr_scheduler.state_dict())
     assert [group["lr"] for group in after.optimizer.param_groups] == [0.75, 0.75]
     after.optimizer.step()
     after.lr_scheduler.step()
