@@ -255,10 +255,8 @@ def digests_of(folder: Path, names: Collection[str] | None = None, known: Mappin
     """The content of `DIGESTS` for all files of a folder, or for those of these names; `known` is taken as it is."""
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in NOT_DIGESTED]
     chosen = [file for file in files if names is None or file.name in names]
-    return (
-        json.dumps({"sha256": {file.name: known.get(file.name) or file_digest(file) for file in chosen}}, indent=2)
-        + "\n"
-    )
+    digests = {file.name: known.get(file.name) or file_digest(file) for file in chosen}
+    return json.dumps({"sha256": digests}, indent=2) + "\n"
 
 
 def write_digests(folder: Path, names: Collection[str]) -> None:

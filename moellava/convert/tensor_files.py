@@ -72,14 +72,15 @@ class TensorFiles:
             position = offsets[1]
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        begin = 8 + len(text)
+        head = len(text).to_bytes(8, "little") + text
+        begin = len(head)
         self._sizes[file] = begin + position
         for name, tensor in tensors.items():
             self.slots[name] = Slot(tensor.dtype, tensor.shape, file, begin + header[name]["data_offsets"][0])
         with open(self.folder / file, "wb") as handle:
-            handle.write(len(text).to_bytes(8, "little") + text)
+            handle.write(head)
             handle.truncate(begin + position)
-        self._digested[file] = (hashlib.sha256(len(text).to_bytes(8, "little") + text), begin)
+        self._digested[file] = (hashlib.sha256(head), begin)
 
     @property
     def digests(self) -> dict[str, str]:

@@ -180,10 +180,6 @@ def copied(url: str) -> Path:
     return entry / name
 
 
-def _copy(file_system: Any, path: str, name: str, folder: Path) -> None:
-    file_system.get_file(path, str(folder / name))
-
-
 def addresses(pattern: str) -> list[str]:
     """The addresses that fit a pattern (`*`, `**`), by name. Raises DataError where none does."""
     file_system, path = opened(pattern)

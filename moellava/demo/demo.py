@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moellava.demo.recipes import COMMON_FLAGS, STAGE_FLAGS, Recipe
-from moellava.demo.runner import Journal, StepFailed, run, run_side_by_side, say
+from moellava.demo.runner import Journal, StepFailed, run, run_side_by_side, say, show_file
 from moellava.errors import UserError
 
 BASE = Path(__file__).parent / "base"
@@ -209,8 +209,7 @@ class Demo:
     def compare(self, command: list[str]) -> None:
         """Runs it, and shows its table."""
         run(command, self.log("compare"), self.cores, show=None)
-        for line in (self.comparison / "compare.txt").read_text(encoding="utf-8").splitlines():
-            say(f"     {line}")
+        show_file(self.comparison / "compare.txt")
 
     def chat(self) -> None:
         """Asks the last stage a question of the test split, and shows the right answer beside what it says."""

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from moellava.demo.mixed_data import Sizes
-from moellava.demo.runner import Journal, StepFailed, run, say
+from moellava.demo.runner import Journal, StepFailed, run, say, show_file
+from moellava.recipes import words_of
 
 TOWER = Path(__file__).parent / "base" / "tower"
 
@@ -173,14 +174,14 @@ class MixedDemo:
             "learning_rate": protocol.learning_rate,
             "seed": 0,
         }
-        return [sys.executable, "-m", "moellava.train", *words(flags | self.common())]
+        return [sys.executable, "-m", "moellava.train", *words_of(flags | self.common())]
 
     def comparing(self) -> list[str]:
         """The command that compares."""
         return [
             *("moellava", "compare", "--stage2", str(self.stage2_folder), "--data", str(self.data("stage3"))),
             *("--task", "own", "--data-folder", str(self.folder / "base"), "--output-dir", str(self.comparison)),
-            *("--seeds", *map(str, self.protocol.seeds), "--", *words(self.further() | MOE_FLAGS)),
+            *("--seeds", *map(str, self.protocol.seeds), "--", *words_of(self.further() | MOE_FLAGS)),
         ]
 
     def further(self) -> dict[str, Any]:
@@ -194,13 +195,7 @@ class MixedDemo:
     def compare(self, command: list[str]) -> None:
         """Runs the comparison, and shows its table."""
         run(command, self.folder / "logs" / "compare.log", os.cpu_count() or 1, show=None)
-        for line in (self.comparison / "compare.txt").read_text(encoding="utf-8").splitlines():
-            say(f"     {line}")
-
-
-def words(flags: dict[str, Any]) -> list[str]:
-    """Flags as words of a command line."""
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        show_file(self.comparison / "compare.txt")
 
 
 def run_mixed(protocol: Protocol, folder: Path, started: float) -> int:

@@ -35,6 +35,12 @@ def say(text: str = "") -> None:
     print(text, flush=True)
 
 
+def show_file(path: Path) -> None:
+    """What a command has written, line by line."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        say(f"     {line}")
+
+
 class Journal:
     """Which steps have begun and finished, in one JSON file.
 

@@ -112,8 +112,7 @@ def unread_layers(tower: Any, read: Sequence[int]) -> tuple[nn.ModuleList, int] 
         pixels = random_images(tower, side_of(tower.config))
         with evaluating(tower):
             wanted = tower(pixels, return_dict=True, output_hidden_states=True).hidden_states
-        leave_out(layers, kept)
-        with evaluating(tower):
+            leave_out(layers, kept)
             found = tower(pixels, return_dict=True, output_hidden_states=True).hidden_states
         is_same = len(found) == len(wanted) and all(torch.equal(found[one], wanted[one]) for one in read)
     except (*FAILURES, CannotBeTowerError):  # it asks for more than pixels

@@ -75,6 +75,11 @@ def own_balance(decoder: Any) -> OwnBalance | None:
     return OwnBalance(function, whole.num_experts_per_tok, float(named[0]))
 
 
+def choices_of(config: Any) -> Any:
+    """What the config of a language model calls k: a number, or one for each layer; 0 where it says none."""
+    return next((value for name in CHOICES if (value := getattr(config, name, None)) is not None), 0)
+
+
 def usual_balance(decoder: Any, coefficient: float) -> OwnBalance | None:
     """Mixtral's balancing loss (Switch, arXiv:2101.03961, eq. 4-6) for a decoder whose class has none.
 
@@ -84,7 +89,7 @@ def usual_balance(decoder: Any, coefficient: float) -> OwnBalance | None:
     Returns:
         None where the decoder does not hand out its routers' logits, or k differs from layer to layer.
     """
-    named: Any = next((value for name in CHOICES if (value := getattr(decoder.config, name, None)) is not None), 0)
+    named = choices_of(decoder.config)
     counts = set(named) if isinstance(named, list | tuple) else {named}
     recorded = getattr(decoder, "_can_record_outputs", None) or {}
     if LOGITS not in recorded or not named or len(counts) != 1:

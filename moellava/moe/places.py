@@ -34,9 +34,8 @@ def in_place(tensors: Sequence[Tensor]) -> Tensor | None:
     steps = {after - before for before, after in zip(offsets, offsets[1:], strict=False)}
     if len(alike) > 1 or len(steps) > 1 or min(steps, default=1) <= 0 or first.device.type == "meta":
         return None
-    memory = torch.empty(
-        0, dtype=first.dtype, device=first.device
-    )  # no view of a parameter, which autograd would watch
+    # No view of a parameter, which autograd would watch.
+    memory = torch.empty(0, dtype=first.dtype, device=first.device)
     distance = next(iter(steps), first.numel())
     return memory.set_(first.untyped_storage(), offsets[0], (len(tensors), *first.shape), (distance, *first.stride()))
 

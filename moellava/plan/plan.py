@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moellava.moe import moe_layers, routed_expert_parameters
-from moellava.moe.own_routers import CHOICES
+from moellava.moe.own_routers import choices_of
 from moellava.plan.devices import Device
 from moellava.plan.trace import Batch, StepTrace, Traced
 from moellava.train.fsdp import spread_experts
@@ -164,7 +164,7 @@ def held_by(vlm: VLM, layout: Layout) -> Held:
     all_trained = sum(parameter.nbytes for parameter in trained)
     hidden, element = model.config.get_text_config().hidden_size, model.dtype.itemsize
     layers = moe_layers(model)
-    chosen = sum(layer.spec.top_k_experts for _, layer in layers) + len(own) * choices_of(model)
+    chosen = sum(layer.spec.top_k_experts for _, layer in layers) + len(own) * visited_of(model)
     choices = chosen if layout.ep_size > 1 else 0
     fixed = estimate(model, layout)
     if layout.fsdp > 1:
@@ -218,10 +218,10 @@ def _traced(layout: Layout) -> int:
     return 1 if layout.fsdp > 1 else layout.ep_size
 
 
-def choices_of(model: Any) -> int:
+def visited_of(model: Any) -> int:
     """Experts that a token visits in a layer of a language model that is sparse of itself."""
-    text = model.config.get_text_config()
-    return next((value for name in CHOICES if isinstance(value := getattr(text, name, None), int)), 1)
+    named = choices_of(model.config.get_text_config())
+    return named if isinstance(named, int) and named else 1
 
 
 def gathered(model: Any, experts: list[nn.Module], layout: Layout, element: int) -> float:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.feature_store import FeatureStore
 from moellava.data.fingerprint import processor_settings, versions
-from moellava.data.known import PIXELS, Contents, KnownMedia, KnownReader, key_of_blank, keys_of
+from moellava.data.known import PIXELS, Contents, KnownMedia, KnownReader, key_of_blank, keys_of, variant
 from moellava.data.media_reader import BLANK, blank, modality_of
 from moellava.data.records import MODALITIES, media_of
 from moellava.data.scan import gathered, with_progress
@@ -125,7 +125,7 @@ def pictures_of(dataset: SupervisedDataset, contents: Contents) -> Pictures:
     first = np.flatnonzero(kept & ~alone & (places == 0) & np.isin(records, dataset.numbers[dataset.cut]))
     chosen = np.concatenate([np.flatnonzero(kept), first])
     alone = np.concatenate([alone[kept], np.ones(len(first), bool)])
-    variants = 2 * files.num_frames * is_video[chosen] + alone
+    variants = variant(is_video[chosen], alone, files.num_frames)
     keys, which = np.unique(keys_of(contents.of_media[shown.which[chosen]], variants), return_index=True)
     return Pictures(keys, records[chosen][which], places[chosen][which], alone[which])
 
@@ -242,7 +242,7 @@ class Maker:
     def _features(self, pixels: Tensor) -> Tensor:
         """[N, P, D] of pixels [N, 3, H, W], as a step of training would compute them."""
         self.tower.to(self.trainer.args.device).train()
-        with self.trainer.accelerator.autocast():
+        with self.trainer.accelerator.autocast(), self.trainer.tower:  # without the layers above the one that is read
             return features_of(self.tower, self.layer, self.trainer._prepare_input(pixels))
 
     def _require_room(self, own: int) -> None:

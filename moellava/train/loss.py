@@ -228,9 +228,7 @@ class LinearLoss(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         weight_VD, bias_V = own_VD.to(dtype), None if own_V is None else own_V.to(dtype)
         dhidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
-        adds = (
-            own_VD.dtype == dtype
-        )  # in place; then the first chunk's product is written, and nothing is zeroed before
+        adds = own_VD.dtype == dtype  # in place: the first chunk's product is written, and nothing is zeroed before it
         empty = torch.empty_like if adds and len(hidden_ND) else torch.zeros_like
         dweight_VD = empty(own_VD) if wants_weight else None
         dbias_V = torch.zeros_like(own_V) if wants_bias else None
