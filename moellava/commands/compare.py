@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.values import count
-from moellava.compare.arms import ARMS, in_order, split_flags
+from moellava.compare.arms import ARMS, in_order, split_flags, variants
 from moellava.errors import UserError
 from moellava.eval.layout import DATA_FOLDER
 from moellava.files import require_output, write_json
@@ -38,6 +38,14 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--data", required=True, nargs="+", help="data files that all arms train on")
     flags.add_argument("--output-dir", required=True, type=Path, help="folder for runs, answers, table and picture")
     flags.add_argument("--arms", nargs="+", default=ALL, help=f"some of {', '.join(ARMS)} (default: all but lora)")
+    flags.add_argument(
+        "--variant",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "ARM", "FLAGS"),
+        help="a further arm: one of these with other flags, as in: --variant noise moe '--init noise'",
+    )
     flags.add_argument("--seeds", nargs="+", type=int, default=[0], help="each arm is trained once with each (0)")
     flags.add_argument("--task", default="easy-vqa", help="what is asked; `moellava eval --help` lists them")
     flags.add_argument(
@@ -72,7 +80,7 @@ def main(argv: list[str]) -> int:
     if len(args.moe_run) > len(args.seeds):
         raise UserError(f"--moe-run names {len(args.moe_run)} runs, and --seeds has {len(args.seeds)}: one run a seed.")
     shared, sparse = split_flags(words)
-    arms = in_order(args.arms)
+    arms = in_order(args.arms) | variants(args.variant)
     with importing():
         from moellava.compare.compare import Comparing, Plan
         from moellava.compare.picture import draw

@@ -8,8 +8,10 @@ many floating-point operations, one as many seconds.
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from moellava.errors import UserError
 from moellava.moe import MoESpec
@@ -69,12 +71,38 @@ ARMS.register(
 ARMS.register("lora", Arm("LoRA, equal steps", flags=("--lora_enable", "True")))
 
 
-def in_order(names: Sequence[str]) -> list[str]:
+def in_order(names: Sequence[str]) -> dict[str, Arm]:
     """The arms that run, in the order in which they have to: the sparse one and its first control before those whose
-    length depends on them. Raises KeyError for an unknown one, as a registry does."""
+    length depends on them. Raises UserError for an unknown one."""
     for name in names:
         ARMS[name]
-    return [name for name in ARMS if name in {*names, SPARSE, DENSE}]
+    return {name: arm for name, arm in ARMS.items() if name in {*names, SPARSE, DENSE}}
+
+
+def variants(given: Sequence[Sequence[str]]) -> dict[str, Arm]:
+    """Arms that differ from one of `ARMS` by a few flags.
+
+    Args:
+        given: (name, arm, flags in one string) of each.
+
+    Raises:
+        UserError: a name that is taken or that no folder can have, an unknown arm, or a flag that is not for it.
+    """
+    found: dict[str, Arm] = {}
+    for name, base, words in given:
+        if not re.fullmatch(r"[\w.+-]*\w", name) or name in {*ARMS, *found, "stage2"}:
+            raise UserError(f"--variant {name}: each has a name of its own, of letters, digits, '-', '.', '+' and '_'.")
+        arm = ARMS[base]
+        shared, sparse = split_flags(shlex.split(words))
+        if sparse and not arm.is_sparse:
+            raise UserError(f"--variant {name} {base}: {sparse[0]} is for a sparse model, which {base} is not.")
+        found[name] = replace(arm, title=name, flags=(*arm.flags, *shared, *sparse))
+    return found
+
+
+def overridden(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Words of a command line with the values that `flags` give in place of its own."""
+    return [*without(words, *(group[0] for group in grouped(flags))), *flags]
 
 
 def grouped(words: Sequence[str]) -> list[list[str]]:

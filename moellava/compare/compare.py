@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import fmean
 
 from moellava.batches import batches_of
-from moellava.compare.arms import ARMS, SPARSE, Costs, without
+from moellava.compare.arms import DENSE, SPARSE, Arm, Costs, overridden, without
 from moellava.compare.flops import step_flops
-from moellava.compare.result import ArmResult, Comparison
+from moellava.compare.result import ArmResult, Comparison, Lead
 from moellava.compare.runs import Measured, Run, measured, train, weights_of
-from moellava.compare.scores import Exam, difference, pictures_of
+from moellava.compare.scores import Exam, by_category, difference, pictures_of, scale_of
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
 from moellava.errors import UserError
@@ -44,7 +44,7 @@ class Plan:
         stage2: the dense folder that all arms start from.
         data: data files that they train on.
         output: folder of everything that is made.
-        arms: names, of `in_order`.
+        arms: by name, in the order in which they run; `in_order` has those that others depend on first.
         seeds: of data order and routers; each arm runs with each.
         shared, sparse: flags of train.py for all arms, and for the sparse one alone.
         launcher: see `runs.launcher_of`.
@@ -54,7 +54,7 @@ class Plan:
     stage2: str
     data: list[str]
     output: Path
-    arms: list[str]
+    arms: dict[str, Arm]
     seeds: list[int]
     shared: list[str]
     sparse: list[str]
@@ -75,19 +75,27 @@ class Plan:
                         f"{' '.join(own)}: arms that are compared start alike."
                     )
 
-    def run(self, arm: str, seed: int, costs: Costs) -> Run:
+    def require_flags(self) -> None:
+        """Raises UserError unless training takes the flags of every arm."""
+        for name in self.arms:
+            parse_arguments(self._words(name, self.seeds[0], self.output))
+
+    def run(self, name: str, seed: int, costs: Costs) -> Run:
         """The training of an arm; `costs` are those of the arms before it."""
-        entry = ARMS[arm]
-        words = list(self.shared)
-        if entry.steps is not None:
-            words = [*without(words, "--max_steps", "--num_train_epochs"), "--max_steps", str(entry.steps(costs))]
-        if entry.is_sparse:
-            words += [*self.sparse, "--moe_enable", "True", "--init_seed", str(seed)]
-        folder = self.output / "runs" / f"{arm}-seed{seed}"
-        if entry.is_sparse:
+        folder = self.output / "runs" / f"{name}-seed{seed}"
+        if name == SPARSE:
             folder = dict(zip(self.seeds, self.moe_runs, strict=False)).get(seed, folder)
-        start = ["--model_name_or_path", self.stage2, "--data_path", *self.data]
-        return Run(arm, seed, folder, [*words, *entry.flags, *start, "--output_dir", str(folder), "--seed", str(seed)])
+        words, steps = self._words(name, seed, folder), self.arms[name].steps
+        if steps is not None:
+            words = [*without(words, "--max_steps", "--num_train_epochs"), "--max_steps", str(steps(costs))]
+        return Run(name, seed, folder, words)
+
+    def _words(self, name: str, seed: int, folder: Path) -> list[str]:
+        """Flags of train.py for an arm, as long as the flags say."""
+        arm, start = self.arms[name], ["--model_name_or_path", self.stage2, "--data_path", *self.data]
+        own = ["--moe_enable", "True", "--init_seed", str(seed)] if arm.is_sparse else []
+        words = overridden([*self.shared, *(self.sparse if arm.is_sparse else [])], arm.flags)
+        return [*words, *own, *start, "--output_dir", str(folder), "--seed", str(seed)]
 
 
 class Comparing:
@@ -113,17 +121,22 @@ class Comparing:
             "seeds": plan.seeds,
             "flags": plan.shared,
             "moe_flags": plan.sparse,
+            "arm_flags": {name: list(arm.flags) for name, arm in plan.arms.items() if arm.flags},
             "versions": versions(exam.benchmark),
         }
 
     def run(self) -> Comparison:
         """Trains, asks and compares. Raises UserError."""
+        self.plan.require_flags()
         self.plan.require_moe_runs()
         stage2 = open_vlm(self.plan.stage2, flag="--stage2")
         if stage2.spec is not None:
             raise UserError(f"--stage2 {self.plan.stage2} is sparse already; stage 3 starts from a dense folder.")
         self._ask(STAGE2, stage2, Path(self.plan.stage2), STAGE2)
-        self.found.arms[STAGE2] = ArmResult("stage 2", self._scores(STAGE2), bytes=weights_of(Path(self.plan.stage2)))
+        self.found.arms[STAGE2] = ArmResult(
+            "stage 2", self._scores(STAGE2), self._parts(STAGE2), bytes=weights_of(Path(self.plan.stage2))
+        )
+        self.found.scale = scale_of(self.tallies[STAGE2][0])
         del stage2
         for arm in self.plan.arms:
             self._arm(arm)
@@ -150,8 +163,9 @@ class Comparing:
         if per_record is not None:
             self.costs.flops[arm] = per_record
         self.found.arms[arm] = ArmResult(
-            ARMS[arm].title,
+            self.plan.arms[arm].title,
             self._scores(arm),
+            self._parts(arm),
             steps=steps,
             flops=None if per_record is None else per_record * fmean(one.records for one in read),
             seconds=fmean(one.seconds for one in read),
@@ -186,9 +200,10 @@ class Comparing:
         return step_flops(vlm, chosen, batch) / len(batch["input_ids"])
 
     def _conclude(self) -> None:
-        for name, arm in self.found.arms.items():
-            if name not in (SPARSE, STAGE2):
-                arm.lead = difference(self.tallies[SPARSE], self.tallies[name])
+        for name, arm in self.plan.arms.items():
+            if name != SPARSE:
+                one, other = (name, DENSE) if arm.is_sparse else (SPARSE, name)
+                self.found.leads.append(Lead(one, other, difference(self.tallies[one], self.tallies[other])))
         for name, entry in INTERVENTIONS.items():
             if name in self.tallies:
                 lost = difference(self.tallies[name], self.tallies[SPARSE])
@@ -196,3 +211,6 @@ class Comparing:
 
     def _scores(self, name: str) -> list[float]:
         return [tally.score for tally in self.tallies[name]]
+
+    def _parts(self, name: str) -> dict[str, float]:
+        return by_category(self.exam.questions, self.tallies[name])

@@ -24,6 +24,7 @@ def draw(found: Comparison, path: Path) -> None:
 
     arms = [(arm.title, arm.gain) for arm in found.arms.values() if arm.gain is not None]
     routing = [(says, difference) for says, _, difference in found.routing.values()]
+    sparse = {found.arms[lead.arm].title for lead in found.leads}
     panels: list[tuple[str, list[tuple[str, Difference]]]] = [("Gain on stage 2, in points", arms)]
     if routing:
         panels.append(("What the MoE loses or gains with …, in points", routing))
@@ -31,16 +32,16 @@ def draw(found: Comparison, path: Path) -> None:
     figure = Figure(figsize=(8, 1.3 * len(panels) + 0.34 * sum(rows)), layout="constrained", dpi=120)
     axes: Any = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[count + 1 for count in rows])
     for axis, (title, entries) in zip(axes[:, 0], panels, strict=True):
-        _panel(axis, title, entries)
+        _panel(axis, title, entries, found.scale, sparse)
     figure.suptitle(f"{found.task}: {found.questions:,} questions; bars are 95 % intervals", fontsize=11)
     figure.savefig(path)
 
 
-def _panel(axis: Any, title: str, entries: Sequence[tuple[str, Difference]]) -> None:
-    """Points with intervals, one a row, the first on top."""
+def _panel(axis: Any, title: str, entries: Sequence[tuple[str, Difference]], scale: int, sparse: set[str]) -> None:
+    """Points with intervals, one a row, the first on top; those of sparse arms in another colour."""
     for row, (name, difference) in enumerate(entries):
-        low, mean, high = (100 * value for value in (difference.low, difference.mean, difference.high))
-        ink = SPARSE_INK if name == "MoE" else INK
+        low, mean, high = (scale * value for value in (difference.low, difference.mean, difference.high))
+        ink = SPARSE_INK if name in sparse else INK
         axis.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", color=ink, capsize=4, markersize=6)
         axis.annotate(f"{mean:+.2f}", (mean, row), (0, 7), textcoords="offset points", ha="center", fontsize=9)
     axis.set_yticks(range(len(entries)), [name for name, _ in entries], fontsize=9)

@@ -15,7 +15,7 @@ from moellava.eval.benchmarks import Benchmark, Question
 from moellava.eval.journal import Journal, claim
 from moellava.eval.scoring import texts_of
 from moellava.eval.suite import BENCHMARKS
-from moellava.eval.tally import Tally
+from moellava.eval.tally import STATISTICS, Item, Tally
 from moellava.vlm import VLM
 
 
@@ -83,6 +83,30 @@ def difference(one: Sequence[Tally], other: Sequence[Tally]) -> Difference:
     mean, interval = mean_of(one).minus(mean_of(other))
     low, high = interval or (float("nan"), float("nan"))
     return Difference(mean, low, high)
+
+
+def by_category(questions: Sequence[Question], tallies: Sequence[Tally]) -> dict[str, float]:
+    """The score of each category of questions, a mean over the seeds; nothing where all are of one.
+
+    Args:
+        questions: all of them.
+        tallies: of each seed. An item is of a question, or of those of one unit; where ids come twice (POPE, MME), the
+            item's group is the category.
+    """
+    named = {question.category for question in questions}
+    category = {key: q.category for q in questions for key in (q.unit, str(q.id))}
+    parts: dict[str, list[Item]] = {}
+    for item in mean_of(tallies).items:
+        name = item.group if item.group in named else category[item.id]
+        parts.setdefault(name, []).append(item)
+    if len(parts) < 2:
+        return {}
+    return {name: Tally(items, tallies[0].statistic).score for name, items in sorted(parts.items())}
+
+
+def scale_of(tally: Tally) -> int:
+    """What its score is multiplied by to be told: shares of 1 are told in points of 100."""
+    return 1 if STATISTICS[tally.statistic].points else 100
 
 
 def pictures_of(questions: Sequence[Question]) -> int:

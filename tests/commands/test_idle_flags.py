@@ -26,7 +26,7 @@ ACTS: dict[str, str] = {
     "verify": "dir files",
     "plan": "gpus hbm device per-host tokens tflops bandwidth link network json",
     "upcycle": "model-path from output-dir moe_preset",
-    "compare": "stage2 data output-dir arms seeds task limit batch-size launcher moe-run",
+    "compare": "stage2 data output-dir arms variant seeds task limit batch-size launcher moe-run",
     "prune": "model-path output-dir data image-folder records keep merge",
     "export": "model-path output-dir to",
     "merge-lora": "model-path adapter output-dir trust_remote_code",

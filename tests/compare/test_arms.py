@@ -5,7 +5,18 @@ from __future__ import annotations
 
 import pytest
 
-from moellava.compare.arms import ARMS, DENSE, SPARSE, Costs, grouped, in_order, split_flags, without
+from moellava.compare.arms import (
+    ARMS,
+    DENSE,
+    SPARSE,
+    Costs,
+    grouped,
+    in_order,
+    overridden,
+    split_flags,
+    variants,
+    without,
+)
 from moellava.errors import UserError
 
 
@@ -34,9 +45,37 @@ def test_flags_leave_with_their_values():
 
 
 def test_the_sparse_arm_and_its_control_come_first_and_always():
-    assert in_order(["lora", "dense-time"]) == [SPARSE, DENSE, "dense-time", "lora"]
+    assert list(in_order(["lora", "dense-time"])) == [SPARSE, DENSE, "dense-time", "lora"]
     with pytest.raises(UserError, match="no-such"):
         in_order(["no-such"])
+
+
+def test_a_variant_is_an_arm_with_flags_in_place_of_others():
+    found = variants([("noise", SPARSE, "--init noise --learning_rate 1e-3"), ("dense-fast", DENSE, "--max_steps 5")])
+    assert list(found) == ["noise", "dense-fast"] and found["noise"].is_sparse and found["noise"].title == "noise"
+    words = overridden(["--learning_rate", "5e-4", "--init", "copy", "--bf16"], found["noise"].flags)
+    assert words == ["--bf16", "--learning_rate", "1e-3", "--init", "noise"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("moe", SPARSE, ""), "a name of its own"),
+        (("stage2", SPARSE, ""), "a name of its own"),
+        (("a/b", SPARSE, ""), "a name of its own"),
+        (("..", SPARSE, ""), "a name of its own"),
+        (("a", "no-such", ""), "no-such"),
+        (("a", DENSE, "--init noise"), "--init is for a sparse model"),
+        (("a", SPARSE, "--seed 3"), "gives each run its own"),
+        (("a", SPARSE, "noise"), "stands where a flag"),
+    ],
+    ids=str,
+)
+def test_a_variant_that_cannot_be_is_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        variants([given])
+    with pytest.raises(UserError, match="a name of its own"):
+        variants([("a", SPARSE, ""), ("a", SPARSE, "")])
 
 
 def test_controls_spend_what_the_sparse_arm_spends():

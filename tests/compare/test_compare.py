@@ -12,8 +12,9 @@ import torch
 from moellava.cli import main
 from moellava.compare import compare
 from moellava.compare.runs import Run, launcher_of, train
-from moellava.compare.scores import difference, mean_of
+from moellava.compare.scores import by_category, difference, mean_of, scale_of
 from moellava.errors import UserError
+from moellava.eval.benchmarks import Question
 from moellava.eval.tally import Item, Tally
 from moellava.moe.interventions import INTERVENTIONS
 from moellava.train.parsing import parse_arguments
@@ -66,7 +67,9 @@ def test_every_arm_is_trained_asked_and_told(stage2, parts, tmp_path, started, m
     assert per_step["dense-flops"] == pytest.approx(per_step["dense"])
     assert found["moe"]["bytes"] > found["dense"]["bytes"] == found["stage2"]["bytes"]
     assert all(len(found[arm]["accuracy"]) == 2 and found[arm]["seconds"] > 0 for arm in arms)
-    assert found["dense"]["lead"] and found["moe"]["lead"] is None and found["moe"]["gain"]
+    assert [(lead["arm"], lead["over"]) for lead in told["leads"]] == [("moe", arm) for arm in arms[1:]]
+    for name, arm in found.items():
+        assert set(arm["by_category"]) == {"color", "shape", "yes/no"} and (arm["gain"] or name == "stage2")
     assert (tmp_path / "out" / "compare.txt").read_text().strip() in said
     assert (tmp_path / "out" / "compare.png").stat().st_size > 1000
     seeds = [weights_of(tmp_path / "out" / "runs" / f"moe-seed{seed}") for seed in (0, 1)]
@@ -83,6 +86,38 @@ def test_the_least_that_is_compared(stage2, parts, tmp_path, started, monkeypatc
     told = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert started == ["moe-seed0", "dense-seed0"] and list(told["arms"]) == ["stage2", "moe", "dense"]
     assert "MoE against dense, equal steps" in capsys.readouterr().out
+
+
+def test_variants_are_arms_of_other_flags(stage2, parts, tmp_path, started, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "INTERVENTIONS", {})
+    given = ["--variant", "noise", "moe", "--init noise --max_steps 2", "--variant", "slow", "dense", "--max_steps 1"]
+    assert main(words(stage2, parts, tmp_path / "out", "--arms", "dense", "--limit", "4", *given)) == 0
+    assert started == [f"{arm}-seed0" for arm in ("moe", "dense", "noise", "slow")]
+    told = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [told["arms"][name]["steps"] for name in ("moe", "noise", "slow")] == [3, 2, 1]
+    pairs = [("moe", "dense"), ("noise", "dense"), ("moe", "slow")]
+    assert [(lead["arm"], lead["over"]) for lead in told["leads"]] == pairs
+    assert told["settings"]["arm_flags"]["noise"] == ["--max_steps", "2", "--init", "noise"]
+    one, other = (weights_of(tmp_path / "out" / "runs" / f"{name}-seed0") for name in ("moe", "noise"))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_flags_are_read_before_anything_trains(stage2, parts, tmp_path, started, capsys):
+    wrong = ["--variant", "fast", "dense", "--learn_quickly 1"]
+    assert main(words(stage2, parts, tmp_path / "out", *wrong)) == 2
+    assert "--learn_quickly" in capsys.readouterr().err and not started
+
+
+def test_scores_are_told_by_category():
+    asked = [Question("", "", None, category, number, unit=f"u{number}") for number, category in enumerate("aab")]
+    seeds = ([1, 0, 1], [1, 1, 0])
+    rows = [Tally([Item(str(i), str(i), (right, 1.0)) for i, right in enumerate(hits)]) for hits in seeds]
+    assert by_category(asked, rows) == {"a": 0.75, "b": 0.5}
+    assert by_category(asked[:2], [Tally(list(rows[0].items)[:2])]) == {}
+    units = Tally([Item(f"u{number}", str(number), (1.0, 1.0)) for number in range(3)])
+    assert by_category(asked, [units]) == {"a": 1.0, "b": 1.0}
+    groups = Tally([Item("0", str(i), (float(i), 1.0), group) for i, group in enumerate("ab")])
+    assert by_category(asked, [groups]) == {"a": 0.0, "b": 1.0} and scale_of(groups) == 100
 
 
 def test_a_run_that_is_there_is_not_trained_again(stage2, parts, tmp_path, started, monkeypatch, capsys):
