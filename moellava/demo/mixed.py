@@ -108,14 +108,17 @@ class MixedDemo:
 
     def run(self) -> None:
         """All steps in order. Raises StepFailed."""
-        protocol = self.protocol
-        say("\nData, and a language model that has read nothing:")
-        self.journal.step("base", asdict(protocol), self.prepare, self.clear("base"))
-        say("\nStage 2: projector and language model learn all skills at once.")
-        self.journal.step("stage2", self.stage2(), self.train, self.clear("stage2"))
+        self.make_stage2()
         say("\nWas it worth it? The same steps, operations and seconds without experts; and what routing contributes")
         command = self.comparing()
         self.journal.step("compare", command, partial(self.compare, command), self.clear("compare"))
+
+    def make_stage2(self) -> None:
+        """The first two steps. Raises StepFailed."""
+        say("\nData, and a language model that has read nothing:")
+        self.journal.step("base", asdict(self.protocol), self.prepare, self.clear("base"))
+        say("\nStage 2: projector and language model learn all skills at once.")
+        self.journal.step("stage2", self.stage2(), self.train, self.clear("stage2"))
 
     def clear(self, name: str) -> Callable[[], None]:
         """A function that removes what an earlier run with other settings has left."""
@@ -176,12 +179,13 @@ class MixedDemo:
         }
         return [sys.executable, "-m", "moellava.train", *words_of(flags | self.common())]
 
-    def comparing(self) -> list[str]:
-        """The command that compares."""
+    def comparing(self, *more: str) -> list[str]:
+        """The command that compares, with further flags of `moellava compare`."""
         return [
             *("moellava", "compare", "--stage2", str(self.stage2_folder), "--data", str(self.data("stage3"))),
             *("--task", "own", "--data-folder", str(self.folder / "base"), "--output-dir", str(self.comparison)),
-            *("--seeds", *map(str, self.protocol.seeds), "--", *words_of(self.further() | MOE_FLAGS)),
+            *("--seeds", *map(str, self.protocol.seeds), *more),
+            *("--", *words_of(self.further() | MOE_FLAGS)),
         ]
 
     def further(self) -> dict[str, Any]:
