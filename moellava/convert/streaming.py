@@ -99,7 +99,7 @@ def _convert(source: Path, target: Path, dense: Any, sparse: Any, spec: MoESpec,
     layers = decoder_layers(dense)
     counts, mlps = spec.layers_of(len(layers)), _mlp_names(dense, spec)
     planned = _planned(sparse, file_dtypes(places), mlps)
-    output = TensorFiles(target, _as_written(planned, list(places), mlps), limit)
+    output = TensorFiles(target, _as_written(planned, list(places), mlps), limit, digested=True)
     layer_of = {f"{prefix}{part}": index for index, (prefix, parts) in mlps.items() for part in parts}
     waiting: dict[int, dict[str, Tensor]] = {index: {} for index in mlps}
     for name, tensor in read_all(places):

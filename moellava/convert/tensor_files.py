@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """safetensors files of known names, shapes and places, that are filled in any order: nothing is held until the end.
 
-What is written in the order of the files is digested on the way, so that nobody has to read it again.
+Where it is asked for, what is written in the order of the files is digested on the way, so that nobody has to read it
+again; by a thread beside the writing one, since both take about as long.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +46,22 @@ class TensorFiles:
         tensors: name -> empty (meta) tensor, in the order of the files.
         shard_bytes: largest file; 0: there is one.
         stem: how the files' names begin.
+        digested: `digests` are wanted.
     """
 
-    def __init__(self, folder: Path, tensors: dict[str, Tensor], shard_bytes: int = 0, stem: str = "model"):
+    def __init__(
+        self,
+        folder: Path,
+        tensors: dict[str, Tensor],
+        shard_bytes: int = 0,
+        stem: str = "model",
+        digested: bool = False,
+    ):
         self.folder = folder
         self.slots: dict[str, Slot] = {}
         self._digested: dict[str, tuple[Any, int]] = {}  # file -> the digest of its first bytes, and how many they are
         self._sizes: dict[str, int] = {}
+        self._beside = ThreadPoolExecutor(1) if digested else None
         self.missing = set(tensors)
         shards = _cut(tensors, shard_bytes) if shard_bytes else [tensors]
         for number, shard in enumerate(shards, start=1):
@@ -84,7 +95,7 @@ class TensorFiles:
 
     @property
     def digests(self) -> dict[str, str]:
-        """File -> SHA-256 of what has been written, where that was in the order of its tensors."""
+        """File -> SHA-256 of what has been written, where that was `digested`, and in the order of its tensors."""
         found = self._digested.items()
         return {file: digest.hexdigest() for file, (digest, end) in found if end == self._sizes[file]}
 
@@ -95,14 +106,20 @@ class TensorFiles:
             wanted = "no such tensor" if slot is None else f"{list(slot.shape)}"
             raise UserError(f"{name} is {list(tensor.shape)} in the weights, but its config.json says {wanted}.")
         numbers = tensor.detach().to(slot.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+        digested = self._beside and self._beside.submit(self._digest, slot, memoryview(numbers))
         with open(self.folder / slot.file, "r+b", buffering=0) as handle:
             handle.seek(slot.start)
             handle.write(memoryview(numbers))
+        if digested is not None:
+            digested.result()
+        self.missing.discard(name)
+
+    def _digest(self, slot: Slot, numbers: memoryview) -> None:
+        """Takes what is written into a slot into its file's digest, if it is what comes next there."""
         digest, end = self._digested[slot.file]
         if end == slot.start:
-            digest.update(memoryview(numbers))
+            digest.update(numbers)
             self._digested[slot.file] = (digest, end + len(numbers))
-        self.missing.discard(name)
 
 
 def _cut(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:

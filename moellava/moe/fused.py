@@ -124,7 +124,9 @@ def _blocks(*of_rows: Tensor | None) -> Iterator[tuple]:
     """Tensors of the same rows, cut alike into blocks of about `BLOCK` elements of the first; on a GPU, into one."""
     first = of_rows[0]
     assert first is not None
-    size = max(BLOCK // first.shape[1], 1) if is_at_hand(first) else len(first)
+    size = max(BLOCK // first.shape[1], 1)
+    if size >= len(first) or not is_at_hand(first):
+        return iter([of_rows])  # uncut: of many experts each has few rows, and cutting takes as long as computing
     return _cut(size, *of_rows)
 
 

@@ -19,7 +19,7 @@ from moellava.train.fsdp import check_shards, require_same_engine
 from moellava.train.fsdp_trainer import FSDPTrainer
 from tests import tiny
 from tests.model.tiny_language_models import tiny_language_model
-from tests.processes import ROOT, losses_of, run, run_train, train_here
+from tests.processes import ROOT, launched, losses_of, run, run_train, train_here, words_of
 from tests.train.fsdp_of_two import sparse_model
 
 
@@ -81,6 +81,12 @@ def write_sparse(folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
+def start_of_sparse(tokenizer: Path, folder: Path) -> dict[str, object]:
+    """Flags of stage 2 from a language model that is sparse of itself."""
+    start = {"model_name_or_path": write_sparse(folder / "base", tokenizer), "untrained_projector": True}
+    return start | {"pretrain_mm_mlp_adapter": None}
+
+
 def history_of(folder: Path) -> list[dict[str, float]]:
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [line for line in history if "loss" in line]
@@ -89,8 +95,8 @@ def history_of(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_two_processes_are_one_and_go_on_in_other_pieces(flags_for, tokenizer_folder, tmp_path, begin_at):
     flags = flags_for(tmp_path, "finetune") | {"max_steps": 4, "save_total_limit": 5, "router_aux_loss_coef": 0.01}
-    flags |= {"model_name_or_path": write_sparse(tmp_path / "base", tokenizer_folder), "untrained_projector": True}
-    flags |= {"pretrain_mm_mlp_adapter": None, "eval_data_path": flags["data_path"], "eval_strategy": "epoch"}
+    flags |= start_of_sparse(tokenizer_folder, tmp_path)
+    flags |= {"eval_data_path": flags["data_path"], "eval_strategy": "epoch"}
     flags |= {"lr_scheduler_type": "linear", "warmup_steps": 3, "eval_samples": 1}
     one = train_here(flags | {"per_device_train_batch_size": 8, "output_dir": tmp_path / "one"})
 
@@ -124,8 +130,8 @@ def test_adapters_and_copies_train_in_pieces(flags_for, tokenizer_folder, tmp_pa
     """Four processes, two of which hold a copy together, with adapters and checkpoints; at the end all are asked about
     pictures, which go through the tower alone."""
     flags = flags_for(tmp_path, "finetune") | {"max_steps": 2, "save_strategy": "no", "lora_enable": True}
-    flags |= {"model_name_or_path": write_sparse(tmp_path / "base", tokenizer_folder), "untrained_projector": True}
-    flags |= {"pretrain_mm_mlp_adapter": None, "lora_dropout": 0, "lora_r": 4, "activation_checkpointing": True}
+    flags |= start_of_sparse(tokenizer_folder, tmp_path)
+    flags |= {"lora_dropout": 0, "lora_r": 4, "activation_checkpointing": True}
     one = train_here(flags | {"per_device_train_batch_size": 8, "output_dir": tmp_path / "one"})
     spread = {"fsdp_size": 2, "ep_size": 2, "output_dir": tmp_path / "four"}
     spread |= {"eval_task": "easy-vqa", "eval_task_limit": 2, "eval_steps": 2}
@@ -138,3 +144,17 @@ def test_adapters_and_copies_train_in_pieces(flags_for, tokenizer_folder, tmp_pa
     assert wanted.keys() == found.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_launcher_of_deepspeed_starts_it_too(flags_for, tokenizer_folder, tmp_path):
+    """It sets other variables than torchrun, and adds a flag; DeepSpeed itself is not asked for."""
+    flags = flags_for(tmp_path, "finetune") | {"max_steps": 2}
+    flags |= start_of_sparse(tokenizer_folder, tmp_path)
+    one = train_here(flags | {"per_device_train_batch_size": 8, "output_dir": tmp_path / "one"})
+    own = {"fsdp_size": 2, "ep_size": 2, "per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
+    words = [str(ROOT / "train.py"), *words_of(flags | own)]
+    done = run([*launched(2, "deepspeed", fresh=True), *words], fresh=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(one), abs=1e-5)
+    assert (tmp_path / "two" / "checkpoint-2" / "fsdp").is_dir(), "it trained in one piece"

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.processes import ROOT, environment, free_port, kill_session, train_here, words_of
+from tests.train.test_fsdp import start_of_sparse
 
 
 class Host(NamedTuple):
@@ -127,6 +128,26 @@ def test_a_host_dies_and_the_run_goes_on_from_its_checkpoint(tmp_path, flags_for
         result = run_train(flags | own, processes=processes, launcher="torchrun")
         assert result.returncode == 0, result.stderr[-3000:]
     assert losses_of(tmp_path / "hosts") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_hosts_hold_one_model_in_pieces(tmp_path, flags_for, tokenizer_folder, losses_of):
+    """Weights are gathered, and rows travel to experts, over the wire: the numbers of one process."""
+    flags = flags_for(tmp_path, "finetune") | {"max_steps": 3, "save_strategy": "no", "router_aux_loss_coef": 0.01}
+    flags |= start_of_sparse(tokenizer_folder, tmp_path)
+    own = {"fsdp_size": 2, "ep_size": 2, "per_device_train_batch_size": 4, "output_dir": tmp_path / "hosts"}
+    with two_hosts() as hosts:
+        port = free_port()
+        halves = [start(host, number, hosts[0], port, words_of(flags | own)) for number, host in enumerate(hosts)]
+        try:
+            said = [half.communicate(timeout=240)[1] for half in halves]
+        finally:
+            for number, half in enumerate(halves):
+                die(host_name(port, number))
+                half.wait()
+    assert [half.returncode for half in halves] == [0, 0], said
+    whole = train_here(flags | {"output_dir": tmp_path / "one", "per_device_train_batch_size": 8})
+    assert losses_of(tmp_path / "hosts") == pytest.approx(losses_of(whole), abs=1e-5)
 
 
 REMOTE = """#!/bin/bash

@@ -70,12 +70,13 @@ def export_folder(
     tokenizer, processor = description.inputs()
     if tokenizer is None:
         raise UserError(f"{manifest.called} holds no tokenizer. Copy the files of the language model's into it.")
-    with staged(target, STAGING) as staging:
+    digests: dict[str, str] = {}
+    with staged(target, STAGING, digests) as staging:
         with opened_source(description, manifest.called) as source:
             require_dropless(source, dropless)
             name = choose(source, to)
             config, pieces = as_code(source, staging) if name == CODE else as_native(source, name)
-            write_pieces(pieces, source, staging, shard_bytes)
+            digests |= write_pieces(pieces, source, staging, shard_bytes)
         write_config(config, staging, REMOTE if name == CODE else "")
         write_generation_config(config, description, staging)
         write_inputs(tokenizer, processor, staging)

@@ -44,8 +44,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, value: float = 0.0) -> Pie
     return Piece((), lambda: torch.full(shape, value, dtype=dtype))
 
 
-def write_pieces(pieces: Mapping[str, Piece], source: Source, folder: Path, shard_bytes: int) -> None:
-    """Writes the safetensors of a new folder, a tensor at a time.
+def write_pieces(pieces: Mapping[str, Piece], source: Source, folder: Path, shard_bytes: int) -> dict[str, str]:
+    """Writes the safetensors of a new folder, a tensor at a time; returns their digests.
 
     Args:
         pieces: its tensors.
@@ -55,6 +55,7 @@ def write_pieces(pieces: Mapping[str, Piece], source: Source, folder: Path, shar
     """
     with torch.device("meta"):
         empty = {name: piece.make(*map(source.tensors.__getitem__, piece.sources)) for name, piece in pieces.items()}
-    files = TensorFiles(folder, empty, shard_bytes)
+    files = TensorFiles(folder, empty, shard_bytes, digested=True)
     for name, piece in pieces.items():
         files.write(name, piece.make(*map(source.read, piece.sources)))
+    return files.digests
