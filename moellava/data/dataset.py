@@ -50,6 +50,7 @@ class SupervisedDataset(Dataset):
     Attributes:
         lengths: positions that each sample takes in the model.
         shows_media: whether each sample has an image or a video.
+        positions, with_media: both as arrays [N], int32 and bool.
         modalities: what the samples show, all together.
         known: reads media whose features are known (`--cache_features`); None: files are opened.
         cut: whether each sample was too long and has lost its end [N].
@@ -128,11 +129,11 @@ class SupervisedDataset(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        return self._lengths.tolist()
+        return self.positions.tolist()
 
     @property
     def shows_media(self) -> list[bool]:
-        return self._shows_media.tolist()
+        return self.with_media.tolist()
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -162,9 +163,9 @@ class SupervisedDataset(Dataset):
         flags, answers = judged.rows["flags"], judged.rows["answer"]
         kept = flags & DROPPED == 0
         self._kept, self._answers = judged.numbers[kept].astype(np.int32), answers[kept]
-        self._lengths, shown = judged.rows["length"][kept], flags[kept]
+        self.positions, shown = judged.rows["length"][kept], flags[kept]
         self.cut = shown & CUT != 0
-        self._shows_media = (shown & sum(SHOWS)) != 0
+        self.with_media = (shown & sum(SHOWS)) != 0
         self._seen = {name for name, flag in zip(MODALITIES, SHOWS, strict=True) if (shown & flag).any()}
         self._counts["dropped"] = int((~kept).sum())
         self._counts["truncated"] = int((flags & CUT != 0).sum())
