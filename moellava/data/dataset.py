@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from moellava.data.judge import Judge, counted_media
 from moellava.data.known import KnownMedia
 from moellava.data.media import MediaFiles
 from moellava.data.preprocess import as_tensor
-from moellava.data.records import MODALITIES, Medium, Records
+from moellava.data.records import MODALITIES, Medium, Records, media_of
+from moellava.data.remote import RemoteFolder
 from moellava.data.sampler import FILLER
 from moellava.data.verdicts import CUT, DROPPED, SHOWS, WHOLE
 from moellava.data.video import Video
@@ -116,6 +117,17 @@ class SupervisedDataset(Dataset):
                 return blank_sample(self.encoder, name, {index: why})
             raise BadFileError(f"{why} (`moellava check-data` lists all such files)") from error
         return sample_of(example, media, name)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The samples of a micro-batch: images of theirs that lie elsewhere are fetched side by side."""
+        self.fetch_ahead(indices)
+        return [self[index] for index in indices]
+
+    def fetch_ahead(self, indices: Iterable[int]) -> None:
+        """Fetches images of samples that lie elsewhere, for whoever asks for the samples next."""
+        if self.known is None and (self.records.in_shards or isinstance(self.files.image_folder, RemoteFolder)):
+            numbers = [int(self._kept[index]) for index in indices if index != FILLER]
+            self.files.fetch_ahead(medium for number in numbers for medium in media_of(self.records[number]))
 
     def record_of(self, index: int) -> tuple[dict[str, Any], str, int | None]:
         """The record of a sample, its name, and the number of the answer that it trains; None: all of them."""

@@ -97,6 +97,11 @@ class PackedDataset(Dataset):
         """Row `index`. Raises BadFileError."""
         return joined([self.dataset[number] for number in ([FILLER] if index == FILLER else self.rows[index])])
 
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows of a micro-batch. See `SupervisedDataset`."""
+        self.dataset.fetch_ahead(number for index in indices if index != FILLER for number in self.rows[index])
+        return [self[index] for index in indices]
+
     def __getattr__(self, name: str) -> Any:
         """What is asked of the samples: `report`, `leave_out`, `unreadable`, `modalities`, `records`."""
         if name.startswith("__") or name == "dataset":
