@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from moellava.data.judge import Judge, counted_media
 from moellava.data.known import KnownMedia
 from moellava.data.media import MediaFiles
 from moellava.data.preprocess import as_tensor
-from moellava.data.records import MODALITIES, Medium, Records
+from moellava.data.records import MODALITIES, Medium, Records, media_of
+from moellava.data.remote import RemoteFolder
 from moellava.data.sampler import FILLER
 from moellava.data.verdicts import CUT, DROPPED, SHOWS, WHOLE
 from moellava.data.video import Video
@@ -50,6 +51,7 @@ class SupervisedDataset(Dataset):
     Attributes:
         lengths: positions that each sample takes in the model.
         shows_media: whether each sample has an image or a video.
+        positions, with_media: both as arrays [N], int32 and bool.
         modalities: what the samples show, all together.
         known: reads media whose features are known (`--cache_features`); None: files are opened.
         cut: whether each sample was too long and has lost its end [N].
@@ -116,6 +118,17 @@ class SupervisedDataset(Dataset):
             raise BadFileError(f"{why} (`moellava check-data` lists all such files)") from error
         return sample_of(example, media, name)
 
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The samples of a micro-batch: images of theirs that lie elsewhere are fetched side by side."""
+        self.fetch_ahead(indices)
+        return [self[index] for index in indices]
+
+    def fetch_ahead(self, indices: Iterable[int]) -> None:
+        """Fetches images of samples that lie elsewhere, for whoever asks for the samples next."""
+        if self.known is None and (self.records.in_shards or isinstance(self.files.image_folder, RemoteFolder)):
+            numbers = [int(self._kept[index]) for index in indices if index != FILLER]
+            self.files.fetch_ahead(medium for number in numbers for medium in media_of(self.records[number]))
+
     def record_of(self, index: int) -> tuple[dict[str, Any], str, int | None]:
         """The record of a sample, its name, and the number of the answer that it trains; None: all of them."""
         number, answer = self._kept[index], self._answers[index]
@@ -128,11 +141,11 @@ class SupervisedDataset(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        return self._lengths.tolist()
+        return self.positions.tolist()
 
     @property
     def shows_media(self) -> list[bool]:
-        return self._shows_media.tolist()
+        return self.with_media.tolist()
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -162,9 +175,9 @@ class SupervisedDataset(Dataset):
         flags, answers = judged.rows["flags"], judged.rows["answer"]
         kept = flags & DROPPED == 0
         self._kept, self._answers = judged.numbers[kept].astype(np.int32), answers[kept]
-        self._lengths, shown = judged.rows["length"][kept], flags[kept]
+        self.positions, shown = judged.rows["length"][kept], flags[kept]
         self.cut = shown & CUT != 0
-        self._shows_media = (shown & sum(SHOWS)) != 0
+        self.with_media = (shown & sum(SHOWS)) != 0
         self._seen = {name for name, flag in zip(MODALITIES, SHOWS, strict=True) if (shown & flag).any()}
         self._counts["dropped"] = int((~kept).sum())
         self._counts["truncated"] = int((flags & CUT != 0).sum())

@@ -11,6 +11,7 @@ import re
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+from moellava.data.digests import digest_of
 from moellava.errors import DataError
 
 _URI = re.compile(r"data:(?P<mime>[^;,]*)(?P<options>[^,]*),", re.IGNORECASE)
@@ -33,6 +34,9 @@ _SIGNATURES = (
 TO_FILES = "`moellava convert-data --image-folder` writes a file for each"
 """The way out, where a file is needed."""
 
+PART = "data:shard;"
+"""How the path of a picture begins that lies in a shard elsewhere: see `remote_shards.py`."""
+
 _UNKNOWN = ("application/octet-stream", ".bin")
 
 
@@ -46,6 +50,20 @@ class Embedded(io.BytesIO):
 def is_embedded(path: Any) -> bool:
     """Whether a path of a record is no path but the content itself."""
     return isinstance(path, str) and path[:5].lower() == "data:"
+
+
+class Part(str):
+    """The path of a picture in a shard, as the shard's reader writes it. Nobody else may."""
+
+
+def is_part(path: Any) -> bool:
+    """Whether a path of a record tells a picture in a shard that lies elsewhere."""
+    return isinstance(path, str) and path.startswith(PART)
+
+
+def digest_of_held(path: str) -> int:
+    """64 bits of what a record holds itself, by its path: the same for a picture in a shard, wherever that lies."""
+    return int(path[len(PART) :].split(";")[1], 16) if is_part(path) else digest_of(path.encode())
 
 
 def data_uri(content: bytes) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moellava.data.skip_lists import digest_of
+from moellava.data.digests import digest_of
 from moellava.files import read_object, write_json
 
 SOUND, TAGGED, WRONG = range(3)
@@ -26,8 +26,9 @@ SOUND, TAGGED, WRONG = range(3)
 BATCH_ROWS, BATCH_BYTES = 8192, 2**23
 """Rows and bytes that are written at once."""
 
-READS = 32
-"""Rows that are read before their pages are given back: each brings a hundred kilobytes and more with it."""
+READS = 4
+"""Rows that are read before their pages are given back. Each brings up to a megabyte with it, where the system caches
+files in pieces so large, and to give them back takes some 20 µs."""
 
 RECORDS, FACTS = "records.arrow", "facts.json"
 """The files of an index."""

@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from moellava.data.index import FileIndex, index_in_memory, open_index, save_ind
 from moellava.data.record_reader import RecordReader
 from moellava.data.record_rows import rows_for
 from moellava.data.remote import copied, is_remote
+from moellava.data.remote_shards import Shard, shard_at
 from moellava.errors import DataError, UserError
 from moellava.files import file_digest
 from moellava.log import get_logger
@@ -28,6 +30,9 @@ KEPT_FROM = 2**20
 
 SETTLED = 2.0
 """Seconds after which a file that changes would have another time of change, on any file system."""
+
+IN_SHARD = "in_shard"
+"""The fact that a file's pictures lie in it, elsewhere."""
 
 INDEXES, DIGESTS = "indexes", "digests"
 """Folders of the cache: indexes by content, and the contents of files by their size and time of change."""
@@ -47,46 +52,71 @@ def index_of(path: str | Path, roles: tuple[str, str] = ROLES) -> FileIndex:
     """
     if is_remote(path):
         try:
+            if shard := shard_at(str(path)):
+                return _index_of_shard(shard, roles)
             path = copied(str(path))
         except DataError as error:
             return index_in_memory(iter(()), {"problems": error.problems, "ignored": {}, "seen": []})
     files = files_of(Path(path))
+    read = partial(_read, lambda: rows_of(path), roles)
     if sum(size for _, size, _ in files) >= KEPT_FROM and (folder := cache_folder()) is not None:
-        name = f"{INDEXES}/{_name_of(Path(path), files, roles, folder)}"
-        try:
-            return open_index(kept(folder, name, lambda entry: _save(entry, path, roles), f"reading {path}"))
-        except _BrokenFileError:  # what is wrong with it may be mended, and its index is not kept
-            pass
-        except OSError as error:
-            raise UserError(
-                f"The index of {path} cannot be kept in {folder}: {error.strerror or error}. Make room there, or name "
-                f"another folder by {PLACE}."
-            ) from error
-    return index_in_memory(*_read(path, roles))
+        return _kept_index(folder, _name_of(Path(path), files, roles, folder), path, read)
+    return index_in_memory(*read())
+
+
+def _index_of_shard(shard: Shard, roles: tuple[str, str]) -> FileIndex:
+    """The index of a shard that lies elsewhere, known by what the other side says of it."""
+    folder = cache_folder()
+    assert folder is not None, "what lies elsewhere is copied where nothing can be kept, and that is refused"
+    name = sha256_of([code_digest(), roles, shard.url, shard.state])
+    read = partial(_read, lambda: shard.read(shard.url), roles, {IN_SHARD: True})
+    return _kept_index(folder, name, shard.url, read)
+
+
+def _kept_index(folder: Path, name: str, path: str | Path, read: Callable[[], Any]) -> FileIndex:
+    """The index of that name in the cache, made if need be; of a broken file, one that is not kept."""
+    try:
+        entry = kept(folder, f"{INDEXES}/{name}", lambda entry: _save(entry, path, read), f"reading {path}")
+        return open_index(entry)
+    except _BrokenFileError:  # what is wrong with it may be mended
+        return index_in_memory(*read())
+    except OSError as error:
+        raise UserError(
+            f"The index of {path} cannot be kept in {folder}: {error.strerror or error}. Make room there, or name "
+            f"another folder by {PLACE}."
+        ) from error
 
 
 class _BrokenFileError(Exception):
     """A data file that cannot be read to its end."""
 
 
-def _save(entry: Path, path: str | Path, roles: tuple[str, str]) -> None:
+def _save(entry: Path, path: str | Path, read: Callable[[], Any]) -> None:
     logger.info("Reading %s: its index is kept in %s", path, entry.parent)
     began = time.monotonic()
-    rows, facts = _read(path, roles)
+    rows, facts = read()
     save_index(entry, rows, facts)
     if facts["problems"]:
         raise _BrokenFileError
     logger.info("Read %s in %.0f s", path, time.monotonic() - began)
 
 
-def _read(path: str | Path, roles: tuple[str, str]) -> tuple[Iterator[Any], dict[str, Any]]:
-    """The rows of a file, and its facts, which are complete when the last row has been asked for."""
-    facts: dict[str, Any] = {"problems": [], "ignored": {}, "seen": []}
+def _read(
+    values: Callable[[], Iterator[Any]], roles: tuple[str, str], known: Mapping[str, Any] = {}
+) -> tuple[Iterator[Any], dict[str, Any]]:
+    """The rows of a file, and its facts, which are complete when the last row has been asked for.
+
+    Args:
+        values: opens the file.
+        roles: see `index_of`.
+        known: facts beside those.
+    """
+    facts: dict[str, Any] = {"problems": [], "ignored": {}, "seen": [], **known}
 
     def rows() -> Iterator[Any]:
         reader = RecordReader(roles)
         try:
-            yield from rows_for(rows_of(path), reader)
+            yield from rows_for(values(), reader)
         except DataError as error:
             facts["problems"] = error.problems
         facts["ignored"] = reader.ignored

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 from moellava.constants import MODALITIES
-from moellava.data.embedded import is_embedded
+from moellava.data.digests import digest_of
+from moellava.data.embedded import digest_of_held, is_embedded
 from moellava.data.encoder import Encoder
 from moellava.data.feature_store import FeatureStore
 from moellava.data.findings import KEY, findings
@@ -27,11 +28,10 @@ from moellava.data.media import MediaFiles
 from moellava.data.media_reader import BLANK, SIZES_KEPT, Media, MediaReader, Shown, blank, modality_of
 from moellava.data.records import Medium
 from moellava.data.remembered import Remembered
-from moellava.data.remote import RemoteFile
+from moellava.data.remote import Distant
 from moellava.data.scan import shared, slices_of
 from moellava.data.shown import SLICE, looked_up, scattered, states_of
 from moellava.data.shown import Shown as ShownMedia
-from moellava.data.skip_lists import digest_of
 from moellava.data.video import USUAL_FPS, Clip, Video
 from moellava.errors import BadFileError
 
@@ -95,7 +95,7 @@ class Contents:
     def of(self, medium: Medium) -> int:
         """Of one medium."""
         if is_embedded(medium.path):
-            return digest_of(medium.path.encode())
+            return digest_of_held(medium.path)
         (state,) = states_of([medium], self.files)
         place = np.searchsorted(self._states, state)
         if place < len(self._states) and self._states[place] == state:
@@ -103,7 +103,7 @@ class Contents:
         return content_of_file(self.files.file_of(medium))
 
 
-def content_of_file(path: Path | RemoteFile) -> int:
+def content_of_file(path: Path | Distant) -> int:
     """64 bits of a file's content; 0 where it cannot be read: whoever decodes it says why."""
     try:
         return digest_of(path.read_bytes())

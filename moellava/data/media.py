@@ -18,12 +18,13 @@ from typing import Any
 from PIL import Image
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, MODALITIES
-from moellava.data.embedded import TO_FILES, Embedded, is_embedded
+from moellava.data.embedded import TO_FILES, Embedded, is_embedded, is_part
 from moellava.data.embedded import opened as opened_uri
 from moellava.data.images import USUAL_LIMITS, Limits, image_problem, image_size, normalised, open_image
 from moellava.data.records import ROLES, Medium, Source
 from moellava.data.remembered import Remembered
-from moellava.data.remote import RemoteFile, RemoteFolder, is_remote
+from moellava.data.remote import Distant, RemoteFile, RemoteFolder, fetch_together, is_remote
+from moellava.data.remote_shards import ShardPart
 from moellava.data.video import Clip, Video, probe_video, read_frames, video_problem
 from moellava.errors import DataError, UserError
 
@@ -104,7 +105,7 @@ class MediaFiles:
             return str(error)
         if isinstance(content, Embedded):
             return image_problem(content, in_full, self.limits)
-        if isinstance(content, RemoteFile):
+        if isinstance(content, Distant):
             return remote_problem(content, in_full, self.limits)
         if medium.modality == "image":
             found = image_problem(content, in_full, self.limits)
@@ -118,12 +119,18 @@ class MediaFiles:
     def _fetched(self, medium: Medium) -> Path | Embedded:
         """As `_content`, of an image that lies elsewhere its content. Raises BadFileError where it cannot be read."""
         content = self._content(medium)
-        return content.fetched() if isinstance(content, RemoteFile) else content
+        return content.fetched() if isinstance(content, Distant) else content
 
-    def _content(self, medium: Medium) -> Path | Embedded | RemoteFile:
+    def fetch_ahead(self, media: Iterable[Medium]) -> None:
+        """Fetches images that lie elsewhere, side by side, for whoever reads them next."""
+        images = dict.fromkeys(medium for medium in media if medium.modality == "image")
+        shown = [self._content(one) for one in images if is_part(one.path) or not is_embedded(one.path)]
+        fetch_together([content for content in shown if isinstance(content, Distant)])
+
+    def _content(self, medium: Medium) -> Path | Embedded | Distant:
         """Where a medium lies, or the content of an image that its record holds. Raises DataError: see `file_of`."""
         if medium.modality == "image" and is_embedded(medium.path):
-            return opened_uri(medium.path)
+            return ShardPart(medium.path) if is_part(medium.path) else opened_uri(medium.path)
         return self.file_of(medium)
 
     def problems(self, media: Iterable[Medium], in_full: bool = False) -> dict[Medium, str]:
@@ -183,7 +190,7 @@ def place_of(folder: Path | RemoteFolder) -> str:
     return str(folder) if isinstance(folder, RemoteFolder) else os.path.abspath(folder)
 
 
-def remote_problem(file: RemoteFile, in_full: bool, limits: Limits) -> str | None:
+def remote_problem(file: Distant, in_full: bool, limits: Limits) -> str | None:
     """What is wrong with an image that lies elsewhere, or None. Not `in_full`: whether it is there, as its folder's
     list says."""
     if file.state is None:

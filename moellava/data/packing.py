@@ -12,6 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -96,6 +97,11 @@ class PackedDataset(Dataset):
         """Row `index`. Raises BadFileError."""
         return joined([self.dataset[number] for number in ([FILLER] if index == FILLER else self.rows[index])])
 
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows of a micro-batch. See `SupervisedDataset`."""
+        self.dataset.fetch_ahead(number for index in indices if index != FILLER for number in self.rows[index])
+        return [self[index] for index in indices]
+
     def __getattr__(self, name: str) -> Any:
         """What is asked of the samples: `report`, `leave_out`, `unreadable`, `modalities`, `records`."""
         if name.startswith("__") or name == "dataset":
@@ -105,17 +111,25 @@ class PackedDataset(Dataset):
     @property
     def lengths(self) -> list[int]:
         """Positions that each row takes."""
-        lengths = self.dataset.lengths
-        return [sum(lengths[number] for number in row) for row in self.rows]
+        return self.positions.tolist()
 
     @property
     def shows_media(self) -> list[bool]:
         """Whether each row has an image or a video."""
-        shows = self.dataset.shows_media
-        return [any(shows[number] for number in row) for row in self.rows]
+        return self.with_media.tolist()
+
+    @property
+    def positions(self) -> np.ndarray:
+        """The lengths as an array, int32 [N]."""
+        return np.fromiter((self.dataset.positions[row].sum() for row in self.rows), np.int32, len(self.rows))
+
+    @property
+    def with_media(self) -> np.ndarray:
+        """`shows_media` as an array, bool [N]."""
+        return np.fromiter((self.dataset.with_media[row].any() for row in self.rows), bool, len(self.rows))
 
     def __str__(self) -> str:
-        filled = sum(self.lengths) / (len(self) * self.capacity)
+        filled = int(self.positions.sum()) / (len(self) * self.capacity)
         return (
             f"{len(self.dataset)} samples in {len(self)} rows of up to {self.capacity} positions, "
             f"{len(self.dataset) / len(self):.1f} a row, {filled:.0%} full"

@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from moellava.data.embedded import is_embedded
+from moellava.data.digests import digest_of
+from moellava.data.embedded import digest_of_held, is_embedded
 from moellava.data.index import SOUND, TAGGED, Row, wrong_row
 from moellava.data.json_lists import Broken
 from moellava.data.record_keys import brief_text
 from moellava.data.record_reader import RecordReader
 from moellava.data.record_shape import Medium, media_of, problem_of, tags_of
-from moellava.data.skip_lists import digest_of
 from moellava.errors import DataError
 
 _AS_JSON = json.JSONEncoder(ensure_ascii=False).encode
@@ -52,7 +52,7 @@ def place_of(medium: Medium) -> str:
     """A medium as the row of its record has it: the first letter of its modality, and its path; of one that the record
     holds itself, a capital and its digest."""
     if is_embedded(medium.path):
-        return f"{medium.modality[0].upper()}{digest_of(medium.path.encode()):016x}"
+        return f"{medium.modality[0].upper()}{digest_of_held(medium.path):016x}"
     return medium.modality[0] + medium.path
 
 

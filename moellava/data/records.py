@@ -20,7 +20,7 @@ import numpy as np
 from moellava.constants import MODALITIES, ROLES
 from moellava.data.cache import cache_folder, remembered
 from moellava.data.index import TAGGED, WRONG, FileIndex
-from moellava.data.indexing import DIGESTS, KEPT_FROM, index_of
+from moellava.data.indexing import DIGESTS, IN_SHARD, KEPT_FROM, index_of
 from moellava.data.mixtures import listing_of, taken
 from moellava.data.record_keys import brief_text
 from moellava.data.record_reader import RecordReader
@@ -36,6 +36,7 @@ from moellava.data.record_shape import (
     tags_of,
     trained_answers,
 )
+from moellava.data.remote_shards import with_address
 from moellava.data.skip_lists import SkipList, key_of, read_skip_list
 from moellava.errors import DataError
 from moellava.log import get_logger
@@ -122,7 +123,8 @@ class Records(Sequence[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # slices are of no use here
         chosen, row = self._place(index)
-        return json.loads(chosen.held.content(row))
+        record = json.loads(chosen.held.content(row))
+        return with_address(record, chosen.file) if chosen.held.facts.get(IN_SHARD) else record
 
     def _place(self, index: int) -> tuple[Chosen, int]:
         if not -len(self) <= index < len(self):
@@ -140,6 +142,11 @@ class Records(Sequence[dict[str, Any]]):
         """How a skip list calls a record."""
         chosen, row = self._place(index)
         return str(key_of(chosen.file, row, int(chosen.held.digests[row])))
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether pictures of some lie in shards elsewhere."""
+        return any(part.held.facts.get(IN_SHARD) for part in self.chosen)
 
     @property
     def said(self) -> np.ndarray:

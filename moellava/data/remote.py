@@ -2,8 +2,8 @@
 """Data that lie elsewhere: `s3://…`, `gs://…`, `hf://…`, `http://…`, whatever `fsspec` opens.
 
 A data file is copied into the cache once, by what the other side says of its content, and its index is made of the
-copy. Pictures are fetched when they are shown. Of these no more is looked at before a run than that they are there, by
-the list of their folder where the other side has one.
+copy; for shards see `remote_shards.py`. Pictures are fetched when they are shown, and kept up to a limit. Of these no
+more is looked at before a run than that they are there, by the list of their folder where the other side has one.
 """
 
 from __future__ import annotations
@@ -13,21 +13,28 @@ import json
 import os
 import posixpath
 import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moellava.data.cache import PLACE, cache_folder, kept
+from moellava.data.digests import digest_of
 from moellava.data.embedded import Embedded
+from moellava.data.fetched import is_kept, keep_content, kept_content, limit
 from moellava.data.remembered import Remembered
-from moellava.data.skip_lists import digest_of
 from moellava.errors import BadFileError, DataError, UserError
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://", re.IGNORECASE)
 
 FOLDERS_KEPT = 1024
 """Folders whose lists are remembered."""
+
+AT_ONCE = 8
+"""Files that are fetched side by side from a file system that does not do so itself."""
 
 COPIES = "copies"
 """The folder of the cache for data files."""
@@ -47,8 +54,70 @@ class Fetched(Embedded):
         return self.url
 
 
-class RemoteFile:
-    """A file that lies elsewhere. As text it says where.
+class Span(NamedTuple):
+    """What is asked for of a file system: a file, or some bytes of it.
+
+    Attributes:
+        file_system: of `fsspec`.
+        path: of the file, as the file system calls it.
+        begin, end: of the bytes; None: the whole file.
+    """
+
+    file_system: Any
+    path: str
+    begin: int | None = None
+    end: int | None = None
+
+    def read(self) -> bytes:
+        """The bytes. Raises OSError."""
+        from fsspec.spec import AbstractFileSystem
+
+        if self.begin is None or type(self.file_system).cat_file is not AbstractFileSystem.cat_file:
+            return self.file_system.cat_file(self.path, start=self.begin, end=self.end)
+        with self.file_system.open(self.path, "rb", cache_type="none") as file:  # the usual way reads megabytes ahead
+            file.seek(self.begin)
+            return file.read((self.end or 0) - self.begin)
+
+
+class Distant:
+    """A content that lies elsewhere. As text it says where."""
+
+    state: int | None
+    """64 bits of what the other side says of it; 0 where it says nothing, None where there is no such content."""
+
+    def span(self) -> Span | None:
+        """Where it lies; None where it is not one piece of a file."""
+        raise NotImplementedError
+
+    def accepted(self, content: bytes) -> bytes:
+        """What was fetched. Raises OSError where it is another content."""
+        return content
+
+    def fetch(self) -> bytes:
+        """The content, from the other side. Raises OSError."""
+        span = self.span()
+        assert span is not None, "what is no piece has a way of its own"
+        return span.read()
+
+    def read_bytes(self) -> bytes:
+        """The content. Raises OSError."""
+        key = self.state or 0
+        content = kept_content(key)
+        if content is None:
+            content = self.accepted(self.fetch())
+            keep_content(key, content)
+        return content
+
+    def fetched(self) -> Fetched:
+        """The content, to be decoded. Raises BadFileError where it cannot be read."""
+        try:
+            return Fetched(self.read_bytes(), str(self))
+        except (OSError, ValueError) as error:
+            raise BadFileError(f"{self}: the file cannot be read: {error or type(error).__name__}") from error
+
+
+class RemoteFile(Distant):
+    """A file that lies elsewhere.
 
     Args:
         folder: that its path is relative to.
@@ -61,20 +130,13 @@ class RemoteFile:
     def __str__(self) -> str:
         return f"{self.folder}/{self.path}"
 
-    def read_bytes(self) -> bytes:
-        """Its content. Raises OSError."""
-        return self.folder.file_system.cat_file(self.folder.path_of(self.path))
-
-    def fetched(self) -> Fetched:
-        """Its content, to be decoded. Raises BadFileError where it cannot be read."""
-        try:
-            return Fetched(self.read_bytes(), str(self))
-        except (OSError, ValueError) as error:
-            raise BadFileError(f"{self}: the file cannot be read: {error or type(error).__name__}") from error
+    def span(self) -> Span:
+        """All of the file."""
+        return Span(self.folder.file_system, self.folder.path_of(self.path))
 
     @property
-    def state(self) -> int | None:
-        """64 bits of what the other side says of its content; 0 where it says nothing, None where there is no file."""
+    def state(self) -> int | None:  # type: ignore[override]  # it is asked for
+        """See `Distant.state`."""
         return self.folder.state(self.path)
 
 
@@ -117,7 +179,7 @@ class RemoteFolder:
         if place < len(names) and names[place] == name:
             return int(states[place])
         try:
-            return _state(self.url, self.file_system.info(whole))
+            return state_told(self.url, self.file_system.info(whole))
         except (OSError, ValueError):
             return None
 
@@ -129,7 +191,7 @@ class RemoteFolder:
             entries = []
         names = [posixpath.basename(one["name"]).encode("utf-8", "surrogateescape") for one in entries]
         digests = np.array([digest_of(name) for name in names], np.uint64)
-        states = np.array([_state(self.url, one) for one in entries], np.uint64)
+        states = np.array([state_told(self.url, one) for one in entries], np.uint64)
         order = np.argsort(digests)
         return digests[order], states[order]
 
@@ -152,6 +214,36 @@ def opened(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: {error}") from error
 
 
+def fetch_together(wanted: Iterable[Distant]) -> None:
+    """Fetches contents side by side where they are kept, so that whoever reads them need not wait for each.
+
+    What cannot be fetched is left to its reader, who says why.
+    """
+    if not limit() or cache_folder() is None:
+        return
+    new = {one.state: one for one in wanted if one.state and not is_kept(one.state)}
+    of_each: dict[int, list[tuple[Distant, Span]]] = {}
+    for one in new.values():
+        if (span := one.span()) is not None:
+            of_each.setdefault(id(span.file_system), []).append((one, span))
+    for pairs in of_each.values():
+        for (one, _), content in zip(pairs, _side_by_side([span for _, span in pairs]), strict=True):
+            with suppress(OSError):
+                if isinstance(content, bytes):
+                    keep_content(one.state or 0, one.accepted(content))
+
+
+def _side_by_side(spans: Sequence[Span]) -> list[bytes | Exception | None]:
+    """The bytes of spans of one file system; something else where they cannot be read."""
+    file_system = spans[0].file_system
+    if file_system.async_impl:
+        _, paths, begins, ends = map(list, zip(*spans, strict=True))
+        return file_system.cat_ranges(paths, begins, ends, on_error="return")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        reading = [pool.submit(span.read) for span in spans]
+    return [None if one.exception() else one.result() for one in reading]
+
+
 def copied(url: str) -> Path:
     """A copy of a data file in the cache.
 
@@ -163,21 +255,22 @@ def copied(url: str) -> Path:
     if folder is None:
         raise UserError(f"{url} is copied into a folder, and none can be written: name one by {PLACE}.")
     file_system, path = opened(url)
-    name = posixpath.basename(path.rstrip("/").partition("?")[0]) or "data"
     try:
         told = file_system.info(path)
         if told.get("type") == "directory":
             raise DataError(f"{url} is a folder: name the files in it, as {url.rstrip('/')}/*.parquet")
-        state = _state(url, told)
-        key = hashlib.sha256(f"{url}\0{state or file_system.cat_file(path)!r}".encode()).hexdigest()[:40]
-        entry = kept(
-            folder, f"{COPIES}/{key}", lambda new: file_system.get_file(path, str(new / name)), f"copying {url}"
-        )
+        entry = copy_named(url, state_told(url, told) or file_system.cat_file(path))
+        name = posixpath.basename(path.rstrip("/").partition("?")[0]) or "data"
+        return kept(folder, entry, lambda new: file_system.get_file(path, str(new / name)), f"copying {url}") / name
     except FileNotFoundError as error:
         raise DataError(f"{url}: no such data file") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{url} cannot be read, or copied to {folder}: {error or type(error).__name__}") from error
-    return entry / name
+
+
+def copy_named(url: str, said: int | bytes) -> str:
+    """The entry of the cache for the copy of a data file; `said`: its state, or, where it has none, its content."""
+    return f"{COPIES}/{hashlib.sha256(f'{url}{chr(0)}{said!r}'.encode()).hexdigest()[:40]}"
 
 
 def addresses(pattern: str) -> list[str]:
@@ -192,8 +285,8 @@ def addresses(pattern: str) -> list[str]:
     return [file_system.unstrip_protocol(one) for one in found]
 
 
-def _state(url: str, told: dict[str, Any]) -> int:
-    """Of what a file system says of a file."""
+def state_told(url: str, told: dict[str, Any]) -> int:
+    """64 bits of what a file system says of a file; 0 where that is nothing about its content."""
     if not told.keys() - SAYS_NOTHING:
         return 0
     return digest_of(json.dumps([url, told], sort_keys=True, default=str).encode())

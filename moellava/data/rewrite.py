@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from moellava.constants import MODALITIES, ROLES
-from moellava.data.embedded import content_of, file_name, is_embedded
+from moellava.data.embedded import content_of, data_uri, file_name, is_embedded, is_part
 from moellava.data.records import load_records, paths_of
+from moellava.data.remote_shards import ShardPart
 from moellava.data.skip_lists import SkipList
 from moellava.errors import DataError, UserError
 from moellava.files import file_problem, require_output, written
@@ -51,8 +52,7 @@ def rewrite(
     with written(target) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for index in range(len(records)):
             record = records[index]
-            if folder is not None:
-                _take_out(record, folder, files, records.name(index))
+            _take_out(record, folder, files, records.name(index))
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
     return {"records": len(records), "skip_listed": records.skipped, "files_written": len(files)}
 
@@ -66,11 +66,12 @@ def _folder(name: str | Path) -> Path:
     return folder
 
 
-def _take_out(record: dict[str, Any], folder: Path, files: set[str], name: str) -> None:
-    """Puts files in the place of what a record holds itself. Raises DataError where that is broken."""
+def _take_out(record: dict[str, Any], folder: Path | None, files: set[str], name: str) -> None:
+    """Puts files in the place of what a record holds itself; without a folder, data URIs in that of what lies in a
+    shard elsewhere. Raises DataError where that is broken."""
     for modality in MODALITIES:
         paths = paths_of(record, modality)
-        if any(map(is_embedded, paths)):
+        if any(map(is_embedded if folder else is_part, paths)):
             try:
                 named = [_as_file(path, folder, files) for path in paths]
             except DataError as error:
@@ -78,11 +79,13 @@ def _take_out(record: dict[str, Any], folder: Path, files: set[str], name: str) 
             record[modality] = named if isinstance(record[modality], list) else named[0]
 
 
-def _as_file(path: str, folder: Path, files: set[str]) -> str:
+def _as_file(path: str, folder: Path | None, files: set[str]) -> str:
     """The name of a file with what a data URI holds; a path as it is."""
     if not is_embedded(path):
         return path
-    content = content_of(path)
+    content = ShardPart(path).fetched().getvalue() if is_part(path) else content_of(path)
+    if folder is None:
+        return data_uri(content)
     name = file_name(content)
     if name not in files and not (folder / name).exists():
         with written(folder / name) as temporary:

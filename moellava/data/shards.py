@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -35,28 +35,48 @@ def is_shard(path: Path, head: bytes) -> bool:
 
 def shard_rows(path: Path) -> Iterator[Any]:
     """The records of a shard; images in it become data URIs. Raises DataError if it cannot be read to its end."""
+    return records_of_tar(path, lambda: tarfile.open(path, "r|*"), lambda _, content: data_uri(content))
+
+
+def records_of_tar(
+    name: Path | str, open_: Callable[[], tarfile.TarFile], held: Callable[[tarfile.TarInfo, bytes], Any]
+) -> Iterator[Any]:
+    """The records of a shard.
+
+    Args:
+        name: of the shard, for messages.
+        open_: opens it, to be read from its beginning to its end.
+        held: what stands in a record for an image.
+
+    Raises:
+        DataError: it cannot be read to its end.
+    """
     try:
-        with tarfile.open(path, "r|*") as tar:
-            for key, files in groupby(_files(tar), lambda file: file[0]):
+        with open_() as tar:
+            for key, files in groupby(_files(tar, held), lambda file: file[0]):
                 yield _record(key, [(ending, content) for _, ending, content in files])
     except tarfile.TarError as error:
-        raise DataError(f"{path} is no tar file that can be read: {error}") from error
+        raise DataError(f"{name} is no tar file that can be read: {error}") from error
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
-    """(name up to its first dot, last ending, content) of each file, in order."""
+def _files(
+    tar: tarfile.TarFile, held: Callable[[tarfile.TarInfo, bytes], Any]
+) -> Iterator[tuple[str, str, bytes | Any]]:
+    """(name up to its first dot, last ending, content, or what stands for an image) of each file, in order."""
     for member in tar:
         folder, _, name = member.name.rpartition("/")
         if member.isfile() and not name.startswith("."):
             file = tar.extractfile(member)
             stem, _, endings = name.partition(".")
-            yield f"{folder}/{stem}".lstrip("/"), endings.lower().rpartition(".")[2], file.read() if file else b""
+            ending, content = endings.lower().rpartition(".")[2], file.read() if file else b""
+            yield f"{folder}/{stem}".lstrip("/"), ending, held(member, content) if ending in IMAGES else content
+        tar.members = []  # type: ignore[attr-defined]  # it keeps what it has come by: of a million files that is much
 
 
-def _record(key: str, files: list[tuple[str, bytes]]) -> Any:
+def _record(key: str, files: list[tuple[str, Any]]) -> Any:
     """A record of its files. What has another ending is a key of that name."""
     record: dict[str, Any] = {"id": key}
-    images = [data_uri(content) for ending, content in files if ending in IMAGES]
+    images = [content for ending, content in files if ending in IMAGES]
     for ending, content in files:
         if ending in IMAGES:
             continue

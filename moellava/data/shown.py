@@ -11,11 +11,11 @@ from typing import Any, cast
 import numpy as np
 
 from moellava.constants import MODALITIES
+from moellava.data.digests import digest_of
 from moellava.data.findings import Findings
 from moellava.data.media import MediaFiles, place_of, threaded
 from moellava.data.records import Medium, Records
 from moellava.data.remote import RemoteFolder
-from moellava.data.skip_lists import digest_of
 
 _MODALITY = {modality[0]: modality for modality in MODALITIES}
 

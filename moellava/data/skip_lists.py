@@ -11,7 +11,6 @@ unambiguous.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -42,11 +41,6 @@ class Key(NamedTuple):
     def __str__(self) -> str:
         file = self.file if self.file.isprintable() and not self.file.startswith('"') else json.dumps(self.file)
         return f"{file}:{self.number}:{self.digest}"
-
-
-def digest_of(content: bytes) -> int:
-    """64 bits of what a record says."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 def key_of(file: str | Path, number: int, digest: int) -> Key:

@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import TrainerCallback
@@ -141,11 +142,10 @@ def prompt_text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def counts_text(called: str, dataset: SupervisedDataset) -> str:
     """What a data set holds, in a line: what became of its records, media, and lengths."""
-    lengths = sorted(dataset.lengths)
-    shows = sum(dataset.shows_media)
+    lengths, shows = np.sort(dataset.positions), int(dataset.with_media.sum())
     return (
         f"{called}: {listed(dataset.report())}, {shows} of them with images or videos; positions {lengths[0]} to "
-        f"{lengths[-1]}, median {lengths[len(lengths) // 2]}, {sum(lengths):,} in all"
+        f"{lengths[-1]}, median {lengths[len(lengths) // 2]}, {int(lengths.sum(dtype=np.int64)):,} in all"
     )
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -250,8 +251,8 @@ class StageTrainer(FSDPTrainer):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         grouped = self.args.group_by_modality_length
         self.train_sampler = GroupedSampler(
-            dataset.lengths if grouped else [1] * len(dataset),  # equal lengths: a plain shuffle
-            dataset.shows_media if grouped else None,
+            dataset.positions if grouped else np.broadcast_to(np.int32(1), len(dataset)),  # equal: a plain shuffle
+            dataset.with_media if grouped else None,
             batch_size=self.args.train_batch_size,
             world_size=self.args.world_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,

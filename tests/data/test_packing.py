@@ -6,6 +6,7 @@ from __future__ import annotations
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,8 @@ class Samples(list):
 
     lengths = property(lambda self: [len(one["input_ids"]) for one in self])
     shows_media = property(lambda self: [bool(one["media"]) for one in self])
+    positions = property(lambda self: np.array(self.lengths, np.int32))
+    with_media = property(lambda self: np.array(self.shows_media))
     unreadable = {3: "torn"}
 
 

@@ -9,6 +9,15 @@ import pytest
 
 from moellava.data.sampler import FILLER, GroupedSampler
 
+# fmt: off
+ORDER = [
+    42, 1, 20, 53, 37, 59, 57, 8, 14, 21, 41, 16, 33, 49, 34, 13, 10, 17, 31, 18, 60, 9, 45, 48, 54, 44, 7, 27,
+    22, 46, 43, 5, 28, 11, 52, 32, 12, 56, 40, 3, 6, 29, 50, 26, 51, 47, 30, 55, 25, 39, 23, 35, 2, 58, 0, 19, 4,
+    36, 15, 24, 38, -1, -1, -1, -1, -1
+]
+# fmt: on
+"""Of the first version, which sorted lists."""
+
 
 @pytest.mark.parametrize("size", [0, 1, 2, 7, 64, 101])
 @pytest.mark.parametrize("modality", ["both", "image", "text", "none"])
@@ -65,3 +74,13 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 def test_flags_for_other_samples_are_an_error():
     with pytest.raises(ValueError, match="3 lengths but 2 modalities"):
         GroupedSampler([1, 2, 3], [True, False], batch_size=1)
+
+
+def test_the_order_is_the_one_that_runs_have_begun_with():
+    """A run that goes on with another version of the sampler must meet the same samples."""
+    generator = random.Random(7)
+    lengths = [generator.randint(1, 30) for _ in range(61)]
+    flags = [generator.random() < 0.7 for _ in lengths]
+    sampler = GroupedSampler(lengths, flags, batch_size=2, world_size=3, seed=11, accumulation=2)
+    sampler.set_epoch(4)
+    assert list(sampler) == ORDER
