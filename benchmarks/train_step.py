@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step of each stage beside its peers: transformers' Trainer with full logits, DeepSpeed's own MoE layer, Qwen2-MoE.
+"""A step of each stage beside its peers: transformers' Trainer with full logits, TRL's SFTTrainer, DeepSpeed's own MoE
+layer, Qwen2-MoE.
 
     python benchmarks/train_step.py --json train_step.json
 
@@ -37,14 +38,16 @@ from transformers import (
     Qwen2Config,
     Qwen2MoeConfig,
 )
+from trl_peer import sft_trainer
 
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.data.collate import MediaCollator
 from moellava.data.media_reader import Media, MediaReader, Run
-from moellava.data.packing import joined, packed_rows
+from moellava.data.packing import Batches, joined
 from moellava.moe import MoESpec, upcycle
 from moellava.moe.activations import use_kernels
 from moellava.train.arguments import TrainingArguments
+from moellava.train.packing import settle_rows
 from moellava.train.trainer import StageTrainer
 
 IMAGE_TOKEN, PATCHES, SIDE = 5, 16, 56
@@ -53,12 +56,15 @@ BATCH, SHORTEST, LONGEST, ANSWER = 8, 24, 160, (2, 12)
 """Samples of a step, text tokens of a sample, and how many of them are its answer."""
 EXPERTS, CHOICES, CAPACITY = 4, 2, 1.5
 """Of stage 3, in every second layer; the capacity is that of DeepSpeed's own layer."""
+SPEC = MoESpec(moe_mode="sparse", num_experts=[EXPERTS], top_k_experts=CHOICES)
 
 TEXT = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
 TEXT |= {"num_key_value_heads": HEADS, "intermediate_size": UNITS, "pad_token_id": 0, "tie_word_embeddings": False}
 
 
-OURS, PRODUCTS = "moellava", "the matrix products of moellava's step alone"
+OURS, PADDED, HF, TRL = "moellava", "padded", "transformers", "trl"
+"""What trains a variant: our trainer, also with padded rows, and others."""
+PRODUCTS = "the matrix products of moellava's step alone"
 
 MULTIPLY = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "convolution_backward", "_grouped_mm")
 ATTEND = "_scaled_dot_product"
@@ -86,7 +92,7 @@ class Products(TorchDispatchMode):
 
 
 class Pixels(MediaReader):
-    """A reader without a processor: every image is 16 patches of random pixels."""
+    """A reader without a processor: every image is 16 patches, of noise by its number in the batch."""
 
     is_one_input = True
 
@@ -95,11 +101,15 @@ class Pixels(MediaReader):
 
     def read(self, samples: Any, name: str = "the batch") -> Media:
         runs = [[Run([IMAGE_TOKEN] * PATCHES, {}) for _ in row] for row in samples]
-        return Media(runs, {"pixel_values": torch.randn(sum(map(len, samples)), 3, SIDE, SIDE)})
+        noise = torch.randn(sum(map(len, samples)), 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+        return Media(runs, {"pixel_values": noise})
 
 
-class Samples(list):
+class Samples(Batches, list):
     """As a trainer wants its data set; nothing of it is unreadable."""
+
+    lengths = property(lambda self: [len(one["input_ids"]) + PATCHES - 1 for one in self])
+    shows_media = property(lambda self: [True] * len(self))
 
     def leave_out(self, unreadable: dict) -> None:
         assert not unreadable
@@ -157,7 +167,7 @@ class StockMLP(nn.Module):
 
 def sparse() -> Any:
     """Ours."""
-    return upcycle(dense("qwen2"), MoESpec(moe_mode="sparse", num_experts=[EXPERTS], top_k_experts=CHOICES))
+    return upcycle(dense("qwen2"), SPEC)
 
 
 def stock() -> Any:
@@ -182,17 +192,20 @@ def stage_1(model: Any) -> Any:
     return model
 
 
-def trainer_of(model: Any, ours: bool, data: Samples, folder: str) -> Any:
-    """A trainer of a model: `StageTrainer` and what a run prepares, or transformers' as it is."""
+def trainer_of(model: Any, sort: str, data: Samples, folder: str) -> Any:
+    """A trainer of a model, a name of `OURS` to `TRL`: `StageTrainer` and what a run prepares, or another one as it is.
+    Raises ImportError: TRL cannot be had."""
     collator = MediaCollator(Pixels(), 0)  # type: ignore[arg-type]
-    collator.is_told = ours
+    collator.is_told = sort in (OURS, PADDED)
     options = {"output_dir": folder, "report_to": "none", "use_cpu": True, "per_device_train_batch_size": BATCH}
-    if not ours:
+    if sort == TRL:
+        return sft_trainer(model, collator, options)
+    if sort == HF:
         args = transformers.TrainingArguments(**options)
         return transformers.Trainer(model=model, args=args, data_collator=collator, train_dataset=data)
     use_kernels(model)
     projector = {"projector": model.model.multi_modal_projector}
-    vlm = SimpleNamespace(model=model, placeholder_ids=[IMAGE_TOKEN], architecture=None, parts=projector)
+    vlm = SimpleNamespace(model=model, placeholder_ids=[IMAGE_TOKEN], architecture=None, parts=projector, spec=SPEC)
     args = TrainingArguments(**options, model_max_length=LONGEST + PATCHES)
     trainer = StageTrainer(
         vlm=vlm,  # type: ignore[arg-type]
@@ -201,6 +214,8 @@ def trainer_of(model: Any, ours: bool, data: Samples, folder: str) -> Any:
         data_collator=collator,
         train_dataset=data,
     )
+    settle_rows(trainer)
+    assert data.in_one_row
     trainer.begin_interval()
     return trainer
 
@@ -222,54 +237,60 @@ def step_of(trainer: Any, batches: list[dict[str, Any]]) -> Callable[[int], None
     return step
 
 
-VARIANTS: dict[str, list[tuple[str, Callable[[], Any], bool, bool]]] = {
+VARIANTS: dict[str, list[tuple[str, Callable[[], Any], str]]] = {
     "stage 1": [
-        (OURS, lambda: stage_1(dense("qwen2")), True, False),
-        ("moellava, packed", lambda: stage_1(dense("qwen2")), True, True),
-        ("HF Trainer, full logits", lambda: stage_1(dense("qwen2")), False, False),
+        (OURS, lambda: stage_1(dense("qwen2")), OURS),
+        ("moellava, padded rows", lambda: stage_1(dense("qwen2")), PADDED),
+        ("HF Trainer, full logits", lambda: stage_1(dense("qwen2")), HF),
+        ("TRL SFTTrainer", lambda: stage_1(dense("qwen2")), TRL),
     ],
     "stage 2": [
-        (OURS, lambda: dense("qwen2"), True, False),
-        ("moellava, packed", lambda: dense("qwen2"), True, True),
-        ("HF Trainer, full logits", lambda: dense("qwen2"), False, False),
+        (OURS, lambda: dense("qwen2"), OURS),
+        ("moellava, padded rows", lambda: dense("qwen2"), PADDED),
+        ("HF Trainer, full logits", lambda: dense("qwen2"), HF),
+        ("TRL SFTTrainer", lambda: dense("qwen2"), TRL),
     ],
     "stage 2, phi": [
-        (OURS, lambda: dense("phi"), True, False),
-        ("moellava, packed", lambda: dense("phi"), True, True),
-        ("HF Trainer, full logits", lambda: dense("phi"), False, False),
+        (OURS, lambda: dense("phi"), OURS),
+        ("moellava, padded rows", lambda: dense("phi"), PADDED),
+        ("HF Trainer, full logits", lambda: dense("phi"), HF),
+        ("TRL SFTTrainer", lambda: dense("phi"), TRL),
     ],
     "stage 3": [
-        (OURS, sparse, True, False),
-        ("moellava, packed", sparse, True, True),
-        ("stock DeepSpeed layer, capacity 1.5, full logits", stock, False, False),
-        ("HF Qwen2-MoE, grouped_mm, full logits", qwen2_moe, False, False),
+        (OURS, sparse, OURS),
+        ("moellava, padded rows", sparse, PADDED),
+        ("stock DeepSpeed layer, capacity 1.5, full logits", stock, HF),
+        ("HF Qwen2-MoE, grouped_mm, full logits", qwen2_moe, HF),
+        ("HF Qwen2-MoE, TRL SFTTrainer", qwen2_moe, TRL),
     ],
 }
-"""Stage -> (name, model, whether our trainer trains it, whether rows are packed)."""
+"""Stage -> (name, model, what trains it)."""
 
 
-def batches_of(collator: MediaCollator, data: Samples, is_packed: bool, steps: int) -> list[dict[str, Any]]:
-    """The batches of all steps; packed ones hold the same samples in fewer rows."""
+def batches_of(collator: MediaCollator, data: Samples, in_one_row: bool, steps: int) -> list[dict[str, Any]]:
+    """The batches of all steps: the same samples in each way."""
     made = []
     for number in range(steps):
         taken = data[number * BATCH : (number + 1) * BATCH]
-        lengths = [len(one["input_ids"]) + PATCHES - 1 for one in taken]
-        rows = packed_rows(lengths, LONGEST + PATCHES)
-        torch.manual_seed(number)
-        made.append(collator([joined([taken[index] for index in row]) for row in rows] if is_packed else taken))
+        made.append(collator([joined(taken)] if in_one_row else taken))
     return made
 
 
 def measure(stage: str, steps: int) -> list[dict[str, Any]]:
-    """One row per variant of a stage: CPU and wall seconds of a step, padding, and the ratio to ours."""
+    """One row per variant of a stage: CPU and wall seconds of a step, padding, and the ratio to ours; or why not."""
     data = samples(steps)
     seconds: dict[str, list[tuple[float, float]]] = {}
     padding: dict[str, float] = {}
+    missing: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         steps_of = {}
-        for name, make, ours, is_packed in VARIANTS[stage]:
-            trainer = trainer_of(make(), ours, data, folder)
-            batches = batches_of(trainer.data_collator, data, is_packed, steps)
+        for name, make, sort in VARIANTS[stage]:
+            try:
+                trainer = trainer_of(make(), sort, data, folder)
+            except ImportError as error:
+                missing.append({"stage": stage, "variant": name, "missing": str(error)})
+                continue
+            batches = batches_of(trainer.data_collator, data, sort == OURS, steps)
             masks = [batch["attention_mask"] for batch in batches]
             padding[name] = 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
             steps_of[name], seconds[name] = step_of(trainer, batches), []
@@ -290,7 +311,7 @@ def measure(stage: str, steps: int) -> list[dict[str, Any]]:
         row = {"stage": stage, "variant": name, "cpu_seconds": round(cpu, 4), "wall_seconds": round(wall, 4)}
         ours = rows[0]["cpu_seconds"] if rows else cpu
         rows.append(row | {"padding": round(padding[name], 3), "times_ours": round(cpu / ours, 2)})
-    return rows
+    return rows + missing
 
 
 def main() -> None:
@@ -306,6 +327,9 @@ def main() -> None:
         print(stage)
         for row in measure(stage, arguments.steps):
             rows.append(row)
+            if "missing" in row:
+                print("  {variant:50} not measured: {missing}".format(**row))
+                continue
             line = "  {variant:50} {cpu_seconds:7.3f} s CPU  {wall_seconds:7.3f} s  padding {padding:4.0%}"
             print((line + "  {times_ours:5.2f} × ours").format(**row))
     if arguments.json:

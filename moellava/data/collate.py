@@ -30,7 +30,8 @@ UNREADABLE = "unreadable"
 """Key of a sample that stands for a record which cannot be shown, and of a batch with such samples."""
 
 RECORDS = "records"
-"""Key of a batch of training: the names of its records, without what only fills it up."""
+"""Key of a batch of training, and of a sample that is several: the names of its records, without what only fills it
+up."""
 
 
 BEGINS = "begins"
@@ -99,7 +100,8 @@ class MediaCollator:
         unreadable = {number: why for sample in samples for number, why in sample.get(UNREADABLE, {}).items()}
         beside: dict[str, Any] = {UNREADABLE: unreadable} if unreadable else {}
         if self.is_told and not self.for_prompts:
-            beside[RECORDS] = [sample["record"] for sample in samples if sample["record"]]
+            named = [name for sample in samples for name in sample.get(RECORDS, [sample["record"]])]
+            beside[RECORDS] = [name for name in named if name]
             seen_BL = batch["attention_mask"] * torch.tensor([bool(sample["record"]) for sample in samples])[:, None]
             places = places_of(batch["labels"], seen_BL, batch.get("position_ids"))
             beside[PLACES] = places._asdict()  # the Trainer moves tensors within a dict to its device

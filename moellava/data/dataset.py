@@ -15,6 +15,7 @@ from moellava.data.encoder import Encoder, Example
 from moellava.data.judge import Judge, counted_media
 from moellava.data.known import KnownMedia
 from moellava.data.media import MediaFiles
+from moellava.data.packing import Batches
 from moellava.data.preprocess import as_tensor
 from moellava.data.records import MODALITIES, Medium, Records, media_of
 from moellava.data.remote import RemoteFolder
@@ -30,7 +31,7 @@ COUNTS = ("records", "skip_listed", "bad_files", "dropped", "truncated", "split"
 """What is counted; `split`, the records whose answers are samples each, only where there are any."""
 
 
-class SupervisedDataset(Dataset):
+class SupervisedDataset(Batches, Dataset):
     """Samples of a vision-language model, from validated records: a record is one, or each of its answers is, where the
     chat template rewrites earlier turns (see `Encoder.examples`).
 

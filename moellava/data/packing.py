@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several samples in one row of a batch, so that little of it is padding.
 
-Which samples share a row is drawn once for a run, by its seed, so that every epoch has the same number of rows and a
-resumed run finds the same ones; the sampler then shuffles rows as it shuffles samples. The collator has positions begin
-at 0 in each sample, which is what transformers' masks tell samples apart by.
+Those of a batch may share a single row, which changes nothing but its shape; or rows are filled before there are
+batches (`--packing True`). Which samples share a row of these is drawn once for a run, by its seed, so that every epoch
+has the same number of rows and a resumed run finds the same ones; the sampler then shuffles rows as it shuffles
+samples. The collator has positions begin at 0 in each sample, which is what transformers' masks tell samples apart by.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from moellava.data.collate import BEGINS, UNREADABLE
+from moellava.data.collate import BEGINS, RECORDS, UNREADABLE
 from moellava.data.sampler import FILLER
 
 WINDOW = 4096
@@ -62,21 +64,37 @@ def _best_fit(members: list[int], lengths: Sequence[int], capacity: int) -> list
 
 
 def joined(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Samples as one, with the indices under `BEGINS` at which each of them begins.
+    """Samples as one, with the indices under `BEGINS` at which each of them begins, and their names under `RECORDS`.
 
-    What stands for a record that cannot be shown is left out, unless there is nothing else; it is still named.
+    Each may hold several itself. What stands for no record at all is left out, unless there is nothing else.
     """
-    shown = [sample for sample in samples if UNREADABLE not in sample] or [samples[0]]
-    lengths = torch.tensor([len(sample["input_ids"]) for sample in shown])
+    shown = [sample for sample in samples if sample["record"]] or [samples[0]]
     row: dict[str, Any] = {name: torch.cat([sample[name] for sample in shown]) for name in ("input_ids", "labels")}
     row["media"] = [medium for sample in shown for medium in sample["media"]]
     row["record"] = ", ".join(sample["record"] for sample in shown)
-    row[BEGINS] = (lengths.cumsum(0) - lengths).tolist()
+    row[RECORDS] = [name for sample in shown for name in sample.get(RECORDS, [sample["record"]])]
+    offsets = accumulate((len(sample["input_ids"]) for sample in shown), initial=0)
+    row[BEGINS] = [o + b for o, sample in zip(offsets, shown, strict=False) for b in sample.get(BEGINS, [0])]
     unreadable = {number: why for sample in samples for number, why in sample.get(UNREADABLE, {}).items()}
     return row | ({UNREADABLE: unreadable} if unreadable else {})
 
 
-class PackedDataset(Dataset):
+class Batches:
+    """What a data set has that hands out the samples of a batch together.
+
+    Attributes:
+        in_one_row: as a single one, end to end, without padding between them.
+    """
+
+    in_one_row = False
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The samples of a batch, for torch's `DataLoader`. Raises BadFileError."""
+        samples = [self[index] for index in indices]  # type: ignore[index]
+        return [joined(samples)] if self.in_one_row else samples
+
+
+class PackedDataset(Batches, Dataset):
     """A data set whose samples are the rows of another one's.
 
     Args:

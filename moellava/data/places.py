@@ -32,6 +32,7 @@ class Places(NamedTuple):
         sequence: the sample of each real token, from 0 on.
         n_sequences: S, or more: padding counts where samples share rows.
         is_packed: whether they do.
+        lengths: positions of each sample and of the padding, where all of them share one row.
     """
 
     supervised: Tensor
@@ -39,6 +40,7 @@ class Places(NamedTuple):
     sequence: Tensor
     n_sequences: int
     is_packed: bool
+    lengths: list[int] | None = None
 
 
 def places_of(labels: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Places:
@@ -55,4 +57,5 @@ def places_of(labels: Tensor, attention_mask: Tensor, position_ids: Tensor | Non
     if position_ids is None:
         return Places(supervised, real, real // labels.shape[1], len(labels), False)
     number = (position_ids == 0).flatten().cumsum(0) - 1
-    return Places(supervised, real, number.index_select(0, real), int(number[-1]) + 1, True)
+    lengths = number.bincount().tolist() if len(labels) == 1 else None
+    return Places(supervised, real, number.index_select(0, real), int(number[-1]) + 1, True, lengths)

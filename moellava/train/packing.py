@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moellava.constants import IGNORE_INDEX
 from moellava.data.collate import PLACEHOLDERS, UNREADABLE
 from moellava.data.packing import PackedDataset, joined
 from moellava.data.places import PLACES, Places
@@ -24,7 +23,7 @@ from moellava.moe.modes import evaluating
 from moellava.train.loss import supervised_positions
 
 PROBED = 64
-"""Samples from which those that are tried out are taken."""
+"""Samples with media, and without, from which those that are tried out are taken."""
 
 OFF = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far hidden states of a packed row may be from those of its samples in rows of their own, as a fraction of their
@@ -36,39 +35,67 @@ HEARD = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 layers round alike; experts have other rows beside them."""
 
 
-def require_exact_packing(trainer: Any) -> None:
-    """Raises UserError unless a row of several samples gives what its samples give in rows of their own. Collective.
+def settle_rows(trainer: Any) -> None:
+    """Decides whether the samples of a batch lie end to end in one row: where that changes no loss. Collective.
 
     Args:
         trainer: a `StageTrainer`, wrapped and before its first step.
+
+    Raises:
+        UserError: --packing True, and a row of several samples does not give what they give in rows of their own.
     """
     dataset = trainer.train_dataset
-    if not isinstance(dataset, PackedDataset):
-        return
-    if trainer.is_moe and trainer.vlm.spec.router_balance == "first_choice":
+    is_packed = isinstance(dataset, PackedDataset)
+    counts_padding = trainer.is_moe and trainer.vlm.spec.router_balance == "first_choice"
+    if is_packed and counts_padding:
         raise UserError(
             "--packing True and --router_balance first_choice (--moe_preset moe-llava) conflict: that loss counts the "
             "padding of every row, of which packed rows have less. Leave --packing out, or give another balance."
         )
-    samples = [dataset.dataset[number] for number in probed(dataset.dataset)]
+    may_join = not counts_padding and may_share_one_row(trainer)
+    if not is_packed and not may_join:
+        return
+    apart = dataset.dataset if is_packed else dataset
+    samples = [apart[number] for number in probed(apart)]
     samples = [sample for sample in samples if UNREADABLE not in sample]
     if len(samples) < 2:
-        get_logger().warning("--packing True: there are no two samples to try it out on.")
+        if is_packed:
+            get_logger().warning("--packing True: there are no two samples to try it out on.")
         return
+    trainer.attention.is_on = may_join
     why = difference(trainer, samples)
-    if why:
+    dataset.in_one_row = may_join and why is None
+    if why and may_join:
+        trainer.attention.is_on = False
+        why = difference(trainer, samples) if is_packed else why
+    if why and is_packed:
         raise UserError(
             f"--packing True: {trainer.vlm.source} ({type(trainer.model).__name__}) does not keep samples of one row "
             f"apart: {why}. Leave the flag out; --group_by_modality_length True saves padding, too."
         )
+    if why:
+        get_logger().info("Rows are padded, for samples do not keep apart in one: %s.", why)
+
+
+def may_share_one_row(trainer: Any) -> bool:
+    """Whether the samples of a batch may be tried out in a single row, with attention over each of them.
+
+    Not where units are dropped at random: what is drawn would be another one. Compiled models would be compiled anew
+    for each batch.
+    """
+    args, config = trainer.args, trainer.attention.config
+    several = args.per_device_train_batch_size > 1 or isinstance(trainer.train_dataset, PackedDataset)
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in trainer.model.get_decoder().modules())
+    drops = drops or bool(getattr(config, "attention_dropout", 0.0))
+    return several and not drops and not args.torch_compile and trainer.attention.suits(args.model_max_length)
 
 
 def probed(dataset: Any) -> list[int]:
     """Samples of a data set that are tried out in one row: short ones, with media and without where there are both, and
-    one with media behind them. Of the first ones, for all processes must take the same."""
+    one with media behind them. Of the first ones of each sort, for all processes must take the same."""
     lengths, shows = dataset.lengths, dataset.shows_media
-    order = sorted(range(min(len(lengths), PROBED)), key=lengths.__getitem__)
-    shown, others = ([number for number in order if bool(shows[number]) is wanted] for wanted in (True, False))
+    sorts = ([number for number, one in enumerate(shows) if bool(one) is wanted] for wanted in (True, False))
+    shown, others = (sorted(numbers[:PROBED], key=lengths.__getitem__) for numbers in sorts)
     return [*shown[:1], *others[:1], *(shown[1:] or others[1:])[:1]]
 
 
@@ -77,7 +104,7 @@ def difference(trainer: Any, samples: Sequence[dict[str, Any]]) -> str | None:
     """What is wrong with samples that share a row; None: nothing.
 
     Args:
-        trainer: see `require_exact_packing`.
+        trainer: see `settle_rows`.
         samples: two or more.
     """
     rows: list[Tensor] = []
@@ -89,7 +116,7 @@ def difference(trainer: Any, samples: Sequence[dict[str, Any]]) -> str | None:
     apart, together, beside = rows
     if apart.shape != together.shape:
         return f"{len(apart)} trained tokens become {len(together)}"
-    dtype, first = next(trainer.model.parameters()).dtype, int((samples[0]["labels"][1:] != IGNORE_INDEX).sum())
+    dtype, first = next(trainer.model.parameters()).dtype, len(trainer.data_collator(samples[:1])[PLACES]["supervised"])
     off, heard = distance(together, apart), distance(beside[first:], together[first:])
     for found, allowed, what in (
         (off, OFF[dtype], "off"),
@@ -97,7 +124,7 @@ def difference(trainer: Any, samples: Sequence[dict[str, Any]]) -> str | None:
     ):
         if not found <= allowed:
             return f"hidden states are {found:.1g} of their norm {what}, where {allowed:.0e} is rounding"
-    get_logger().info("Packing is exact for this model: hidden states are within %.0e of their norm.", off)
+    get_logger().info("Samples keep apart in one row: hidden states are within %.0e of their norm.", off)
     return None
 
 
@@ -121,7 +148,8 @@ def hidden_rows(trainer: Any, batch: dict[str, Any]) -> Tensor:
     places = Places(**inputs.pop(PLACES))
     supervised = supervised_positions(inputs.pop("labels"), places.supervised)
     trainer.tell_routers(inputs, places)
-    if places.is_packed:
-        del inputs["attention_mask"]
-    with evaluating(trainer.model_wrapped):
+    with evaluating(trainer.model_wrapped), trainer.attention:
+        if places.is_packed:
+            del inputs["attention_mask"]
+            trainer.attention.tell(places.lengths)
         return trainer.head.seen(lambda: trainer.model_wrapped(**inputs, use_cache=False), supervised)

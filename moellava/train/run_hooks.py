@@ -12,7 +12,7 @@ from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.moe import update_router_bias
 from moellava.processes import joined_over_processes, sum_over_processes
-from moellava.train.packing import require_exact_packing
+from moellava.train.packing import settle_rows
 
 if TYPE_CHECKING:
     from moellava.train.trainer import StageTrainer
@@ -38,7 +38,7 @@ class RunHooks(TrainerCallback):
                     f"{type(trainer.model_wrapped).__name__}. Start with `deepspeed train.py …` or `torchrun …`."
                 )
         trainer.begin_interval()
-        require_exact_packing(trainer)
+        settle_rows(trainer)
         if not args.skip_dry_save:
             trainer.folder.dry_save(trainer.model, trainer.model_wrapped, trainer.accelerator)
 

@@ -35,6 +35,7 @@ from moellava.train.optimizer import missing_from, parameter_groups
 from moellava.train.progress import Clock, RunLines, RunProgress
 from moellava.train.rows import NeededRows
 from moellava.train.run_hooks import RunHooks, counts_of
+from moellava.train.sample_attention import SampleAttention
 from moellava.train.split import begin_random, processes_of
 from moellava.train.stopping import StepWatch, StopRequest, require_finite
 from moellava.vlm import VLM
@@ -60,6 +61,7 @@ class StageTrainer(FSDPTrainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the supervised tokens of the whole step
         self.head = SupervisedHead(self.model.get_output_embeddings(), self.model.config.get_text_config().vocab_size)
         self.rows, self.tower = NeededRows(self.model), ShortTower(self.model)
+        self.attention = SampleAttention(self.model)
         self.is_moe = bool(moe_layers(self.model))
         self.own_routers = watch_own_experts(vlm, balance)
         self.step_tokens = torch.zeros(())
@@ -94,7 +96,7 @@ class StageTrainer(FSDPTrainer):
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """As HF's."""
-        with self.rows.only_within(), self.tower:
+        with self.rows.only_within(), self.tower, self.attention:
             return super().training_step(*args, **kwargs)
 
     @property
@@ -119,6 +121,7 @@ class StageTrainer(FSDPTrainer):
         image_mask, attention_mask = self.tell_routers(inputs, places), inputs["attention_mask"]
         if places.is_packed:
             del inputs["attention_mask"]
+            self.attention.tell(places.lengths)
         if self.head.is_last is None and self.may_chunk:
             with evaluating(model):
                 self.head.look(lambda: model(**inputs, use_cache=False).logits, supervised)

@@ -97,7 +97,7 @@ def test_questions_are_trained_on_in_packed_rows_too(collator):
     blank = sample([0], 0, "Record 2") | {"unreadable": {7: "torn"}}
     row = joined([sample([1, 5, 6]), blank, sample([7, 8, 9])])
     batch = collator([row])
-    assert batch["labels"].tolist() == [[-100, 5, 6, -100, 8, 9, -100, -100, -100]]
+    assert batch["labels"].tolist() == [[-100, 5, 6, -100, -100, 8, 9, -100, -100, -100]]
     assert batch["unreadable"] == {7: "torn"}, "what stands for a record that cannot be shown is left out, and named"
     alone = collator([joined([blank, blank])])
     assert alone["labels"].eq(-100).all() and alone["input_ids"][0, 0] == 0

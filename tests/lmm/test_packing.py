@@ -12,6 +12,7 @@ import torch
 from moellava.data.collate import MediaCollator
 from moellava.train.loss import SupervisedHead
 from moellava.train.packing import difference
+from moellava.train.sample_attention import SampleAttention
 from tests import tiny
 from tests.data.test_collate import Paints, sample
 from tests.lmm.tiny import TINY
@@ -24,16 +25,27 @@ EXACT = {
 }
 """Released architecture -> whether its samples can share a row."""
 
+BY_ITSELF = ("qwen2-vl", "qwen2.5-vl")
+"""Those whose samples can where attention runs over each by itself: their positions count on from sample to sample, and
+only differences within one matter; masks tell samples apart by positions."""
+
 QUICK = ("llava-onevision", "gemma3")
 
 CASES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in sorted(TINY)]
 
 
-def stand_in(collator: MediaCollator, model: Any) -> SimpleNamespace:
-    """What of a trainer is asked."""
+def stand_in(collator: MediaCollator, model: Any, is_on: bool = False) -> SimpleNamespace:
+    """What of a trainer is asked.
+
+    Args:
+        is_on: whether attention runs over each sample of a row by itself.
+    """
+    attention = SampleAttention(model)
+    attention.is_on = is_on
     head = SupervisedHead(model.get_output_embeddings(), 400)
     tells = {"tell_routers": lambda inputs, places: None, "_prepare_inputs": lambda batch: batch}
-    return SimpleNamespace(data_collator=collator, model=model, model_wrapped=model, head=head, **tells)
+    told = {"data_collator": collator, "head": head, "attention": attention}
+    return SimpleNamespace(model=model, model_wrapped=model, **told, **tells)
 
 
 @pytest.mark.parametrize("family_id", CASES)
@@ -46,8 +58,11 @@ def test_released_models_are_exact_or_refused(family_id, samples_of, opened, pic
     dataset, vlm = samples_of(family_id, records), opened(family_id)
     collator = vlm.collator()
     collator.is_told = True
-    why = difference(stand_in(collator, vlm.model), [dataset[number] for number in range(3)])
-    assert (why is None) == EXACT[family_id], why
+    samples = [dataset[number] for number in range(3)]
+    for is_on in (False, True):
+        trainer = stand_in(collator, vlm.model, is_on)
+        why = difference(trainer, samples)
+        assert (why is None) == (EXACT[family_id] or (is_on and family_id in BY_ITSELF)), why
 
 
 LANGUAGE_MODELS = {
@@ -74,6 +89,8 @@ def test_states_that_run_on_are_found(name, dtype):
     collator.is_told = True
     generator = torch.Generator().manual_seed(0)
     samples = [sample(torch.randint(5, 60, (n,), generator=generator).tolist(), n // 2) for n in (9, 14, 11)]
-    why = difference(stand_in(collator, model), samples)
-    assert (why is None) == (LANGUAGE_MODELS[name] is None), why
-    assert why is None or dtype is torch.bfloat16 or LANGUAGE_MODELS[name] in why
+    for is_on in (False, True):
+        trainer = stand_in(collator, model, is_on)
+        why = difference(trainer, samples)
+        assert (why is None) == (LANGUAGE_MODELS[name] is None), why
+        assert why is None or dtype is torch.bfloat16 or LANGUAGE_MODELS[name] in why
