@@ -4,8 +4,8 @@
     python benchmarks/moe_worth.py --json moe_worth.json
 
 The data, the language model and stage 2 are those of `moellava demo --task mixed` (docs/MOE.md, 'When upcycling pays').
-From that one stage-2 folder `moellava compare` trains the MoE as the demo does, its dense control, and a variant for
-each row of `VARIANTS`; each dense one is a control that the MoE has to beat, too. What is complete is not made again.
+From that one stage-2 folder `moellava compare` trains an MoE of four experts, its dense control, and a variant for each
+row of `VARIANTS`; each dense one is a control that the MoE has to beat, too. What is complete is not made again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from moellava.cli import main as moellava
@@ -40,6 +41,7 @@ VARIANTS = {
     "dense-rate-5e-3": ("dense", "--learning_rate 5e-3"),
     "rate-1e-2": ("moe", "--learning_rate 1e-2"),
     "dense-rate-1e-2": ("dense", "--learning_rate 1e-2"),
+    "16-rate-5e-3": ("moe", "--num_experts 16 --learning_rate 5e-3"),
     # for how long
     "long": ("moe", "--max_steps 1200"),
     "dense-long": ("dense", "--max_steps 1200"),
@@ -62,7 +64,8 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="a few steps, but for `long`; scores mean nothing")
     parser.add_argument("--json", type=Path, help="file for the result of `moellava compare`")
     arguments = parser.parse_args()
-    demo = MixedDemo(SMOKE if arguments.smoke else DEFAULT, arguments.folder.resolve())
+    protocol = replace(SMOKE if arguments.smoke else DEFAULT, experts=4)
+    demo = MixedDemo(protocol, arguments.folder.resolve())
     demo.make_stage2()
     output = demo.folder / "variants"
     status = compared(demo, arguments.only, arguments.seeds, output)

@@ -41,9 +41,6 @@ FLAGS = {
 }
 """Flags of train.py that all runs share."""
 
-MOE_FLAGS = {"moe_mode": "dense", "num_experts": 4, "top_k_experts": 2}
-"""What stage 3 makes: four experts in each layer, of which a token visits two."""
-
 
 @dataclass(frozen=True)
 class Protocol:
@@ -57,6 +54,7 @@ class Protocol:
         epochs: of stage 2 over it.
         learning_rate: of stage 2; its peak, cosine afterwards.
         steps, further_rate: of the arms.
+        experts: of each layer; a token visits two of them.
         batch_size: records a step.
         each: questions a skill.
         seeds: of data order and routers; each arm runs with each.
@@ -72,9 +70,10 @@ class Protocol:
     learning_rate: float = 5e-3
     steps: int = 400
     further_rate: float = 2e-3
+    experts: int = 16
     batch_size: int = 32
     each: int = 500
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (1, 2)
 
 
 DEFAULT = Protocol("mixed")
@@ -85,6 +84,7 @@ SMOKE = Protocol(
     copies=2,
     epochs=1,
     steps=2,
+    experts=4,
     batch_size=4,
     each=8,
     seeds=(0,),
@@ -185,12 +185,16 @@ class MixedDemo:
             *("moellava", "compare", "--stage2", str(self.stage2_folder), "--data", str(self.data("stage3"))),
             *("--task", "own", "--data-folder", str(self.folder / "base"), "--output-dir", str(self.comparison)),
             *("--seeds", *map(str, self.protocol.seeds), *more),
-            *("--", *words_of(self.further() | MOE_FLAGS)),
+            *("--", *words_of(self.further() | self.sparse())),
         ]
 
     def further(self) -> dict[str, Any]:
         """Flags of all arms."""
         return {"max_steps": self.protocol.steps, "learning_rate": self.protocol.further_rate, **self.common()}
+
+    def sparse(self) -> dict[str, Any]:
+        """Flags of the sparse arm."""
+        return {"moe_mode": "dense", "num_experts": self.protocol.experts, "top_k_experts": 2}
 
     def train(self) -> None:
         """Stage 2."""
