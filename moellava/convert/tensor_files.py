@@ -106,7 +106,7 @@ class TensorFiles:
             wanted = "no such tensor" if slot is None else f"{list(slot.shape)}"
             raise UserError(f"{name} is {list(tensor.shape)} in the weights, but its config.json says {wanted}.")
         numbers = tensor.detach().to(slot.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
-        digested = self._beside and self._beside.submit(self._digest, slot, memoryview(numbers))
+        digested = None if self._beside is None else self._beside.submit(self._digest, slot, memoryview(numbers))
         with open(self.folder / slot.file, "r+b", buffering=0) as handle:
             handle.seek(slot.start)
             handle.write(memoryview(numbers))

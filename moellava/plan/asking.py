@@ -159,6 +159,8 @@ def asked_of(
         checkpointing=(False, True) if checkpointing is None else (bool(checkpointing),),
         accumulation=training.gradient_accumulation_steps,
         is_packed=training.packing,
+        longest=training.model_max_length,
+        eval_samples=training.per_device_eval_batch_size,
     )
 
 

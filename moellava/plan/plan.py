@@ -49,6 +49,8 @@ class Asked:
         checkpointing: values of --activation_checkpointing.
         accumulation: forwards of an optimizer step.
         is_packed: whether a row of a batch holds several samples; `samples` are then rows.
+        longest: positions that a sample may have.
+        eval_samples: of a process and forward, in evaluation.
     """
 
     gpus: int
@@ -62,6 +64,8 @@ class Asked:
     checkpointing: tuple[bool, ...] = (False, True)
     accumulation: int = 1
     is_packed: bool = False
+    longest: int = 0
+    eval_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -255,20 +259,22 @@ class Lines:
 
     def __init__(self, trace: StepTrace, asked: Asked):
         self.trace, self.asked = trace, asked
-        self._traced: dict[tuple[int, bool], Traced] = {}
+        self._traced: dict[tuple[int, bool, bool], Traced] = {}
 
     def at(self, samples: int, checkpointing: bool) -> Traced:
         """A step of so many samples."""
-        if len(self.asked.samples) == 1:
-            return self._exact(samples, checkpointing)
-        one, two = self._exact(1, checkpointing), self._exact(2, checkpointing)
+        asked = self.asked
+        chunked = self.trace.head.may_chunk(max(samples, asked.eval_samples), asked.longest)
+        if len(asked.samples) == 1:
+            return self._exact(samples, checkpointing, chunked)
+        one, two = self._exact(1, checkpointing, chunked), self._exact(2, checkpointing, chunked)
         grown = {name: value + (samples - 1) * (getattr(two, name) - value) for name, value in vars(one).items()}
         return Traced(**grown)
 
-    def _exact(self, samples: int, checkpointing: bool) -> Traced:
-        key = (samples, checkpointing)
+    def _exact(self, samples: int, checkpointing: bool, chunked: bool) -> Traced:
+        key = (samples, checkpointing, chunked)
         if key not in self._traced:
-            self._traced[key] = self.trace.step(replace(self.asked.batch, samples=samples), checkpointing)
+            self._traced[key] = self.trace.step(replace(self.asked.batch, samples=samples), checkpointing, chunked)
         return self._traced[key]
 
 

@@ -7,6 +7,7 @@ replays routing. Legend: B samples, L positions, N supervised ones, D hidden.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class StepTrace:
         self.model, self.on_gpu = model.train(), on_gpu
         text = model.config.get_text_config()
         self.head = SupervisedHead(model.get_output_embeddings(), text.vocab_size)
-        self.head.is_last = not any(getattr(text, name, None) for name in AFTER_THE_HEAD)
+        self.ends_in_head = not any(getattr(text, name, None) for name in AFTER_THE_HEAD)
         self.has_checkpoints = False
         with self.fake, EvenLoad(0, on_gpu):
             for _, layer in moe_layers(model):
@@ -88,8 +89,14 @@ class StepTrace:
         config = self.model.config
         return isinstance(config, LlavaConfig) and isinstance(getattr(config.vision_config, "image_size", None), int)
 
-    def step(self, batch: Batch, checkpointing: bool) -> Traced:
-        """A forward and a backward."""
+    def step(self, batch: Batch, checkpointing: bool, chunked: bool = True) -> Traced:
+        """A forward and a backward.
+
+        Args:
+            chunked: the run is one in which logits may be too many to be held at once.
+        """
+        self.head.is_last = chunked and self.ends_in_head
+        gc.collect()  # cycles of this step's graph are then collected where those of any other are
         if checkpointing:
             kwargs = {"use_reentrant": False, "context_fn": self._contexts}
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)

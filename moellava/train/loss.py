@@ -79,7 +79,7 @@ class SupervisedHead:
         self._asked: Supervised | None = None
         self._hidden_ND: Tensor | None = None
         self._said: Tensor | None = None
-        self._peeks = False
+        self._looks = self._peeks = False
         self._autocast = (False, torch.float32)
         head.register_forward_pre_hook(self._select)
         head.register_forward_hook(self._note)
@@ -100,12 +100,17 @@ class SupervisedHead:
         return (hidden_ND, *rest)
 
     def _note(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self._said = output.detach() if self._asked is not None and self.is_last is None else None
+        if self._looks:  # else logits would stay through the backward, and until the next forward
+            self._said = output.detach()
 
     @property
     def rows(self) -> int:
         """Rows of a chunk."""
         return max(CHUNK // self.vocabulary, 1)
+
+    def may_chunk(self, samples: int, length: int) -> bool:
+        """Whether the logits of so many samples of at most so many positions may be too many to be held at once."""
+        return samples * length > self.rows
 
     @property
     def is_spread(self) -> bool:
@@ -134,8 +139,12 @@ class SupervisedHead:
     def look(self, forward: Callable[[], Tensor], supervised: Supervised) -> None:
         """Finds out `is_last` from a forward, which gives the model's logits. With many processes, on all of them."""
         first = Supervised(supervised.place_N.new_zeros(1), supervised.target_N.new_zeros(1), supervised.shape)
-        with self.only(first):
-            logits = forward()
+        self._looks = True
+        try:
+            with self.only(first):
+                logits = forward()
+        finally:
+            self._looks = False
         assert self._said is not None
         self.is_last = logits.shape == self._said.shape and torch.equal(logits, self._said.to(logits.dtype))
         self._said = None

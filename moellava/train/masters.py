@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,23 @@ class Masters:
         }
 
 
-def raise_trained(model: nn.Module, dtype: torch.dtype) -> Masters | None:
-    """Makes fp32 masters of what trains in `dtype`; None where nothing does, or `dtype` is fp32."""
-    raised = [p for p in model.parameters() if p.requires_grad and p.dtype == dtype != torch.float32]
-    for parameter in raised:
-        parameter.data = parameter.data.float()
-    places = {parameter.data_ptr() for parameter in raised}
+def masters_of(model: nn.Module, dtype: torch.dtype) -> Masters | None:
+    """The masters of a model that is yet to be sharded: what trains in `dtype`. None where nothing does, or `dtype` is
+    fp32."""
+    places = {parameter.data_ptr() for parameter in _to_raise(model, dtype)}
     names = frozenset(name for name, value in model.state_dict().items() if value.data_ptr() in places)
     return Masters(names, dtype) if names else None
+
+
+def raise_trained(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes what trains in `dtype` fp32: of a sharded model this process's share alone."""
+    for parameter in _to_raise(model, dtype):
+        if isinstance(parameter, DTensor):  # whose data is a tensor inside it, which torch exchanges only so
+            raised = nn.Parameter(parameter.detach().float())
+            torch.utils.swap_tensors(parameter, raised)
+        else:
+            parameter.data = parameter.data.float()
+
+
+def _to_raise(model: nn.Module, dtype: torch.dtype) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad and p.dtype == dtype != torch.float32]

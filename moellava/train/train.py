@@ -48,13 +48,13 @@ from moellava.train.deepspeed.extensions import extension_root, remove_abandoned
 from moellava.train.deepspeed.portable import expert_parallel_size, refuse_unreadable
 from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 from moellava.train.folder import StageFolder
-from moellava.train.fsdp import check_shards, shard
+from moellava.train.fsdp import check_shards, give_back_freed, shard
 from moellava.train.hub import hub_of
 from moellava.train.identity import folders_of, run_contents, run_identity
 from moellava.train.intact import require_intact
 from moellava.train.known_features import know_features, refuse_features
 from moellava.train.lock import locked
-from moellava.train.masters import Masters, raise_trained
+from moellava.train.masters import Masters, masters_of, raise_trained
 from moellava.train.memory import describe, estimate, layout_of
 from moellava.train.parsing import TrainingArguments, arguments_of, given_flags, parse_arguments
 from moellava.train.run_file import as_yaml, write_run_file
@@ -127,12 +127,7 @@ def begin(
     freeze_all_but(vlm.model, trained)
     if data_args.cache_features:
         refuse_features(vlm, data_args.cache_features, args)
-    masters = None if args.deepspeed else raise_trained(vlm.model, training_dtype(args))
-    if args.fsdp_size > 1:  # of a mapped file, a process reads its share
-        check_shards(vlm.model, vlm.source, args.fsdp_size, moe_args.ep_size)
-        shard(vlm.model, args.fsdp_size, moe_args.ep_size, args.device, in_16_bits=args.bf16)
-    elif args.world_size > 1 and args.device.type == "cpu":
-        leave_files(vlm.model)
+    masters = laid_out(vlm, moe_args.ep_size, args)
     records = read_data(model_args, data_args)
     datasets = {name: make_dataset(found, vlm, data_args, args) for name, found in zip(DATASETS, records, strict=True)}
     tell_idle_media_flags(data_args, {shown for one in datasets.values() if one for shown in one.modalities})
@@ -149,6 +144,22 @@ def begin(
         if data_args.cache_features:
             know_features(trainer, Path(data_args.cache_features), [one for one in datasets.values() if one])
         run(trainer, stage, resume)
+
+
+def laid_out(vlm: VLM, ep_size: int, args: TrainingArguments) -> Masters | None:
+    """Shards a model where --fsdp_size asks for it, and makes fp32 masters of what trains in 16 bits; None: there are
+    none. Of a mapped file a process reads its share, and it never has more than that in fp32. Raises UserError."""
+    masters = None if args.deepspeed else masters_of(vlm.model, training_dtype(args))
+    if args.fsdp_size > 1:
+        check_shards(vlm.model, vlm.source, args.fsdp_size, ep_size)
+        shard(vlm.model, args.fsdp_size, ep_size, args.device, in_16_bits=args.bf16)
+    if masters is not None:
+        raise_trained(vlm.model, masters.dtype)
+    if args.fsdp_size > 1:
+        give_back_freed()
+    elif args.world_size > 1 and args.device.type == "cpu":
+        leave_files(vlm.model)
+    return masters
 
 
 def run(trainer: StageTrainer, stage: Stage, resume: Path | None) -> None:

@@ -170,8 +170,8 @@ class StageTrainer(FSDPTrainer):
     @property
     def may_chunk(self) -> bool:
         """Whether the logits of a micro-batch may be too many to be held at once; the same on every process."""
-        rows = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
-        return rows * self.args.model_max_length > self.head.rows
+        samples = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
+        return self.head.may_chunk(samples, self.args.model_max_length)
 
     def _get_grad_norm(self, model, grad_norm=None):
         self.last_grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)

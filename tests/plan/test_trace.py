@@ -8,7 +8,7 @@ from moellava.moe import MoESpec, expert_parameters, moe_layers, router_losses, 
 from moellava.plan.counting import Counting
 from moellava.plan.spread import spread
 from moellava.plan.trace import Batch, StepTrace
-from moellava.train.loss import LinearLoss
+from moellava.train.loss import LinearLoss, cross_entropy_sum
 from tests.tiny import tiny_llava
 
 BATCH = Batch(samples=2, length=48, supervised=12)
@@ -25,7 +25,7 @@ def model(is_sparse: bool, device: str):
     return made.train()
 
 
-def real_step(made) -> Counting:
+def real_step(made, chunked: bool) -> Counting:
     """What a real step with real numbers allocates, by the same count."""
     counting = Counting([*made.parameters(), *made.buffers()])
     for parameter in made.parameters():
@@ -35,17 +35,21 @@ def real_step(made) -> Counting:
     with counting:
         hidden = made.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
         hidden_ND, target_N = hidden[:, : BATCH.supervised].flatten(0, 1), ids[:, : BATCH.supervised].flatten()
-        loss = LinearLoss.apply(hidden_ND, made.lm_head.weight, None, target_N, len(target_N), 0.0, hidden.dtype)
+        if chunked:
+            loss = LinearLoss.apply(hidden_ND, made.lm_head.weight, None, target_N, len(target_N), 0.0, hidden.dtype)
+        else:
+            loss = cross_entropy_sum(made.lm_head(hidden_ND), target_N)
         if moe_layers(made):
             loss = loss + router_losses(made).total
         loss.backward()
     return counting
 
 
+@pytest.mark.parametrize("chunked", [True, False])
 @pytest.mark.parametrize("is_sparse", [False, True])
-def test_a_fake_step_takes_what_a_real_one_takes(is_sparse):
-    real = real_step(model(is_sparse, "cpu"))
-    told = StepTrace(model(is_sparse, "meta"), on_gpu=False).step(BATCH, checkpointing=False)
+def test_a_fake_step_takes_what_a_real_one_takes(is_sparse, chunked):
+    real = real_step(model(is_sparse, "cpu"), chunked)
+    told = StepTrace(model(is_sparse, "meta"), on_gpu=False).step(BATCH, checkpointing=False, chunked=chunked)
     assert told.activations == pytest.approx(real.peak, rel=0.1)
     assert told.with_gradients == pytest.approx(real.peak_with_gradients, rel=0.1)
     assert told.flops == pytest.approx(real.flops, rel=0.02)

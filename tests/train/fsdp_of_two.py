@@ -14,6 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 from moellava.errors import UserError
 from moellava.train.fsdp import is_fsdp, own, shard
+from moellava.train.masters import masters_of, raise_trained
 from moellava.train.optimizer import parameter_groups
 from moellava.train.stopping import require_finite
 from tests import tiny
@@ -66,3 +67,19 @@ def test_weights_that_are_not_finite_are_seen_in_a_share(two_of_them):
     own(model.lm_head.weight.data)[0, 0] = torch.nan
     with pytest.raises(UserError, match="not finite after step 1 .lm_head.weight"):
         require_finite(model, 1, None)
+
+
+def test_masters_are_made_of_a_share(two_of_them):
+    whole, model = (sparse_model().to(torch.bfloat16) for _ in range(2))
+    model.lm_head.requires_grad_(False)
+    masters = masters_of(model, torch.bfloat16)
+    shard(model, fsdp_size=2, ep_size=2, device=torch.device("cpu"), in_16_bits=True)
+    held = dict(model.named_parameters())
+    raise_trained(model, torch.bfloat16)
+    wanted = dict(whole.named_parameters())
+    assert masters is not None and masters.names == wanted.keys() - {"lm_head.weight"}
+    for name, parameter in model.named_parameters():
+        half = wanted[name][: (len(wanted[name]) + 1) // 2]
+        kept = torch.bfloat16 if name == "lm_head.weight" else torch.float32
+        assert parameter is held[name] and parameter.dtype == own(parameter).dtype == kept, name
+        assert torch.equal(own(parameter.detach()), half.to(kept)), name

@@ -27,7 +27,7 @@ from tests.train.fsdp_of_two import sparse_model
 def test_one_of_two_processes_holds_its_share():
     own = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "train" / "fsdp_of_two.py")]
     done = run([sys.executable, *own], cwd=ROOT, fresh=True)
-    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -119,6 +120,17 @@ def test_no_supervised_position_is_zero_with_a_gradient_path():
     loss.backward()
     assert loss.item() == 0.0
     assert head.weight.grad.abs().sum() == 0.0
+
+
+def test_logits_are_kept_by_nobody():
+    """Where the loss is taken of logits in one piece, they go when the caller lets go of them."""
+    head = nn.Linear(4, 5)
+    narrowed, supervised = SupervisedHead(head, 5), supervised_positions(torch.zeros(2, 3, dtype=torch.long))
+    with narrowed.only(supervised):
+        logits = head(torch.randn(2, 3, 4))
+    kept = weakref.ref(logits.untyped_storage())
+    del logits
+    assert kept() is None
 
 
 def test_hidden_states_of_another_shape_are_an_error():

@@ -44,6 +44,39 @@ def test_a_process_that_holds_two_of_sixteen_experts_fits_into_memory_for_those(
         run_python(OWN_EXPERTS, "each its own")
 
 
+OWN_SHARE = """
+import resource, sys
+from types import SimpleNamespace
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from moellava.train import train
+from moellava.train.fsdp import own
+from moellava.train.masters import raise_trained
+from tests.tiny import tiny_llava
+dist.init_process_group("fake", rank=3, world_size=8, store=FakeStore())
+args = SimpleNamespace(deepspeed=None, bf16=True, fp16=False, fsdp_size=8, world_size=8, device=torch.device("cpu"))
+in_16_bits = lambda **sizes: SimpleNamespace(model=tiny_llava(**sizes).to(torch.bfloat16), source="this model")
+train.laid_out(in_16_bits(), 1, args)  # imports, buffers
+vlm = in_16_bits(hidden_size=1024, intermediate_size=4096, num_hidden_layers=6)
+held = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (held + 100_000_000,) * 2)
+if sys.argv[1] == "whole":
+    raise_trained(vlm.model, torch.bfloat16)
+masters = train.laid_out(vlm, 1, args)
+assert masters.names and all(own(p).dtype == torch.float32 for p in vlm.model.parameters() if p.requires_grad)
+print("fits")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_holds_an_eighth_never_has_all_in_fp32():
+    """200 MB in bf16, of which its share is 50 MB in fp32; all in fp32 would be 400 MB, and the limit leaves 100 MB."""
+    assert run_python(OWN_SHARE, "share").split()[-1] == "fits"
+    with pytest.raises(AssertionError, match="allocate|memory"):
+        run_python(OWN_SHARE, "whole")
+
+
 def test_a_dry_save_is_compared_tensor_by_tensor(tmp_path):
     state = {"a": torch.arange(4.0), "b": torch.ones(2)}
     for name, value in state.items():
