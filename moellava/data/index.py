@@ -31,7 +31,11 @@ READS = 4
 files in pieces so large, and to give them back takes some 20 µs."""
 
 RECORDS, FACTS = "records.arrow", "facts.json"
-"""The files of an index."""
+"""The files of an index, beside one for each of `NUMBERS`."""
+
+NUMBERS = ("state", "digest", "said")
+"""Columns of numbers, which lie in files of their own as well (`state.npy` …): in the index they stand far apart, and
+who reads one from its beginning to its end would touch all of a file that may be larger than memory."""
 
 
 class Row(NamedTuple):
@@ -66,7 +70,10 @@ class FileIndex:
         if isinstance(content, Path):
             with content.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._advise("MADV_RANDOM")  # a few bytes of each batch, and nothing around them
         self._table = ipc.open_file(py_buffer(content if self._map is None else self._map)).read_all()
+        self.release()
+        self._advise("MADV_NORMAL")
         self._records = self._table.column("content")
         self._reads = 0
 
@@ -86,8 +93,12 @@ class FileIndex:
 
     def release(self) -> None:
         """Gives back the pages that have been read. They stay in the system's cache, and count for nobody."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        self._advise("MADV_DONTNEED")
+
+    def _advise(self, advice: str) -> None:
+        """Tells the system how the map is used, where it can be told."""
+        if self._map is not None and hasattr(mmap, advice):
+            self._map.madvise(getattr(mmap, advice))
 
     @cached_property
     def states(self) -> np.ndarray:
@@ -122,9 +133,20 @@ class FileIndex:
         return self._table.nbytes
 
     def _column(self, name: str) -> np.ndarray:
-        found = self._table.column(name).to_numpy()
-        self.release()  # a few numbers of each batch have brought whole pages with them
-        return found
+        if isinstance(self._content, Path):
+            return np.load(_numbers_file(self._content, name), mmap_mode="r")
+        return self._table.column(name).to_numpy()
+
+    def save_numbers(self) -> None:
+        """Writes the columns of numbers to files beside that of the index."""
+        assert isinstance(self._content, Path), "what lies in memory has no place beside it"
+        for name in NUMBERS:
+            np.save(_numbers_file(self._content, name), self._table.column(name).to_numpy())
+            self.release()
+
+
+def _numbers_file(records: Path, name: str) -> Path:
+    return records.with_name(f"{name}.npy")
 
 
 def write_index(target: Any, rows: Iterable[Row]) -> None:
@@ -172,6 +194,7 @@ def index_in_memory(rows: Iterable[Row], facts: dict[str, Any]) -> FileIndex:
 def save_index(folder: Path, rows: Iterable[Row], facts: dict[str, Any]) -> None:
     """Writes an index as files. `facts` are complete when the last row has been asked for."""
     write_index(str(folder / RECORDS), rows)
+    FileIndex(folder / RECORDS, {}).save_numbers()
     write_json(folder / FACTS, facts)
 
 

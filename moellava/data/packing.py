@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -94,18 +94,35 @@ class Batches:
         return [joined(samples)] if self.in_one_row else samples
 
 
+class Ragged(Sequence[list[int]]):
+    """Lists of numbers, in two arrays: workers that look at them copy nothing of them, as they would of Python's lists,
+    which count who looks at them."""
+
+    def __init__(self, rows: Sequence[Sequence[int]]):
+        counts = np.fromiter(map(len, rows), np.int64, len(rows))
+        self.ends = np.cumsum(counts)
+        self.begins = self.ends - counts
+        self.numbers = np.fromiter(chain.from_iterable(rows), np.int32, int(counts.sum()))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> list[int]:  # type: ignore[override]  # slices are of no use here
+        return self.numbers[self.begins[index] : self.ends[index]].tolist()
+
+
 class PackedDataset(Batches, Dataset):
     """A data set whose samples are the rows of another one's.
 
     Args:
         dataset: a `SupervisedDataset`.
-        rows: of `packed_rows`.
+        rows: of `packed_rows`; none of them empty.
         capacity: positions of a row.
     """
 
     def __init__(self, dataset: Any, rows: list[list[int]], capacity: int):
         self.dataset = dataset
-        self.rows = rows
+        self.rows = Ragged(rows)
         self.capacity = capacity
 
     def __len__(self) -> int:
@@ -139,12 +156,12 @@ class PackedDataset(Batches, Dataset):
     @property
     def positions(self) -> np.ndarray:
         """The lengths as an array, int32 [N]."""
-        return np.fromiter((self.dataset.positions[row].sum() for row in self.rows), np.int32, len(self.rows))
+        return np.add.reduceat(self.dataset.positions[self.rows.numbers], self.rows.begins)
 
     @property
     def with_media(self) -> np.ndarray:
         """`shows_media` as an array, bool [N]."""
-        return np.fromiter((self.dataset.with_media[row].any() for row in self.rows), bool, len(self.rows))
+        return np.logical_or.reduceat(self.dataset.with_media[self.rows.numbers], self.rows.begins)
 
     def __str__(self) -> str:
         filled = int(self.positions.sum()) / (len(self) * self.capacity)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from moellava.data.strips import strip_of
+
 STEPS = ("preprocess", "process_image", "resize", "center_crop", "rescale", "normalize")
 """Methods of an image processor that have to be those of its base class."""
 
@@ -67,18 +69,28 @@ class PlainPixels:
         """An image in the middle of a square of its longer side, resized.
 
         Pillow resizes the rows first, each for itself, and the columns of what that gives. So rows that are nothing but
-        background need not be resized.
+        background need not be resized, nor do columns.
         """
         width, height = image.size
         side = max(width, height)
-        within, (columns, _) = image, self._size_of(side, side)
+        columns, rows = self._size_of(side, side)
         if width > height:
             within = image.resize((columns, height), resample=self._resample)
             padded = Image.new("RGB", (columns, side), background)
-        else:
-            padded = Image.new("RGB", (side, side), background)
-        padded.paste(within, ((padded.width - within.width) // 2, (side - height) // 2))
-        return padded.resize(self._size_of(side, side), resample=self._resample)
+            padded.paste(within, (0, (side - height) // 2))
+            return padded.resize((columns, rows), resample=self._resample)
+        before = (side - width) // 2
+        left, right = 0, side
+        if self._resample == Image.Resampling.BICUBIC:
+            left, right = strip_of(side, before, before + width, columns)
+        strip = Image.new("RGB", (right - left, side), background)
+        strip.paste(image, (before - left, 0))
+        resized = strip.resize(((right - left) * columns // side, rows), resample=self._resample)
+        if resized.width == columns:
+            return resized
+        whole = Image.new("RGB", (columns, rows), background)
+        whole.paste(resized, (left * columns // side, 0))
+        return whole
 
     def _size_of(self, width: int, height: int) -> tuple[int, int]:
         """Width and height to which an image is brought."""

@@ -64,7 +64,7 @@ def shard_at(url: str) -> Shard | None:
         head, has_parts = _head(file_system, path)
     except (OSError, ValueError, NotImplementedError):  # whoever copies it says why
         return None
-    read = next((read for magic, place, read in KINDS if head[place : place + len(magic)] == magic), None)
+    read = next((read for magic, place, read in READERS if head[place : place + len(magic)] == magic), None)
     folder, state = cache_folder(), state_told(url, told)
     if read is None or folder is None or (state and (folder / copy_named(url, state)).is_dir()):
         return None
@@ -115,7 +115,7 @@ def _parquet_rows(url: str) -> Iterator[Any]:
                 yield {name: as_json(value, holds[name]) for name, value in row.items()}
 
 
-KINDS: tuple[tuple[bytes, int, Callable[[str], Iterator[Any]]], ...] = (
+READERS: tuple[tuple[bytes, int, Callable[[str], Iterator[Any]]], ...] = (
     (b"PAR1", 0, _parquet_rows),
     (MAGIC, MAGIC_PLACE, _tar_rows),
 )

@@ -91,12 +91,12 @@ class GroupedSampler(Sampler[int]):
         shuffled = members[_permutation(len(members), generator)]
         full = len(shuffled) // self.step * self.step
         shuffled, rest = shuffled[:full], shuffled[full:]
-        by_length = shuffled[np.argsort(self.lengths[shuffled], kind="stable")]
+        by_length = shuffled[np.lexsort([self.lengths[shuffled]])]
         return by_length.reshape(-1, self.step), rest
 
     def _longest_first(self, samples: np.ndarray) -> np.ndarray:
         """Samples by their lengths; those of the same length stay in their order."""
-        return samples[np.argsort(-self.lengths[samples], kind="stable")]
+        return samples[np.lexsort([-self.lengths[samples]])]
 
     def _dealt(self, step: np.ndarray) -> np.ndarray:
         """A step's indices, dealt to micro-batches so that each gets long and short ones alike."""

@@ -33,13 +33,13 @@ def rows_of_group(table: Any, group: int, columns: list[str] | None = None) -> I
 
 
 @contextmanager
-def table_problems(path: Path | str, kind: str) -> Iterator[None]:
-    """Raises DataError for what is wrong with a file of a kind."""
+def table_problems(path: Path | str, called: str) -> Iterator[None]:
+    """Raises DataError for what is wrong with a file of a format."""
     arrow = needed("pyarrow", path)
     try:
         yield
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no {kind} file that can be read: {error}") from error
+        raise DataError(f"{path} is no {called} file that can be read: {error}") from error
 
 
 def arrow_rows(path: Path) -> Iterator[Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moellava.data.collate import PLACES, MediaCollator
-from moellava.data.packing import PackedDataset, joined, packed, packed_rows
+from moellava.data.packing import PackedDataset, Ragged, joined, packed, packed_rows
 from tests.data.test_collate import IMAGE, PAD, Paints, sample
 
 
@@ -53,6 +53,15 @@ def test_rows_are_samples_of_another_data_set():
     assert sorted(rows.lengths) == [2, 4, 5] and sum(rows.shows_media) == 1 and rows.unreadable == {3: "torn"}
     assert str(rows) == "4 samples in 3 rows of up to 5 positions, 1.3 a row, 73% full"
     assert not any(len(set(map(dataset.shows_media.__getitem__, row))) > 1 for row in packed(dataset, 5, 0, True).rows)
+
+
+def test_rows_are_kept_in_arrays():
+    rows = packed_rows([3, 2, 4, 1, 1], 5)
+    kept = Ragged(rows)
+    assert list(kept) == rows and len(kept) == len(rows) and kept[-1] == rows[-1]
+    assert (kept.numbers.dtype, kept.numbers.nbytes + kept.ends.nbytes) == (np.int32, 5 * 4 + len(rows) * 8)
+    with pytest.raises(IndexError):
+        kept[len(rows)]
 
 
 @pytest.fixture

@@ -50,6 +50,29 @@ def test_pixels_are_the_same_to_the_bit(processor, pictures):
     assert torch.equal(plain(pictures), processor(pictures, return_tensors="pt")["pixel_values"])
 
 
+@pytest.mark.parametrize("side", [30, 42, 100, 336])
+def test_high_pictures_are_padded_without_their_background_being_resized(side, monkeypatch):
+    """Of many shapes; at the sides of which columns meet often, less than the square is resized."""
+    draw, shapes = np.random.default_rng(2), []
+    processor = LlavaImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_pad=True
+    )
+    plain = plain_pixels(processor)
+    resize = Image.Image.resize
+    heights = [draw.integers(2, 700) for _ in range(8)] + [
+        side * n // 6 for n in (7, 8, 9, 12, 18, 24) if n * side < 4000
+    ]
+    pictures = [
+        Image.fromarray(draw.integers(0, 256, (height, max(1, int(height * share)), 3), np.uint8))
+        for height in heights
+        for share in (0.1, 0.5, 0.8)
+    ]
+    expected = processor(pictures, return_tensors="pt")["pixel_values"]
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **k: shapes.append(self.size) or resize(self, *a, **k))
+    assert torch.equal(plain(pictures), expected)
+    assert sum(width < height for width, height in shapes) > len(pictures) // 4
+
+
 @pytest.mark.parametrize(
     "processor",
     [
