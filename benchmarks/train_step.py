@@ -261,10 +261,10 @@ VARIANTS: dict[str, list[tuple[str, Callable[[], Any], str]]] = {
         ("moellava, padded rows", sparse, PADDED),
         ("stock DeepSpeed layer, capacity 1.5, full logits", stock, HF),
         ("HF Qwen2-MoE, grouped_mm, full logits", qwen2_moe, HF),
-        ("HF Qwen2-MoE, TRL SFTTrainer", qwen2_moe, TRL),
     ],
 }
-"""Stage -> (name, model, what trains it)."""
+"""Stage -> (name, model, what trains it). TRL asks a sparse model for its routers' logits, which transformers' LLaVA
+does not hand on."""
 
 
 def batches_of(collator: MediaCollator, data: Samples, in_one_row: bool, steps: int) -> list[dict[str, Any]]:

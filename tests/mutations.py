@@ -351,6 +351,30 @@ PACKING = (
         "With --packing, an epoch leaves records out.",
         ("data/test_packing.py",),
     ),
+    Mutation(
+        "samples-of-a-batch-attend-to-each-other",
+        "train/sample_attention.py",
+        "of_samples = len(query) == 1 and query.shape[2] == key.shape[2] == sum(_lengths)",
+        "of_samples = False",
+        "The samples of a micro-batch, which share a row, see each other; the probe pads them, and the gain is lost.",
+        ("train/test_sample_attention.py",),
+    ),
+    Mutation(
+        "dropout-drawn-anew",
+        "train/packing.py",
+        "is_random = args.neftune_noise_alpha or drops_units(trainer.model.get_decoder())",
+        "is_random = False",
+        "A recipe with dropout has other losses than it had in padded rows.",
+        ("train/test_sample_attention.py",),
+    ),
+    Mutation(
+        "routers-that-see-zeros",
+        "train/rows.py",
+        "if found and found[-1][1] and not is_sparse(layers[-1]):",
+        "if found:",
+        "The router of a sparse last layer counts and balances zeros where no label is.",
+        ("train/test_rows.py",),
+    ),
 )
 
 KERNEL_SLIPS = (

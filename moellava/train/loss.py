@@ -9,7 +9,7 @@ selects the rows, so that HF's forward stays as it is, whichever class it belong
     rows       [B, L]    .     x     x     .     .      position i predicts label i + 1
     logits     [N, V]          7     8                  N supervised positions of the batch
 
-Where the logits of all N rows would be more than `CHUNK` numbers, HF's forward sees those of one row. The head runs
+Where the logits of all N rows would be more than `CHUNK` numbers, HF's forward sees those of no row. The head runs
 over all of them aside, in chunks, and each chunk's logits are computed again in the backward: no [N, V] exists. A plain
 linear head is one autograd node (`LinearLoss`), any other one is called within `torch.utils.checkpoint`.
 """
@@ -96,7 +96,7 @@ class SupervisedHead:
         goes_aside = self.is_last and not self.is_spread and (self.is_plain or len(hidden_ND) > self.rows)
         if self._peeks or goes_aside:
             self._hidden_ND = hidden_ND
-            hidden_ND = hidden_ND[:1]
+            hidden_ND = hidden_ND[:0]  # a single row would read the head's whole weight
         return (hidden_ND, *rest)
 
     def _note(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -128,7 +128,7 @@ class SupervisedHead:
 
     @contextmanager
     def only(self, supervised: Supervised) -> Iterator[None]:
-        """Inside, the head sees the supervised positions, or one of them where the others are for `loss_sum`."""
+        """Inside, the head sees the supervised positions, or none where they are for `loss_sum`."""
         self._asked = supervised
         try:
             yield

@@ -80,14 +80,19 @@ def settle_rows(trainer: Any) -> None:
 def may_share_one_row(trainer: Any) -> bool:
     """Whether the samples of a batch may be tried out in a single row, with attention over each of them.
 
-    Not where units are dropped at random: what is drawn would be another one. Compiled models would be compiled anew
-    for each batch.
+    Not where units are dropped at random, or noise is added by the length of a row (NEFTune): what is drawn would be
+    another one. Compiled models would be compiled anew for each batch.
     """
-    args, config = trainer.args, trainer.attention.config
+    args = trainer.args
     several = args.per_device_train_batch_size > 1 or isinstance(trainer.train_dataset, PackedDataset)
-    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in trainer.model.get_decoder().modules())
-    drops = drops or bool(getattr(config, "attention_dropout", 0.0))
-    return several and not drops and not args.torch_compile and trainer.attention.suits(args.model_max_length)
+    is_random = args.neftune_noise_alpha or drops_units(trainer.model.get_decoder())
+    return several and not is_random and not args.torch_compile and trainer.attention.suits(args.model_max_length)
+
+
+def drops_units(decoder: nn.Module) -> bool:
+    """Whether a decoder, or an adapter in it, has a dropout: a module of its own, or a rate that its config names."""
+    named = [value for name, value in vars(decoder.config).items() if "drop" in name and isinstance(value, float)]
+    return any(named) or any(isinstance(module, nn.Dropout) and module.p > 0 for module in decoder.modules())
 
 
 def probed(dataset: Any) -> list[int]:

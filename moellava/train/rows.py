@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense MLPs of a decoder run over the rows that something reads.
+"""Dense MLPs of a decoder, and the end of its last attention, run over the rows that something reads.
 
     tokens            a   b   c   d   .   .      two positions of padding
     labels            .   .   .   d   .   .
     layers before     x   x   x   x              real tokens: no attention reads padding
     last layer                x                  the head reads position i where label i + 1 is trained
 
-A layer's MLP is the larger part of it, and what it gives elsewhere is not read by anything: zeros stand there. What
-surrounds it keeps its shapes, and Hugging Face's forward stays as it is. Whether that is so for a model (and not for
-one that scans padding, or goes through its layers twice) is found out on it, before its first step.
+A layer's MLP is the larger part of it, and what it gives elsewhere is not read by anything: zeros stand there. So it is
+with the linear at the end of the last layer's attention, unless experts follow it, whose router looks at all tokens.
+What surrounds them keeps its shapes, and Hugging Face's forward stays as it is. Whether that is so for a model (and not
+for one that scans padding, or goes through its layers twice) is found out on it, before its first step.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from moellava.moe import moe_layers
 from moellava.moe.decoder import MLP, decoder_layers
 from moellava.moe.mlp import has_usual_names
 from moellava.moe.modes import evaluating
+from moellava.moe.own_routers import is_sparse
 from moellava.train.loss import Supervised
 from moellava.train.packing import OFF, distance
 
@@ -34,8 +36,12 @@ WORTH = 0.95
 """Rows are picked where they are at most so many of all: to copy them there and back takes time, too."""
 
 
+ATTENTION, OUTPUTS = "self_attn", ("o_proj", "dense", "out_proj")
+"""What decoders call a layer's attention, and the linear at its end."""
+
+
 class NeededRows:
-    """Narrows the inputs of dense MLPs from [B, L, D] to [1, N, D] while it is told of a batch.
+    """Narrows the inputs of modules from [B, L, D] to [1, N, D] while it is told of a batch.
 
     Args:
         model: a VLM; sparse layers pick their rows themselves.
@@ -46,22 +52,22 @@ class NeededRows:
 
     def __init__(self, model: Any):
         self.is_exact: bool | None = None
-        self._mlps = [_Narrowed(mlp, is_last) for mlp, is_last in narrowable(model)]
-        if not self._mlps:
+        self._modules = [_Narrowed(module, is_last) for module, is_last in narrowable(model)]
+        if not self._modules:
             self.is_exact = False
 
     def tell(self, places: Places, supervised: Supervised) -> None:
         """What the next forward holds, and a recomputation of it in its backward."""
         if self.is_exact is not False:
-            for mlp in self._mlps:
-                place_N = supervised.place_N if mlp.is_last else places.real
+            for one in self._modules:
+                place_N = supervised.place_N if one.is_last else places.real
                 worth = len(place_N) <= WORTH * supervised.shape.numel()
-                mlp.told = (place_N, supervised.shape) if worth else None
+                one.told = (place_N, supervised.shape) if worth else None
 
     def forget(self) -> None:
         """Whatever comes next is not known."""
-        for mlp in self._mlps:
-            mlp.told = None
+        for one in self._modules:
+            one.told = None
 
     @contextmanager
     def only_within(self) -> Iterator[None]:
@@ -88,7 +94,7 @@ class NeededRows:
         self.tell(places, supervised)
         with self.only_within():
             found = seen().float()
-        dtype = next(self._mlps[0].mlp.parameters()).dtype
+        dtype = next(self._modules[0].module.parameters()).dtype
         alike = len(wanted) > 0 and distance(found, wanted) <= OFF.get(dtype, max(OFF.values()))
         if not alike:
             get_logger().info("What the head reads depends on all positions of a batch: MLPs run over all of them.")
@@ -96,18 +102,18 @@ class NeededRows:
 
 
 class _Narrowed:
-    """One MLP.
+    """One module.
 
     Attributes:
         told: indices [N] among the positions [B, L] that it runs over, and that shape; None: over all.
     """
 
-    def __init__(self, mlp: nn.Module, is_last: bool):
-        self.mlp, self.is_last = mlp, is_last
+    def __init__(self, module: nn.Module, is_last: bool):
+        self.module, self.is_last = module, is_last
         self.told: tuple[Tensor, torch.Size] | None = None
         self._narrows = False
-        mlp.register_forward_pre_hook(self._pick)
-        mlp.register_forward_hook(self._put_back)
+        module.register_forward_pre_hook(self._pick)
+        module.register_forward_hook(self._put_back)
 
     def _pick(self, module: nn.Module, inputs: tuple) -> tuple | None:
         hidden, *rest = inputs
@@ -126,9 +132,10 @@ class _Narrowed:
 
 
 def narrowable(model: Any) -> list[tuple[nn.Module, bool]]:
-    """Dense MLPs of a decoder, and whether each is in the last layer; none where padding counts, too.
+    """Dense MLPs of a decoder and the end of its last attention, and whether each is in the last layer; none where
+    padding counts, too.
 
-    MLPs that drop units at random are left alone: what they draw would be another one.
+    Modules that drop units at random are left alone: what they draw would be another one.
     """
     if any(layer.spec.router_balance == "first_choice" for _, layer in moe_layers(model)):
         return []  # its loss counts how padding is routed
@@ -136,9 +143,14 @@ def narrowable(model: Any) -> list[tuple[nn.Module, bool]]:
         layers = decoder_layers(model)
     except (UserError, AttributeError):  # a decoder of another sort
         return []
-    mlps = [(getattr(layer, MLP, None), number == len(layers) - 1) for number, layer in enumerate(layers)]
-    return [(mlp, is_last) for mlp, is_last in mlps if mlp is not None and has_usual_names(mlp) and not _drops(mlp)]
+    mlps = [(getattr(layer, MLP, None), layer is layers[-1]) for layer in layers]
+    found = [(mlp, is_last) for mlp, is_last in mlps if mlp is not None and has_usual_names(mlp) and not _drops(mlp)]
+    if found and found[-1][1] and not is_sparse(layers[-1]):  # a router there would see zeros, and count them
+        attention = getattr(layers[-1], ATTENTION, None)
+        ends = (getattr(attention, name, None) for name in OUTPUTS)
+        found += [(end, True) for end in ends if isinstance(end, nn.Module) and not _drops(end)]
+    return found
 
 
-def _drops(mlp: nn.Module) -> bool:
-    return any(isinstance(part, nn.Dropout) and part.p > 0 for part in mlp.modules())
+def _drops(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())

@@ -67,7 +67,7 @@ def step(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, rows: int 
     torch.manual_seed(3)
     with narrowed.only(supervised):
         logits = head(hidden)
-    assert (len(logits) == 1) == (rows is not None and (narrowed.is_plain or rows < len(supervised.target_N)))
+    assert (len(logits) == 0) == (rows is not None and (narrowed.is_plain or rows < len(supervised.target_N)))
     loss = narrowed.loss_sum(logits, supervised.target_N, smoothing)
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     return loss, torch.autograd.grad(3 * loss, [hidden, *trained])

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from moellava.data.places import places_of
 from moellava.moe import MoESpec, upcycle
 from moellava.train.loss import SupervisedHead, supervised_positions
-from moellava.train.rows import NeededRows
+from moellava.train.rows import NeededRows, narrowable
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 0, 0, 0]])
@@ -26,14 +26,16 @@ def tiny() -> LlamaForCausalLM:
 
 
 def step(model: LlamaForCausalLM, narrows: bool) -> tuple[torch.Tensor, list[torch.Tensor | None], list[int]]:
-    """The loss of the batch, all gradients, and the rows that the MLP of each layer ran over (again, recomputed)."""
+    """The loss of the batch, all gradients, and the rows that the last linear of each layer's MLP and of the last
+    attention ran over (again, recomputed)."""
     head, rows, ran = SupervisedHead(model.lm_head, 32), NeededRows(model), []
     supervised, places = supervised_positions(LABELS), places_of(LABELS, MASK)
     forward = lambda: model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits  # noqa: E731
     if narrows:
         rows.begin(model, lambda: head.seen(forward, supervised), places, supervised)
-    for layer in model.model.layers:
-        layer.mlp.down_proj.register_forward_hook(lambda _, inputs, __: ran.append(inputs[0][..., 0].numel()))
+    layers = model.model.layers
+    for linear in [*(layer.mlp.down_proj for layer in layers), layers[-1].self_attn.o_proj]:
+        linear.register_forward_hook(lambda _, inputs, __: ran.append(inputs[0][..., 0].numel()))
     with rows.only_within():
         with head.only(supervised):
             loss = head.loss_sum(forward(), supervised.target_N)
@@ -42,7 +44,7 @@ def step(model: LlamaForCausalLM, narrows: bool) -> tuple[torch.Tensor, list[tor
     ran.clear()
     with torch.no_grad():
         forward()
-    assert ran == [ALL] * 3  # what comes next is not known
+    assert ran == [ALL] * 4  # what comes next is not known
     return loss.detach(), [parameter.grad for parameter in model.parameters()], counts
 
 
@@ -52,9 +54,9 @@ def test_the_loss_and_its_gradients_stay(recomputes):
     if recomputes:
         found.gradient_checkpointing_enable({"use_reentrant": False})
     loss, gradients, counts = step(found, narrows=True)
-    assert sorted(counts) == sorted([REAL, REAL, TRAINED] * (2 if recomputes else 1))
+    assert sorted(counts) == sorted([REAL, REAL, TRAINED, TRAINED] * (2 if recomputes else 1))
     expected, expected_gradients, all_rows = step(wanted, narrows=False)
-    assert all_rows == [ALL] * 3
+    assert all_rows == [ALL] * 4
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
 
@@ -62,7 +64,7 @@ def test_the_loss_and_its_gradients_stay(recomputes):
 def test_a_model_that_reads_more_runs_over_all_positions():
     model = tiny()
     model.model.norm.register_forward_pre_hook(lambda _, inputs: (inputs[0] + inputs[0].mean(1, keepdim=True),))
-    assert step(model, narrows=True)[2] == [ALL] * 3
+    assert step(model, narrows=True)[2] == [ALL] * 4
 
 
 def test_padding_that_counts_and_units_that_drop_are_left_alone():
@@ -72,3 +74,16 @@ def test_padding_that_counts_and_units_that_drop_are_left_alone():
     for layer in model.model.layers:
         layer.mlp.dropout = torch.nn.Dropout(0.1)
     assert NeededRows(model).is_exact is False
+
+
+def test_the_end_of_the_last_attention_is_narrowed_where_no_router_looks_at_the_rest():
+    model = tiny()
+    layers = model.model.layers
+    assert narrowable(model)[2:] == [(layers[2].mlp, True), (layers[2].self_attn.o_proj, True)]
+    layers[2].self_attn.o_proj.dropout = torch.nn.Dropout(0.1)
+    assert narrowable(model)[2:] == [(layers[2].mlp, True)]
+    sparse = upcycle(tiny(), MoESpec(moe_mode="sparse", num_experts=[2]))
+    assert narrowable(sparse) == [(sparse.model.layers[1].mlp, False)]
+    natively = LlamaForCausalLM(tiny().config)
+    natively.model.layers[2].mlp = torch.nn.ModuleDict({"gate": torch.nn.Linear(16, 2), "experts": torch.nn.Identity()})
+    assert narrowable(natively) == [(layer.mlp, False) for layer in natively.model.layers[:2]]

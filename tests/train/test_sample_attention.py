@@ -101,6 +101,13 @@ def test_attention_over_whole_samples_alone_suits(config, suits):
     assert SampleAttention(SimpleNamespace(get_decoder=lambda: decoder)).suits(512) is suits
 
 
+def test_a_dropout_is_found_as_a_module_and_by_its_name():
+    model = tiny()
+    assert not packing.drops_units(model.model)
+    model.model.layers[0].mlp.dropout = torch.nn.Dropout(0.1)
+    assert packing.drops_units(model.model) and packing.drops_units(tiny(attention_dropout=0.1).model)
+
+
 def test_a_batch_is_one_row_of_all_its_records():
     class Three(Batches, list):
         pass
@@ -147,6 +154,7 @@ def test_runs_have_the_losses_of_padded_rows_and_no_padding(flags_for, tmp_path,
         {"lora_enable": True},
         {"attn_implementation": "eager"},
         {"per_device_train_batch_size": 1},
+        {"neftune_noise_alpha": 5.0},
     ],
     ids=str,
 )
