@@ -119,11 +119,6 @@ class SupervisedDataset(Batches, Dataset):
             raise BadFileError(f"{why} (`moellava check-data` lists all such files)") from error
         return sample_of(example, media, name)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The samples of a micro-batch: images of theirs that lie elsewhere are fetched side by side."""
-        self.fetch_ahead(indices)
-        return [self[index] for index in indices]
-
     def fetch_ahead(self, indices: Iterable[int]) -> None:
         """Fetches images of samples that lie elsewhere, for whoever asks for the samples next."""
         if self.known is None and (self.records.in_shards or isinstance(self.files.image_folder, RemoteFolder)):

@@ -10,7 +10,7 @@ samples. The collator has positions begin at 0 in each sample, which is what tra
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain
 from typing import Any
 
@@ -88,8 +88,12 @@ class Batches:
 
     in_one_row = False
 
+    def fetch_ahead(self, indices: Iterable[int]) -> None:
+        """Fetches what lies elsewhere of these samples, side by side, for whoever asks for them next."""
+
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The samples of a batch, for torch's `DataLoader`. Raises BadFileError."""
+        self.fetch_ahead(indices)
         samples = [self[index] for index in indices]  # type: ignore[index]
         return [joined(samples)] if self.in_one_row else samples
 
@@ -132,10 +136,9 @@ class PackedDataset(Batches, Dataset):
         """Row `index`. Raises BadFileError."""
         return joined([self.dataset[number] for number in ([FILLER] if index == FILLER else self.rows[index])])
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows of a micro-batch. See `SupervisedDataset`."""
+    def fetch_ahead(self, indices: Iterable[int]) -> None:
+        """See `Batches`."""
         self.dataset.fetch_ahead(number for index in indices if index != FILLER for number in self.rows[index])
-        return [self[index] for index in indices]
 
     def __getattr__(self, name: str) -> Any:
         """What is asked of the samples: `report`, `leave_out`, `unreadable`, `modalities`, `records`."""
