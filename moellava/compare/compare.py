@@ -112,6 +112,7 @@ class Comparing:
     def __init__(self, plan: Plan, exam: Exam):
         self.plan, self.exam = plan, exam
         self.tallies: dict[str, list[Tally]] = {}
+        self.changed: dict[str, list[Tally]] = {}  # of the sparse arm, by intervention
         self.costs = Costs(steps=0)
         self.records = load_records(plan.data)
         self.found = Comparison(exam.benchmark.name, len(exam.questions), pictures_of(exam.questions))
@@ -182,12 +183,14 @@ class Comparing:
                 logger.info("%s (%s) is left out: %s", name, entry.says, reason)
                 continue
             with intervened(vlm.model, name, run.seed):
-                self._ask(name, vlm, run.folder, f"{run.name}-{name}", changed=name)
+                tally = self._tally(vlm, run.folder, f"{run.name}-{name}", changed=name)
+                self.changed.setdefault(name, []).append(tally)
 
-    def _ask(self, name: str, vlm: VLM, folder: Path, where: str, changed: str = "") -> None:
-        digest = checkpoint_digest(folder, "--model-path")
-        tally = self.exam.tally(vlm, where, digest, changed)
-        self.tallies.setdefault(name, []).append(tally)
+    def _ask(self, name: str, vlm: VLM, folder: Path, where: str) -> None:
+        self.tallies.setdefault(name, []).append(self._tally(vlm, folder, where))
+
+    def _tally(self, vlm: VLM, folder: Path, where: str, changed: str = "") -> Tally:
+        return self.exam.tally(vlm, where, checkpoint_digest(folder, "--model-path"), changed)
 
     def _flops(self, vlm: VLM, run: Run) -> float | None:
         """FLOPs of a record of a run, forward and backward; None where an adapter trains."""
@@ -205,9 +208,9 @@ class Comparing:
                 one, other = (name, DENSE) if arm.is_sparse else (SPARSE, name)
                 self.found.leads.append(Lead(one, other, difference(self.tallies[one], self.tallies[other])))
         for name, entry in INTERVENTIONS.items():
-            if name in self.tallies:
-                lost = difference(self.tallies[name], self.tallies[SPARSE])
-                self.found.routing[name] = (entry.says, self._scores(name), lost)
+            if name in self.changed:
+                lost = difference(self.changed[name], self.tallies[SPARSE])
+                self.found.routing[name] = (entry.says, [one.score for one in self.changed[name]], lost)
 
     def _scores(self, name: str) -> list[float]:
         return [tally.score for tally in self.tallies[name]]

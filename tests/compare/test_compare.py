@@ -69,7 +69,7 @@ def test_every_arm_is_trained_asked_and_told(stage2, parts, tmp_path, started, m
     assert all(len(found[arm]["accuracy"]) == 2 and found[arm]["seconds"] > 0 for arm in arms)
     assert [(lead["arm"], lead["over"]) for lead in told["leads"]] == [("moe", arm) for arm in arms[1:]]
     for name, arm in found.items():
-        assert set(arm["by_category"]) == {"color", "shape", "yes/no"} and (arm["gain"] or name == "stage2")
+        assert set(arm["by_category"]) == {"color", "yes/no"} and (arm["gain"] or name == "stage2")
     assert (tmp_path / "out" / "compare.txt").read_text().strip() in said
     assert (tmp_path / "out" / "compare.png").stat().st_size > 1000
     seeds = [weights_of(tmp_path / "out" / "runs" / f"moe-seed{seed}") for seed in (0, 1)]
@@ -89,16 +89,17 @@ def test_the_least_that_is_compared(stage2, parts, tmp_path, started, monkeypatc
 
 
 def test_variants_are_arms_of_other_flags(stage2, parts, tmp_path, started, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "INTERVENTIONS", {})
-    given = ["--variant", "noise", "moe", "--init noise --max_steps 2", "--variant", "slow", "dense", "--max_steps 1"]
+    monkeypatch.setattr(compare, "INTERVENTIONS", {"top-1": INTERVENTIONS["top-1"]})
+    given = ["--variant", "top-1", "moe", "--init noise --max_steps 2", "--variant", "slow", "dense", "--max_steps 1"]
     assert main(words(stage2, parts, tmp_path / "out", "--arms", "dense", "--limit", "4", *given)) == 0
-    assert started == [f"{arm}-seed0" for arm in ("moe", "dense", "noise", "slow")]
+    assert started == [f"{arm}-seed0" for arm in ("moe", "dense", "top-1", "slow")]
     told = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert [told["arms"][name]["steps"] for name in ("moe", "noise", "slow")] == [3, 2, 1]
-    pairs = [("moe", "dense"), ("noise", "dense"), ("moe", "slow")]
+    assert [told["arms"][name]["steps"] for name in ("moe", "top-1", "slow")] == [3, 2, 1]
+    assert len(told["arms"]["top-1"]["accuracy"]) == len(told["routing"]["top-1"]["accuracy"]) == 1
+    pairs = [("moe", "dense"), ("top-1", "dense"), ("moe", "slow")]
     assert [(lead["arm"], lead["over"]) for lead in told["leads"]] == pairs
-    assert told["settings"]["arm_flags"]["noise"] == ["--max_steps", "2", "--init", "noise"]
-    one, other = (weights_of(tmp_path / "out" / "runs" / f"{name}-seed0") for name in ("moe", "noise"))
+    assert told["settings"]["arm_flags"]["top-1"] == ["--max_steps", "2", "--init", "noise"]
+    one, other = (weights_of(tmp_path / "out" / "runs" / f"{name}-seed0") for name in ("moe", "top-1"))
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
