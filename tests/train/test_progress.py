@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import logging
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from moellava.log import copied_to, get_logger
+from moellava.train import progress
 from moellava.train.progress import LONGEST, Clock, duration, format_line, percent, say_line, whole_line
 from moellava.train.trainer import flat_metrics
 
@@ -25,6 +27,12 @@ def routed(layers: int, experts: int, dead: int = 0) -> dict[str, float]:
             load[0], load[-1] = 2 / experts, 0.0
         metrics[f"layer_{2 * layer}"] = {"load": load, "dead": list(range(dead)), "entropy": 1.0, "dropped": 0.0}
     return flat_metrics(metrics)
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """Time stands still, however slow the machine is."""
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: 1000.0))
 
 
 def clock_of(steps: int, seconds: float) -> Clock:
@@ -54,7 +62,7 @@ def test_a_line_is_short_whatever_the_model(layers, experts, large):
         assert len(last_layer) == experts and last_layer[-1] == "0"
 
 
-def test_a_line_says_what_it_is_read_for():
+def test_a_line_says_what_it_is_read_for(stopped):
     line = format_line(20, 1000, STEP | routed(15, 4), clock_of(20, 80))
     assert line.startswith("step 20/1000  loss 1.3787  ce 1.3686  aux 1.0172  lr 2.00e-05  grad 0.831  12,346 tokens/s")
     assert " GB  1:20<1:05:20  load 0-50% in layer 28, 0 dead" in line
@@ -67,7 +75,7 @@ def test_the_most_uneven_layer_is_so_relative_to_its_experts():
     assert "load 10-30% in layer 1" in format_line(1, 2, logs, Clock())
 
 
-def test_an_evaluation_shows_its_scores_and_not_what_it_took():
+def test_an_evaluation_shows_its_scores_and_not_what_it_took(stopped):
     logs = {"eval_loss": 1.5, "eval_easy-vqa_accuracy": 0.75, "eval_runtime": 3.0, "eval_samples_per_second": 9.0}
     line = format_line(3, 6, logs, clock_of(3, 6))
     assert line == "step 3/6  eval_loss 1.5000  eval_easy-vqa_accuracy 0.7500  0:06<0:06"
