@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections import Counter
+
+import pytest
 
 from moellava.demo.easy_vqa_data import train_images
 from moellava.demo.mixed import DEFAULT, MixedDemo
-from moellava.demo.mixed_data import LOOK, SEE, Sizes, World, questions, records, unseen_images
+from moellava.demo.mixed_data import KNOW, LOOK, SEE, Sizes, World, questions, records, unseen_images
 from moellava.train.arguments import parse_arguments
+from tests.processes import run
 
 SIZES = Sizes(people=6, goods=5, lookers=2, words=4, turns=4)
 
@@ -46,3 +51,18 @@ def test_the_flags_of_its_commands_parse(tmp_path):
     assert not moe.moe_enable and model.untrained_projector and training.learning_rate == DEFAULT.learning_rate
     command = demo.comparing()
     assert command[:2] == ["moellava", "compare"] and "--num_experts" in command[command.index("--") :]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_mixed_task_runs_once_and_tells_each_skill(tmp_path):
+    words = [sys.executable, "-m", "moellava.cli", "demo", "--smoke", "--task", "mixed", "--output-dir", str(tmp_path)]
+    first = run(words, timeout=850, cwd=tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    told = json.loads((tmp_path / "mixed-smoke" / "compare" / "compare.json").read_text())
+    assert list(told["arms"]) == ["stage2", "moe", "dense", "dense-flops", "dense-time"]
+    for arm in told["arms"].values():
+        assert set(arm["by_category"]) == {KNOW, LOOK, SEE}
+    assert "MoE against dense, equal steps" in first.stdout and "by category" in first.stdout
+    again = run(words, timeout=850, cwd=tmp_path)
+    assert again.returncode == 0 and again.stdout.count("done before") == 3
