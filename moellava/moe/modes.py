@@ -9,6 +9,11 @@ from contextlib import contextmanager
 from torch import nn
 
 
+def has_dropout(module: nn.Module) -> bool:
+    """Whether units of a module, or of one in it, are dropped at random while it learns."""
+    return any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and every module back to the mode that it was in: parts that are frozen may be in their own."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moellava.moe.mlp import MLPLayout, layouts_of
+from moellava.moe.modes import has_dropout
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -135,7 +136,7 @@ def _is_bare(module: nn.Module) -> bool:
 @torch.no_grad()
 def _says_all(module: nn.Module, layout: MLPLayout) -> bool:
     linears = [getattr(module, name) for name in layout.linears.values()]
-    if not layout.activation or any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules()):
+    if not layout.activation or has_dropout(module):
         return False
     tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
     names = [name for role in layout.linears for name in TENSORS[role]]

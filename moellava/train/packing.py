@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from moellava.data.places import PLACES, Places
 from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.moe.decoder import FAILURES
-from moellava.moe.modes import evaluating
+from moellava.moe.modes import evaluating, has_dropout
 from moellava.train.loss import supervised_positions
 
 PROBED = 64
@@ -92,15 +93,15 @@ def may_share_one_row(trainer: Any) -> bool:
 def drops_units(decoder: nn.Module) -> bool:
     """Whether a decoder, or an adapter in it, has a dropout: a module of its own, or a rate that its config names."""
     named = [value for name, value in vars(decoder.config).items() if "drop" in name and isinstance(value, float)]
-    return any(named) or any(isinstance(module, nn.Dropout) and module.p > 0 for module in decoder.modules())
+    return any(named) or has_dropout(decoder)
 
 
 def probed(dataset: Any) -> list[int]:
     """Samples of a data set that are tried out in one row: short ones, with media and without where there are both, and
     one with media behind them. Of the first ones of each sort, for all processes must take the same."""
-    lengths, shows = dataset.lengths, dataset.shows_media
-    sorts = ([number for number, one in enumerate(shows) if bool(one) is wanted] for wanted in (True, False))
-    shown, others = (sorted(numbers[:PROBED], key=lengths.__getitem__) for numbers in sorts)
+    lengths, shows = dataset.positions, dataset.with_media
+    sorts = (np.flatnonzero(shows == wanted)[:PROBED].tolist() for wanted in (True, False))
+    shown, others = (sorted(numbers, key=lengths.__getitem__) for numbers in sorts)
     return [*shown[:1], *others[:1], *(shown[1:] or others[1:])[:1]]
 
 

@@ -27,7 +27,7 @@ from moellava.log import get_logger
 from moellava.moe import moe_layers
 from moellava.moe.decoder import MLP, decoder_layers
 from moellava.moe.mlp import has_usual_names
-from moellava.moe.modes import evaluating
+from moellava.moe.modes import evaluating, has_dropout
 from moellava.moe.own_routers import is_sparse
 from moellava.train.loss import Supervised
 from moellava.train.packing import OFF, distance
@@ -144,13 +144,11 @@ def narrowable(model: Any) -> list[tuple[nn.Module, bool]]:
     except (UserError, AttributeError):  # a decoder of another sort
         return []
     mlps = [(getattr(layer, MLP, None), layer is layers[-1]) for layer in layers]
-    found = [(mlp, is_last) for mlp, is_last in mlps if mlp is not None and has_usual_names(mlp) and not _drops(mlp)]
+    found = [
+        (mlp, is_last) for mlp, is_last in mlps if mlp is not None and has_usual_names(mlp) and not has_dropout(mlp)
+    ]
     if found and found[-1][1] and not is_sparse(layers[-1]):  # a router there would see zeros, and count them
         attention = getattr(layers[-1], ATTENTION, None)
         ends = (getattr(attention, name, None) for name in OUTPUTS)
-        found += [(end, True) for end in ends if isinstance(end, nn.Module) and not _drops(end)]
+        found += [(end, True) for end in ends if isinstance(end, nn.Module) and not has_dropout(end)]
     return found
-
-
-def _drops(module: nn.Module) -> bool:
-    return any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
