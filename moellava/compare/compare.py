@@ -13,13 +13,13 @@ from moellava.compare.arms import DENSE, SPARSE, Arm, Costs, overridden, without
 from moellava.compare.flops import step_flops
 from moellava.compare.result import ArmResult, Comparison, Lead
 from moellava.compare.runs import Measured, Run, measured, train, weights_of
-from moellava.compare.scores import Exam, by_category, difference, pictures_of, scale_of
+from moellava.compare.scores import Exam, by_category, difference, pictures_of
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
 from moellava.errors import UserError
 from moellava.eval.checkpoint import checkpoint_digest
 from moellava.eval.scoring import versions
-from moellava.eval.tally import Tally
+from moellava.eval.tally import STATISTICS, Tally
 from moellava.log import get_logger
 from moellava.moe.interventions import INTERVENTIONS, intervened
 from moellava.train.parsing import parse_arguments
@@ -137,7 +137,7 @@ class Comparing:
         self.found.arms[STAGE2] = ArmResult(
             "stage 2", self._scores(STAGE2), self._parts(STAGE2), bytes=weights_of(Path(self.plan.stage2))
         )
-        self.found.scale = scale_of(self.tallies[STAGE2][0])
+        self.found.scale = STATISTICS[self.tallies[STAGE2][0].statistic].scale
         del stage2
         for arm in self.plan.arms:
             self._arm(arm)

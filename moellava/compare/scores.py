@@ -15,7 +15,7 @@ from moellava.eval.benchmarks import Benchmark, Question
 from moellava.eval.journal import Journal, claim
 from moellava.eval.scoring import texts_of
 from moellava.eval.suite import BENCHMARKS
-from moellava.eval.tally import STATISTICS, Item, Tally
+from moellava.eval.tally import Item, Tally
 from moellava.vlm import VLM
 
 
@@ -102,11 +102,6 @@ def by_category(questions: Sequence[Question], tallies: Sequence[Tally]) -> dict
     if len(parts) < 2:
         return {}
     return {name: Tally(items, tallies[0].statistic).score for name, items in sorted(parts.items())}
-
-
-def scale_of(tally: Tally) -> int:
-    """What its score is multiplied by to be told: shares of 1 are told in points of 100."""
-    return 1 if STATISTICS[tally.statistic].points else 100
 
 
 def pictures_of(questions: Sequence[Question]) -> int:

@@ -46,9 +46,9 @@ def score_line(result: Mapping[str, Any]) -> str:
     """'98.63% of 9673 questions (95% interval 98.38 to 98.87)'."""
     if result["score"] is None:
         return f"no score of {result['questions']} questions"
-    points = STATISTICS[result["statistic"]].points
-    shown = f"{result['score']:.1f} points" if points else f"{100 * result['score']:.2f}%"
-    scale = 1 if points else 100
+    statistic = STATISTICS[result["statistic"]]
+    shown = f"{result['score']:.1f} points" if statistic.points else f"{100 * result['score']:.2f}%"
+    scale = statistic.scale
     interval = result["interval"]
     sure = f" (95% interval {scale * interval[0]:.2f} to {scale * interval[1]:.2f})" if interval else ""
     return f"{shown} of {result['questions']} questions{sure}"
@@ -72,7 +72,7 @@ def number(name: str, value: float) -> str:
 def against_line(result: Mapping[str, Any]) -> str:
     """'+0.55 (95% interval -0.12 to 1.22) against 98.08 of runs/stage2'."""
     other = result["against"]
-    scale = 1 if STATISTICS[result["statistic"]].points else 100
+    scale = STATISTICS[result["statistic"]].scale
     interval = other["interval"]
     sure = f" (95% interval {scale * interval[0]:+.2f} to {scale * interval[1]:+.2f})" if interval else ""
     before = f"{scale * other['score']:.2f} of {other['model_path']}"

@@ -64,6 +64,11 @@ class Statistic:
     across: str = "mean"
     points: bool = False
 
+    @property
+    def scale(self) -> int:
+        """What a score is multiplied by to be told: shares of 1 are told in points of 100."""
+        return 1 if self.points else 100
+
 
 def ratio(sums: Sums) -> Sums:
     """First sum by second: a mean, or one mean by another."""

@@ -12,10 +12,10 @@ import torch
 from moellava.cli import main
 from moellava.compare import compare
 from moellava.compare.runs import Run, launcher_of, train
-from moellava.compare.scores import by_category, difference, mean_of, scale_of
+from moellava.compare.scores import by_category, difference, mean_of
 from moellava.errors import UserError
 from moellava.eval.benchmarks import Question
-from moellava.eval.tally import Item, Tally
+from moellava.eval.tally import STATISTICS, Item, Tally
 from moellava.moe.interventions import INTERVENTIONS
 from moellava.train.parsing import parse_arguments
 from moellava.train.train import train as train_in_process
@@ -118,7 +118,7 @@ def test_scores_are_told_by_category():
     units = Tally([Item(f"u{number}", str(number), (1.0, 1.0)) for number in range(3)])
     assert by_category(asked, [units]) == {"a": 1.0, "b": 1.0}
     groups = Tally([Item("0", str(i), (float(i), 1.0), group) for i, group in enumerate("ab")])
-    assert by_category(asked, [groups]) == {"a": 0.0, "b": 1.0} and scale_of(groups) == 100
+    assert by_category(asked, [groups]) == {"a": 0.0, "b": 1.0} and STATISTICS[groups.statistic].scale == 100
 
 
 def test_a_run_that_is_there_is_not_trained_again(stage2, parts, tmp_path, started, monkeypatch, capsys):
