@@ -5,7 +5,7 @@
 
 Every row has the same tokens and the same FLOPs: experts of `width` units of which each token visits k, and a dense MLP
 of k × width units. The variants take turns within one run and the fastest turn of each counts, so that what else the
-machine does falls on all of them. Memory is kept by the process once it has it, as in a long run.
+machine does falls on all of them. Freed memory is kept by the process, as in a run.
 
 The stock layer builds masks of tokens × experts × capacity numbers, quadratic in the tokens. Where one of them would be
 larger than --stock-gib, the stock rows are left out, and the output says so.
@@ -14,9 +14,7 @@ larger than --stock-gib, the stock rows are left out, and the output says so.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from moellava import heap
 from moellava.moe import MoESpec
 from moellava.moe.deepspeed import to_deepspeed
 from moellava.moe.upcycle import sparse_mlp
@@ -174,15 +173,6 @@ def measure(
     ]
 
 
-def keep_memory() -> None:
-    """Has glibc keep freed memory: else page faults of fresh gradients are timed, which a long run does not have."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(mmap_threshold, 2**31 - 1)
-        mallopt(trim_threshold, 2**31 - 1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the rows")
@@ -194,7 +184,6 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="not the wall clock: for a machine that is busy")
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
-    keep_memory()
     torch.set_num_threads(arguments.threads)
     rows = []
     for tokens in arguments.tokens:
@@ -202,7 +191,8 @@ def main() -> None:
             if arguments.experts and shape[0] not in arguments.experts:
                 continue
             mask = stock_mask_gib(tokens, shape[0], shape[1])
-            measured = measure(tokens, shape, arguments.repeats, clock, stock=mask <= arguments.stock_gib)
+            with heap.kept():
+                measured = measure(tokens, shape, arguments.repeats, clock, stock=mask <= arguments.stock_gib)
             rows += measured
             print(f"{tokens} tokens, {shape[0]} experts of {shape[2]} units, {shape[1]} per token")
             if mask > arguments.stock_gib:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.records import MEDIA_LIMITS, add_limit_flags, limits_of
+from moellava.commands.values import CommandParser
 from moellava.data.images import USUAL_LIMITS, Limits
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.records import Medium
@@ -44,7 +45,7 @@ STOPPED = "\n(stopped; the question is forgotten)"
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(prog="moellava chat", description="Talk to a model about images and videos.")
+    parser = CommandParser(prog="moellava chat", description="Talk to a model about images and videos.")
     parser.add_argument("--model-path", required=True, help="folder of a stage, or a published checkpoint")
     parser.add_argument("--model-base", help="the language model that a published projector or adapter belongs to")
     parser.add_argument("--image-file", nargs="+", default=[], metavar="IMG", help="images of the first question")

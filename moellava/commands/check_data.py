@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from moellava.commands.given import Idle, refuse_idle
 from moellava.commands.records import DATA_HELP, add_confine_flag, add_limit_flags, add_role_flags, limits_of, roles_of
-from moellava.commands.values import count
+from moellava.commands.values import CommandParser, count
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.skip_lists import read_skip_list, write_skip_list
 from moellava.files import require_output
@@ -36,7 +36,7 @@ def _report(found: CheckReport, skip_list: str | None) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moellava check-data", description=__doc__)
+    parser = CommandParser(prog="moellava check-data", description=__doc__)
     parser.add_argument("data", nargs="+", help=DATA_HELP)
     parser.add_argument("--image-folder", help="what the image paths in the records are relative to")
     parser.add_argument("--video-folder", help="what the video paths are relative to (default: --image-folder)")

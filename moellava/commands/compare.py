@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from moellava.commands.given import Idle, refuse_idle
-from moellava.commands.values import count
+from moellava.commands.values import CommandParser, count
 from moellava.compare.arms import ARMS, in_order, split_flags, variants
 from moellava.errors import UserError
 from moellava.eval.layout import DATA_FOLDER
@@ -27,7 +27,7 @@ RESULT, TABLE, PICTURE = "compare.json", "compare.txt", "compare.png"
 def parser() -> argparse.ArgumentParser:
     """The flags of `moellava compare`."""
     first, _, rest = (__doc__ or "").partition("\n\n")
-    flags = argparse.ArgumentParser(
+    flags = CommandParser(
         prog="moellava compare",
         description=first,
         epilog=rest,

@@ -6,13 +6,14 @@ from __future__ import annotations
 import argparse
 
 from moellava.commands.records import DATA_HELP, add_role_flags, roles_of
+from moellava.commands.values import CommandParser
 from moellava.data.rewrite import rewrite
 from moellava.data.skip_lists import read_skip_list
 from moellava.log import printable
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moellava convert-data", description=__doc__)
+    parser = CommandParser(prog="moellava convert-data", description=__doc__)
     parser.add_argument("data", nargs="+", help=DATA_HELP)
     parser.add_argument("--output", required=True, metavar="OUT.jsonl", help="the file to write; it must not exist")
     parser.add_argument(

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from moellava.commands.given import Idle, refuse_idle
-from moellava.commands.values import count
+from moellava.commands.values import CommandParser, count
 from moellava.demo.demo import default_processes, run_demo
 from moellava.demo.mixed import PROTOCOLS, run_mixed
 from moellava.demo.recipes import DEFAULT, FULL, RECIPES, SMOKE
@@ -16,7 +16,7 @@ from moellava.demo.recipes import DEFAULT, FULL, RECIPES, SMOKE
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    flags = argparse.ArgumentParser(prog="moellava demo", description=__doc__)
+    flags = CommandParser(prog="moellava demo", description=__doc__)
     size = flags.add_mutually_exclusive_group()
     for recipe, text in ((FULL, "the longer recipe"), (SMOKE, "a few steps and questions; scores mean nothing")):
         name = recipe.name

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from moellava import __version__
+from moellava.commands.values import CommandParser
 from moellava.log import printable
 from moellava.startup import importing
 
@@ -126,7 +126,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     """The subcommand. Exit status 1 where an installed package is too old."""
-    parser = argparse.ArgumentParser(prog="moellava env", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(prog="moellava env", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args(argv)
     found = report()

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moellava.commands.given import Idle, refuse_idle
-from moellava.commands.values import count
+from moellava.commands.values import CommandParser, count
 from moellava.errors import UserError
 from moellava.eval.judge import URL_VARIABLE
 from moellava.eval.launch import own_command, run_processes
@@ -22,7 +22,7 @@ from moellava.startup import importing
 
 def parser() -> argparse.ArgumentParser:
     """The flags of `moellava eval`."""
-    flags = argparse.ArgumentParser(prog="moellava eval", description=__doc__)
+    flags = CommandParser(prog="moellava eval", description=__doc__)
     flags.add_argument("--model-path", required=True, help="folder of any vision-language model")
     flags.add_argument(
         "--task", "--benchmark", nargs="+", default=["easy-vqa"], help=f"some of: {', '.join(BENCHMARKS)}"

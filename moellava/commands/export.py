@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from moellava.commands.given import Idle, refuse_idle
-from moellava.commands.values import amount, truth
+from moellava.commands.values import CommandParser, amount, truth
 from moellava.convert.export import AUTO, CODE, LLAVA, NATIVE
 from moellava.files import CONFIG, read_object, require_new_folder
 from moellava.log import printable
@@ -19,7 +19,7 @@ GIGABYTE = 10**9
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="moellava export",
         description="Write a model as a folder that opens without moellava, and prove it (docs/EXPORT.md).",
     )

@@ -25,7 +25,7 @@ from moellava.commands.records import (
     limits_of,
     roles_of,
 )
-from moellava.commands.values import count
+from moellava.commands.values import CommandParser, count
 from moellava.constants import DEFAULT_VIDEO_TOKEN, MODALITIES, ROLES
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.records import load_records, problem_of_turns, tags_of
@@ -139,7 +139,7 @@ def _chosen(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moellava inspect", description=__doc__)
+    parser = CommandParser(prog="moellava inspect", description=__doc__)
     parser.add_argument("data", nargs="*", help=DATA_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model-path", help="folder or hub id of a model")

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from moellava.commands.values import truth
+from moellava.commands.values import CommandParser, truth
 from moellava.files import require_new_folder
 from moellava.log import printable
 from moellava.startup import importing
@@ -14,7 +13,7 @@ from moellava.startup import importing
 
 def main(argv: list[str] | None = None) -> int:
     """The subcommand."""
-    parser = argparse.ArgumentParser(prog="moellava merge-lora", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(prog="moellava merge-lora", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model-path", required=True, help="the folder that the run with --lora_enable started from")
     parser.add_argument("--adapter", required=True, type=Path, help="the adapter/ folder that the run has left")
     parser.add_argument("--output-dir", required=True, help="the folder to write; it must be new, or empty")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moellava.commands.given import Idle, refuse_idle
+from moellava.commands.values import CommandParser
 from moellava.errors import UnknownNameError
 from moellava.log import printable
 from moellava.plugins import PLUGINS
@@ -134,7 +134,7 @@ def text(family: str | None = None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The subcommand."""
-    parser = argparse.ArgumentParser(prog="moellava models", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(prog="moellava models", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--family", help="of one architecture only")
     parser.add_argument("--json", action="store_true", help="everything that is registered, as JSON")
     parser.add_argument("--markdown", action="store_true", help="as in docs/SUPPORTED_MODELS.md")

@@ -7,7 +7,7 @@ import argparse
 import json
 
 from moellava.commands.given import Idle, refuse_idle
-from moellava.commands.values import amount, count
+from moellava.commands.values import CommandParser, amount, count
 from moellava.log import printable
 from moellava.plan.devices import DEVICES, SPEEDS
 from moellava.startup import importing
@@ -16,10 +16,9 @@ ALIASES = {"--model": "--model_name_or_path", "--data": "--data_path"}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="moellava plan",
         description=__doc__,
-        allow_abbrev=False,
         epilog="All other flags are those of train.py: the run that is planned. --model and --data stand for "
         "--model_name_or_path and --data_path. What they fix (--deepspeed, --fsdp_size, --ep_size, "
         "--activation_checkpointing, --per_device_train_batch_size, --bf16) is not varied. The model's weights need "

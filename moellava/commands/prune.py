@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from moellava.commands.values import count
+from moellava.commands.values import CommandParser, count
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
 from moellava.files import require_new_folder
@@ -15,7 +15,7 @@ from moellava.startup import importing
 
 def parser() -> argparse.ArgumentParser:
     """The flags of `moellava prune`."""
-    flags = argparse.ArgumentParser(prog="moellava prune", description=__doc__)
+    flags = CommandParser(prog="moellava prune", description=__doc__)
     flags.add_argument(
         "--model-path", required=True, help="sparse folder: of stage 3, `moellava upcycle`, or published"
     )

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from moellava.commands.given import Idle, refuse_idle
+from moellava.commands.values import CommandParser
 from moellava.errors import UserError
 from moellava.files import require_output
 from moellava.log import printable
@@ -41,7 +42,7 @@ def listed() -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="moellava recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("base", nargs="?", help=f"language model: {', '.join(BASES)}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from moellava.commands.values import CommandParser
 from moellava.errors import UserError
 from moellava.files import IS_FOLDER, NO_FILE, file_problem, problem_of_writing
 from moellava.log import printable
@@ -15,7 +16,7 @@ from moellava.vis.report import REPORT
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moellava report", description=__doc__)
+    parser = CommandParser(prog="moellava report", description=__doc__)
     parser.add_argument("run", help="--output_dir of a run")
     parser.add_argument("--output", help=f"folder for the files; those of before are replaced (default: RUN/{REPORT})")
     return parser

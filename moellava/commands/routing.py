@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moellava.commands.records import DATA_HELP, add_confine_flag, add_limit_flags, add_role_flags, limits_of, roles_of
-from moellava.commands.values import count
+from moellava.commands.values import CommandParser, count
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.records import load_records
 from moellava.files import require_new_folder
@@ -24,7 +24,7 @@ SAMPLES, PICTURES, BATCH = 64, 4, 4
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moellava routing", description=__doc__)
+    parser = CommandParser(prog="moellava routing", description=__doc__)
     parser.add_argument("--model-path", required=True, help="folder or hub id of a sparse vision-language model")
     parser.add_argument("--data", nargs="+", required=True, help=DATA_HELP)
     parser.add_argument("--output", required=True, help="folder for the files; it must be new, or empty")

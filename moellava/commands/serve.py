@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moellava.commands.given import Idle, refuse_idle
-from moellava.commands.values import amount, count
+from moellava.commands.values import CommandParser, amount, count
 from moellava.data.images import Limits
 from moellava.errors import UserError
 from moellava.log import printable
@@ -37,7 +37,7 @@ CLOSING_SECONDS = 5
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(prog="moellava serve", description="Serve a model: OpenAI's API, and a page.")
+    parser = CommandParser(prog="moellava serve", description="Serve a model: OpenAI's API, and a page.")
     parser.add_argument("--model-path", required=True, help="folder of a stage, or a published checkpoint")
     parser.add_argument("--model-base", help="the language model that a published projector or adapter belongs to")
     parser.add_argument("--version", help="conversation template, in place of the one that the folder names")

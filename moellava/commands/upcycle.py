@@ -7,7 +7,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from moellava.commands.given import Idle, refuse_idle
-from moellava.commands.values import amount, count
+from moellava.commands.values import CommandParser, amount, count
 from moellava.errors import UserError
 from moellava.files import require_new_folder
 from moellava.log import printable
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command's flags: its own, and one for each option of `MoESpec`."""
-    parser = argparse.ArgumentParser(prog="moellava upcycle", description=__doc__, formatter_class=FlagHelp)
+    parser = CommandParser(prog="moellava upcycle", description=__doc__, formatter_class=FlagHelp)
     add_flags(parser.add_argument_group("options of the sparse model (docs/MOE.md)"), MoESpecFlags)
     sources = parser.add_mutually_exclusive_group(required=True)
     sources.add_argument("--model-path", help="dense folder: of stage 2, released, or published")

@@ -1,10 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of flags: each range once, as argparse takes it."""
+"""Flags of a command, and their values: each range once, as argparse takes it."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
+from typing import Any, NoReturn
+
+UNKNOWN = "unrecognized arguments: "
+"""How argparse begins what it says of words that it does not know."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A command's parser. Names of flags are given whole: what an abbreviation means changes with the next new flag."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with status 2, the command's usage and what is wrong; of an unknown flag also the nearest known one."""
+        flag = message.removeprefix(UNKNOWN).split()[0].partition("=")[0] if message.startswith(UNKNOWN) else ""
+        known = [name for action in self._actions for name in action.option_strings]
+        close = difflib.get_close_matches(flag, known, n=1) if flag.startswith("-") else []
+        super().error(message + (f". Did you mean {close[0]}?" if close else ""))
 
 
 def count(text: str) -> int:

@@ -4,10 +4,10 @@ the digests that were noted when they were written."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from moellava.commands.given import Idle, refuse_idle
+from moellava.commands.values import CommandParser
 from moellava.errors import UserError
 from moellava.files import DIGESTS, digest_problems, read_digests, write_digests
 from moellava.log import printable
@@ -17,7 +17,7 @@ from moellava.startup import importing
 def main(argv: list[str] | None = None) -> int:
     """The subcommand. Exit status: see `moellava.convert.verify.PASSED`; a tensor passes within `--atol`, a file if it
     is what was written."""
-    parser = argparse.ArgumentParser(prog="moellava verify", description=" ".join((__doc__ or "").split()))
+    parser = CommandParser(prog="moellava verify", description=" ".join((__doc__ or "").split()))
     parser.add_argument("dir", type=Path, metavar="DIR", help="a model folder")
     parser.add_argument("--atol", type=float, default=1e-4, help="largest |Δ| that passes (default: 1e-4)")
     parser.add_argument("--files", action="store_true", help=f"compare the files with {DIGESTS}; needs no golden file")

@@ -104,7 +104,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def make_parser() -> HfArgumentParser:
     """The parser of all flags; also used to check that every shipped script parses."""
-    parser = FlagParser(ARGUMENT_CLASSES, formatter_class=FlagHelp)
+    parser = FlagParser(ARGUMENT_CLASSES, formatter_class=FlagHelp, allow_abbrev=False)
     for action in parser._actions:
         if callable(action.type):
             action.type = made(action.type, action.choices)

@@ -109,6 +109,13 @@ IDLE: dict[str, dict[str, str]] = {
 
 def flags_of(command: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """What a command's parser takes, without its help; those of `MoESpec` left out."""
+    parser = parser_of(command, monkeypatch)
+    names = {(action.option_strings or [action.dest])[0].lstrip("-") for action in parser._actions}
+    return names - {"h"} - ({item.name for item in fields(MoESpec)} if command == "upcycle" else set())
+
+
+def parser_of(command: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """What reads a command's words."""
     found: list[argparse.ArgumentParser] = []
 
     def catch(parser, *args, **kwargs):
@@ -119,8 +126,7 @@ def flags_of(command: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", catch)
     with pytest.raises(SystemExit):
         main([command])
-    names = {(action.option_strings or [action.dest])[0].lstrip("-") for action in found[0]._actions}
-    return names - {"h"} - ({item.name for item in fields(MoESpec)} if command == "upcycle" else set())
+    return found[0]
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +141,28 @@ def folder(parts, tmp_path_factory):
 def test_every_flag_of_a_command_is_judged_once(command, monkeypatch):
     judged = [*ACTS[command].split(), *IDLE.get(command, {})]
     assert sorted(judged) == sorted(flags_of(command, monkeypatch))
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"train"}))
+def test_a_flag_is_given_whole(command, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        parser = parser_of(command, patched)
+    whole = [name for action in parser._actions for name in action.option_strings if len(name) > 5]
+    assert whole
+    for name in whole:
+        with pytest.raises(SystemExit, match="2"):
+            made_optional(parser).parse_args([name[:-1]])
+        said = capsys.readouterr().err
+        assert f"unrecognized arguments: {name[:-1]}" in said and "Did you mean --" in said
+
+
+def made_optional(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """One that asks for nothing, so that it complains of what is there."""
+    for action in parser._actions:
+        action.required = False
+    for group in parser._mutually_exclusive_groups:
+        group.required = False
+    return parser
 
 
 @pytest.mark.parametrize(("command", "flag"), [(command, flag) for command in IDLE for flag in IDLE[command]])

@@ -172,6 +172,8 @@ def test_a_folder_says_itself_whether_images_are_enclosed(tmp_path, flags_for):
     ("flags", "said"),
     [
         ("--learning_rat_ 1", "--learning_rat_ is no flag. Did you mean --learning_rate?"),
+        ("--learning_rat 1", "--learning_rat is no flag. Did you mean --learning_rate?"),
+        ("--output o", "--output is no flag."),
         ("--image-towr t", "--image_towr is no flag. Did you mean --image_tower?"),
         ("stray", "'stray' (after 'out') belongs to no flag"),
         ("--learning_rate fast", "--learning_rate: 'fast' is no number"),
