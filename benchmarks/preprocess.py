@@ -29,7 +29,9 @@ os.environ["RAYON_NUM_THREADS"] = "1"
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from moellava.data.preprocess import is_plain, pieces_of, preprocess
+from moellava.data.preprocess import preprocess
+from moellava.data.render import renderer_for
+from moellava.data.tokenizer_facts import is_plain
 from moellava.data.tokenizers import load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "tokenizers"
@@ -81,9 +83,11 @@ def compare(
     conversations: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizerFast, version: str, rounds: int
 ) -> dict[str, float]:
     """Speeds of both, in conversations per second, and tokens per conversation."""
-    if is_plain(version):
+    renderer = renderer_for(version, tokenizer)
+    if is_plain(renderer):
         conversations = [turns[:2] for turns in conversations]
-    texts = ["".join(piece.text for piece in pieces_of(turns, tokenizer, version, True)) for turns in conversations]
+    rendered = [pieces for turns in conversations for pieces, _ in renderer.texts(turns, has_media=True)]
+    texts = ["".join(piece.text for piece in pieces) for pieces in rendered]
 
     def ours() -> None:
         for turns in conversations:

@@ -424,17 +424,17 @@ CHUNKS = (
     Mutation(
         "chunks-not-weighed",
         "train/loss.py",
-        "label_smoothing).mul_(dloss).to(dtype)",
-        "label_smoothing).to(dtype)",
+        "dlogits_Nv.mul_(dloss).to(dtype)",
+        "dlogits_Nv.to(dtype)",
         "With a large vocabulary the gradient is as many times too large as a step has tokens.",
         ("train/test_loss.py",),
     ),
     Mutation(
         "one-chunk-learnt-from",
         "train/loss.py",
-        "for begin in range(0, len(hidden_ND), rows):",
-        "for begin in range(0, min(len(hidden_ND), rows), rows):",
-        "With a large vocabulary only the first answers of a batch train the head.",
+        "is_here_N = (place_N >= 0) & (place_N < width)",
+        "is_here_N = place_N < width",
+        "With a large vocabulary words are trained as wrong ones that no row asks for.",
         ("train/test_loss.py",),
     ),
     Mutation(
@@ -448,8 +448,8 @@ CHUNKS = (
     Mutation(
         "smoothing-dropped-in-chunks",
         "train/loss.py",
-        "if label_smoothing:",
-        "if not label_smoothing:",
+        "if label_smoothing:\n        logits_Nv",
+        "if not label_smoothing:\n        logits_Nv",
         "--label_smoothing_factor changes the loss that is shown, and the gradient wrongly.",
         ("train/test_loss.py",),
     ),

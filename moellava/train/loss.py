@@ -10,8 +10,8 @@ selects the rows, so that HF's forward stays as it is, whichever class it belong
     logits     [N, V]          7     8                  N supervised positions of the batch
 
 Where the logits of all N rows would be more than `CHUNK` numbers, HF's forward sees those of no row. The head runs
-over all of them aside, in chunks, and each chunk's logits are computed again in the backward: no [N, V] exists. A plain
-linear head is one autograd node (`LinearLoss`), any other one is called within `torch.utils.checkpoint`.
+over all of them aside, in chunks, and logits are computed again in the backward: no [N, V] exists. A plain linear head
+is one autograd node (`LinearLoss`), any other one is called within `torch.utils.checkpoint`.
 """
 
 from __future__ import annotations
@@ -204,10 +204,12 @@ class SupervisedHead:
 
 
 class LinearLoss(torch.autograd.Function):
-    """Summed cross-entropy in fp32 of what a linear head says, a scalar, in chunks of rows.
+    """Summed cross-entropy in fp32 of what a linear head says, a scalar; no more logits are held than `rows` have.
 
-    Under autograd each chunk would bring a gradient of the weight's size; here they add up in one, to which that of a
-    tied embedding is added in place. Logits of a single chunk are kept for the backward.
+    The forward goes through the rows in chunks and keeps of each its log Σ exp, from which the backward has any part of
+    the softmax: it goes through the vocabulary, all rows at a time. So each part of the weight's gradient is a single
+    product, rounded once, where chunks of rows would be added up in 16 bits; and autograd adds that of a tied embedding
+    in place. Logits of a single chunk are kept for the backward.
 
     Args (of `apply`):
         hidden_ND, weight_VD, bias_V, target_N: rows, the head's tensors, and the labels.
@@ -218,54 +220,75 @@ class LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, rows: int, label_smoothing: float, dtype: torch.dtype):
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N)
-        ctx.options = (rows, label_smoothing, dtype)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            weight_VD, bias_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
-            sums = []
+            cast_VD, cast_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+            sums, lses = [], []
             for one_nD, target_n in zip(hidden_ND.split(rows), target_N.split(rows), strict=True):
-                logits_nV = functional.linear(one_nD.to(dtype), weight_VD, bias_V)
-                sums.append(cross_entropy_sum(logits_nV, target_n, label_smoothing))
+                logits_nV = functional.linear(one_nD.to(dtype), cast_VD, cast_V)
+                loss_n, lse_n = _losses_and_lse(logits_nV.float(), target_n, label_smoothing)
+                sums.append(loss_n.sum())
+                lses.append(lse_n)
             ctx.kept_NV = logits_nV if len(sums) == 1 else None
-            return torch.stack(sums).sum()
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, torch.cat(lses))
+        ctx.options = (rows, label_smoothing, dtype)
+        return torch.stack(sums).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        hidden_ND, own_VD, own_V, target_N = ctx.saved_tensors
+        hidden_ND, own_VD, own_V, target_N, lse_N = ctx.saved_tensors
         rows, label_smoothing, dtype = ctx.options
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        weight_VD, bias_V = own_VD.to(dtype), None if own_V is None else own_V.to(dtype)
-        dhidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
-        adds = own_VD.dtype == dtype  # in place: the first chunk's product is written, and nothing is zeroed before it
-        empty = torch.empty_like if adds and len(hidden_ND) else torch.zeros_like
-        dweight_VD = empty(own_VD) if wants_weight else None
-        dbias_V = torch.zeros_like(own_V) if wants_bias else None
+        cast_ND, cast_VD, cast_V = hidden_ND.to(dtype), own_VD.to(dtype), None if own_V is None else own_V.to(dtype)
+        dhidden_ND = None
+        dweight_VD = torch.empty_like(own_VD) if wants_weight else None
+        dbias_V = torch.empty_like(own_V) if wants_bias else None
         kept_NV, ctx.kept_NV = ctx.kept_NV, None  # it becomes the gradient
-        for begin in range(0, len(hidden_ND), rows):
-            chunk = slice(begin, begin + rows)
-            hidden_nD = hidden_ND[chunk].to(dtype)
-            logits_nV = functional.linear(hidden_nD, weight_VD, bias_V) if kept_NV is None else kept_NV
-            dlogits_nV = _into_gradient(logits_nV.float(), target_N[chunk], label_smoothing).mul_(dloss).to(dtype)
-            if dhidden_ND is not None:
-                dhidden_ND[chunk] = dlogits_nV @ weight_VD
-            if dweight_VD is not None and adds:
-                dweight_VD.addmm_(dlogits_nV.t(), hidden_nD, beta=int(begin > 0))
+        width = max(rows * len(own_VD) // max(len(hidden_ND), 1), 1)
+        for begin in range(0, len(own_VD), width):
+            part = slice(begin, begin + width)
+            bias_v = None if cast_V is None else cast_V[part]
+            logits_Nv = functional.linear(cast_ND, cast_VD[part], bias_v) if kept_NV is None else kept_NV
+            dlogits_Nv = _into_gradient(logits_Nv.float(), lse_N, target_N - begin, label_smoothing, len(own_VD))
+            dlogits_Nv = dlogits_Nv.mul_(dloss).to(dtype)
+            if wants_hidden:
+                product_ND = dlogits_Nv @ cast_VD[part]
+                dhidden_ND = product_ND if dhidden_ND is None else dhidden_ND.float().add_(product_ND)
+            if dweight_VD is not None and own_VD.dtype == dtype:
+                torch.mm(dlogits_Nv.t(), cast_ND, out=dweight_VD[part])
             elif dweight_VD is not None:
-                dweight_VD += dlogits_nV.t() @ hidden_nD
+                dweight_VD[part] = dlogits_Nv.t() @ cast_ND
             if dbias_V is not None:
-                dbias_V += dlogits_nV.sum(0)
+                dbias_V[part] = dlogits_Nv.sum(0)
+        dhidden_ND = None if dhidden_ND is None else dhidden_ND.to(hidden_ND.dtype)
         return dhidden_ND, dweight_VD, dbias_V, None, None, None, None
 
 
-def _into_gradient(logits_nV: Tensor, target_n: Tensor, label_smoothing: float) -> Tensor:
-    """The gradient of the summed cross-entropy by its logits, in their place: softmax minus the targets."""
-    logits_nV.sub_(logits_nV.amax(1, keepdim=True)).exp_()
-    logits_nV.div_(logits_nV.sum(1, keepdim=True))
+def _losses_and_lse(logits_nV: Tensor, target_n: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of each row, and its log Σ exp."""
+    loss_n = functional.cross_entropy(logits_nV, target_n, reduction="none")
+    said_n = logits_nV.gather(1, target_n.unsqueeze(1)).squeeze(1)
+    lse_n = loss_n + said_n
     if label_smoothing:
-        logits_nV.sub_(label_smoothing / logits_nV.shape[1])
-    of_target = logits_nV.new_full((len(target_n), 1), label_smoothing - 1.0)
-    return logits_nV.scatter_add_(1, target_n.unsqueeze(1), of_target)
+        loss_n = loss_n + label_smoothing * (said_n - logits_nV.mean(1))
+    return loss_n, lse_n
+
+
+def _into_gradient(logits_Nv: Tensor, lse_N: Tensor, place_N: Tensor, label_smoothing: float, words: int) -> Tensor:
+    """The gradient of the summed cross-entropy by some of the logits, in their place: softmax minus the targets.
+
+    Args:
+        lse_N: log Σ exp of each row over the whole vocabulary.
+        place_N: where its target stands among these logits; elsewhere: not among them.
+        words: V.
+    """
+    logits_Nv.sub_(lse_N.unsqueeze(1)).exp_()
+    if label_smoothing:
+        logits_Nv.sub_(label_smoothing / words)
+    width = logits_Nv.shape[1]
+    is_here_N = (place_N >= 0) & (place_N < width)
+    of_target_N1 = is_here_N.to(logits_Nv.dtype).mul_(label_smoothing - 1.0).unsqueeze(1)
+    return logits_Nv.scatter_add_(1, place_N.clamp(0, width - 1).unsqueeze(1), of_target_N1)
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

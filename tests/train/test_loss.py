@@ -86,6 +86,20 @@ def test_chunks_add_up_to_the_whole(name, rows, dtype, smoothing, monkeypatch):
     torch.testing.assert_close(found, wanted, **limit)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 64, 300])
+def test_a_head_in_16_bits_is_rounded_once_however_many_chunks(rows):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(256, 32), torch.randn(97, 32) / 4
+    targets = torch.randint(0, 97, (256,))
+    wanted = weight.to(torch.bfloat16).double().requires_grad_()
+    functional.cross_entropy(hidden.to(torch.bfloat16).double() @ wanted.t(), targets, reduction="sum").backward()
+    found = weight.to(torch.bfloat16).requires_grad_()
+    options = (hidden.to(torch.bfloat16), found, None, targets, rows, 0.0, torch.bfloat16)
+    loss_module.LinearLoss.apply(*options).backward()
+    off = (found.grad.double() - wanted.grad).norm() / wanted.grad.norm()
+    assert off < 4e-3, "rows added up in chunks of one are 2e-2 off"
+
+
 def test_what_a_head_draws_is_drawn_again_in_the_backward(monkeypatch):
     """An adapter's dropout: the gradient of the loss that was reported, not of another draw."""
     monkeypatch.setattr(loss_module, "CHUNK", 2 * 11)
