@@ -184,6 +184,12 @@ def test_where_it_cannot_run_it_is_refused(device, dtype, interpreter, words, pa
     assert require_kernel("scattermoe", torch.device("cuda"), torch.bfloat16).run is scattered.run_scattered
 
 
+def test_an_older_release_is_refused(package, monkeypatch):
+    monkeypatch.setattr(package, "parallel_linear", lambda inputs, expert_weights, k, padded_block_idxs: None)
+    with pytest.raises(UserError, match="scattermoe cannot run here.*older than release 0.3.0.*--moe_kernel auto"):
+        require_kernel("scattermoe", torch.device("cuda"), torch.bfloat16)
+
+
 def test_without_the_package_it_is_refused(monkeypatch):
     monkeypatch.setattr("moellava.moe.kernels.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--moe_kernel scattermoe needs the package scattermoe.*--moe_kernel auto"):
