@@ -18,6 +18,8 @@ from moellava.moe.grouped import can_group, run_adapted, run_grouped
 from moellava.moe.kernels import AUTO, KERNELS, Dispatch, ExpertKernel, require_kernel
 from moellava.moe.losses import tally
 from moellava.moe.router import Choice, is_at_hand
+from moellava.moe.scattered import PACKAGE as SCATTERMOE
+from moellava.moe.scattered import run_scattered, why_not_scattered
 from moellava.moe.weights import Layout, tensors_of
 
 
@@ -41,7 +43,9 @@ def sort_by_expert(choice: Choice, gate_Nk: Tensor, n_experts: int, leave_out: b
     token_R = order_R // k
     if choice.token_N is not None:
         token_R = choice.token_N.index_select(0, token_R)
-    return Dispatch(token_R, gate_Nk.reshape(-1).index_select(0, order_R), count_E)
+    is_whole = choice.token_N is None and len(order_R) == len(flat_R)
+    gate_R = gate_Nk.reshape(-1).index_select(0, order_R)
+    return Dispatch(token_R, gate_R, count_E, order_R if is_whole else None)
 
 
 def run_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch, kernel: str = AUTO) -> Tensor:
@@ -120,6 +124,7 @@ LOOP, FUSED, GROUPED = "loop", "fused", "grouped"
 KERNELS.register(LOOP, ExpertKernel(None))
 KERNELS.register(FUSED, ExpertKernel(_fused))
 KERNELS.register(GROUPED, ExpertKernel(_grouped, why_not=_why_not_grouped))
+KERNELS.register(SCATTERMOE, ExpertKernel(run_scattered, SCATTERMOE, why_not_scattered))
 
 
 def loop_over_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch) -> Tensor:

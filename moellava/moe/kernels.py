@@ -6,6 +6,7 @@ Legend: T tokens, D hidden, R routed rows sorted by expert, E experts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,11 +31,14 @@ class Dispatch:
         token_R: which row of x each routed row reads and adds to.
         gate_R: weight of the row's output, with gradient.
         count_E: rows of each expert, in order; their sum is R.
+        order_R: where each row stands among the choices of all T tokens, k of each, token by token. None: some of them
+            have no row, or it is not known.
     """
 
     token_R: Tensor
     gate_R: Tensor
     count_E: Tensor
+    order_R: Tensor | None = None
 
     @cached_property
     def counts(self) -> list[int]:
@@ -71,6 +75,19 @@ KERNELS: Registry[ExpertKernel] = Registry("--moe_kernel")
 
 KERNELS.register(AUTO, ExpertKernel(None))
 
+_RATHER = "Take grouped (a GPU in bf16) or scattermoe, or register it in a plug-in (docs/MOE.md, 'Kernels')."
+
+NOT_SERVED = {
+    "sonicmoe": f"its kernels are made on a Hopper GPU when first run, and no call of it could be tried. {_RATHER}",
+    "megablocks": "its last release is for torch 2.7.0 alone, and the hub's build of it is a layer of GPT-OSS with the "
+    f"router in it. {_RATHER}",
+    "liger": "its experts have w1 and w3 in one tensor of all experts, which each forward would copy; and its flag for "
+    f"dense layers, --use_liger_kernel, is refused too (docs/TRAIN.md). {_RATHER}",
+    "flashattn": "it computes attention: --attn_implementation flash_attention_2.",
+    "flashattention2": "it computes attention: --attn_implementation flash_attention_2.",
+}
+"""Package that may be asked for -> why no kernel has its name, and what to do. In small letters, without - and _."""
+
 
 def require_kernel(name: str, device: torch.device, dtype: torch.dtype) -> ExpertKernel:
     """A kernel by name, where it can run.
@@ -79,8 +96,11 @@ def require_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Exper
         device, dtype: where, and of the products.
 
     Raises:
-        UserError: an unknown name, a package that is not installed, another device or dtype.
+        UserError: an unknown name, a package that is not served or not installed, another device or dtype.
     """
+    reason = NOT_SERVED.get(re.sub("[-_]|kernel", "", name.lower()))
+    if name not in KERNELS and reason is not None:
+        raise UserError(f"--moe_kernel {name} is not served: {reason}")
     kernel = KERNELS[name]
     if kernel.package is not None and find_spec(kernel.package) is None:
         raise UserError(

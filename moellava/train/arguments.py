@@ -153,7 +153,9 @@ class MoEArguments(MoESpecFlags):
         "model's own ones with --fsdp_size.",
         1,
     )
-    moe_kernel: str = _flag("Stage 3: what runs the experts: auto, loop, fused, grouped, or a plug-in's.", "auto")
+    moe_kernel: str = _flag(
+        "Stage 3: what runs the experts: auto, loop, fused, grouped, scattermoe, or a plug-in's.", "auto"
+    )
     train_modules: list[str] | None = _flag(
         "Stage 3: module names to train instead of experts and routers; 'wg' stands for the routers."
     )

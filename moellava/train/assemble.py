@@ -158,7 +158,10 @@ def choose_attention(model: Any, name: str | None) -> None:
     try:
         model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
-        raise UserError(f"--attn_implementation {name}: {error}") from error
+        said = str(error).rstrip(".")
+        raise UserError(
+            f"--attn_implementation {name}: {said}. Leave the flag out, or take sdpa, which needs no package."
+        ) from error
 
 
 def composition(llm: Manifest, stage: Stage, model_args: ModelArguments, data_args: DataArguments) -> Description:

@@ -171,6 +171,14 @@ CONFLICTS: list[Rule] = [
         "--moe_kernel {moe.moe_kernel} runs the experts of stage 3: it needs --moe_enable True.",
     ),
     (
+        lambda f: (
+            (f.model.attn_implementation or "").startswith("flash_attention")
+            and not (f.training.bf16 or f.training.fp16)
+        ),
+        "--attn_implementation {model.attn_implementation} computes in 16 bits alone: it needs --bf16 True or --fp16 "
+        "True. Leave the flag out for fp32.",
+    ),
+    (
         lambda f: f.moe.ep_size > 1 and not f.training.deepspeed and not f.is_fsdp,
         "--ep_size {moe.ep_size} needs --deepspeed (upcycled experts) or --fsdp_size (a language model's own): the "
         "native engine keeps all experts in each process.",

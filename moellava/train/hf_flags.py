@@ -229,8 +229,8 @@ _COMPILE = Refused(
     "and again: 10 to 13 graphs in 8 steps, which took 30 times as long, for the same losses. Leave the flag out."
 )
 _LIGER = Refused(
-    "is not served: it patches classes by their names, which MoE layers and extended models here have not, and takes "
-    "the loss over, which needs no full logits here. Leave the flag out."
+    "is not served: it replaces the forward of each layer's MLP, which an MoE layer has not the parts of, and that of "
+    "the model, for a loss that needs no full logits; here none needs them. Leave the flag out."
 )
 _FSDP = Refused(
     "is not served: it shards nothing on the CPU, and knows no experts. Parameters are split with --fsdp_size N, or "

@@ -103,9 +103,10 @@ def test_attention_is_computed_as_asked_and_recomputed_when_asked(family_id, run
     assert used.count(False) >= 3 * 2 and True not in used, "non-reentrant, each layer in each step"
 
 
-def test_attention_that_does_not_exist_is_named(run):
-    with pytest.raises((UserError, ValueError), match="--attn_implementation quick"):
-        run("llava-1.5", attn_implementation="quick")
+@pytest.mark.parametrize("name", ["quick", "flash_attention_2"])
+def test_attention_that_is_not_there_is_named_with_the_way_out(name, run):
+    with pytest.raises(UserError, match=f"--attn_implementation {name}: .*Leave the flag out, or take sdpa"):
+        run("llava-1.5", attn_implementation=name, bf16=True)
 
 
 @pytest.mark.slow

@@ -83,9 +83,14 @@ def test_the_name_decides_what_runs(sparse, monkeypatch):
 @pytest.mark.parametrize(
     ("kernel", "place", "words"),
     [
-        ("fusde", (CPU, FP32), "Unknown --moe_kernel 'fusde'. Did you mean 'fused'.*auto, loop, fused, grouped"),
+        ("fusde", (CPU, FP32), "Unknown --moe_kernel 'fusde'. Did you mean 'fused'.*auto, loop, fused, grouped, sc"),
         ("theirs", (CPU, FP32), "--moe_kernel theirs needs the package no_such_package.*--moe_kernel auto"),
         ("gpu", (CPU, FP32), "--moe_kernel gpu cannot run here .cpu, float32.: it needs a GPU.*--moe_kernel auto"),
+        ("sonicmoe", (CPU, FP32), "--moe_kernel sonicmoe is not served: .*Hopper GPU.*Take grouped .*plug-in"),
+        ("Sonic-MoE", (CPU, FP32), "--moe_kernel Sonic-MoE is not served: .*Hopper GPU"),
+        ("megablocks", (CPU, FP32), "--moe_kernel megablocks is not served: .*torch 2.7.0 alone.*Take grouped"),
+        ("liger_kernel", (CPU, FP32), "--moe_kernel liger_kernel is not served: .*--use_liger_kernel, is refused too"),
+        ("flash-attn", (CPU, FP32), "--moe_kernel flash-attn is not served: .*--attn_implementation flash_attention_2"),
         ("grouped", (torch.device("cuda"), torch.float16), "grouped cannot run here .cuda, float16.*--bf16 True"),
     ],
 )
@@ -95,6 +100,11 @@ def test_what_cannot_run_is_refused_by_name(kernel, place, words, sparse, masked
     KERNELS.register("gpu", ExpertKernel(run_masked, why_not=no_gpu))
     with pytest.raises(UserError, match=words):
         use_kernel(sparse, kernel, *place)
+
+
+def test_a_plug_in_may_take_a_name_that_is_not_served(sparse, masked):
+    KERNELS.register("sonicmoe", KERNELS["masked"])
+    assert use_kernel(sparse, "sonicmoe", CPU, FP32) == "sonicmoe"
 
 
 def test_experts_that_a_kernel_does_not_know_are_refused(sparse):

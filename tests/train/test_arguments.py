@@ -52,6 +52,8 @@ def test_every_conflict_is_named_in_one_error():
         ('--gradient_checkpointing_kwargs {"use_reentrant":true}', "leaves the routers without a gradient"),
         ("--gradient_checkpointing_kwargs none-such", "none-such"),
         ("--moe_enable True --freeze_backbone True", "--freeze_backbone"),
+        ("--attn_implementation flash_attention_2", "flash_attention_2 computes in 16 bits alone.*--bf16 True"),
+        ("--use_liger_kernel True", "--use_liger_kernel True: is not served: .*Leave the flag out"),
     ],
 )
 def test_a_flag_that_cannot_be_served_is_refused_by_name(flags, named):
