@@ -11,7 +11,7 @@ from typing import Any
 from moellava.constants import MODALITIES, ROLES
 from moellava.data.embedded import content_of, data_uri, file_name, is_embedded, is_part
 from moellava.data.records import load_records, paths_of
-from moellava.data.remote_shards import ShardPart
+from moellava.data.shard_parts import ShardPart
 from moellava.data.skip_lists import SkipList
 from moellava.errors import DataError, UserError
 from moellava.files import file_problem, require_output, written
@@ -68,7 +68,7 @@ def _folder(name: str | Path) -> Path:
 
 def _take_out(record: dict[str, Any], folder: Path | None, files: set[str], name: str) -> None:
     """Puts files in the place of what a record holds itself; without a folder, data URIs in that of what lies in a
-    shard elsewhere. Raises DataError where that is broken."""
+    shard. Raises DataError where that is broken."""
     for modality in MODALITIES:
         paths = paths_of(record, modality)
         if any(map(is_embedded if folder else is_part, paths)):
