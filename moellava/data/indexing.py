@@ -21,6 +21,7 @@ from moellava.data.record_reader import RecordReader
 from moellava.data.record_rows import rows_for
 from moellava.data.remote import copied, is_remote
 from moellava.data.shard_parts import Shard, shard_at
+from moellava.data.tables import SPLITS
 from moellava.errors import DataError, UserError
 from moellava.files import file_digest
 from moellava.log import get_logger
@@ -126,7 +127,8 @@ def files_of(path: Path) -> list[tuple[str, int, int]]:
     """(name, size in bytes, time of change in ns) of a data file, or of the files in a folder; none where there are
     none that can be read."""
     try:
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        inside = path.rglob if (path / SPLITS).is_file() else path.glob
+        found = sorted(inside("*")) if path.is_dir() else [path]
         states = [(file, os.stat(file)) for file in found]
     except (OSError, ValueError):  # whoever reads it says why
         return []

@@ -5,8 +5,8 @@ A column's part of a row group is pages, one behind the other, each with a head 
 (`PageHeader` of https://github.com/apache/parquet-format). Values stand in pages of data, or, each once, in the page in
 front of them, as length (4 bytes), content, length, content, …; and a page is packed as a whole.
 
-Snappy, the usual packing, cuts what it packs into blocks of 64 KiB that know nothing of each other: those that hold a
-value can be unpacked by themselves, however large their page is. Of what is packed otherwise, a page is unpacked.
+Snappy, with which most writers pack, cuts what it packs into blocks of 64 KiB that know nothing of each other: those
+that hold a value can be unpacked by themselves, however large their page is. Of what is packed otherwise, a page is.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from moellava.data.shard_places import SNAPPY, Place
 
 BLOCK = 2**16
 """Bytes that snappy packs by themselves."""
+
+WORTH_CUTTING = 4 * BLOCK
+"""Bytes of a page that snappy has packed above which it is looked for where its blocks begin."""
 
 BESIDE = 2**21
 """Bytes that may have to be unpacked beside a picture. One that would take more has no place: to read it from there
@@ -105,25 +108,23 @@ def places_of_group(file: Twice, metadata: Any, group: int) -> dict[Key, Place]:
     places: dict[Key, Place] = {}
     file.parts.clear()
     for number in range(metadata.num_columns):
-        column, described = metadata.row_group(group).column(number), metadata.schema.column(number)
-        if (
-            described.physical_type != "BYTE_ARRAY"
-            or described.logical_type.type != "NONE"
-            or column.compression not in CODECS
-        ):
+        column, schema = metadata.row_group(group).column(number), metadata.schema.column(number)
+        is_bytes = schema.physical_type == "BYTE_ARRAY" and schema.logical_type.type == "NONE"
+        if not is_bytes or column.compression not in CODECS:
             continue
         begin = min(column.dictionary_page_offset or column.data_page_offset, column.data_page_offset)
         chunk = file.part(begin, column.total_compressed_size)
+        levels = (schema.max_repetition_level > 0) + (schema.max_definition_level > 0)
         try:
-            for page in _pages(chunk, CODECS[column.compression], described):
+            for page in _pages(chunk, CODECS[column.compression], levels):
                 places |= {key: place._replace(begin=begin + place.begin) for key, place in _places(chunk, page)}
         except NOT_UNDERSTOOD:  # who reads the rows says what is wrong with it, if something is
             continue
     return places
 
 
-def _pages(chunk: bytes, codec: str, described: Any) -> Iterator[Page]:
-    """The pages of a column's part of a row group that hold values as they are. `described`: the column, as the schema has it."""
+def _pages(chunk: bytes, codec: str, levels: int) -> Iterator[Page]:
+    """The pages of a column's part of a row group that hold values as they are. `codec`, `levels`: see `Page`."""
     place = 0
     while place < len(chunk):
         head, begin = _struct(chunk, place)
@@ -133,16 +134,10 @@ def _pages(chunk: bytes, codec: str, described: Any) -> Iterator[Page]:
         if head[1] == DICTIONARY and head[7][2] in (PLAIN, PLAIN_DICTIONARY):
             yield Page(begin, place, codec, head[2], 0)
         elif head[1] == DATA and head[5][2] == PLAIN:
-            yield Page(
-                begin,
-                place,
-                codec,
-                head[2],
-                (described.max_repetition_level > 0) + (described.max_definition_level > 0),
-            )
+            yield Page(begin, place, codec, head[2], levels)
         elif head[1] == DATA_V2 and head[8][4] == PLAIN:
-            levels = head[8][5] + head[8][6]  # bytes, which are not packed
-            yield Page(begin + levels, place, codec if head[8].get(7, True) else "", head[2] - levels, 0)
+            front = head[8][5] + head[8][6]  # bytes of the same numbers, which are not packed here
+            yield Page(begin + front, place, codec if head[8].get(7, True) else "", head[2] - front, 0)
 
 
 def _places(chunk: bytes, page: Page) -> Iterator[tuple[Key, Place]]:
@@ -172,12 +167,14 @@ def _places(chunk: bytes, page: Page) -> Iterator[tuple[Key, Place]]:
 
 def _borders(packed: memoryview, page: Page) -> list[tuple[int, int]]:
     """Where a page can be cut: (bytes before it unpacked, and packed), its begin and end among them."""
-    if page.codec != SNAPPY:
-        return [(0, 0), (page.size, len(packed))]
-    begin = 1
-    while packed[begin - 1] & 128:  # the size, before the stream
+    begin = 0
+    if page.codec == SNAPPY:
+        while packed[begin] & 128:  # the size, before the stream
+            begin += 1
         begin += 1
-    return [(0, begin), (page.size, len(packed))] if page.size <= BESIDE else _blocks(packed, begin)
+        if page.size > WORTH_CUTTING:
+            return _blocks(packed, begin)
+    return [(0, begin), (page.size, len(packed))]
 
 
 def _blocks(packed: memoryview, at: int) -> list[tuple[int, int]]:

@@ -86,7 +86,7 @@ class Span(NamedTuple):
 
 
 class Distant:
-    """A content that lies elsewhere. As text it says where."""
+    """A content that lies elsewhere, or in a shard. As text it says where."""
 
     state: int | None
     """64 bits of what the other side says of it, under which it is kept; 0: it is not, None: there is no such

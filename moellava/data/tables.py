@@ -23,6 +23,9 @@ from moellava.errors import DataError, UserError
 ROWS = 64
 """Rows that are read together. Those with images take megabytes each."""
 
+SPLITS = "dataset_dict.json"
+"""What names the splits of a data set of `datasets`, each of which is a folder."""
+
 
 def parquet_rows(name: Path | str) -> Iterator[Any]:
     """The rows of a Parquet file, here or elsewhere."""
@@ -61,12 +64,12 @@ def arrow_rows(path: Path, inside: str = "") -> Iterator[Any]:
 
 def dataset_rows(path: Path) -> Iterator[Any]:
     """The rows of a folder that `datasets.save_to_disk` wrote; of one that holds splits, if there is a single one."""
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if not any((path / name).is_file() for name in ("state.json", SPLITS)):
         raise DataError(f"{path} is a folder, but no data set that `datasets` has saved to disk: name the files in it")
     try:
         folder = ""
-        if (path / "dataset_dict.json").is_file():
-            splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        if (path / SPLITS).is_file():
+            splits = json.loads((path / SPLITS).read_text(encoding="utf-8"))["splits"]
             if len(splits) != 1:
                 raise DataError(f"{path} holds the splits {', '.join(splits)}: name the folder of one of them")
             folder = f"{splits[0]}/"
