@@ -3,8 +3,8 @@
 
     MOELLAVA_CACHE, or else HF_HOME/moellava, XDG_CACHE_HOME/moellava, ~/.cache/moellava
 
-Everything in it is named by content, and can be made again: it may be deleted whenever no run begins. Nothing is ever
-written beside the data.
+Everything in it is named by content, and can be made again: it may be deleted whenever no run begins, but for copies of
+shards, which a run reads to its end. Nothing is ever written beside the data.
 """
 
 from __future__ import annotations

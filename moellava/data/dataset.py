@@ -121,7 +121,7 @@ class SupervisedDataset(Batches, Dataset):
 
     def fetch_ahead(self, indices: Iterable[int]) -> None:
         """Fetches images of samples that lie elsewhere, for whoever asks for the samples next."""
-        if self.known is None and (self.records.in_shards or isinstance(self.files.image_folder, RemoteFolder)):
+        if self.known is None and (self.records.lie_elsewhere or isinstance(self.files.image_folder, RemoteFolder)):
             numbers = [int(self._kept[index]) for index in indices if index != FILLER]
             self.files.fetch_ahead(medium for number in numbers for medium in media_of(self.records[number]))
 

@@ -35,7 +35,7 @@ TO_FILES = "`moellava convert-data --image-folder` writes a file for each"
 """The way out, where a file is needed."""
 
 PART = "data:shard;"
-"""How the path of a picture begins that lies in a shard elsewhere: see `remote_shards.py`."""
+"""How the path of a picture begins that lies in a shard: see `shard_parts.py`."""
 
 _UNKNOWN = ("application/octet-stream", ".bin")
 
@@ -52,12 +52,29 @@ def is_embedded(path: Any) -> bool:
     return isinstance(path, str) and path[:5].lower() == "data:"
 
 
-class Part(str):
-    """The path of a picture in a shard, as the shard's reader writes it. Nobody else may."""
+class Lying(str):
+    """The data URI of a picture that can be read where it lies in its shard.
+
+    Args:
+        uri: of its content.
+        place: in the shard; see `shard_parts.py`.
+    """
+
+    place: str
+
+    def __new__(cls, uri: str, place: str) -> Lying:
+        made = super().__new__(cls, uri)
+        made.place = place
+        return made
+
+    @property
+    def part(self) -> str:
+        """What stands for it in the index of its shard."""
+        return f"{PART}{self.place};{digest_of_held(self):016x}"
 
 
 def is_part(path: Any) -> bool:
-    """Whether a path of a record tells a picture in a shard that lies elsewhere."""
+    """Whether a path of a record tells a picture in a shard."""
     return isinstance(path, str) and path.startswith(PART)
 
 

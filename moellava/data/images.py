@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,13 +132,13 @@ def image_problem(path: ImageFile, in_full: bool = False, limits: Limits = USUAL
     """What is wrong with an image file, or None.
 
     Args:
-        path: the file; an embedded one is decoded in full.
+        path: the file, or its content.
         in_full: decode every pixel. Otherwise only head and ending are read, which finds files that are missing, of
             another format, cut short or beyond the limits; a file whose ending is unusual is decoded in full even so.
         limits: how large it may be.
     """
     try:
-        if in_full or isinstance(path, Embedded) or not _looks_complete(Path(path), limits):
+        if in_full or not _looks_complete(path, limits):
             open_image(path, limits)
     except DataError as error:
         return str(error)
@@ -185,16 +186,23 @@ def _source(path: ImageFile) -> str | Path | io.BytesIO:
     return io.BytesIO(path.getvalue()) if isinstance(path, Embedded) else path
 
 
-def _looks_complete(path: Path, limits: Limits) -> bool:
+def _looks_complete(path: ImageFile, limits: Limits) -> bool:
     """Whether head and ending are those of a complete image; False where that is not certain."""
     try:
         with _opened(path, limits) as image:
             ending = _ENDINGS.get(str(image.format))
-            with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - _TAIL))
-                return ending is not None and ending in file.read()
+            return ending is not None and ending in _tail(path)
     except BadFileError:
         return False
+
+
+def _tail(path: ImageFile) -> bytes:
+    """The last bytes of an image file."""
+    if isinstance(path, Embedded):
+        return path.getvalue()[-_TAIL:]
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+        return file.read()
 
 
 def _orientation(image: Image.Image) -> int:

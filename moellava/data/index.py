@@ -60,12 +60,13 @@ class FileIndex:
     Args:
         content: an Arrow file's content, or the path of one.
         facts: what was found out about the whole file; JSON.
+        lies: the path or the address of the file, in which pictures may lie.
     """
 
-    def __init__(self, content: bytes | Path, facts: dict[str, Any]):
+    def __init__(self, content: bytes | Path, facts: dict[str, Any], lies: str = ""):
         from pyarrow import ipc, py_buffer
 
-        self._content, self.facts = content, facts
+        self._content, self.facts, self.lies = content, facts, lies
         self._map: mmap.mmap | None = None
         if isinstance(content, Path):
             with content.open("rb") as file:
@@ -78,7 +79,7 @@ class FileIndex:
         self._reads = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FileIndex, (self._content, self.facts)
+        return FileIndex, (self._content, self.facts, self.lies)
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -182,13 +183,13 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def index_in_memory(rows: Iterable[Row], facts: dict[str, Any]) -> FileIndex:
-    """An index of rows. `facts` are complete when the last row has been asked for."""
+def index_in_memory(rows: Iterable[Row], facts: dict[str, Any], lies: str = "") -> FileIndex:
+    """An index of rows. `facts` are complete when the last row has been asked for; `lies`: see `FileIndex`."""
     import pyarrow as arrow
 
     sink = arrow.BufferOutputStream()
     write_index(sink, rows)
-    return FileIndex(sink.getvalue().to_pybytes(), facts)
+    return FileIndex(sink.getvalue().to_pybytes(), facts, lies)
 
 
 def save_index(folder: Path, rows: Iterable[Row], facts: dict[str, Any]) -> None:
@@ -198,9 +199,9 @@ def save_index(folder: Path, rows: Iterable[Row], facts: dict[str, Any]) -> None
     write_json(folder / FACTS, facts)
 
 
-def open_index(folder: Path) -> FileIndex:
-    """What `save_index` has written, mapped."""
-    return FileIndex(folder / RECORDS, read_object(folder / FACTS))
+def open_index(folder: Path, lies: str = "") -> FileIndex:
+    """What `save_index` has written, mapped; `lies`: see `FileIndex`."""
+    return FileIndex(folder / RECORDS, read_object(folder / FACTS), lies)
 
 
 def wrong_row(called: str, problem: str, digest: int) -> Row:

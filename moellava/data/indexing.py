@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from moellava.data.index import FileIndex, index_in_memory, open_index, save_ind
 from moellava.data.record_reader import RecordReader
 from moellava.data.record_rows import rows_for
 from moellava.data.remote import copied, is_remote
-from moellava.data.remote_shards import Shard, shard_at
+from moellava.data.shard_parts import Shard, shard_at
+from moellava.data.tables import SPLITS
 from moellava.errors import DataError, UserError
 from moellava.files import file_digest
 from moellava.log import get_logger
@@ -31,11 +32,11 @@ KEPT_FROM = 2**20
 SETTLED = 2.0
 """Seconds after which a file that changes would have another time of change, on any file system."""
 
-IN_SHARD = "in_shard"
-"""The fact that a file's pictures lie in it, elsewhere."""
-
 INDEXES, DIGESTS = "indexes", "digests"
 """Folders of the cache: indexes by content, and the contents of files by their size and time of change."""
+
+Reading = Callable[[], tuple[Iterator[Any], dict[str, Any]]]
+"""() -> the rows of a file, and its facts. See `_read`."""
 
 logger = get_logger(__name__)
 
@@ -61,7 +62,7 @@ def index_of(path: str | Path, roles: tuple[str, str] = ROLES) -> FileIndex:
     read = partial(_read, lambda: rows_of(path), roles)
     if sum(size for _, size, _ in files) >= KEPT_FROM and (folder := cache_folder()) is not None:
         return _kept_index(folder, _name_of(Path(path), files, roles, folder), path, read)
-    return index_in_memory(*read())
+    return index_in_memory(*read(), lies=str(path))
 
 
 def _index_of_shard(shard: Shard, roles: tuple[str, str]) -> FileIndex:
@@ -69,17 +70,17 @@ def _index_of_shard(shard: Shard, roles: tuple[str, str]) -> FileIndex:
     folder = cache_folder()
     assert folder is not None, "what lies elsewhere is copied where nothing can be kept, and that is refused"
     name = sha256_of([code_digest(), roles, shard.url, shard.state])
-    read = partial(_read, lambda: shard.read(shard.url), roles, {IN_SHARD: True})
+    read = partial(_read, lambda: shard.read(shard.url), roles)
     return _kept_index(folder, name, shard.url, read)
 
 
-def _kept_index(folder: Path, name: str, path: str | Path, read: Callable[[], Any]) -> FileIndex:
+def _kept_index(folder: Path, name: str, path: str | Path, read: Reading) -> FileIndex:
     """The index of that name in the cache, made if need be; of a broken file, one that is not kept."""
     try:
         entry = kept(folder, f"{INDEXES}/{name}", lambda entry: _save(entry, path, read), f"reading {path}")
-        return open_index(entry)
+        return open_index(entry, str(path))
     except _BrokenFileError:  # what is wrong with it may be mended
-        return index_in_memory(*read())
+        return index_in_memory(*read(), lies=str(path))
     except OSError as error:
         raise UserError(
             f"The index of {path} cannot be kept in {folder}: {error.strerror or error}. Make room there, or name "
@@ -91,7 +92,7 @@ class _BrokenFileError(Exception):
     """A data file that cannot be read to its end."""
 
 
-def _save(entry: Path, path: str | Path, read: Callable[[], Any]) -> None:
+def _save(entry: Path, path: str | Path, read: Reading) -> None:
     logger.info("Reading %s: its index is kept in %s", path, entry.parent)
     began = time.monotonic()
     rows, facts = read()
@@ -101,17 +102,14 @@ def _save(entry: Path, path: str | Path, read: Callable[[], Any]) -> None:
     logger.info("Read %s in %.0f s", path, time.monotonic() - began)
 
 
-def _read(
-    values: Callable[[], Iterator[Any]], roles: tuple[str, str], known: Mapping[str, Any] = {}
-) -> tuple[Iterator[Any], dict[str, Any]]:
+def _read(values: Callable[[], Iterator[Any]], roles: tuple[str, str]) -> tuple[Iterator[Any], dict[str, Any]]:
     """The rows of a file, and its facts, which are complete when the last row has been asked for.
 
     Args:
         values: opens the file.
         roles: see `index_of`.
-        known: facts beside those.
     """
-    facts: dict[str, Any] = {"problems": [], "ignored": {}, "seen": [], **known}
+    facts: dict[str, Any] = {"problems": [], "ignored": {}, "seen": []}
 
     def rows() -> Iterator[Any]:
         reader = RecordReader(roles)
@@ -129,7 +127,8 @@ def files_of(path: Path) -> list[tuple[str, int, int]]:
     """(name, size in bytes, time of change in ns) of a data file, or of the files in a folder; none where there are
     none that can be read."""
     try:
-        found = sorted(path.iterdir()) if path.is_dir() else [path]
+        inside = path.rglob if (path / SPLITS).is_file() else path.glob
+        found = sorted(inside("*")) if path.is_dir() else [path]
         states = [(file, os.stat(file)) for file in found]
     except (OSError, ValueError):  # whoever reads it says why
         return []

@@ -24,9 +24,9 @@ from moellava.data.images import USUAL_LIMITS, Limits, image_problem, image_size
 from moellava.data.records import ROLES, Medium, Source
 from moellava.data.remembered import Remembered
 from moellava.data.remote import Distant, RemoteFile, RemoteFolder, fetch_together, is_remote
-from moellava.data.remote_shards import ShardPart
+from moellava.data.shard_parts import ShardPart
 from moellava.data.video import Clip, Video, probe_video, read_frames, video_problem
-from moellava.errors import DataError, UserError
+from moellava.errors import BadFileError, DataError, UserError
 
 CHECKING_THREADS = 8
 """Files that are looked at side by side; the wait is for the disk."""
@@ -104,7 +104,7 @@ class MediaFiles:
         except DataError as error:
             return str(error)
         if isinstance(content, Embedded):
-            return image_problem(content, in_full, self.limits)
+            return image_problem(content, True, self.limits)
         if isinstance(content, Distant):
             return remote_problem(content, in_full, self.limits)
         if medium.modality == "image":
@@ -191,11 +191,14 @@ def place_of(folder: Path | RemoteFolder) -> str:
 
 
 def remote_problem(file: Distant, in_full: bool, limits: Limits) -> str | None:
-    """What is wrong with an image that lies elsewhere, or None. Not `in_full`: whether it is there, as its folder's
-    list says."""
+    """What is wrong with an image that lies elsewhere or in a shard, or None. Not `in_full`: of one that lies elsewhere
+    whether it is there, as its folder's list says."""
     if file.state is None:
         return f"{file}: no such image file"
-    return image_problem(file.fetched(), in_full, limits) if in_full else None
+    try:
+        return image_problem(file.fetched(), in_full, limits) if in_full or file.is_near else None
+    except BadFileError as error:
+        return str(error)
 
 
 def within(path: Path | RemoteFile, folder: Path | RemoteFolder) -> bool:

@@ -14,7 +14,7 @@ from reprlib import Repr
 from typing import Any
 from urllib.parse import unquote
 
-from moellava.data.embedded import Part, data_uri, is_embedded, is_part
+from moellava.data.embedded import data_uri, is_embedded, is_part
 from moellava.errors import DataError
 
 
@@ -194,7 +194,7 @@ def _path_of(key: str, item: Any) -> str:
         return data_uri(item)
     if not isinstance(item, str) or not item:
         raise DataError(f'has an entry of "{key}" that is no path: {brief(item)}')
-    if is_part(item) and not isinstance(item, Part):
+    if is_part(item):
         raise DataError(f'has an entry of "{key}" that names a part of a shard, as no record may: {brief(item)}')
     if is_embedded(item):
         return item

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from moellava.data.digests import digest_of
-from moellava.data.embedded import digest_of_held, is_embedded
+from moellava.data.embedded import Lying, digest_of_held, is_embedded
 from moellava.data.index import SOUND, TAGGED, Row, wrong_row
 from moellava.data.json_lists import Broken
 from moellava.data.record_keys import brief_text
 from moellava.data.record_reader import RecordReader
-from moellava.data.record_shape import Medium, media_of, problem_of, tags_of
+from moellava.data.record_shape import Medium, media_of, problem_of, tags_of, with_paths
 from moellava.errors import DataError
 
 _AS_JSON = json.JSONEncoder(ensure_ascii=False).encode
@@ -37,6 +37,7 @@ def _row(value: Any, number: int, reader: RecordReader) -> Row:
             record = reader.read(value)
             problem = problem_of(record)
             if problem is None:
+                record = with_paths(record, lambda path: path.part if isinstance(path, Lying) else path)
                 content = _AS_JSON(record).encode("utf-8")
                 media = media_of(record)
                 state = TAGGED if not media and tags_of(record["conversations"]) else SOUND

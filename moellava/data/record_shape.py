@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from moellava.constants import MODALITIES, ROLES
@@ -34,6 +34,15 @@ def paths_of(record: dict[str, Any], modality: str) -> list[Any]:
     if not paths:
         return []
     return list(paths) if isinstance(paths, list | tuple) else [paths]
+
+
+def with_paths(record: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """A record, other paths in the place of those of its images and videos."""
+    for modality in MODALITIES:
+        if paths := paths_of(record, modality):
+            changed = [change(path) for path in paths]
+            record[modality] = changed if isinstance(record[modality], list) else changed[0]
+    return record
 
 
 def shows_media(record: dict[str, Any]) -> bool:

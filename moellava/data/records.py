@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import numpy as np
 from moellava.constants import MODALITIES, ROLES
 from moellava.data.cache import cache_folder, remembered
 from moellava.data.index import TAGGED, WRONG, FileIndex
-from moellava.data.indexing import DIGESTS, IN_SHARD, KEPT_FROM, index_of
+from moellava.data.indexing import DIGESTS, KEPT_FROM, index_of
 from moellava.data.mixtures import listing_of, taken
 from moellava.data.record_keys import brief_text
 from moellava.data.record_reader import RecordReader
@@ -36,7 +36,8 @@ from moellava.data.record_shape import (
     tags_of,
     trained_answers,
 )
-from moellava.data.remote_shards import with_address
+from moellava.data.remote import is_remote
+from moellava.data.shard_parts import with_address, with_pictures
 from moellava.data.skip_lists import SkipList, key_of, read_skip_list
 from moellava.errors import DataError
 from moellava.log import get_logger
@@ -123,8 +124,7 @@ class Records(Sequence[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # slices are of no use here
         chosen, row = self._place(index)
-        record = json.loads(chosen.held.content(row))
-        return with_address(record, chosen.file) if chosen.held.facts.get(IN_SHARD) else record
+        return with_address(json.loads(chosen.held.content(row)), chosen.held.lies)
 
     def _place(self, index: int) -> tuple[Chosen, int]:
         if not -len(self) <= index < len(self):
@@ -144,9 +144,9 @@ class Records(Sequence[dict[str, Any]]):
         return str(key_of(chosen.file, row, int(chosen.held.digests[row])))
 
     @property
-    def in_shards(self) -> bool:
-        """Whether pictures of some lie in shards elsewhere."""
-        return any(part.held.facts.get(IN_SHARD) for part in self.chosen)
+    def lie_elsewhere(self) -> bool:
+        """Whether some lie in shards elsewhere, and their pictures with them."""
+        return any(is_remote(part.held.lies) for part in self.chosen)
 
     @property
     def said(self) -> np.ndarray:
@@ -158,20 +158,34 @@ class Records(Sequence[dict[str, Any]]):
         """Size of what they lie in."""
         return sum({id(part.held): part.held.nbytes for part in self.chosen}.values())
 
-    def content(self) -> str:
-        """A digest of all records as they are read, in their order, wherever their files lie."""
-        if self.nbytes < KEPT_FROM or (folder := cache_folder()) is None:
-            return self._content()
-        name = f"{DIGESTS}/{hashlib.sha256(self.said.tobytes()).hexdigest()[:40]}"
-        return remembered(folder, name, self._content)
+    def content(self, with_pictures: bool = False) -> str:
+        """A digest of all records as they are read, in their order, wherever their files lie.
 
-    def _content(self) -> str:
-        sizes = np.concatenate([np.empty(0, np.int64)] + [part.held.sizes[part.rows] for part in self.chosen])
-        digest = hashlib.sha256(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64).tobytes())
-        for part in self.chosen:
-            for row in part.rows.tolist():
-                digest.update(part.held.content(row))
+        Args:
+            with_pictures: those of shards are read and stand in their records, as in indexes of earlier versions.
+        """
+        if self.nbytes < KEPT_FROM or (folder := cache_folder()) is None:
+            return self._content(with_pictures)
+        said = hashlib.sha256(self.said.tobytes()).hexdigest()[:40]
+        name = f"{DIGESTS}/{said}{'-with-pictures' * with_pictures}"
+        return remembered(folder, name, lambda: self._content(with_pictures))
+
+    def _content(self, with_pictures: bool) -> str:
+        sizes = [np.empty(0, np.int64)] + [part.held.sizes[part.rows] for part in self.chosen]
+        if with_pictures:
+            sizes = [np.array([len(content) for content in self._contents(True)], np.int64)]
+        digest = hashlib.sha256(np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int64).tobytes())
+        for content in self._contents(with_pictures):
+            digest.update(content)
         return f"sha256 {digest.hexdigest()[:32]}"
+
+    def _contents(self, whole: bool) -> Iterator[bytes]:
+        """The records, as JSON. `whole`: with their pictures."""
+        for number in range(len(self)) if whole else ():
+            yield json.dumps(with_pictures(self[number]), ensure_ascii=False).encode()
+        for part in () if whole else self.chosen:
+            for row in part.rows.tolist():
+                yield part.held.content(row)
 
 
 def load_records(

@@ -2,7 +2,7 @@
 """Data that lie elsewhere: `s3://…`, `gs://…`, `hf://…`, `http://…`, whatever `fsspec` opens.
 
 A data file is copied into the cache once, by what the other side says of its content, and its index is made of the
-copy; for shards see `remote_shards.py`. Pictures are fetched when they are shown, and kept up to a limit. Of these no
+copy; for shards see `shard_parts.py`. Pictures are fetched when they are shown, and kept up to a limit. Of these no
 more is looked at before a run than that they are there, by the list of their folder where the other side has one.
 """
 
@@ -36,6 +36,9 @@ FOLDERS_KEPT = 1024
 AT_ONCE = 8
 """Files that are fetched side by side from a file system that does not do so itself."""
 
+BLOCK = 8 * 2**20
+"""Bytes that are fetched at a time of a file that is read from its beginning to its end."""
+
 COPIES = "copies"
 """The folder of the cache for data files."""
 
@@ -58,7 +61,7 @@ class Span(NamedTuple):
     """What is asked for of a file system: a file, or some bytes of it.
 
     Attributes:
-        file_system: of `fsspec`.
+        file_system: of `fsspec`; None: of this machine, where bytes of a file are asked for.
         path: of the file, as the file system calls it.
         begin, end: of the bytes; None: the whole file.
     """
@@ -70,6 +73,9 @@ class Span(NamedTuple):
 
     def read(self) -> bytes:
         """The bytes. Raises OSError."""
+        if self.file_system is None:
+            with open(self.path, "rb", buffering=0) as file:
+                return os.pread(file.fileno(), (self.end or 0) - (self.begin or 0), self.begin or 0)
         from fsspec.spec import AbstractFileSystem
 
         if self.begin is None or type(self.file_system).cat_file is not AbstractFileSystem.cat_file:
@@ -80,10 +86,14 @@ class Span(NamedTuple):
 
 
 class Distant:
-    """A content that lies elsewhere. As text it says where."""
+    """A content that lies elsewhere, or in a shard. As text it says where."""
 
     state: int | None
-    """64 bits of what the other side says of it; 0 where it says nothing, None where there is no such content."""
+    """64 bits of what the other side says of it, under which it is kept; 0: it is not, None: there is no such
+    content."""
+
+    is_near = False
+    """Whether it lies on this machine, to be read each time as other files are."""
 
     def span(self) -> Span | None:
         """Where it lies; None where it is not one piece of a file."""
@@ -212,6 +222,14 @@ def opened(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: such addresses need {needed}: pip install {needed} ({error})") from error
     except ValueError as error:
         raise UserError(f"{url}: {error}") from error
+
+
+def open_file(name: str | Path) -> Any:
+    """A file here or elsewhere, opened to be read from its beginning to its end. Raises OSError, and see `opened`."""
+    if not is_remote(name):
+        return open(name, "rb")
+    file_system, path = opened(str(name))
+    return file_system.open(path, "rb", block_size=BLOCK, cache_type="readahead")
 
 
 def fetch_together(wanted: Iterable[Distant]) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moellava.constants import MODALITIES, ROLES
-from moellava.data.embedded import content_of, data_uri, file_name, is_embedded, is_part
-from moellava.data.records import load_records, paths_of
-from moellava.data.remote_shards import ShardPart
+from moellava.constants import ROLES
+from moellava.data.embedded import content_of, file_name, is_embedded
+from moellava.data.record_shape import with_paths
+from moellava.data.records import load_records
+from moellava.data.shard_parts import with_pictures
 from moellava.data.skip_lists import SkipList
 from moellava.errors import DataError, UserError
 from moellava.files import file_problem, require_output, written
@@ -51,8 +52,7 @@ def rewrite(
     files: set[str] = set()
     with written(target) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for index in range(len(records)):
-            record = records[index]
-            _take_out(record, folder, files, records.name(index))
+            record = _whole(records[index], folder, files, records.name(index))
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
     return {"records": len(records), "skip_listed": records.skipped, "files_written": len(files)}
 
@@ -66,26 +66,21 @@ def _folder(name: str | Path) -> Path:
     return folder
 
 
-def _take_out(record: dict[str, Any], folder: Path | None, files: set[str], name: str) -> None:
-    """Puts files in the place of what a record holds itself; without a folder, data URIs in that of what lies in a
-    shard elsewhere. Raises DataError where that is broken."""
-    for modality in MODALITIES:
-        paths = paths_of(record, modality)
-        if any(map(is_embedded if folder else is_part, paths)):
-            try:
-                named = [_as_file(path, folder, files) for path in paths]
-            except DataError as error:
-                raise DataError(f"{name}: {error}") from error
-            record[modality] = named if isinstance(record[modality], list) else named[0]
+def _whole(record: dict[str, Any], folder: Path | None, files: set[str], name: str) -> dict[str, Any]:
+    """A record that names no shard: what it or its shard holds is a file in a folder, or without one a data URI. Raises
+    DataError where that is broken."""
+    try:
+        whole = with_pictures(record)
+        return whole if folder is None else with_paths(whole, lambda path: _as_file(path, folder, files))
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
 
 
-def _as_file(path: str, folder: Path | None, files: set[str]) -> str:
+def _as_file(path: str, folder: Path, files: set[str]) -> str:
     """The name of a file with what a data URI holds; a path as it is."""
     if not is_embedded(path):
         return path
-    content = ShardPart(path).fetched().getvalue() if is_part(path) else content_of(path)
-    if folder is None:
-        return data_uri(content)
+    content = content_of(path)
     name = file_name(content)
     if name not in files and not (folder / name).exists():
         with written(folder / name) as temporary:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from moellava.constants import DEFAULT_IMAGE_TOKEN, ROLES
 from moellava.data.embedded import data_uri
 from moellava.data.json_lists import Broken, parsed
 from moellava.data.record_keys import brief
+from moellava.data.remote import open_file
+from moellava.data.shard_places import Held, Place, holding
 from moellava.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
@@ -26,6 +28,9 @@ CAPTIONS = ("txt", "caption")
 MAGIC, MAGIC_PLACE = b"ustar", 257
 """What stands where in a tar file."""
 
+BLOCK = 2**20
+"""Bytes that are read at a time."""
+
 
 def is_shard(path: Path, head: bytes) -> bool:
     """Whether a file is a tar file, also a packed one."""
@@ -33,35 +38,30 @@ def is_shard(path: Path, head: bytes) -> bool:
     return named or head[MAGIC_PLACE : MAGIC_PLACE + len(MAGIC)] == MAGIC
 
 
-def shard_rows(path: Path) -> Iterator[Any]:
-    """The records of a shard; images in it become data URIs. Raises DataError if it cannot be read to its end."""
-    return records_of_tar(path, lambda: tarfile.open(path, "r|*"), lambda _, content: data_uri(content))
-
-
-def records_of_tar(
-    name: Path | str, open_: Callable[[], tarfile.TarFile], held: Callable[[tarfile.TarInfo, bytes], Any]
-) -> Iterator[Any]:
-    """The records of a shard.
-
-    Args:
-        name: of the shard, for messages.
-        open_: opens it, to be read from its beginning to its end.
-        held: what stands in a record for an image.
-
-    Raises:
-        DataError: it cannot be read to its end.
-    """
+def shard_rows(name: Path | str) -> Iterator[Any]:
+    """The records of a shard, here or elsewhere. Raises DataError if it cannot be read to its end."""
     try:
-        with open_() as tar:
-            for key, files in groupby(_files(tar, held), lambda file: file[0]):
-                yield _record(key, [(ending, content) for _, ending, content in files])
+        with open_file(name) as file, holding(name) as held:
+            is_packed = _is_packed(file)
+            with tarfile.open(fileobj=file, mode="r|*" if is_packed else "r|", bufsize=BLOCK) as tar:
+                for key, files in groupby(_files(tar, is_packed, held), lambda file: file[0]):
+                    yield _record(key, [(ending, content) for _, ending, content in files])
     except tarfile.TarError as error:
         raise DataError(f"{name} is no tar file that can be read: {error}") from error
 
 
-def _files(
-    tar: tarfile.TarFile, held: Callable[[tarfile.TarInfo, bytes], Any]
-) -> Iterator[tuple[str, str, bytes | Any]]:
+def _is_packed(file: Any) -> bool:
+    """Whether a tar file is packed as a whole. It is at its beginning, and is so afterwards."""
+    try:
+        with tarfile.open(fileobj=file, mode="r|", bufsize=tarfile.BLOCKSIZE):
+            return False
+    except tarfile.ReadError:
+        return True
+    finally:
+        file.seek(0)
+
+
+def _files(tar: tarfile.TarFile, is_packed: bool, held: Held) -> Iterator[tuple[str, str, bytes | Any]]:
     """(name up to its first dot, last ending, content, or what stands for an image) of each file, in order."""
     for member in tar:
         folder, _, name = member.name.rpartition("/")
@@ -69,7 +69,8 @@ def _files(
             file = tar.extractfile(member)
             stem, _, endings = name.partition(".")
             ending, content = endings.lower().rpartition(".")[2], file.read() if file else b""
-            yield f"{folder}/{stem}".lstrip("/"), ending, held(member, content) if ending in IMAGES else content
+            place = None if is_packed or member.issparse() else Place(member.offset_data, member.size)
+            yield f"{folder}/{stem}".lstrip("/"), ending, held(content, place) if ending in IMAGES else content
         tar.members = []  # type: ignore[attr-defined]  # it keeps what it has come by: of a million files that is much
 
 

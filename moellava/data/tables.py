@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of Parquet and Arrow files and of data sets on disk, as JSON values; images in them become data URIs.
+"""Rows of Parquet and Arrow files and of data sets on disk, as JSON values; images in them become data URIs that know
+their place.
 
 What reads them is installed with `pip install 'moellava[data]'`, and imported when a file asks for it.
 """
@@ -7,29 +8,34 @@ What reads them is installed with `pip install 'moellava[data]'`, and imported w
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moellava.data.embedded import data_uri
+from moellava.data.arrow_values import places_in_map
+from moellava.data.parquet_pages import Key, Twice, key_of, places_of_group
+from moellava.data.remote import open_file
+from moellava.data.shard_places import Held, Place, holding
 from moellava.errors import DataError, UserError
 
 ROWS = 64
 """Rows that are read together. Those with images take megabytes each."""
 
-
-def parquet_rows(path: Path) -> Iterator[Any]:
-    """The rows of a Parquet file."""
-    parquet = needed("pyarrow.parquet", path)
-    with table_problems(path, "Parquet"), parquet.ParquetFile(path) as file:
-        yield from _rows(file.iter_batches(batch_size=ROWS))
+SPLITS = "dataset_dict.json"
+"""What names the splits of a data set of `datasets`, each of which is a folder."""
 
 
-def rows_of_group(table: Any, group: int, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a row group of a Parquet file that is open, as pyarrow has them; `columns`: None for all."""
-    for batch in table.iter_batches(batch_size=ROWS, row_groups=[group], columns=columns):
-        yield from batch.to_pylist()
+def parquet_rows(name: Path | str) -> Iterator[Any]:
+    """The rows of a Parquet file, here or elsewhere."""
+    parquet = needed("pyarrow.parquet", name)
+    with table_problems(name, "Parquet"), open_file(name) as opened, holding(name) as held:
+        with parquet.ParquetFile(file := Twice(opened)) as table:
+            for group in range(table.num_row_groups):
+                places = places_of_group(file, table.metadata, group)
+                for batch in table.iter_batches(batch_size=ROWS, row_groups=[group]):
+                    yield from _rows(batch, places, held)
 
 
 @contextmanager
@@ -42,31 +48,37 @@ def table_problems(path: Path | str, called: str) -> Iterator[None]:
         raise DataError(f"{path} is no {called} file that can be read: {error}") from error
 
 
-def arrow_rows(path: Path) -> Iterator[Any]:
-    """The rows of an Arrow file, or of a stream, which is how `datasets` writes them."""
+def arrow_rows(path: Path, inside: str = "") -> Iterator[Any]:
+    """The rows of an Arrow file, or of a stream, which is how `datasets` writes them. `inside`: its name in a folder
+    that is read as one, for places."""
     arrow, ipc = needed("pyarrow", path), needed("pyarrow.ipc", path)
-    with table_problems(path, "Arrow"), arrow.memory_map(str(path)) as file:
-        is_file = file.read(6) == b"ARROW1"
+    with table_problems(path, "Arrow"), arrow.memory_map(str(path)) as file, holding(path) as held:
+        head = file.read_buffer(len(b"ARROW1"))
+        is_file, memory = head.to_pybytes() == b"ARROW1", range(head.address, head.address + file.size())
         file.seek(0)
         reader = ipc.open_file(file) if is_file else ipc.open_stream(file)
         batches = (reader.get_batch(n) for n in range(reader.num_record_batches)) if is_file else reader
-        yield from _rows(piece.slice(at, ROWS) for piece in batches for at in range(0, piece.num_rows, ROWS))
+        for piece in (batch.slice(at, ROWS) for batch in batches for at in range(0, batch.num_rows, ROWS)):
+            yield from _rows(piece, places_in_map(piece, memory, inside), held)
 
 
 def dataset_rows(path: Path) -> Iterator[Any]:
     """The rows of a folder that `datasets.save_to_disk` wrote; of one that holds splits, if there is a single one."""
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if not any((path / name).is_file() for name in ("state.json", SPLITS)):
         raise DataError(f"{path} is a folder, but no data set that `datasets` has saved to disk: name the files in it")
-    datasets, arrow = needed("datasets", path), needed("pyarrow", path)
     try:
-        found = datasets.load_from_disk(str(path))
-    except (arrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        folder = ""
+        if (path / SPLITS).is_file():
+            splits = json.loads((path / SPLITS).read_text(encoding="utf-8"))["splits"]
+            if len(splits) != 1:
+                raise DataError(f"{path} holds the splits {', '.join(splits)}: name the folder of one of them")
+            folder = f"{splits[0]}/"
+        state = json.loads((path / folder / "state.json").read_text(encoding="utf-8"))
+        files = [folder + file["filename"] for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no data set that can be read: {error}") from error
-    if isinstance(found, datasets.DatasetDict):
-        if len(found) != 1:
-            raise DataError(f"{path} holds the splits {', '.join(found)}: name the folder of one of them")
-        (found,) = found.values()
-    yield from _rows(found.with_format("arrow").iter(batch_size=ROWS))
+    for file in files:
+        yield from arrow_rows(path / file, file)
 
 
 def needed(module: str, path: Path | str) -> Any:
@@ -77,12 +89,13 @@ def needed(module: str, path: Path | str) -> Any:
         raise UserError(f"{path} needs the package {module.split('.')[0]}: pip install 'moellava[data]'") from error
 
 
-def _rows(batches: Iterable[Any]) -> Iterator[Any]:
-    for batch in batches:
-        yield from map(as_json, batch.to_pylist())
+def _rows(batch: Any, places: Mapping[Key, Place], held: Held) -> Iterator[Any]:
+    """The rows of a batch. `places`: where its values of bytes lie."""
+    for row in batch.to_pylist():
+        yield as_json(row, lambda content: held(content, places.get(key_of(content))))
 
 
-def as_json(value: Any, held: Callable[[bytes], Any] = data_uri) -> Any:
+def as_json(value: Any, held: Callable[[bytes], Any]) -> Any:
     """A value of a table as JSON has it: bytes as `held` has them, and what JSON has no type for (a date) as text."""
     if isinstance(value, dict):
         return {str(key): as_json(inner, held) for key, inner in value.items()}

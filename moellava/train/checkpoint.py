@@ -96,6 +96,11 @@ def check_folder(output_dir: Path, identity: dict[str, Any]) -> bool:
     return bool(stored["finished"])
 
 
+def stored_contents(output_dir: Path) -> dict[str, Any]:
+    """What the run that is there has read; {} where there is none. See `check_contents`."""
+    return (read_run(output_dir).get("contents") or {}) if (output_dir / RUN_FILE).exists() else {}
+
+
 def check_contents(output_dir: Path, contents: dict[str, Any]) -> None:
     """Makes sure that a run which is there has read the same weights, data and files.
 

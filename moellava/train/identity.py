@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from fnmatch import fnmatch
 from itertools import chain
@@ -133,7 +133,11 @@ OF_BEFORE = ("--per_device_train_batch_size", "--gradient_accumulation_steps", "
 
 
 def run_contents(
-    folders: dict[str, Path], data: dict[str, Records | None], files: MediaFiles, deepspeed: str | dict | None
+    folders: dict[str, Path],
+    data: dict[str, Records | None],
+    files: MediaFiles,
+    deepspeed: str | dict | None,
+    stored: Mapping[str, Any] = {},
 ) -> dict[str, Any]:
     """What a run reads, by content. Collective: processes share the reading.
 
@@ -142,6 +146,7 @@ def run_contents(
         data: flag -> records.
         files: the records' images and videos.
         deepspeed: DeepSpeed's JSON file, or what is in it.
+        stored: what is said here of the run that is there, perhaps by an earlier version.
 
     Returns:
         "content of FLAG" -> a digest in words.
@@ -149,10 +154,19 @@ def run_contents(
     found: dict[str, Any] = {flag: weights_content(path) for flag, path in folders.items()}
     for flag, records in data.items():
         if records is not None:
-            found[flag] = f"{len(records)} records, {records.content()}"
+            found[flag] = data_content(records, stored.get(f"content of {flag}"))
             found[f"{flag}'s images and videos"] = media_content(records, files)
     found["--deepspeed"] = read_json(Path(deepspeed)) if isinstance(deepspeed, str) else deepspeed
     return {f"content of {flag}": content for flag, content in found.items()}
+
+
+def data_content(records: Records, stored: str | None) -> str:
+    """The content of records; of records in shards as earlier versions told it, where that is what is stored."""
+    found = f"{len(records)} records, {records.content()}"
+    if stored in (None, found) or records.lie_elsewhere:
+        return found
+    before = f"{len(records)} records, {records.content(with_pictures=True)}"
+    return before if before == stored else found
 
 
 def folders_of(flag: str, manifest: Manifest) -> dict[str, Path]:

@@ -43,6 +43,7 @@ from moellava.train.checkpoint import (
     claim_folder,
     complete_checkpoints,
     mark_finished,
+    stored_contents,
 )
 from moellava.train.deepspeed.extensions import extension_root, remove_abandoned_locks
 from moellava.train.deepspeed.portable import expert_parallel_size, refuse_unreadable
@@ -258,7 +259,8 @@ def contents_of(
         folders["--pretrain_mm_mlp_adapter"] = Path(model_args.pretrain_mm_mlp_adapter)
     folders |= {f"--plugin {Path(file).name}": Path(file) for file in model_args.plugin or ()}
     data = dict(zip(("--data_path", "--eval_data_path"), records, strict=True))
-    return run_contents(folders, data, media_files(data_args), args.deepspeed)
+    stored = stored_contents(Path(args.output_dir))
+    return run_contents(folders, data, media_files(data_args), args.deepspeed, stored)
 
 
 def media_files(data_args: DataArguments) -> MediaFiles:

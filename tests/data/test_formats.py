@@ -352,7 +352,7 @@ def test_a_data_set_of_several_splits_names_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("rows.parquet", "pyarrow"), ("stream.arrow", "pyarrow"), ("folder", "datasets")]
+    ("name", "package"), [("rows.parquet", "pyarrow"), ("stream.arrow", "pyarrow"), ("folder", "pyarrow")]
 )
 def test_an_absent_package_is_named_with_what_installs_it(name, package, tmp_path, monkeypatch):
     TABLES[name](tmp_path / name, pa.Table.from_pylist(ROWS))
