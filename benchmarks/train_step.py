@@ -9,6 +9,10 @@ a Trainer's `training_step`, the optimizer's step and the clearing of gradients,
 take turns within one run and ratios are of the medians of CPU time, so that what else the machine does falls on all of
 them. Loading, logging and saving are not in it; neither is DeepSpeed's engine.
 
+Each variant trains in a process of its own, with what its run would do to it: ours keeps the memory that a step
+frees, Hugging Face's Trainer leaves that to the C library. `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000`
+before the command gives both the same.
+
 The floor of a step is measured too: the products that our own makes are noted as they are called, forward and backward,
 and called again with the same tensors and nothing in between. The fused attention counts as one.
 """
@@ -18,14 +22,18 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -40,6 +48,7 @@ from transformers import (
 )
 from trl_peer import sft_trainer
 
+from moellava import heap
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.data.collate import MediaCollator
 from moellava.data.media_reader import Media, MediaReader, Run
@@ -108,8 +117,8 @@ class Pixels(MediaReader):
 class Samples(Batches, list):
     """As a trainer wants its data set; nothing of it is unreadable."""
 
-    lengths = property(lambda self: [len(one["input_ids"]) + PATCHES - 1 for one in self])
-    shows_media = property(lambda self: [True] * len(self))
+    positions = property(lambda self: np.array([len(one["input_ids"]) + PATCHES - 1 for one in self]))
+    with_media = property(lambda self: np.ones(len(self), dtype=bool))
 
     def leave_out(self, unreadable: dict) -> None:
         assert not unreadable
@@ -237,33 +246,33 @@ def step_of(trainer: Any, batches: list[dict[str, Any]]) -> Callable[[int], None
     return step
 
 
-VARIANTS: dict[str, list[tuple[str, Callable[[], Any], str]]] = {
-    "stage 1": [
-        (OURS, lambda: stage_1(dense("qwen2")), OURS),
-        ("moellava, padded rows", lambda: stage_1(dense("qwen2")), PADDED),
-        ("HF Trainer, full logits", lambda: stage_1(dense("qwen2")), HF),
-        ("TRL SFTTrainer", lambda: stage_1(dense("qwen2")), TRL),
-    ],
-    "stage 2": [
-        (OURS, lambda: dense("qwen2"), OURS),
-        ("moellava, padded rows", lambda: dense("qwen2"), PADDED),
-        ("HF Trainer, full logits", lambda: dense("qwen2"), HF),
-        ("TRL SFTTrainer", lambda: dense("qwen2"), TRL),
-    ],
-    "stage 2, phi": [
-        (OURS, lambda: dense("phi"), OURS),
-        ("moellava, padded rows", lambda: dense("phi"), PADDED),
-        ("HF Trainer, full logits", lambda: dense("phi"), HF),
-        ("TRL SFTTrainer", lambda: dense("phi"), TRL),
-    ],
-    "stage 3": [
-        (OURS, sparse, OURS),
-        ("moellava, padded rows", sparse, PADDED),
-        ("stock DeepSpeed layer, capacity 1.5, full logits", stock, HF),
-        ("HF Qwen2-MoE, grouped_mm, full logits", qwen2_moe, HF),
-    ],
+VARIANTS: dict[str, dict[str, tuple[Callable[[], Any], str]]] = {
+    "stage 1": {
+        OURS: (lambda: stage_1(dense("qwen2")), OURS),
+        "moellava, padded rows": (lambda: stage_1(dense("qwen2")), PADDED),
+        "HF Trainer, full logits": (lambda: stage_1(dense("qwen2")), HF),
+        "TRL SFTTrainer": (lambda: stage_1(dense("qwen2")), TRL),
+    },
+    "stage 2": {
+        OURS: (lambda: dense("qwen2"), OURS),
+        "moellava, padded rows": (lambda: dense("qwen2"), PADDED),
+        "HF Trainer, full logits": (lambda: dense("qwen2"), HF),
+        "TRL SFTTrainer": (lambda: dense("qwen2"), TRL),
+    },
+    "stage 2, phi": {
+        OURS: (lambda: dense("phi"), OURS),
+        "moellava, padded rows": (lambda: dense("phi"), PADDED),
+        "HF Trainer, full logits": (lambda: dense("phi"), HF),
+        "TRL SFTTrainer": (lambda: dense("phi"), TRL),
+    },
+    "stage 3": {
+        OURS: (sparse, OURS),
+        "moellava, padded rows": (sparse, PADDED),
+        "stock DeepSpeed layer, capacity 1.5, full logits": (stock, HF),
+        "HF Qwen2-MoE, grouped_mm, full logits": (qwen2_moe, HF),
+    },
 }
-"""Stage -> (name, model, what trains it). TRL asks a sparse model for its routers' logits, which transformers' LLaVA
+"""Stage -> name -> (model, what trains it). TRL asks a sparse model for its routers' logits, which transformers' LLaVA
 does not hand on."""
 
 
@@ -276,41 +285,69 @@ def batches_of(collator: MediaCollator, data: Samples, in_one_row: bool, steps: 
     return made
 
 
-def measure(stage: str, steps: int) -> list[dict[str, Any]]:
-    """One row per variant of a stage: CPU and wall seconds of a step, padding, and the ratio to ours; or why not."""
+def timed(run: Callable[[], None]) -> tuple[float, float]:
+    """CPU and wall seconds."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    run()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def train_variant(stage: str, name: str, steps: int, threads: int, asked: Connection) -> None:
+    """What the process of a variant does: it says which share of its batches is padding, or why it cannot be measured,
+    and then runs a step whenever it is asked for one, whose seconds it says."""
+    torch.set_num_threads(threads)
+    make, sort = VARIANTS[stage][OURS if name == PRODUCTS else name]
     data = samples(steps)
-    seconds: dict[str, list[tuple[float, float]]] = {}
-    padding: dict[str, float] = {}
-    missing: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        steps_of = {}
-        for name, make, sort in VARIANTS[stage]:
-            try:
-                trainer = trainer_of(make(), sort, data, folder)
-            except ImportError as error:
-                missing.append({"stage": stage, "variant": name, "missing": str(error)})
-                continue
-            batches = batches_of(trainer.data_collator, data, sort == OURS, steps)
-            masks = [batch["attention_mask"] for batch in batches]
-            padding[name] = 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
-            steps_of[name], seconds[name] = step_of(trainer, batches), []
-        seconds[PRODUCTS], padding[PRODUCTS] = [], padding[OURS]
-        for number in range(steps):
-            for name, step in steps_of.items():
-                cpu, wall = time.process_time(), time.perf_counter()
-                step(number)
-                seconds[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-            with Products() as products:
-                steps_of[OURS](number)
-            cpu, wall = time.process_time(), time.perf_counter()
-            products.replay()
-            seconds[PRODUCTS].append((time.process_time() - cpu, time.perf_counter() - wall))
-    rows = []
+        try:
+            trainer = trainer_of(make(), sort, data, folder)
+        except ImportError as error:
+            asked.send(str(error))
+            return
+        batches = batches_of(trainer.data_collator, data, sort == OURS, steps)
+        masks = [batch["attention_mask"] for batch in batches]
+        step = step_of(trainer, batches)
+        asked.send(1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks))
+        with heap.kept() if sort in (OURS, PADDED) else nullcontext():  # as a run of ours does
+            for number in range(steps):
+                asked.recv()
+                asked.send(products_of(step, number) if name == PRODUCTS else timed(lambda: step(number)))  # noqa: B023
+
+
+def products_of(step: Callable[[int], None], number: int) -> tuple[float, float]:
+    """CPU and wall seconds of the products of a step alone."""
+    with Products() as products:
+        step(number)
+    return timed(products.replay)
+
+
+def measure(stage: str, steps: int, threads: int) -> list[dict[str, Any]]:
+    """One row per variant of a stage: CPU and wall seconds of a step, padding, and the ratio to ours; or why not.
+
+    Each trains in a process of its own, as it would without the others, and they take turns step by step.
+    """
+    spawned = multiprocessing.get_context("spawn")
+    asked, seconds, padding = {}, {}, {}
+    missing: list[dict[str, Any]] = []
+    for name in (*VARIANTS[stage], PRODUCTS):
+        ours, theirs = spawned.Pipe()
+        spawned.Process(target=train_variant, args=(stage, name, steps, threads, theirs), daemon=True).start()
+        theirs.close()  # so that its end is heard
+        told = ours.recv()
+        if isinstance(told, str):
+            missing.append({"stage": stage, "variant": name, "missing": told})
+            continue
+        asked[name], padding[name], seconds[name] = ours, told, []
+    for number in range(steps):
+        for name, link in asked.items():
+            link.send(number)
+            seconds[name].append(link.recv())
+    rows: list[dict[str, Any]] = []
     for name, each in seconds.items():
         cpu, wall = (statistics.median(part) for part in zip(*each[1:], strict=True))
         row = {"stage": stage, "variant": name, "cpu_seconds": round(cpu, 4), "wall_seconds": round(wall, 4)}
-        ours = rows[0]["cpu_seconds"] if rows else cpu
-        rows.append(row | {"padding": round(padding[name], 3), "times_ours": round(cpu / ours, 2)})
+        first = rows[0]["cpu_seconds"] if rows else cpu
+        rows.append(row | {"padding": round(padding[name], 3), "times_ours": round(cpu / first, 2)})
     return rows + missing
 
 
@@ -321,11 +358,10 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     rows = []
     for stage in arguments.stages:
         print(stage)
-        for row in measure(stage, arguments.steps):
+        for row in measure(stage, arguments.steps, arguments.threads):
             rows.append(row)
             if "missing" in row:
                 print("  {variant:50} not measured: {missing}".format(**row))

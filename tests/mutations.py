@@ -360,11 +360,11 @@ PACKING = (
         ("train/test_sample_attention.py",),
     ),
     Mutation(
-        "dropout-drawn-anew",
+        "noise-by-the-length-of-a-batch",
         "train/packing.py",
-        "is_random = args.neftune_noise_alpha or drops_units(trainer.model.get_decoder())",
-        "is_random = False",
-        "A recipe with dropout has other losses than it had in padded rows.",
+        "counts_rows = args.neftune_noise_alpha or drops_rows(trainer.model.get_decoder())",
+        "counts_rows = False",
+        "NEFTune's noise is as small as a whole batch is long; stochastic depth drops all samples of a batch at once.",
         ("train/test_sample_attention.py",),
     ),
     Mutation(

@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
 
 FLOORS = [
-    {"constants", "errors", "log", "processes", "startup", "auto_classes"},
+    {"constants", "errors", "heap", "log", "processes", "startup", "auto_classes"},
     {"registry"},
     {"files"},
     {"plugins", "recipes"},

@@ -8,9 +8,7 @@ the expert that is being made from it.
 
 from __future__ import annotations
 
-import ctypes
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from transformers import PretrainedConfig
 from moellava.convert.tensor_files import TensorFiles
 from moellava.errors import UserError
 from moellava.files import PAGE, staged
+from moellava.heap import give_back_above
 from moellava.log import get_logger
 from moellava.model.build import class_of
 from moellava.model.description import Description
@@ -37,8 +36,6 @@ from moellava.plugins import write_plugins
 
 logger = get_logger(__name__)
 
-MMAP_THRESHOLD = -3
-"""glibc's M_MMAP_THRESHOLD."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".index.json", ".pt", ".pth")
 NOT_COPIED = {"config.json", PAGE}
@@ -58,7 +55,7 @@ def convert_files(source: Path, target: Path, dense: Any, sparse: Any, spec: MoE
         UserError: pickled weights, or names and shapes that are not the config's.
         OSError: the disk is full; the target is as it was.
     """
-    give_freed_memory_back()
+    give_back_above(2**20)
     digests: dict[str, str] = {}
     with staged(target, STAGING, digests) as staging:
         digests |= _convert(source, staging, dense, sparse, spec, shard_bytes)
@@ -70,16 +67,6 @@ def convert_files(source: Path, target: Path, dense: Any, sparse: Any, spec: MoE
         write_page(folder_page(sparse.config), staging, target)
         names = {file.name for file in staging.iterdir()}
     remove_old_weights(target, names)
-
-
-def give_freed_memory_back() -> None:
-    """Has glibc return blocks above 1 MB to the system when they are freed.
-
-    It otherwise raises that limit to the largest block freed so far, and keeps what lies between smaller ones.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, 2**20)
 
 
 def sparse_config(config: PretrainedConfig, spec: MoESpec) -> PretrainedConfig:

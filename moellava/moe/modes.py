@@ -14,6 +14,23 @@ def has_dropout(module: nn.Module) -> bool:
     return any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
 
 
+STOCHASTIC_DEPTH = ("droppath", "drop_path", "drop_connect", "stochasticdepth", "stochastic_depth")
+"""What modules and settings are called that leave out the whole of a row (arXiv:1603.09382)."""
+
+
+def drops_rows(model: nn.Module) -> bool:
+    """Whether a model, or a part of one, drops whole rows of a batch at random while it learns, and not numbers each by
+    themselves: samples that share a row would be dropped together."""
+    settings = vars(getattr(model, "config", None) or object)
+    named = [value for name, value in settings.items() if name.startswith(STOCHASTIC_DEPTH)]
+    parts = [getattr(part, "drop_prob", 1.0) for part in model.modules() if _is_depth(type(part).__name__)]
+    return any(isinstance(rate, float) and rate > 0 for rate in (*named, *parts))
+
+
+def _is_depth(name: str) -> bool:
+    return any(sort in name.lower() for sort in STOCHASTIC_DEPTH)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and every module back to the mode that it was in: parts that are frozen may be in their own."""

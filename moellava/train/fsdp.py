@@ -15,9 +15,7 @@ in place before it trains. What is sharded is a `DTensor`.
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,13 +120,6 @@ def shard(model: Any, fsdp_size: int, ep_size: int, device: torch.device, in_16_
     with quietly():  # of a plan for all models, which has names that this one lacks
         type(model).maybe_distribute_model(model, config, mesh)
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-
-
-def give_back_freed() -> None:
-    """Has glibc give freed memory back to the system, which else keeps what the whole model took in each process."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 @contextmanager

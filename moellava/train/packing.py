@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moellava.data.collate import PLACEHOLDERS, UNREADABLE
 from moellava.data.packing import PackedDataset, joined
@@ -20,7 +20,7 @@ from moellava.data.places import PLACES, Places
 from moellava.errors import UserError
 from moellava.log import get_logger
 from moellava.moe.decoder import FAILURES
-from moellava.moe.modes import evaluating, has_dropout
+from moellava.moe.modes import drops_rows, evaluating
 from moellava.train.loss import supervised_positions
 
 PROBED = 64
@@ -94,19 +94,13 @@ def lets_join(trainer: Any) -> bool:
 def may_share_one_row(trainer: Any) -> bool:
     """Whether the samples of a batch may be tried out in a single row, with attention over each of them.
 
-    Not where units are dropped at random, or noise is added by the length of a row (NEFTune): what is drawn would be
-    another one. Compiled models would be compiled anew for each batch.
+    Not where a row is dropped as a whole (stochastic depth), or noise is added by its length (NEFTune). A dropout draws
+    for each number by itself, whatever the row. Compiled models would be compiled anew for each batch.
     """
     args = trainer.args
     several = args.per_device_train_batch_size > 1 or isinstance(trainer.train_dataset, PackedDataset)
-    is_random = args.neftune_noise_alpha or drops_units(trainer.model.get_decoder())
-    return several and not is_random and not args.torch_compile and trainer.attention.suits(args.model_max_length)
-
-
-def drops_units(decoder: nn.Module) -> bool:
-    """Whether a decoder, or an adapter in it, has a dropout: a module of its own, or a rate that its config names."""
-    named = [value for name, value in vars(decoder.config).items() if "drop" in name and isinstance(value, float)]
-    return any(named) or has_dropout(decoder)
+    counts_rows = args.neftune_noise_alpha or drops_rows(trainer.model.get_decoder())
+    return several and not counts_rows and not args.torch_compile and trainer.attention.suits(args.model_max_length)
 
 
 def probed(dataset: Any) -> list[int]:

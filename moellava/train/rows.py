@@ -27,7 +27,7 @@ from moellava.log import get_logger
 from moellava.moe import moe_layers
 from moellava.moe.decoder import MLP, decoder_layers
 from moellava.moe.mlp import has_usual_names
-from moellava.moe.modes import evaluating, has_dropout
+from moellava.moe.modes import drops_rows, evaluating
 from moellava.moe.own_routers import is_sparse
 from moellava.train.loss import Supervised
 from moellava.train.packing import OFF, distance
@@ -135,7 +135,7 @@ def narrowable(model: Any) -> list[tuple[nn.Module, bool]]:
     """Dense MLPs of a decoder and the end of its last attention, and whether each is in the last layer; none where
     padding counts, too.
 
-    Modules that drop units at random are left alone: what they draw would be another one.
+    Modules that drop rows as a whole are left alone: theirs are others.
     """
     if any(layer.spec.router_balance == "first_choice" for _, layer in moe_layers(model)):
         return []  # its loss counts how padding is routed
@@ -144,11 +144,9 @@ def narrowable(model: Any) -> list[tuple[nn.Module, bool]]:
     except (UserError, AttributeError):  # a decoder of another sort
         return []
     mlps = [(getattr(layer, MLP, None), layer is layers[-1]) for layer in layers]
-    found = [
-        (mlp, is_last) for mlp, is_last in mlps if mlp is not None and has_usual_names(mlp) and not has_dropout(mlp)
-    ]
+    found = [(mlp, is_last) for mlp, is_last in mlps if mlp is not None and has_usual_names(mlp)]
     if found and found[-1][1] and not is_sparse(layers[-1]):  # a router there would see zeros, and count them
         attention = getattr(layers[-1], ATTENTION, None)
         ends = (getattr(attention, name, None) for name in OUTPUTS)
-        found += [(end, True) for end in ends if isinstance(end, nn.Module) and not has_dropout(end)]
-    return found
+        found += [(end, True) for end in ends if isinstance(end, nn.Module)]
+    return [(part, is_last) for part, is_last in found if not drops_rows(part)]

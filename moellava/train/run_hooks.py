@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from moellava.data.dataset import SupervisedDataset
 from moellava.errors import UserError
+from moellava.heap import give_back
 from moellava.log import get_logger
 from moellava.moe import update_router_bias
 from moellava.processes import joined_over_processes, sum_over_processes
@@ -41,6 +42,7 @@ class RunHooks(TrainerCallback):
         settle_rows(trainer)
         if not args.skip_dry_save:
             trainer.folder.dry_save(trainer.model, trainer.model_wrapped, trainer.accelerator)
+        give_back()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Tells our sampler the epoch; a resumed run skips batches of the same order.
@@ -55,6 +57,10 @@ class RunHooks(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Moves the routers' selection biases (`--router_balance bias`)."""
         update_router_bias(self.trainer.model, reduce=sum_over_processes)
+
+    def on_save(self, args, state, control, **kwargs):
+        """Keeps none of the memory that saving took."""
+        give_back()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Completes the run's totals."""

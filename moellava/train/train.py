@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import constants
 from transformers import set_seed
 
-from moellava import __version__
+from moellava import __version__, heap
 from moellava.adapters.gradient_watch import GradientWatch
 from moellava.adapters.lora import trainable_parameters
 from moellava.data.dataset import SupervisedDataset
@@ -48,7 +48,7 @@ from moellava.train.deepspeed.extensions import extension_root, remove_abandoned
 from moellava.train.deepspeed.portable import expert_parallel_size, refuse_unreadable
 from moellava.train.deepspeed.zero import refuse_zero3_experts, whole_parameters
 from moellava.train.folder import StageFolder
-from moellava.train.fsdp import check_shards, give_back_freed, shard
+from moellava.train.fsdp import check_shards, shard
 from moellava.train.hub import hub_of
 from moellava.train.identity import folders_of, run_contents, run_identity
 from moellava.train.intact import require_intact
@@ -156,7 +156,7 @@ def laid_out(vlm: VLM, ep_size: int, args: TrainingArguments) -> Masters | None:
     if masters is not None:
         raise_trained(vlm.model, masters.dtype)
     if args.fsdp_size > 1:
-        give_back_freed()
+        heap.give_back()
     elif args.world_size > 1 and args.device.type == "cpu":
         leave_files(vlm.model)
     return masters
@@ -168,7 +168,7 @@ def run(trainer: StageTrainer, stage: Stage, resume: Path | None) -> None:
     if resume:
         logger.info("Going on from %s", resume)
         require_same_numbers(trainer, resume)
-    with trainer.watch.request.listening():
+    with trainer.watch.request.listening(), heap.kept() if trainer.args.device.type == "cpu" else nullcontext():
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.watch.require_unstopped(trainer.args)
     trainer.save_model()

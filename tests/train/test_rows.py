@@ -67,12 +67,17 @@ def test_a_model_that_reads_more_runs_over_all_positions():
     assert step(model, narrows=True)[2] == [ALL] * 4
 
 
-def test_padding_that_counts_and_units_that_drop_are_left_alone():
+class DropPath(torch.nn.Module):
+    drop_prob = 0.1
+
+
+def test_padding_that_counts_and_rows_that_drop_are_left_alone():
     preset = MoESpec(moe_mode="sparse", num_experts=[2], router_balance="first_choice")
     assert NeededRows(upcycle(tiny(), preset)).is_exact is False
     model = tiny()
     for layer in model.model.layers:
-        layer.mlp.dropout = torch.nn.Dropout(0.1)
+        layer.mlp.drop = DropPath()
+        layer.self_attn.o_proj.drop = DropPath()
     assert NeededRows(model).is_exact is False
 
 
@@ -80,7 +85,8 @@ def test_the_end_of_the_last_attention_is_narrowed_where_no_router_looks_at_the_
     model = tiny()
     layers = model.model.layers
     assert narrowable(model)[2:] == [(layers[2].mlp, True), (layers[2].self_attn.o_proj, True)]
-    layers[2].self_attn.o_proj.dropout = torch.nn.Dropout(0.1)
+    layers[2].mlp.dropout = torch.nn.Dropout(0.1)
+    layers[2].self_attn.o_proj.drop = DropPath()
     assert narrowable(model)[2:] == [(layers[2].mlp, True)]
     sparse = upcycle(tiny(), MoESpec(moe_mode="sparse", num_experts=[2]))
     assert narrowable(sparse) == [(sparse.model.layers[1].mlp, False)]

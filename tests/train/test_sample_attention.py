@@ -5,6 +5,7 @@ padding, and no layer sees more than its samples."""
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -101,13 +102,6 @@ def test_attention_over_whole_samples_alone_suits(config, suits):
     assert SampleAttention(SimpleNamespace(get_decoder=lambda: decoder)).suits(512) is suits
 
 
-def test_a_dropout_is_found_as_a_module_and_by_its_name():
-    model = tiny()
-    assert not packing.drops_units(model.model)
-    model.model.layers[0].mlp.dropout = torch.nn.Dropout(0.1)
-    assert packing.drops_units(model.model) and packing.drops_units(tiny(attention_dropout=0.1).model)
-
-
 def test_a_batch_is_one_row_of_all_its_records():
     class Three(Batches, list):
         pass
@@ -135,23 +129,36 @@ def test_runs_have_the_losses_of_padded_rows_and_no_padding(flags_for, tmp_path,
         ("pretrain", {}),
         ("finetune", asks),
         ("moe", {"model_name_or_path": tmp_path / "finetune", "capacity_factor": 1.0, "train_modules": None}),
+        ("finetune", asks | {"lora_enable": True, "lora_dropout": 0.0, "output_dir": tmp_path / "lora"}),
     ]
     for stage, added in runs:
         flags = flags_for(tmp_path, stage) | short | added
+        name = Path(flags["output_dir"]).name
         joined_losses = losses_of(train_here(flags))
         with monkeypatch.context() as patched:
             patched.setattr(packing, "may_share_one_row", lambda trainer: False)
-            folder = train_here(flags | {"output_dir": tmp_path / f"{stage}-padded"})
-        assert joined_losses == pytest.approx(losses_of(folder), rel=1e-5), stage
+            folder = train_here(flags | {"output_dir": tmp_path / f"{name}-padded"})
+        assert joined_losses == pytest.approx(losses_of(folder), rel=1e-5), name
         assert len(joined_losses) == 3 and max(padding_of(folder)) > 0.01
-        assert set(padding_of(tmp_path / stage)) == {0.0}
+        assert set(padding_of(tmp_path / name)) == {0.0}
+
+
+def test_samples_share_a_row_with_dropout_which_a_run_that_goes_on_draws_again(flags_for, begin_at, tmp_path):
+    untrained = {"pretrain_mm_mlp_adapter": None, "untrained_projector": True, "skip_dry_save": True}
+    flags = flags_for(tmp_path, "finetune") | untrained | {"lora_enable": True, "max_steps": 4}
+    flags |= {"save_steps": 2, "save_total_limit": 9}
+    whole = train_here(flags | {"lora_dropout": 0.5})
+    assert set(padding_of(whole)) == {0.0}
+    without = train_here(flags | {"lora_dropout": 0.0, "output_dir": tmp_path / "without"})
+    assert losses_of(whole) != pytest.approx(losses_of(without), rel=1e-3)
+    again = train_here(flags | {"lora_dropout": 0.5, "output_dir": begin_at(2, whole, tmp_path / "again")})
+    assert losses_of(again) == losses_of(whole)
 
 
 @pytest.mark.parametrize(
     "flags",
     [
         {"moe_enable": True, "moe_preset": "moe-llava"},
-        {"lora_enable": True},
         {"attn_implementation": "eager"},
         {"per_device_train_batch_size": 1},
         {"neftune_noise_alpha": 5.0},

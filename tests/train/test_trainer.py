@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moellava import heap
 from moellava.data.sampler import GroupedSampler
 from moellava.errors import UserError
+from moellava.train import run_hooks
 from moellava.train.run_hooks import RunHooks
 from tests.model.tiny_language_models import tiny_language_model
 from tests.processes import losses_of, train_here
@@ -113,3 +115,12 @@ def test_a_sparse_language_model_trains_with_a_balance(model_type, stage, given,
 def test_a_balance_that_nothing_would_read_is_refused(model_type, flags, words, sparse_flags):
     with pytest.raises(UserError, match=words):
         train_here(sparse_flags(model_type, "finetune") | {"router_aux_loss_coef": 0.25} | flags)
+
+
+def test_steps_use_freed_memory_again_and_a_run_leaves_none_behind(flags_for, tmp_path, monkeypatch):
+    chosen, given_back = [], []
+    monkeypatch.setattr(heap, "_choose", lambda options: chosen.append(options))
+    monkeypatch.setattr(run_hooks, "give_back", lambda: given_back.append(list(chosen)))
+    train_here(flags_for(tmp_path, "pretrain") | {"max_steps": 2, "save_steps": 1})
+    assert chosen == [heap.KEPT, heap.USUAL]
+    assert given_back == [[heap.KEPT]] * 3, "before the first step, and after each save"
