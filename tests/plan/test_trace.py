@@ -73,7 +73,7 @@ def test_checkpoints_keep_less_and_multiply_more_and_a_gpu_runs_grouped_products
     assert again.activations < 0.9 * kept.activations
     assert again.flops > kept.flops
     back = trace.step(Batch(4, 128, 4), checkpointing=False)
-    assert back.activations == pytest.approx(kept.activations, rel=0.05) and back.flops == kept.flops
+    assert back.activations == pytest.approx(kept.activations, rel=1e-3) and back.flops == kept.flops
 
 
 def test_spread_experts_multiply_as_much_and_keep_the_rows_that_travel():
