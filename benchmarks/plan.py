@@ -5,7 +5,9 @@
 
 Each run is the real `train.py` under `torchrun`: a random language model of 42 million parameters in fp32, records of
 256 tokens, two optimizer steps. Measured is the most memory of its own that a process had while the last step ran
-(VmHWM, reset before it, less mapped files), less what it had when everything was imported and no model was there.
+(VmHWM, reset before it, less mapped files), less what it had when everything was imported and no model was there. What
+is freed is given back at once, as the plan reckons; a run on the CPU keeps it (`moellava.heap`), and with --kept so do
+these: free blocks between those in use are then measured, too.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +101,15 @@ def told(flags: dict[str, Any], processes: int) -> dict[str, float]:
     return rows[0]["memory"] | {"in all": rows[0]["total"]}
 
 
-def measured(flags: dict[str, Any], processes: int, folder: Path) -> list[float]:
-    """Bytes of each process of a run."""
+def measured(flags: dict[str, Any], processes: int, folder: Path, is_kept: bool) -> list[float]:
+    """Bytes of each process of a run, which keeps what it frees, or gives it back."""
     run = folder / "run"
     words = words_of(flags | {"output_dir": run / "out", "overlong": "truncate"})
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(several if processes > 1 else [])]
     quiet = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
     environment = os.environ | quiet | {"PYTHONPATH": str(ROOT), "PLAN_MEASURES": str(run)}
+    environment |= {"PLAN_KEEPS": "1"} if is_kept else {}
     run.mkdir()
     done = subprocess.run([*command, __file__, "--worker", *words], env=environment, cwd=ROOT, capture_output=True)
     if done.returncode:
@@ -120,6 +123,7 @@ def worker(words: list[str]) -> None:
     """One process of a run; leaves its number in a file."""
     from transformers import TrainerCallback
 
+    from moellava import heap
     from moellava.train.arguments import parse_arguments
     from moellava.train.train import StageTrainer, train
 
@@ -143,6 +147,8 @@ def worker(words: list[str]) -> None:
         self.add_callback(Meter)
 
     StageTrainer.__init__ = watched
+    if "PLAN_KEEPS" not in os.environ:
+        heap.kept = nullcontext
     train(*parse_arguments(words))
 
 
@@ -161,6 +167,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--only", default="", help="cases whose names hold these words")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--kept", action="store_true", help="processes keep the memory that they free")
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -176,7 +183,7 @@ def main() -> None:
                     continue
                 if "model_name_or_path" in own:
                     flags["model_name_or_path"] = Path(name) / own["model_name_or_path"]
-                plan, found = told(flags, processes), measured(flags, processes, Path(name))
+                plan, found = told(flags, processes), measured(flags, processes, Path(name), args.kept)
                 ratio = plan["in all"] / max(found)
                 rows.append({"case": case, "processes": processes, "told": plan, "measured": found, "ratio": ratio})
                 shown = ", ".join(f"{part} {value / 1e6:.0f}" for part, value in plan.items())

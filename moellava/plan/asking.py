@@ -6,12 +6,14 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from moellava.constants import IGNORE_INDEX
 from moellava.data.encoder import Encoder
 from moellava.data.media import MediaFiles
+from moellava.data.media_reader import BLANK
 from moellava.data.packing import packed_rows
 from moellava.data.records import load_records
 from moellava.errors import UserError
@@ -20,7 +22,8 @@ from moellava.plan.devices import DEVICES, SPEEDS, Device
 from moellava.plan.model import Groups
 from moellava.plan.plan import BATCHES, Asked, layouts_for
 from moellava.plan.report import best_of_each, launcher, table
-from moellava.plan.trace import Batch
+from moellava.plan.rows import shares_rows
+from moellava.plan.samples import Sample, Samples
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, settle
 from moellava.train.conflicts import Flags, find_conflicts
 from moellava.train.deepspeed.named import settings_named
@@ -32,6 +35,9 @@ from moellava.vlm import encoder_of
 
 FIXED = ("deepspeed", "fsdp_size", "ep_size", "activation_checkpointing", "per_device_train_batch_size", "bf16", "fp16")
 """Flags of training that are looked for where they are not given."""
+
+LIE = {True: "The samples of a micro-batch lie end to end in one row.", False: "Rows are padded to the longest sample."}
+"""By whether any row of a plan has them so."""
 
 LOOKED_AT = 256
 """Records of --data whose lengths are measured, evenly spread."""
@@ -67,52 +73,42 @@ def flag_groups(given: dict[str, Any], tokens: int | None) -> Groups:
     return model, data, moe, training
 
 
-@dataclass(frozen=True)
-class Data:
-    """What the samples are.
-
-    Args:
-        batch: the longest one; `samples` is not read.
-        mean_length: in positions.
-    """
-
-    batch: Batch
-    mean_length: float
-
-
-def data_of(args: argparse.Namespace, groups: Groups, description: Description) -> Data:
+def data_of(args: argparse.Namespace, groups: Groups, description: Description) -> Samples:
     """What flags say of the samples, or the records; with --packing, of rows that hold several of them."""
     if args.tokens:
         training = groups[3]
         several = max(training.model_max_length // args.tokens, 1) if training.packing else 1
         supervised = min(args.supervised or max(args.tokens // 4, 1), args.tokens)
-        row = Batch(1, several * args.tokens, several * supervised, several * (args.images or 1))
-        return Data(row, row.length)
+        return Samples((Sample((args.tokens,) * several, several * supervised, several * (args.images or 1)),))
     return measured(groups, encoder_of(*description.inputs(), description.config, description.architecture))
 
 
-def measured(groups: Groups, encoder: Encoder) -> Data:
+def measured(groups: Groups, encoder: Encoder) -> Samples:
     """Lengths of the records, as training would cut and pack them. Raises DataError where one cannot be read."""
     model_args, data_args, _, args = groups
     records = load_records(data_args.data_path, roles=(model_args.user_key, model_args.assistant_key))
     limits = data_args.limits()
     files = MediaFiles(data_args.image_folder, data_args.video_folder, data_args.num_frames, limits)
     step = max(len(records) // LOOKED_AT, 1)
-    found: list[tuple[int, ...]] = []
+    found: list[Sample] = []
     for number in range(0, len(records), step):
         name = records.name(number)
         for _, example in encoder.examples(records[number], name, files, max_length=args.model_max_length):
             trained = sum(label != IGNORE_INDEX for label in example.labels)
             if trained:
-                found.append((example.length, trained, len(example.media)))
+                found.append(Sample((example.length,), trained, len(example.media)))
     if not found:
         raise UserError(f"--data {' '.join(data_args.data_path)}: no record has anything to train on.")
     if args.packing:
-        rows = packed_rows([length for length, _, _ in found], args.model_max_length)
-        found = [tuple(map(sum, zip(*(found[number] for number in row), strict=True))) for row in rows]
-    longest, supervised, media = (max(each) for each in zip(*found, strict=True))
-    mean = sum(length for length, _, _ in found) / len(found)
-    return Data(Batch(1, longest, max(supervised, 1), media), mean)
+        rows = packed_rows([sample.length for sample in found], args.model_max_length)
+        found = [filled([found[number] for number in row]) for row in rows]
+    return Samples(tuple(found), encoder.reader.run_length(BLANK, 1))
+
+
+def filled(samples: Sequence[Sample]) -> Sample:
+    """A row of several samples."""
+    parts, supervised, images = zip(*samples, strict=True)
+    return Sample(tuple(chain.from_iterable(parts)), sum(supervised), sum(images))
 
 
 def asked_of(
@@ -120,7 +116,7 @@ def asked_of(
     given: dict[str, Any],
     groups: Groups,
     device: Device,
-    data: Data,
+    data: Samples,
     own_counts: Sequence[int] = (),
 ) -> Asked:
     """The question, with what the run's flags leave open.
@@ -131,7 +127,7 @@ def asked_of(
     Raises:
         UserError: no way to lay a run out is as the flags say.
     """
-    moe, training = groups[2:]
+    model, _, moe, training = groups
     counts = moe.num_experts if moe.moe_enable else None
     layouts = layouts_for(args.gpus, counts, moe.moe_enable, own_counts, args.per_host)
     if "deepspeed" in given:
@@ -152,8 +148,7 @@ def asked_of(
         memory=args.hbm or device.memory,
         device=device,
         per_host=args.per_host,
-        batch=data.batch,
-        mean_length=data.mean_length,
+        data=data,
         layouts=layouts,
         samples=(sizes,) if sizes else BATCHES,
         checkpointing=(False, True) if checkpointing is None else (bool(checkpointing),),
@@ -161,6 +156,7 @@ def asked_of(
         is_packed=training.packing,
         longest=training.model_max_length,
         eval_samples=training.per_device_eval_batch_size,
+        joins=lambda vlm, samples: shares_rows(vlm, training, model.attn_implementation, samples),
     )
 
 
@@ -175,10 +171,11 @@ def command_of(asked: Asked, flags: list[str], words: list[str], given: dict[str
 
 def said(asked: Asked, rows: list, command: str | None) -> list[str]:
     """The plan as text."""
-    batch = asked.batch
+    batch = asked.data.longest
     what = "row of samples" if asked.is_packed else "sample"
     about = f"longest {what} {batch.length} positions ({batch.supervised} supervised, {batch.images} images)"
-    lines = [f"{asked.gpus} devices of {asked.memory:g} GB; {about}, mean {asked.mean_length:.0f}", ""]
+    lines = [f"{asked.gpus} devices of {asked.memory:g} GB; {about}, mean {asked.data.mean_length:.0f}"]
+    lines += [LIE[any(row.in_one_row for row in rows)], ""]
     lines += table(best_of_each(rows, asked.memory), asked.memory)
     smallest = in_units(min(row.total for row in rows))
     lines.append("")

@@ -66,19 +66,18 @@ class Counting(TorchDispatchMode):
             self.flops += left_out(*args)
         elif (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **kwargs, out_val=out)
-        if func._overloadpacket is torch.ops.aten.stack:  # of experts' weights, which lie together: it is no copy
-            self._bytes[out.untyped_storage()._cdata] = 0
+        is_copy = func._overloadpacket is not torch.ops.aten.stack  # of experts' weights, which lie together
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
-                self._see(tensor)
+                self._see(tensor, is_copy)
         return out
 
-    def _see(self, tensor: Tensor) -> None:
+    def _see(self, tensor: Tensor, is_copy: bool) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._bytes:
             return
-        self._bytes[key] = storage.nbytes()
+        self._bytes[key] = storage.nbytes() if is_copy else 0
         weakref.finalize(storage, self._forget, key)
         self.alive += self._bytes[key]
         self.peak = max(self.peak, self.alive)

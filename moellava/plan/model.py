@@ -11,6 +11,7 @@ import torch
 from moellava.adapters.lora import trainable_parameters
 from moellava.model.build import on_meta
 from moellava.moe import upcycle
+from moellava.plan.rows import is_flash
 from moellava.plan.spread import spread
 from moellava.train.adapt import adapt
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
@@ -44,7 +45,8 @@ def model_maker(groups: Groups, dtype: torch.dtype) -> tuple[Any, Callable[[int]
     def make(ep_size: int) -> VLM:
         model = on_meta(description.config).to(dtype)
         vlm = VLM(model, None, None, description.keywords, description.architecture, manifest.called)
-        choose_attention(model, model_args.attn_implementation)
+        if not is_flash(model_args.attn_implementation):
+            choose_attention(model, model_args.attn_implementation)
         if moe_args.moe_enable and vlm.spec is None:
             spec = moe_args.spec()
             upcycle(model, spec)

@@ -7,8 +7,8 @@ activations and optimizer states once through memory; gradients and rows once ov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import nn
 from moellava.moe import moe_layers, routed_expert_parameters
 from moellava.moe.own_routers import choices_of
 from moellava.plan.devices import Device
-from moellava.plan.trace import Batch, StepTrace, Traced
+from moellava.plan.samples import Batch, Samples
+from moellava.plan.trace import StepTrace, Traced
 from moellava.train.fsdp import spread_experts
 from moellava.train.memory import FP32_BYTES, Layout, estimate
 from moellava.vlm import VLM
@@ -28,6 +29,8 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 PASSES = {False: 2, True: 3}
 """How often a step reads the weights: forward, backward, and the forward again with checkpointing."""
 
+PARTS = 32
+"""Samples of a row that are traced one by one; of more the line of one row and two says what they take."""
 
 LIVE = 1e9
 """Numbers that ZeRO-3 leaves gathered for the backward: `stage3_max_live_parameters`, in our file and by default."""
@@ -42,8 +45,7 @@ class Asked:
         memory: of a device, in GB.
         device: its speeds.
         per_host: devices of a host.
-        batch: the data; `samples` is not read.
-        mean_length: mean length of a sample, in positions.
+        data: the samples, or rows that hold several.
         layouts: ways to lay the run out that are looked at.
         samples: of a process and forward.
         checkpointing: values of --activation_checkpointing.
@@ -51,14 +53,14 @@ class Asked:
         is_packed: whether a row of a batch holds several samples; `samples` are then rows.
         longest: positions that a sample may have.
         eval_samples: of a process and forward, in evaluation.
+        joins: (model, samples of a process and forward) -> whether these lie end to end in one row.
     """
 
     gpus: int
     memory: float
     device: Device
     per_host: int
-    batch: Batch
-    mean_length: float
+    data: Samples
     layouts: tuple[Layout, ...]
     samples: tuple[int, ...] = BATCHES
     checkpointing: tuple[bool, ...] = (False, True)
@@ -66,6 +68,7 @@ class Asked:
     is_packed: bool = False
     longest: int = 0
     eval_samples: int = 0
+    joins: Callable[[VLM, int], bool] = lambda vlm, samples: False
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Row:
         layout, samples, checkpointing: of the run.
         memory: part -> bytes of one process at the peak of a step.
         flops_bound, bandwidth_bound: tokens per second of all processes together, at most.
+        in_one_row: whether the samples of a forward lie end to end, without padding.
     """
 
     layout: Layout
@@ -84,6 +88,7 @@ class Row:
     memory: dict[str, float]
     flops_bound: float
     bandwidth_bound: float
+    in_one_row: bool = False
 
     @property
     def total(self) -> float:
@@ -206,9 +211,13 @@ def rows_of(asked: Asked, make: Callable[[int], VLM]) -> list[Row]:
         rows += [Row(layout, 0, False, held[layout].fixed, 0.0, 0.0) for layout in empty]
         kept = [layout for layout in layouts if layout not in empty]
         if kept:
-            lines = Lines(StepTrace(vlm.model, asked.device.is_gpu), asked)
+            joined = {samples: asked.joins(vlm, samples) for samples in {1, 2, *asked.samples}}
+            lines = Lines(StepTrace(vlm.model, asked.device.is_gpu), asked, joined)
             rows += [
-                row_of(asked, layout, held[layout], samples, checkpointing, lines.at(samples, checkpointing))
+                replace(
+                    row_of(asked, layout, held[layout], samples, checkpointing, lines.at(samples, checkpointing)),
+                    in_one_row=joined[samples],
+                )
                 for layout in kept
                 for samples in asked.samples
                 for checkpointing in asked.checkpointing
@@ -255,26 +264,37 @@ def gathered(model: Any, experts: list[nn.Module], layout: Layout, element: int)
 
 
 class Lines:
-    """What a step takes by its number of samples: traced for two numbers, a line through them for the others."""
+    """What a step takes by its number of samples: traced for one and two of the longest, and a line through them says
+    what the largest micro-batch takes; what it multiplies is that of a typical one.
 
-    def __init__(self, trace: StepTrace, asked: Asked):
-        self.trace, self.asked = trace, asked
-        self._traced: dict[tuple[int, bool, bool], Traced] = {}
+    Args:
+        trace: of the model.
+        asked: the question.
+        joined: samples -> whether they lie in one row.
+    """
+
+    def __init__(self, trace: StepTrace, asked: Asked, joined: Mapping[int, bool]):
+        self.trace, self.asked, self.joined = trace, asked, joined
+        self._traced: dict[tuple[Batch, bool, bool], Traced] = {}
 
     def at(self, samples: int, checkpointing: bool) -> Traced:
         """A step of so many samples."""
-        asked = self.asked
-        chunked = self.trace.head.may_chunk(max(samples, asked.eval_samples), asked.longest)
-        if len(asked.samples) == 1:
-            return self._exact(samples, checkpointing, chunked)
-        one, two = self._exact(1, checkpointing, chunked), self._exact(2, checkpointing, chunked)
-        grown = {name: value + (samples - 1) * (getattr(two, name) - value) for name, value in vars(one).items()}
-        return Traced(**grown)
+        data, in_one_row = self.asked.data, self.joined[samples]
+        options = (checkpointing, self.trace.head.may_chunk(max(samples, self.asked.eval_samples), self.asked.longest))
+        typical, largest = data.typical(samples, in_one_row), data.largest(samples, in_one_row)
+        flops = samples * self._exact(typical, *options).flops
+        if len(self.asked.samples) == 1 and len(largest.parts) <= PARTS:
+            most = self._exact(largest, *options)
+        else:
+            one, two = (self._exact(data.uniform.largest(n, self.joined[n]), *options) for n in (1, 2))
+            more = data.times(samples, in_one_row) - 1
+            most = Traced(*(a + more * (b - a) for a, b in zip(astuple(one), astuple(two), strict=True)))
+        return replace(most, flops=flops, moved=most.activations * samples * typical.length / largest.positions)
 
-    def _exact(self, samples: int, checkpointing: bool, chunked: bool) -> Traced:
-        key = (samples, checkpointing, chunked)
+    def _exact(self, batch: Batch, checkpointing: bool, chunked: bool) -> Traced:
+        key = (batch, checkpointing, chunked)
         if key not in self._traced:
-            self._traced[key] = self.trace.step(replace(self.asked.batch, samples=samples), checkpointing, chunked)
+            self._traced[key] = self.trace.step(batch, checkpointing, chunked)
         return self._traced[key]
 
 
@@ -288,10 +308,9 @@ def row_of(asked: Asked, layout: Layout, held: Held, samples: int, checkpointing
     if layout.zero in (1, 2):
         copied = memory["optimizer"] / 3 if not layout.offload else 0.0
         memory["activations"] = max(memory["activations"], copied)
-    tokens = asked.gpus * samples * asked.mean_length * asked.accumulation
+    tokens = asked.gpus * samples * asked.data.mean_length * asked.accumulation
     rate = asked.device.tflops if held.element < FP32_BYTES else asked.device.tflops_fp32
-    # Traced for the longest sample; the mean one multiplies less.
-    flops = traced.flops * asked.mean_length / asked.batch.length * asked.accumulation
+    flops = traced.flops * asked.accumulation
     seconds = moved_seconds(asked, layout, held, samples, checkpointing, traced)
     return Row(layout, samples, checkpointing, memory, tokens / (flops / rate / 1e12), tokens / seconds)
 
@@ -310,12 +329,12 @@ def beside_gradients(asked: Asked, layout: Layout, held: Held, traced: Traced) -
 
 def moved_seconds(asked: Asked, layout: Layout, held: Held, samples: int, checkpointing: bool, traced: Traced) -> float:
     """Seconds of an optimizer step for what memory and links have to move, the slower of the two."""
-    steps, share = asked.accumulation, asked.mean_length / asked.batch.length
+    steps = asked.accumulation
     weights = held.weights * PASSES[checkpointing] * steps
     states = 2 * held.fixed["optimizer"]
-    inner = weights + 2 * traced.activations * share * steps + states
+    inner = weights + 2 * traced.moved * steps + states
     link = asked.device.link if asked.gpus <= asked.per_host else asked.device.network
-    rows = 2 * PASSES[checkpointing] * held.rows * samples * asked.mean_length * steps
+    rows = 2 * PASSES[checkpointing] * held.rows * samples * asked.data.mean_length * steps
     near = asked.device.link if layout.ep_size <= asked.per_host else asked.device.network
     others = (asked.gpus - 1) / asked.gpus
     experts = layout.processes // layout.ep_size

@@ -2,7 +2,8 @@
 """One training step on tensors without numbers: what it keeps for the backward, and what it multiplies.
 
 The step is the real one: the model's own forward, our sparse layers, the head on supervised rows, checkpointing that
-replays routing. Legend: B samples, L positions, N supervised ones, D hidden.
+replays routing; it is told of its batch as a step of training is. Legend: B rows, L positions, N supervised ones, D
+hidden.
 """
 
 from __future__ import annotations
@@ -18,27 +19,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlavaConfig
 
-from moellava.moe import checkpoint_contexts, moe_layers, router_losses
+from moellava.data.places import Places
+from moellava.moe import checkpoint_contexts, moe_layers, router_losses, set_routing_context
 from moellava.moe.weights import tensors_of
 from moellava.plan.counting import Counting, EvenLoad
-from moellava.train.loss import Supervised, SupervisedHead
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one process sees in a forward.
-
-    Args:
-        samples: B.
-        length: L, of the longest sample, media counted.
-        supervised: positions of a sample that are trained on.
-        images: of a sample.
-    """
-
-    samples: int
-    length: int
-    supervised: int
-    images: int = 0
+from moellava.plan.samples import Batch
+from moellava.train.loss import SupervisedHead, supervised_positions
+from moellava.train.rows import NeededRows
+from moellava.train.sample_attention import ATTENTION, SampleAttention
 
 
 @dataclass(frozen=True)
@@ -49,11 +37,13 @@ class Traced:
         activations: most bytes at one time.
         with_gradients: most bytes at one time if every gradient stays until the step's end.
         flops: of forward and backward; a multiplication and an addition are two.
+        moved: bytes of activations that go through memory once a way.
     """
 
     activations: float
     with_gradients: float
     flops: float
+    moved: float = 0.0
 
 
 AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -76,6 +66,8 @@ class StepTrace:
         self.model, self.on_gpu = model.train(), on_gpu
         text = model.config.get_text_config()
         self.head = SupervisedHead(model.get_output_embeddings(), text.vocab_size)
+        self.rows, self.attention = NeededRows(model), SampleAttention(model)
+        self.attention.is_on = True  # where a batch says that its samples share a row
         self.ends_in_head = not any(getattr(text, name, None) for name in AFTER_THE_HEAD)
         self.has_checkpoints = False
         with self.fake, EvenLoad(0, on_gpu):
@@ -107,14 +99,15 @@ class StepTrace:
         counting = Counting([*self.model.parameters(), *self.model.buffers()])
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         hooks = [parameter.register_post_accumulate_grad_hook(counting.keep_gradient) for parameter in trained]
-        selected = batch.samples * batch.supervised
-        self.even = EvenLoad(selected, self.on_gpu)
-        with self.fake, counting:
+        self.even = EvenLoad(batch.samples * batch.supervised, self.on_gpu)
+        told = batch.told()
+        with self.fake, counting, self.attention, self.rows.only_within():
             with self.even:
-                loss = self._loss(batch, selected)
+                loss = self._loss(batch, *told)
             loss.backward()
         for hook in hooks:
             hook.remove()
+        set_routing_context(self.model)
         for _, layer in moe_layers(self.model):
             layer.record = layer.choices_E = None
             layer.stats.reset()
@@ -125,15 +118,26 @@ class StepTrace:
         first, again = checkpoint_contexts()
         return first, _both(again, self.even)
 
-    def _loss(self, batch: Batch, selected: int) -> Tensor:
-        shape = (batch.samples, batch.length)
-        zeros = torch.zeros(selected, dtype=torch.long)
-        with self.head.only(Supervised(zeros, zeros, torch.Size(shape))):
-            logits = self.model(inputs_embeds=self._embeddings(batch), use_cache=False).logits
-        loss = self.head.loss_sum(logits, zeros)
+    def _loss(self, batch: Batch, labels: Tensor, places: Places, position_ids: Tensor | None) -> Tensor:
+        supervised = supervised_positions(labels, places.supervised)
+        token_mask = torch.ones(labels.shape, dtype=torch.bool)  # `places` say which ones are
+        sequences = (places.sequence, places.n_sequences)
+        set_routing_context(self.model, token_mask, torch.zeros_like(token_mask), places.real, sequences)
+        self.rows.tell(places, supervised)
+        inputs: dict[str, Any] = {"inputs_embeds": self._embeddings(batch)}
+        if places.is_packed:
+            self.attention.tell(places.lengths)
+            inputs["position_ids"] = position_ids
+        elif batch.samples == 1 and not batch.padding and self.attention.suits(batch.length):
+            # Hugging Face's forward would make a mask, for which a run with numbers sees no need.
+            self.attention.config._attn_implementation_internal = ATTENTION
+        with self.head.only(supervised):
+            logits = self.model(**inputs, use_cache=False).logits
+        del inputs
+        loss = self.head.loss_sum(logits, supervised.target_N)
         del logits
         if moe_layers(self.model):
-            loss = loss + router_losses(self.model, total_tokens=batch.samples * batch.length).total
+            loss = loss + router_losses(self.model, total_tokens=len(places.real)).total
         return loss
 
     def _embeddings(self, batch: Batch) -> Tensor:
@@ -143,7 +147,7 @@ class StepTrace:
         if not batch.images or not self.shows_images:
             return words
         side = self.model.config.vision_config.image_size
-        pixels = torch.zeros(batch.samples * batch.images, 3, side, side, dtype=words.dtype)
+        pixels = torch.zeros(batch.images, 3, side, side, dtype=words.dtype)
         found = self.model.get_image_features(pixel_values=pixels)
         features = found if isinstance(found, (tuple, list)) else found.pooler_output
         flat = torch.cat(list(features)) if isinstance(features, (tuple, list)) else features

@@ -47,13 +47,12 @@ def settle_rows(trainer: Any) -> None:
     """
     dataset = trainer.train_dataset
     is_packed = isinstance(dataset, PackedDataset)
-    counts_padding = trainer.is_moe and trainer.vlm.spec.router_balance == "first_choice"
-    if is_packed and counts_padding:
+    if is_packed and counts_padding(trainer):
         raise UserError(
             "--packing True and --router_balance first_choice (--moe_preset moe-llava) conflict: that loss counts the "
             "padding of every row, of which packed rows have less. Leave --packing out, or give another balance."
         )
-    may_join = not counts_padding and may_share_one_row(trainer)
+    may_join = lets_join(trainer)
     if not is_packed and not may_join:
         return
     apart = dataset.dataset if is_packed else dataset
@@ -76,6 +75,20 @@ def settle_rows(trainer: Any) -> None:
         )
     if why:
         get_logger().info("Rows are padded, for samples do not keep apart in one: %s.", why)
+
+
+def counts_padding(trainer: Any) -> bool:
+    """Whether the loss of a run counts how padding is routed."""
+    return trainer.is_moe and trainer.vlm.spec.router_balance == "first_choice"
+
+
+def lets_join(trainer: Any) -> bool:
+    """Whether flags and model let the samples of a batch lie in a single row.
+
+    Args:
+        trainer: see `settle_rows`; or what a plan has in its place (`moellava.plan.rows`).
+    """
+    return not counts_padding(trainer) and may_share_one_row(trainer)
 
 
 def may_share_one_row(trainer: Any) -> bool:

@@ -37,6 +37,20 @@ def test_a_plan_is_a_table_and_the_command_of_the_cheapest(config_alone, capsys)
     assert command.count("--per_device_train_batch_size") == 1 and "--deepspeed scripts/zero" in command
 
 
+def test_a_plan_says_whether_rows_are_padded_and_what_that_takes(config_alone, data_file, make_record, capsys):
+    data = data_file([make_record(1, "what is it?", "a circle"), make_record(2, "what is it?", "a circle " * 30)])
+    taken = {}
+    for attention, words in (("sdpa", "end to end in one row"), ("eager", "Rows are padded")):
+        flags = ("--data", str(data), "--per_device_train_batch_size", "2", "--attn_implementation", attention)
+        assert main(plan(config_alone, "--gpus", "1", "--json", *flags, *NO_CHECKPOINTS)) == 0
+        (row,) = json.loads(capsys.readouterr().out)["rows"][:1]
+        taken[row["in_one_row"]] = row
+        assert main(plan(config_alone, "--gpus", "1", *flags, *NO_CHECKPOINTS)) == 0
+        assert words in capsys.readouterr().out
+    assert taken[True]["memory"]["activations"] < 0.8 * taken[False]["memory"]["activations"]
+    assert taken[True]["flops_bound"] > taken[False]["flops_bound"]
+
+
 def test_rows_as_json_and_what_the_flags_fix(config_alone, capsys):
     flags = ("--gpus", "2", "--tokens", "64", "--deepspeed", "scripts/zero2.json", "--ep_size", "2", "--json")
     fixed = (*NO_CHECKPOINTS, "--per_device_train_batch_size", "1")

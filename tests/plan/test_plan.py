@@ -9,13 +9,17 @@ import torch
 from moellava.plan.devices import DEVICES
 from moellava.plan.plan import Asked, Held, Row, cheapest, held_by, layouts_for, moved_seconds, row_of, rows_of
 from moellava.plan.report import best_of_each, called, flags_of, launcher, table
-from moellava.plan.trace import Batch, Traced
+from moellava.plan.samples import Sample, Samples
+from moellava.plan.trace import Traced
 from moellava.train.memory import Layout
 from moellava.vlm import VLM
 from tests.plan.test_trace import model
 from tests.tiny import tiny_llava
 
 ROW = Row(Layout(4, zero=2), 2, False, {"weights": 6e9, "activations": 1e9}, 100.0, 80.0)
+
+
+MANY = Samples((Sample((10**5,), 8),))
 
 
 def test_expert_parallel_sizes_divide_processes_and_experts_and_zero3_holds_no_experts():
@@ -56,7 +60,7 @@ def test_the_cheapest_is_the_fastest_that_fits_and_of_equals_the_simplest():
 
 def asked(layouts, **others) -> Asked:
     device = DEVICES["cpu"]
-    return Asked(len(layouts), 1.0, device, 8, Batch(1, 32, 8), 32.0, layouts, (1, 2, 3), (False,), **others)
+    return Asked(len(layouts), 1.0, device, 8, Samples((Sample((32,), 8),)), layouts, (1, 2, 3), (False,), **others)
 
 
 def test_a_line_through_two_numbers_of_samples_says_the_third():
@@ -75,7 +79,7 @@ def test_rows_that_travel_take_time_on_the_link():
     held = Held({"optimizer": 0.0}, 1e6, 1e6, 1e5, 1.0, 1e6, 2)
     layouts = [Layout(2, zero=2, ep_size=size) for size in (1, 2)]
     alone, spread = (
-        moved_seconds(replace(asked(tuple(layouts)), mean_length=1e5), layout, held, 1, False, Traced(0, 0, 1))
+        moved_seconds(replace(asked(tuple(layouts)), data=MANY), layout, held, 1, False, Traced(0, 0, 1))
         for layout in layouts
     )
     assert spread > 10 * alone
@@ -116,8 +120,8 @@ def test_spread_experts_are_not_fetched_and_their_rows_travel():
     question = replace(asked(tuple(layouts)), device=replace(DEVICES["cpu"], bandwidth=1e9, link=1.0))
     both = list(zip(layouts, held, strict=True))
     few, many = (
-        [moved_seconds(replace(question, mean_length=mean), *one, 1, False, Traced(0, 0, 1)) for one in both]
-        for mean in (1.0, 1e5)
+        [moved_seconds(replace(question, data=data), *one, 1, False, Traced(0, 0, 1)) for one in both]
+        for data in (Samples((Sample((1,), 1),)), MANY)
     )
     assert few[0] > few[1] and many[0] < many[1]
 
