@@ -23,7 +23,7 @@ TIE = 1e-5
 
 def is_at_hand(tensor: Tensor) -> bool:
     """Whether the host can read a tensor without waiting for a device. Nobody can while a graph is compiled."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 @dataclass

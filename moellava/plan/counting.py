@@ -107,8 +107,8 @@ class EvenLoad(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func == torch.Tensor.is_cuda.__get__ and self.on_gpu:
-            return True
+        if func == torch.Tensor.is_cpu.__get__ and self.on_gpu:
+            return False
         if func is torch._grouped_mm and args[0].dtype != torch.bfloat16:  # whose shapes torch tells of bf16 alone
             return torch.ops.transformers.grouped_mm_fallback(args[0], args[1], kwargs["offs"])
         if func is torch.Tensor.__bool__:

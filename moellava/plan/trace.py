@@ -9,6 +9,7 @@ hidden.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from transformers import LlavaConfig
 
 from moellava.data.places import Places
 from moellava.moe import checkpoint_contexts, moe_layers, router_losses, set_routing_context
+from moellava.moe.experts import kernel_for
+from moellava.moe.kernels import AUTO
 from moellava.moe.weights import tensors_of
 from moellava.plan.counting import Counting, EvenLoad
 from moellava.plan.samples import Batch
@@ -73,7 +76,11 @@ class StepTrace:
         with self.fake, EvenLoad(0, on_gpu):
             for _, layer in moe_layers(model):
                 layer.is_together = True  # a fake weight has no place that it could be moved to
-                tensors_of(list(layer.local_experts().values()))  # a module is looked at once, not in each step
+                experts = list(layer.local_experts().values())
+                tensors_of(experts)  # a module is looked at once, not in each step
+                if on_gpu:
+                    dtype = next(experts[0].parameters()).dtype
+                    layer.context.kernel = kernel_for(experts, AUTO, torch.device("cuda"), dtype)
 
     @property
     def shows_images(self) -> bool:
@@ -101,7 +108,8 @@ class StepTrace:
         hooks = [parameter.register_post_accumulate_grad_hook(counting.keep_gradient) for parameter in trained]
         self.even = EvenLoad(batch.samples * batch.supervised, self.on_gpu)
         told = batch.told()
-        with self.fake, counting, self.attention, self.rows.only_within():
+        with self.fake, counting, self.attention, self.rows.only_within(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by grouped products: 0
             with self.even:
                 loss = self._loss(batch, *told)
             loss.backward()
