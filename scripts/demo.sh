@@ -4,7 +4,7 @@
 # the three stages, scores on easy-VQA's official test split, one question in chat: about 10 minutes on 2 cores.
 #
 #     bash scripts/demo.sh              the usual run
-#     bash scripts/demo.sh --full       the longer recipe, for the best score (about 15 minutes)
+#     bash scripts/demo.sh --full       the longer recipe, for the best score (about half an hour)
 #     bash scripts/demo.sh --smoke      a few steps and a few questions: shows that everything runs, scores mean nothing
 #     bash scripts/demo.sh --make-base  makes the base models anew before it starts (10 minutes more)
 #

@@ -26,6 +26,7 @@ WORDS = {
     "pictures": ["--rounds", "1", "--times", "1"],
     "plan": ["--only", "stage 2, native, checkpoints", "--processes", "1"],
     "preprocess": ["--conversations", "5", "--rounds", "1"],
+    "shards": ["--pictures", "8"],
     "train_step": ["--steps", "2", "--stages", "stage 3", "--threads", "1"],
     "upcycle": ["--rounds", "1"],
 }

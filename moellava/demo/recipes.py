@@ -95,7 +95,7 @@ DEFAULT = Recipe(
 
 FULL = Recipe(
     name="full",
-    duration="about 15 minutes",
+    duration="about half an hour",
     stage1=StageRecipe(copies=6, batch_size=64, learning_rate=4e-3),
     stage2=StageRecipe(copies=6, batch_size=32, learning_rate=1.5e-3),
     stage3=StageRecipe(copies=2, batch_size=32, learning_rate=5e-4),
