@@ -24,18 +24,18 @@ WORDS = {
     "loss_memory": ["--case", "trained rows in chunks", "0.5", "--length", "64", "--vocabulary", "4096"],
     "moe_layer": ["--tokens", "64", "--experts", "4", "--repeats", "1"],
     "pictures": ["--rounds", "1", "--times", "1"],
-    "plan": ["--only", "stage 2, native, checkpoints", "--processes", "1"],
     "preprocess": ["--conversations", "5", "--rounds", "1"],
     "shards": ["--pictures", "8"],
     "train_step": ["--steps", "2", "--stages", "stage 3", "--threads", "1"],
-    "upcycle": ["--rounds", "1"],
 }
 PRINTS = {"loss_memory"}
 """Those whose words have them print their figures and leave no file."""
 
 ELSEWHERE = {
     "moe_worth": "trains for hours; tests/demo/test_mixed.py runs what it is made of",
+    "plan": "runs of training, one after another; tests/plan and tests/train run what it is made of",
     "trl_peer": "a part of train_step, which installs a package when stages 1 and 2 are measured",
+    "upcycle": "a model of 135 million parameters; tests/convert runs what it is made of",
     "upcycle_perplexity": "a model that comes as a package of 93 MB",
 }
 """Those that are only loaded, and why."""
