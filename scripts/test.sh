@@ -12,4 +12,4 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1
 
 pre-commit run --all-files --show-diff-on-failure # ruff, mypy, bash -n
-exec python -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations 15 "$@"
+exec python -m pytest -n "${WORKERS:-2}" --dist loadfile --durations 15 "$@"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -68,7 +69,9 @@ def flag_groups(given: dict[str, Any], tokens: int | None) -> Groups:
     moe, training = construct(MoEArguments, run), construct(TrainingArguments, run)
     training.given = run
     settle(model, training)
-    if problems := find_conflicts(Flags(model, data, moe, training)):
+    asked = copy.copy(training)  # with what this machine may not be able to do
+    asked.bf16, asked.fp16 = bool(given.get("bf16")), bool(given.get("fp16"))
+    if problems := find_conflicts(Flags(model, data, moe, asked)):
         raise UserError("\n".join(problems))
     return model, data, moe, training
 

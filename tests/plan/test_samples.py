@@ -99,7 +99,7 @@ def test_traced_positions_are_those_of_the_collator(name, folders, parts):
         ({}, True),
         ({"packing": True}, True),
         ({"lora_enable": True}, True),
-        ({"attn_implementation": "flash_attention_2"}, True),
+        ({"attn_implementation": "flash_attention_2", "bf16": True}, True),
         ({"attn_implementation": "eager"}, False),
         ({"neftune_noise_alpha": 5.0}, False),
         ({"moe_enable": True}, True),
