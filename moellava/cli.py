@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import io
 import os
@@ -12,7 +11,7 @@ import sys
 from contextlib import suppress
 
 from moellava import __version__
-from moellava.errors import UserError
+from moellava.errors import UserError, did_you_mean
 from moellava.log import printable
 from moellava.plugins import FLAG, load_plugins
 
@@ -81,8 +80,7 @@ def _run(argv: list[str]) -> int:
         print(printable(f"moellava {__version__}"))
         return 0
     if argv[0] not in COMMANDS:
-        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(argv[0], COMMANDS, repr)
         print(printable(f"moellava: unknown command {argv[0]!r}.{hint}\n\n{usage()}"), file=sys.stderr)
         return 2
     command = importlib.import_module(COMMANDS[argv[0]][0])

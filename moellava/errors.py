@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors that a user can mend. Everything else is a bug and keeps its traceback."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+
 
 class UserError(ValueError):
     """A mistake in a flag, file or record. The message names it, states both sides and the way out."""
@@ -35,3 +40,9 @@ class UnknownNameError(UserError, KeyError):
 def message_of(error: UserError) -> str:
     """What an error says, without the traceback that PyTorch writes before it in a worker of a `DataLoader`."""
     return str(error).rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")[2].strip()
+
+
+def did_you_mean(name: str, known: Iterable[str], shown: Callable[[str], str] = str) -> str:
+    """' Did you mean …?', or nothing where no known name is near. `shown`: how the message writes names."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {shown(close[0])}?" if close else ""

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
-from moellava.errors import UnknownNameError
+from moellava.errors import UnknownNameError, did_you_mean
 
 T = TypeVar("T")
 
@@ -42,8 +41,7 @@ class Registry(Mapping[str, T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._entries:
-            close = difflib.get_close_matches(str(name), self._entries, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(str(name), self._entries, repr)
             raise UnknownNameError(f"Unknown {self.noun} {name!r}.{hint} Known: {', '.join(self._entries)}")
         return self._entries[name]
 

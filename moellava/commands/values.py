@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 from typing import Any, NoReturn
+
+from moellava.errors import did_you_mean
 
 UNKNOWN = "unrecognized arguments: "
 """How argparse begins what it says of words that it does not know."""
@@ -22,8 +23,8 @@ class CommandParser(argparse.ArgumentParser):
         """Exits with status 2, the command's usage and what is wrong; of an unknown flag also the nearest known one."""
         flag = message.removeprefix(UNKNOWN).split()[0].partition("=")[0] if message.startswith(UNKNOWN) else ""
         known = [name for action in self._actions for name in action.option_strings]
-        close = difflib.get_close_matches(flag, known, n=1) if flag.startswith("-") else []
-        super().error(message + (f". Did you mean {close[0]}?" if close else ""))
+        hint = did_you_mean(flag, known) if flag.startswith("-") else ""
+        super().error(message + (f".{hint}" if hint else ""))
 
 
 def count(text: str) -> int:

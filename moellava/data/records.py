@@ -158,34 +158,34 @@ class Records(Sequence[dict[str, Any]]):
         """Size of what they lie in."""
         return sum({id(part.held): part.held.nbytes for part in self.chosen}.values())
 
-    def content(self, with_pictures: bool = False) -> str:
+    def content(self, whole: bool = False) -> str:
         """A digest of all records as they are read, in their order, wherever their files lie.
 
         Args:
-            with_pictures: those of shards are read and stand in their records, as in indexes of earlier versions.
+            whole: pictures of shards are read and stand in their records, as in indexes of earlier versions.
         """
         if self.nbytes < KEPT_FROM or (folder := cache_folder()) is None:
-            return self._content(with_pictures)
+            return self._content(whole)
         said = hashlib.sha256(self.said.tobytes()).hexdigest()[:40]
-        name = f"{DIGESTS}/{said}{'-with-pictures' * with_pictures}"
-        return remembered(folder, name, lambda: self._content(with_pictures))
+        name = f"{DIGESTS}/{said}{'-with-pictures' * whole}"
+        return remembered(folder, name, lambda: self._content(whole))
 
-    def _content(self, with_pictures: bool) -> str:
-        sizes = [np.empty(0, np.int64)] + [part.held.sizes[part.rows] for part in self.chosen]
-        if with_pictures:
-            sizes = [np.array([len(content) for content in self._contents(True)], np.int64)]
-        digest = hashlib.sha256(np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int64).tobytes())
-        for content in self._contents(with_pictures):
+    def _content(self, whole: bool) -> str:
+        if whole:  # the sizes come first, so that pictures are read twice: they need not fit into memory
+            sizes = np.array([len(content) for content in self._contents(True)], np.int64)
+        else:
+            sizes = np.concatenate([np.empty(0, np.int64)] + [part.held.sizes[part.rows] for part in self.chosen])
+        digest = hashlib.sha256(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64).tobytes())
+        for content in self._contents(whole):
             digest.update(content)
         return f"sha256 {digest.hexdigest()[:32]}"
 
     def _contents(self, whole: bool) -> Iterator[bytes]:
         """The records, as JSON. `whole`: with their pictures."""
-        for number in range(len(self)) if whole else ():
-            yield json.dumps(with_pictures(self[number]), ensure_ascii=False).encode()
-        for part in () if whole else self.chosen:
-            for row in part.rows.tolist():
-                yield part.held.content(row)
+        if whole:
+            records = (with_pictures(self[number]) for number in range(len(self)))
+            return (json.dumps(record, ensure_ascii=False).encode() for record in records)
+        return (part.held.content(row) for part in self.chosen for row in part.rows.tolist())
 
 
 def load_records(

@@ -37,13 +37,11 @@ class Shard(NamedTuple):
     Attributes:
         url: its address.
         state: 64 bits of what the other side says of its content.
-        size: bytes.
         read: (its address) -> its records.
     """
 
     url: str
     state: int
-    size: int
     read: Callable[[str], Iterator[Any]]
 
 
@@ -72,7 +70,7 @@ def shard_at(url: str) -> Shard | None:
         "%s is read once; its pictures are fetched when they are shown, and kept in %s up to %.0f GB (%s)",
         url, folder / FETCHED, limit() / 1e9, LIMIT,
     )  # fmt: skip
-    return Shard(url, state, int(told["size"]), read)
+    return Shard(url, state, read)
 
 
 def _head(file_system: Any, path: str) -> tuple[bytes, bool]:

@@ -21,7 +21,7 @@ STOCHASTIC_DEPTH = ("droppath", "drop_path", "drop_connect", "stochasticdepth", 
 def drops_rows(model: nn.Module) -> bool:
     """Whether a model, or a part of one, drops whole rows of a batch at random while it learns, and not numbers each by
     themselves: samples that share a row would be dropped together."""
-    settings = vars(getattr(model, "config", None) or object)
+    settings = vars(model.config) if hasattr(model, "config") else {}
     named = [value for name, value in settings.items() if name.startswith(STOCHASTIC_DEPTH)]
     parts = [getattr(part, "drop_prob", 1.0) for part in model.modules() if _is_depth(type(part).__name__)]
     return any(isinstance(rate, float) and rate > 0 for rate in (*named, *parts))

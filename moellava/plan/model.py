@@ -11,12 +11,12 @@ import torch
 from moellava.adapters.lora import trainable_parameters
 from moellava.model.build import on_meta
 from moellava.moe import upcycle
-from moellava.plan.rows import is_flash
 from moellava.plan.spread import spread
 from moellava.train.adapt import adapt
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
 from moellava.train.assemble import choose_attention, described, start_of
 from moellava.train.fsdp import spread_experts
+from moellava.train.sample_attention import is_flash
 from moellava.train.stages import freeze_all_but, stage_of
 from moellava.vlm import VLM
 

@@ -10,7 +10,7 @@ from moellava.data.packing import PackedDataset
 from moellava.moe import moe_layers
 from moellava.train.arguments import TrainingArguments
 from moellava.train.packing import lets_join
-from moellava.train.sample_attention import FLASH, SampleAttention
+from moellava.train.sample_attention import SampleAttention, is_flash
 from moellava.vlm import VLM
 
 
@@ -30,11 +30,6 @@ class PlannedAttention(SampleAttention):
     def suits(self, longest: int) -> bool:
         """See `SampleAttention`."""
         return self.is_flash or super().suits(longest)
-
-
-def is_flash(named: str | None) -> bool:
-    """Whether --attn_implementation names flash attention, of whatever version."""
-    return (named or "").startswith(FLASH)
 
 
 class PlannedRun:

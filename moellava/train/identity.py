@@ -165,7 +165,7 @@ def data_content(records: Records, stored: str | None) -> str:
     found = f"{len(records)} records, {records.content()}"
     if stored in (None, found) or records.lie_elsewhere:
         return found
-    before = f"{len(records)} records, {records.content(with_pictures=True)}"
+    before = f"{len(records)} records, {records.content(whole=True)}"
     return before if before == stored else found
 
 

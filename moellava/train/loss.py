@@ -222,16 +222,16 @@ class LinearLoss(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, rows: int, label_smoothing: float, dtype: torch.dtype):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             cast_VD, cast_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
-            sums, lses = [], []
+            losses, lses = [], []
             for one_nD, target_n in zip(hidden_ND.split(rows), target_N.split(rows), strict=True):
                 logits_nV = functional.linear(one_nD.to(dtype), cast_VD, cast_V)
                 loss_n, lse_n = _losses_and_lse(logits_nV.float(), target_n, label_smoothing)
-                sums.append(loss_n.sum())
+                losses.append(loss_n)
                 lses.append(lse_n)
-            ctx.kept_NV = logits_nV if len(sums) == 1 else None
+            ctx.kept_NV = logits_nV if len(losses) == 1 else None
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, torch.cat(lses))
         ctx.options = (rows, label_smoothing, dtype)
-        return torch.stack(sums).sum()
+        return torch.cat(losses).double().sum().float()
 
     @staticmethod
     @once_differentiable

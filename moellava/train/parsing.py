@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -15,7 +14,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from moellava.errors import UserError
+from moellava.errors import UserError, did_you_mean
 from moellava.moe.flags import FlagHelp
 from moellava.plugins import load_plugins
 from moellava.processes import world_size
@@ -94,12 +93,6 @@ def made(sort: Callable[[str], Any], choices: Iterable[Any] | None) -> Callable[
         return value
 
     return make
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' Did you mean …?', or nothing where no known name is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def make_parser() -> HfArgumentParser:

@@ -43,6 +43,11 @@ def attend(
 AttentionInterface.register(ATTENTION, attend)
 
 
+def is_flash(named: str | None) -> bool:
+    """Whether an implementation of attention is flash attention, of whatever version."""
+    return (named or "").startswith(FLASH)
+
+
 class SampleAttention:
     """Inside, as a context, a decoder's attention keeps the samples of a row apart that it is told of.
 
@@ -69,8 +74,8 @@ class SampleAttention:
         is_whole = attention_types <= {"sliding_attention"} and all(
             window is None or window >= longest for window in windows
         )
-        usual = self.config._attn_implementation or ""
-        return usual.startswith(FLASH) or (usual == "sdpa" and is_whole)
+        usual = self.config._attn_implementation
+        return is_flash(usual) or (usual == "sdpa" and is_whole)
 
     def tell(self, lengths: Sequence[int] | None) -> None:
         """The samples of the next forward, and of its recomputation; None: it is no single row of samples."""
