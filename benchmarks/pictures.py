@@ -4,13 +4,14 @@
     python benchmarks/pictures.py --json FILE
 
 Files of several formats and sizes are written: smooth shapes with a little noise, which take about the bytes a pixel
-that photographs take. For each, four ways take turns, one thread, and the least CPU time of the rounds counts:
+that photographs take. For each, five ways take turns, one thread, and the least CPU time of the rounds counts:
 
 * Pillow: the file is decoded, made RGB and resized to the model's size, and nothing else;
 * transformers: the same file by Pillow, then the model's image processor, which also cuts, rescales and normalises;
 * ours: `open_image`, which also checks the file, its limits and its orientation, and `MediaReader`'s pixels: the same
   numbers as transformers', which is looked at first;
-* ours, opening: `open_image` alone.
+* ours, opening: `open_image` alone;
+* ours, kept: the same pixels of a picture that `--cache_pixels` has kept.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 
+from moellava.data.feature_store import FeatureStore
 from moellava.data.images import open_image
 from moellava.data.plain_pixels import plain_pixels
+from moellava.data.tones import tones_of
 
 GOAL = 1.5
 """Most CPU time of ours, as a multiple of Pillow's."""
@@ -73,8 +76,12 @@ def resized_size(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 def ways(path: Path, processor: Any, size: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     """What is timed."""
-    plain, target = plain_pixels(processor), resized_size(processor, size)
-    assert plain is not None
+    plain, tones, target = plain_pixels(processor), tones_of(processor), resized_size(processor, size)
+    assert plain is not None and tones is not None
+    store = FeatureStore(path.parent / f"{path.name} {type(processor).__name__}")
+    store.add(1, size, tones.of(plain([open_image(path)])).flatten(1, 2))
+    store.flush()
+    store.reopen()
 
     def by_pillow() -> Any:
         with Image.open(path) as image:
@@ -87,13 +94,17 @@ def ways(path: Path, processor: Any, size: tuple[int, int]) -> dict[str, Callabl
     def ours() -> Any:
         return plain([open_image(path)])
 
-    if not torch.equal(by_transformers(), ours()):
+    def kept() -> Any:
+        return tones.pixels(store.features(store.place(1)).unflatten(1, (3, -1)).numpy())
+
+    if not torch.equal(by_transformers(), ours()) or not torch.equal(ours(), kept()):
         raise SystemExit(f"{path.name}: pixels differ")
     return {
         "Pillow": by_pillow,
         "transformers": by_transformers,
         "ours": ours,
         "ours, opening": lambda: open_image(path),
+        "ours, kept": kept,
     }
 
 

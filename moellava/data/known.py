@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures whose features are known: they are neither decoded nor brought to the tower's shape.
+"""Pictures of which is known what the model is shown: they are neither decoded nor brought to the tower's shape.
 
 A picture's key is made of the digest of its file, and of what else decides over its pixels: how many frames of a video
-are shown, and whether an image is alone in its record, where a processor cuts only such a one into tiles. In place of
-its pixels [rows, 3, H, W] the model's input holds its features as a picture of one channel, [rows, 1, P, D], which the
-tower hands on (`model/known_tower.py`). All else that a processor gives for it, it gives for a blank of its size.
+are shown, and whether an image is alone in its record, where a processor cuts only such a one into tiles. What
+is known are its pixels, [rows, 3, H, W], or the tower's features of them: these stand in the place of pixels as a
+picture of one channel, [rows, 1, P, D], which the tower hands on (`model/known_tower.py`). All else that a processor
+gives for it, it gives for a blank of its size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ CONTENT_ROW = np.dtype([(KEY, "<u8"), ("content", "<u8")])
 
 @dataclass(frozen=True)
 class Known:
-    """An image whose features are known.
+    """An image of which is known what the model is shown.
 
     Attributes:
         size: width and height in pixels.
@@ -59,7 +60,7 @@ class Known:
 
 @dataclass(frozen=True)
 class KnownVideo(Video):
-    """A video whose features are known, of a model that has a way for videos."""
+    """The same of a video, for a model that has a way for videos."""
 
     place: int = 0
 
@@ -132,10 +133,10 @@ def key_of_blank(modality: str) -> int:
 
 
 class KnownMedia:
-    """What records show, as pictures whose features are known. It takes the place of opening files.
+    """What records show, as pictures that are known. It takes the place of opening files.
 
     Args:
-        store: holds the features.
+        store: holds what is known.
         contents: digests of the files.
         encoder: of the model.
     """
@@ -169,17 +170,18 @@ class KnownMedia:
 
 
 class KnownReader:
-    """Reads media whose features are known: runs, and features in place of pixels. See `MediaReader.read`.
+    """Reads media that are known: runs, and what the model is shown of them. See `MediaReader.read`.
 
     Args:
         reader: of the model's processor.
-        store: holds the features, of blanks too.
+        store: holds what is known, of blanks too.
+        shown: what the model is shown, [rows, C, H, W], of what the store holds of a picture, [rows, P, D].
     """
 
     is_one_input = False
 
-    def __init__(self, reader: MediaReader, store: FeatureStore):
-        self.reader, self.store = reader, store
+    def __init__(self, reader: MediaReader, store: FeatureStore, shown: Callable[[torch.Tensor], torch.Tensor]):
+        self.reader, self.store, self.shown = reader, store, shown
         self._beside = Remembered(self._without_pixels, SIZES_KEPT)
         self.axes = {name: reader.read([[blank(name)]]).tensors[PIXELS[name]].ndim for name in reader.placeholders}
 
@@ -191,7 +193,8 @@ class KnownReader:
         for modality in MODALITIES:
             shown = [one for sample in samples for one in sample if modality_of(one) == modality]
             if shown:
-                tensors[PIXELS[modality]] = self._stacked([self._features(one) for one in shown], modality)
+                rows = [self.shown(self._kept(one)) for one in shown]
+                tensors[PIXELS[modality]] = rows_stacked(rows) if self.axes[modality] == 5 else torch.cat(rows)
         return Media([runs for runs, _ in found], tensors)
 
     def _without_pixels(self, *shown: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
@@ -214,7 +217,7 @@ class KnownReader:
             return Clip(BLANK, count, USUAL_FPS, tuple(range(count)))
         return shown.size if self.reader.needs_sizes else BLANK
 
-    def _features(self, shown: Any) -> torch.Tensor:
+    def _kept(self, shown: Any) -> torch.Tensor:
         """[rows, P, D] of one image or video."""
         if isinstance(shown, KnownVideo):
             return self.store.features(shown.place)
@@ -225,11 +228,8 @@ class KnownReader:
         assert place is not None, "a batch shows what is known, or blanks"
         return self.store.features(place)
 
-    def _stacked(self, rows: Sequence[torch.Tensor], modality: str) -> torch.Tensor:
-        """[N, 1, P, D] of features [1, P, D] each; [N, T, 1, P, D] where pictures have several rows, or may have."""
-        if self.axes[modality] == 4:
-            return torch.cat(list(rows)).unsqueeze(1)
-        most = max(map(len, rows))
-        return torch.stack([torch.cat([one, one.new_zeros(most - len(one), *one.shape[1:])]) for one in rows])[
-            :, :, None
-        ]
+
+def rows_stacked(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[N, R, C, H, W] of pictures [r, C, H, W] of up to R rows each; those that are not there are zeros."""
+    most = max(map(len, pictures))
+    return torch.stack([torch.cat([one, one.new_zeros(most - len(one), *one.shape[1:])]) for one in pictures])

@@ -3,7 +3,7 @@
 
 Image processors of transformers that need no torchvision turn an image into an array, that into an image again, and
 work through three arrays of floats. All that they do to a pixel after resizing depends on its channel and its tone
-alone, so it is looked up here in a table of 3 × 256 numbers, which they have filled themselves.
+alone, so it is looked up here (`tones.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from moellava.data.strips import strip_of
+from moellava.data.tones import Tones
 
 STEPS = ("preprocess", "process_image", "resize", "center_crop", "rescale", "normalize")
 """Methods of an image processor that have to be those of its base class."""
@@ -40,18 +41,11 @@ class PlainPixels:
         self._crop = (crop["width"], crop["height"]) if crop else None
         pads = bool(getattr(processor, "do_pad", False))
         self._background = tuple(int(tone * 255) for tone in processor.image_mean) if pads else None
-        self._table = _table_of(processor)
+        self._tones = Tones(processor)
 
     def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """`pixel_values` [B, 3, H, W] of RGB images."""
-        cut = [self._cut(image) for image in images]
-        width, height = cut[0].size
-        made = np.empty((len(cut), 3, height, width), self._table.dtype)
-        for place, image in enumerate(cut):
-            pixels = np.asarray(image)
-            for channel, tones in enumerate(self._table):
-                np.take(tones, pixels[:, :, channel], out=made[place, channel], mode="clip")
-        return torch.from_numpy(made)
+        return self._tones.pixels([np.asarray(self._cut(image)).transpose(2, 0, 1) for image in images])
 
     def _cut(self, image: Image.Image) -> Image.Image:
         """An image of the size that the model takes."""
@@ -136,13 +130,3 @@ def _is_plain(processor: Any) -> bool:
         return False
     # A picture that is smaller than what is cut out of it would be padded.
     return not processor.do_center_crop or max(dict(processor.crop_size).values()) <= min(size.values())
-
-
-def _table_of(processor: Any) -> np.ndarray:
-    """What becomes of each tone of each channel, [3, 256]."""
-    tones = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
-    if processor.do_rescale:
-        tones = processor.rescale(tones, processor.rescale_factor)
-    if processor.do_normalize:
-        tones = processor.normalize(tones, processor.image_mean, processor.image_std)
-    return np.ascontiguousarray(tones[:, 0])

@@ -132,6 +132,9 @@ class DataArguments:
     cache_features: str | None = _flag(
         "Folder where features of pictures are kept: a frozen tower sees each picture once, for all runs."
     )
+    cache_pixels: str | None = _flag(
+        "Folder where pixels of pictures are kept: each is decoded once, for all runs, also where the tower trains."
+    )
     skip_list: str | None = _flag("Records to leave out (counted): a file of `moellava check-data --skip-list`.")
 
     def __post_init__(self):

@@ -235,6 +235,15 @@ CONFLICTS: list[Rule] = [
         lambda f: f.data.cache_features and not f.data.is_multimodal,
         "--cache_features {data.cache_features} and --is_multimodal False conflict: there are no pictures.",
     ),
+    (
+        lambda f: f.data.cache_pixels and not f.data.is_multimodal,
+        "--cache_pixels {data.cache_pixels} and --is_multimodal False conflict: there are no pictures.",
+    ),
+    (
+        lambda f: f.data.cache_pixels and f.data.cache_features,
+        "--cache_pixels {data.cache_pixels} does nothing beside --cache_features {data.cache_features}, which opens "
+        "each picture once by itself. Leave one out.",
+    ),
     (lambda f: f.data.num_frames < 1, "--num_frames {data.num_frames}: a video is at least 1 frame."),
     (lambda f: f.data.bad_files not in ("error", "skip"), "--bad_files {data.bad_files}: choose error or skip."),
     (lambda f: f.training.eval_samples < 0, "--eval_samples {training.eval_samples}: a number of records, or 0."),

@@ -53,7 +53,7 @@ WITHOUT_EFFECT: dict[str, str] = {
         (
             *("lazy_preprocess", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
             *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps"),
-            *("cache_dir", "cache_features"),
+            *("cache_dir", "cache_features", "cache_pixels"),
         ),
         _LOADED,
     ),

@@ -1,59 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--cache_features DIR`: a frozen tower sees each picture once, before step 0 of the first run that shows it.
 
-Later epochs, runs and stages read what it gave: no picture is opened, and the tower does not run. Its features lie in a
-folder of `DIR` that is named by all that decides over them: the tower's weights, the layer that is read, the settings
-of the image processor, the precision, and the versions of what reads pictures.
+Later epochs, runs and stages read what it gave: no picture is opened, and the tower does not run. Beside what makes
+pixels of files, the tower's weights, the layer that is read and the precision decide over its features.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from moellava.data.dataset import SupervisedDataset
-from moellava.data.feature_store import FeatureStore
-from moellava.data.fingerprint import processor_settings, versions
-from moellava.data.known import PIXELS, Contents, KnownMedia, KnownReader, key_of_blank, keys_of, variant
-from moellava.data.media_reader import BLANK, blank, modality_of
-from moellava.data.records import MODALITIES, media_of
-from moellava.data.scan import gathered, with_progress
-from moellava.data.shown import Shown
-from moellava.data.video import Video
-from moellava.errors import BadFileError, UserError
-from moellava.files import problem_of_writing, write_json
-from moellava.log import get_logger
+from moellava.errors import UserError
 from moellava.model.known_tower import FLAG, digest_of_weights, features_of, knows_features, tower_of
 from moellava.model.shaped import NATIVE
-from moellava.processes import rank, world_size
+from moellava.train.known_pictures import know, require_folder
 from moellava.train.memory import zero_stage
 from moellava.vlm import VLM
-
-logger = get_logger(__name__)
-
-
-PACKAGES = ("transformers", "pillow", "av")
-ROOMS = (
-    "data/images.py",
-    "data/video.py",
-    "data/frame_processors.py",
-    "model/tower_images.py",
-    "model/joined_towers.py",
-)
-"""What makes a tower's pixels of files."""
-
-SETTINGS = "settings.json"
-"""What decides over the features beside it, for people to read."""
 
 
 def refuse_features(vlm: VLM, folder: str, args: Any) -> None:
@@ -65,118 +32,46 @@ def refuse_features(vlm: VLM, folder: str, args: Any) -> None:
         raise UserError(f"{FLAG} {folder}: --image_aspect_ratio native gives pictures of many shapes. Leave one out.")
     if zero_stage(args.deepspeed) == 3:
         raise UserError(f"{FLAG} {folder}: ZeRO-3 splits the tower over processes. Use --deepspeed zero2.")
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        problem = problem_of_writing(Path(folder))
-    except OSError as error:
-        problem = error.strerror
-    if problem:
-        raise UserError(f"{FLAG} {folder} cannot be written: {problem}")
+    require_folder(FLAG, folder)
 
 
 def know_features(trainer: Any, folder: Path, datasets: Sequence[SupervisedDataset]) -> None:
     """Has a trainer's model, data sets and collator use features of `folder`; those that are not there are computed.
-
-    All processes come here together; each computes a share.
-
-    Raises:
-        UserError: the tower gives other features each time, the disk is too small, or not the same for all processes.
-        BadFileError: a file that cannot be decoded, unless bad files are skipped.
-    """
-    vlm: Any = trainer.vlm
-    maker = Maker(trainer, folder)
-    for dataset in datasets:
-        contents = Contents(Shown(dataset.records), dataset.files)
-        maker.make(pictures_of(dataset, contents), dataset)
-        dataset.known = KnownMedia(maker.store, contents, vlm.encoder)
-    trainer.data_collator.reader = KnownReader(vlm.encoder.reader, maker.store)
-    knows_features(maker.tower, maker.layer)
-    logger.info("%s", maker)
+    Raises UserError and BadFileError: see `know`."""
+    features = Features(trainer)
+    know(trainer, folder, datasets, features)
+    knows_features(features.tower, features.layer)
 
 
-@dataclass
-class Pictures:
-    """The distinct pictures of a data set.
-
-    Attributes:
-        keys: uint64 [N].
-        records: the number of a record that shows each [N].
-        places: which of that record's media it is [N].
-        alone: whether it is read as an image that is alone in its record [N].
-    """
-
-    keys: np.ndarray
-    records: np.ndarray
-    places: np.ndarray
-    alone: np.ndarray
-
-
-def pictures_of(dataset: SupervisedDataset, contents: Contents) -> Pictures:
-    """What the samples of a data set show."""
-    shown, encoder, files = Shown(dataset.records), dataset.encoder, dataset.files
-    is_video = shown.modality[shown.which] == MODALITIES.index("video")
-    records = np.repeat(np.arange(len(shown.counts)), shown.counts)
-    places = np.arange(len(records)) - np.repeat(np.cumsum(shown.counts) - shown.counts, shown.counts)
-    images = np.where(is_video, files.num_frames if encoder.in_frames else 0, 1)
-    alone = np.bincount(records, images, len(shown.counts))[records] == 1
-    alone |= not encoder.reader.needs_sizes | (is_video if not encoder.in_frames else False)
-    kept = np.isin(records, dataset.numbers)
-    # Of a record that is cut, the first image may be the one that is left.
-    first = np.flatnonzero(kept & ~alone & (places == 0) & np.isin(records, dataset.numbers[dataset.cut]))
-    chosen = np.concatenate([np.flatnonzero(kept), first])
-    alone = np.concatenate([alone[kept], np.ones(len(first), bool)])
-    variants = variant(is_video[chosen], alone, files.num_frames)
-    keys, which = np.unique(keys_of(contents.of_media[shown.which[chosen]], variants), return_index=True)
-    return Pictures(keys, records[chosen][which], places[chosen][which], alone[which])
-
-
-class Maker:
-    """Runs the tower for pictures whose features are not there.
+class Features:
+    """What a frozen tower gives for pixels, as a step of training would compute it. See `Kept`.
 
     Args:
         trainer: of the run.
-        folder: of the flag.
 
     Attributes:
         tower, layer: what is read.
-        store: where features lie.
-        asked, computed: pictures of the data, and those of them that were computed.
     """
 
-    def __init__(self, trainer: Any, folder: Path):
-        vlm: VLM = trainer.vlm
+    flag, called = FLAG, "Features"
+
+    def __init__(self, trainer: Any):
+        model, args = trainer.vlm.model, trainer.args
         self.trainer = trainer
-        self.reader: Any = vlm.encoder.reader
-        self.tower, self.layer = tower_of(vlm.model), vlm.model.config.vision_feature_layer
-        args = trainer.args
-        settings = {
+        self.tower, self.layer = tower_of(model), model.config.vision_feature_layer
+        self.settings = {
             "tower": type(self.tower).__name__,
             "weights": digest_of_weights(self.tower),
             "layer": self.layer,
             "attention": self.tower.config._attn_implementation,
             "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
             "engine": "deepspeed" if args.deepspeed else "native",
-            "processor": processor_settings(self.reader.processor)[1:],
-            "versions": versions(PACKAGES, ROOMS),
         }
-        text = json.dumps(settings, sort_keys=True, default=repr)
-        self.store = FeatureStore(folder / hashlib.sha256(text.encode()).hexdigest()[:32])
-        if rank() == 0:
-            write_json(self.store.folder / SETTINGS, json.loads(text))
-        self.asked = self.computed = 0
 
-    def __str__(self) -> str:
-        return (
-            f"Features: {self.asked} pictures, {self.asked - self.computed} of them known before, {self.computed} "
-            f"computed; {self.store.folder} holds {len(self.store)} in {self.store.bytes / 1e6:,.1f} MB"
-        )
-
-    def _require_repeatable(self) -> None:
+    def require_repeatable(self, pixels: Tensor) -> None:
         """Raises UserError where the tower, as it trains, gives other features of the same picture each time."""
-        shape = self.reader.read([[blank("image")]]).tensors[PIXELS["image"]].shape[-3:]
         with torch.random.fork_rng(devices=[]):
-            pixels = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-            once, again, alone = (self._features(some) for some in (pixels, pixels, pixels[:1]))
+            once, again, alone = (self.of(some) for some in (pixels, pixels, pixels[:1]))
         if not torch.equal(once, again):
             raise UserError(
                 f"{FLAG}: the tower gives other features each time that it sees the same picture (dropout)."
@@ -184,127 +79,13 @@ class Maker:
         if not torch.allclose(once[:1].float(), alone.float(), rtol=1e-2, atol=1e-2 * float(once.abs().max())):
             raise UserError(f"{FLAG}: what the tower gives for a picture depends on the others of its batch.")
 
-    def make(self, pictures: Pictures, dataset: SupervisedDataset) -> None:
-        """Computes what is missing; this process a share of it. Raises UserError and BadFileError: see
-        `know_features`."""
-        missing = np.flatnonzero(~np.isin(pictures.keys, self.store.keys))
-        self.asked, self.computed = self.asked + len(pictures.keys), self.computed + len(missing)
-        if len(missing):
-            self._require_repeatable()
-        self._make_blanks()
-        unread = Unread(dataset, pictures, missing[rank() :: world_size()])
-        size = self.trainer.args.per_device_train_batch_size
-        loader = DataLoader(
-            unread,
-            batch_size=size,
-            num_workers=self.trainer.args.dataloader_num_workers,
-            collate_fn=list,
-            generator=torch.Generator(),
-        )
-        failed: set[int] = set()
-        for number, batch in enumerate(with_progress(loader, len(loader), "Features of pictures")):
-            readable = [one for one in batch if one.pixels is not None]
-            failed |= {one.key for one in batch if one.pixels is None}
-            kept = self._keep(readable)
-            if number == 0 and readable:
-                self._require_room(len(unread) * kept // len(readable))
-        self._settle(pictures, set().union(*gathered(failed)))
-
-    def _settle(self, pictures: Pictures, failed: set[int]) -> None:
-        """Sees what all processes have written."""
-        self.store.flush()
-        self.trainer.accelerator.wait_for_everyone()
-        self.store.reopen()
-        lost = pictures.keys[~np.isin(pictures.keys, self.store.keys)]
-        if not set(lost.tolist()) <= failed:
-            raise UserError(
-                f"{FLAG} {self.store.folder.parent}: {len(lost)} pictures are not there that another process has "
-                "written. The folder has to lie on a disk that all hosts share."
-            )
-
-    def _make_blanks(self) -> None:
-        """Those of what stands in where a batch shows nothing."""
-        blanks = [(key_of_blank(name), blank(name)) for name in self.reader.placeholders]
-        missing = [(key, shown) for key, shown in blanks if rank() == 0 and self.store.place(key) is None]
-        self._keep([Pixels(key, BLANK, pixels_of(self.reader, [shown], True)) for key, shown in missing])
-
-    def _keep(self, some: Sequence[Pixels]) -> int:
-        """Runs the tower for several pictures at a time; gives the bytes of their features."""
-        if not some:
-            return 0
-        rows = [one.pixels for one in some]
-        features = self._features(torch.cat(rows)).cpu()
-        for one, own in zip(some, features.split([len(row) for row in rows]), strict=True):
-            self.store.add(one.key, one.size, own.contiguous())
-        return features.nbytes
-
     @torch.no_grad()
-    def _features(self, pixels: Tensor) -> Tensor:
-        """[N, P, D] of pixels [N, 3, H, W], as a step of training would compute them."""
+    def of(self, pixels: Tensor) -> Tensor:
+        """[N, P, D] of pixels [N, 3, H, W]."""
         self.tower.to(self.trainer.args.device).train()
         with self.trainer.accelerator.autocast(), self.trainer.tower:  # without the layers above the one that is read
             return features_of(self.tower, self.layer, self.trainer._prepare_input(pixels))
 
-    def _require_room(self, own: int) -> None:
-        """Raises UserError where features of so many bytes of each process will not fit onto the disk."""
-        needed, free = own * world_size(), shutil.disk_usage(self.store.folder).free
-        if needed > free:
-            raise UserError(
-                f"{FLAG} {self.store.folder.parent}: the features take about {needed / 1e9:,.1f} GB, but "
-                f"{free / 1e9:,.1f} GB are free there."
-            )
-
-
-@dataclass
-class Pixels:
-    """A picture as the tower sees it.
-
-    Attributes:
-        key: of the picture.
-        size: width and height in pixels.
-        pixels: [rows, 3, H, W]; None where its file cannot be decoded.
-    """
-
-    key: int
-    size: tuple[int, int]
-    pixels: Any
-
-
-class Unread(Dataset):
-    """Pictures to be opened, by a `DataLoader`'s workers.
-
-    Args:
-        dataset: that shows them.
-        pictures: of `pictures_of`.
-        chosen: which of them.
-    """
-
-    def __init__(self, dataset: SupervisedDataset, pictures: Pictures, chosen: np.ndarray):
-        self.dataset, self.pictures, self.chosen = dataset, pictures, chosen
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: int) -> Pixels:
-        """Raises BadFileError, with the record's name, unless bad files are skipped."""
-        number, dataset = int(self.chosen[index]), self.dataset
-        record = int(self.pictures.records[number])
-        key, medium = int(self.pictures.keys[number]), media_of(dataset.records[record])[self.pictures.places[number]]
-        try:
-            shown = dataset.files.read(medium)
-            images: list[Any] = [shown]
-            if isinstance(shown, Video) and dataset.encoder.in_frames:
-                images = list(shown.frames)
-            size = shown.clip.size if isinstance(shown, Video) else shown.size
-            return Pixels(key, size, pixels_of(dataset.encoder.reader, images, bool(self.pictures.alone[number])))
-        except BadFileError as error:
-            if dataset.bad_files == "skip":
-                return Pixels(key, (0, 0), None)
-            raise BadFileError(f"{dataset.records.name(record)}: {error}") from error
-
-
-def pixels_of(reader: Any, shown: list[Any], alone: bool) -> Tensor:
-    """[rows, 3, H, W] of images of one size, or of one video. `alone`: whether they are read as all of a record."""
-    sample = shown if alone or len(shown) > 1 else shown * 2
-    pixels = reader.read([sample]).tensors[PIXELS[modality_of(shown[0])]][: len(shown)]
-    return pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
+    def shown(self, kept: Tensor) -> Tensor:
+        """A picture of one channel, [N, 1, P, D], which the tower hands on."""
+        return kept.unsqueeze(1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -54,6 +55,7 @@ from moellava.train.hub import hub_of
 from moellava.train.identity import folders_of, run_contents, run_identity
 from moellava.train.intact import require_intact
 from moellava.train.known_features import know_features, refuse_features
+from moellava.train.known_pixels import know_pixels, refuse_pixels
 from moellava.train.lock import locked
 from moellava.train.masters import Masters, masters_of, raise_trained
 from moellava.train.memory import describe, estimate, layout_of
@@ -71,6 +73,12 @@ from moellava.vis.report import report_of
 from moellava.vlm import VLM
 
 logger = get_logger(__name__)
+
+KEPT: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
+    "cache_features": (refuse_features, know_features),
+    "cache_pixels": (refuse_pixels, know_pixels),
+}
+"""Flag that names a folder where something is kept of pictures -> what refuses it for a model, and what does it."""
 
 SECONDS_FOR_RANK_ZERO = 10
 """Most mistakes are found by every process. The first one speaks; its exit makes the launcher end the others."""
@@ -126,8 +134,9 @@ def begin(
     vlm, adapter = assembled.vlm, assembled.adapter
     trained = trainable_parameters(vlm, adapter) if adapter else stage.selects(vlm, model_args, moe_args)
     freeze_all_but(vlm.model, trained)
-    if data_args.cache_features:
-        refuse_features(vlm, data_args.cache_features, args)
+    kept = {flag: getattr(data_args, flag) for flag in KEPT if getattr(data_args, flag)}
+    for flag, folder in kept.items():
+        KEPT[flag][0](vlm, folder, args)
     masters = laid_out(vlm, moe_args.ep_size, args)
     records = read_data(model_args, data_args)
     datasets = {name: make_dataset(found, vlm, data_args, args) for name, found in zip(DATASETS, records, strict=True)}
@@ -142,8 +151,8 @@ def begin(
             report(assembled, stage, args)
             report_data(datasets, trains_questions=not model_args.mask_question_tokens)
         trainer = make_trainer(stage, assembled, masters, model_args, args, datasets)
-        if data_args.cache_features:
-            know_features(trainer, Path(data_args.cache_features), [one for one in datasets.values() if one])
+        for flag, folder in kept.items():
+            KEPT[flag][1](trainer, Path(folder), [one for one in datasets.values() if one])
         run(trainer, stage, resume)
 
 
@@ -273,7 +282,7 @@ def tell_idle_media_flags(data_args: DataArguments, modalities: set[str]) -> Non
     """Warns of flags about images or videos of which the records show none."""
     both = {"image", "video"}
     readers = {"image_folder": both, "video_folder": {"video"}, "num_frames": {"video"}, "confine_media": both}
-    readers |= {"cache_features": both}
+    readers |= dict.fromkeys(KEPT, both)
     if data_args.video_folder is not None:
         readers["image_folder"] = {"image"}
     default = {item.name: item.default for item in fields(data_args)}

@@ -21,9 +21,9 @@ from moellava.model.known_tower import placed, tower_of
 from moellava.moe import MoESpec, upcycle
 from moellava.train.arguments import parse_arguments
 from moellava.train.assemble import assemble
-from moellava.train.known_features import know_features, refuse_features
+from moellava.train.known_features import refuse_features
 from moellava.train.stages import freeze_all_but, stage_of
-from moellava.train.train import make_dataset, make_trainer, read_data
+from moellava.train.train import KEPT, make_dataset, make_trainer, read_data
 from tests import tiny
 from tests.processes import ROOT, Flags, losses_of, run_train, train_here, words_of
 
@@ -98,17 +98,18 @@ def test_later_stages_share_what_the_first_has_kept(flags, folders, parts, tmp_p
     assert seen == []
 
 
-def of_samples(flags: Flags) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
-    """A run's batches, of all samples together, without features and with them; and its trainer."""
+def of_samples(flags: Flags) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """A run's batch of all samples, as their files are read and as what is kept of them; and its trainer."""
     groups = parse_arguments(words_of(flags))
     stage = stage_of(groups[0], groups[2])
     assembled = assemble(stage, *groups)
     freeze_all_but(assembled.vlm.model, stage.selects(assembled.vlm, groups[0], groups[2]))
-    refuse_features(assembled.vlm, groups[1].cache_features, groups[3])
+    (refuse, know), folder = next((KEPT[name], flags[name]) for name in KEPT if name in flags)
+    refuse(assembled.vlm, folder, groups[3])
     dataset = make_dataset(read_data(*groups[:2])[0], assembled.vlm, groups[1], groups[3])
     trainer = make_trainer(stage, assembled, None, groups[0], groups[3], {"train_dataset": dataset})
     before = trainer.data_collator([dataset[number] for number in range(len(dataset))])
-    know_features(trainer, Path(groups[1].cache_features), [dataset])
+    know(trainer, Path(folder), [dataset])
     return before, trainer.data_collator([dataset[number] for number in range(len(dataset))]), trainer
 
 

@@ -286,6 +286,7 @@ ELSEWHERE = {
     "packing": "train/test_packing.py",
     "moe_kernel": "moe/test_kernels.py",
     "cache_features": "train/test_known_features.py",
+    "cache_pixels": "train/test_known_pixels.py",
 }
 """Flag -> the file that shows what it does."""
 
