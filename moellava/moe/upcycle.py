@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -348,15 +348,24 @@ def router_parameters(model: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def enable_gradient_checkpointing(model: nn.Module) -> None:
+def enable_gradient_checkpointing(model: nn.Module, contexts: Callable[[], Any] = checkpoint_contexts) -> None:
     """Turns on gradient checkpointing that replays routing, for sparse and dense models.
 
-    Call it after `upcycle`, in place of `gradient_checkpointing_enable()` (and leave the Trainer's own flag off).
-    Non-reentrant: the reentrant variant runs its first pass without grad, and the routers' losses would get none.
+    Call it after `upcycle`, in place of transformers' own (and leave the Trainer's own flag off). Non-reentrant: the
+    reentrant variant runs its first pass without grad, and the routers' losses would get none.
+
+    Args:
+        model: of transformers, adapted or not.
+        contexts: what layers run in, the first time and again.
     """
-    model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
-    )
+    # transformers has called it so since 5.23, and warns of its older name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": contexts})
+
+
+def disable_gradient_checkpointing(model: nn.Module) -> None:
+    """Turns it off."""
+    (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
 
 
 def convert_engine(model: nn.Module, engine: str, ep_size: int = 1) -> nn.Module:

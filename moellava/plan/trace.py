@@ -21,7 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlavaConfig
 
 from moellava.data.places import Places
-from moellava.moe import checkpoint_contexts, moe_layers, router_losses, set_routing_context
+from moellava.moe import (
+    checkpoint_contexts,
+    disable_gradient_checkpointing,
+    enable_gradient_checkpointing,
+    moe_layers,
+    router_losses,
+    set_routing_context,
+)
 from moellava.moe.experts import kernel_for
 from moellava.moe.kernels import AUTO
 from moellava.moe.weights import tensors_of
@@ -97,10 +104,9 @@ class StepTrace:
         self.head.is_last = chunked and self.ends_in_head
         gc.collect()  # cycles of this step's graph are then collected where those of any other are
         if checkpointing:
-            kwargs = {"use_reentrant": False, "context_fn": self._contexts}
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+            enable_gradient_checkpointing(self.model, self._contexts)
         elif self.has_checkpoints:
-            self.model.gradient_checkpointing_disable()
+            disable_gradient_checkpointing(self.model)
             self.model.disable_input_require_grads()
         self.has_checkpoints = checkpointing
         counting = Counting([*self.model.parameters(), *self.model.buffers()])
