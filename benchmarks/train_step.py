@@ -326,12 +326,12 @@ def measure(stage: str, steps: int, threads: int) -> list[dict[str, Any]]:
 
     Each trains in a process of its own, as it would without the others, and they take turns step by step.
     """
-    spawned = multiprocessing.get_context("spawn")
+    forked = multiprocessing.get_context("fork")  # what is imported is there; nothing of torch has run here
     asked, seconds, padding = {}, {}, {}
     missing: list[dict[str, Any]] = []
     for name in (*VARIANTS[stage], PRODUCTS):
-        ours, theirs = spawned.Pipe()
-        spawned.Process(target=train_variant, args=(stage, name, steps, threads, theirs), daemon=True).start()
+        ours, theirs = forked.Pipe()
+        forked.Process(target=train_variant, args=(stage, name, steps, threads, theirs), daemon=True).start()
         theirs.close()  # so that its end is heard
         told = ours.recv()
         if isinstance(told, str):

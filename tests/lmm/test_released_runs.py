@@ -13,7 +13,7 @@ from tests.lmm.tiny import reopen
 from tests.processes import train_here
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCHITECTURES = ["llava-1.5", "qwen2-vl"]
+ARCHITECTURES = ["llava-1.5", "qwen2.5-vl"]
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def one_with_and_one_without(released_flags, clips, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero", "family_id"), [(2, "llava-1.5"), (3, "qwen2-vl")])
+@pytest.mark.parametrize(("zero", "family_id"), [(2, "llava-1.5"), (3, "qwen2.5-vl")])
 def test_a_rank_without_an_image_trains_beside_one_with(
     zero, family_id, tiny_lmm, one_with_and_one_without, run_train, losses_of, tmp_path
 ):

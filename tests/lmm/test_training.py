@@ -29,7 +29,7 @@ def losses(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2-vl"])
+@pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2.5-vl"])
 def test_a_run_leaves_a_folder_of_the_models_own_class(family_id, run, tiny_lmm):
     from transformers import AutoModelForImageTextToText
 
@@ -48,10 +48,10 @@ def test_a_run_leaves_a_folder_of_the_models_own_class(family_id, run, tiny_lmm)
 @pytest.mark.slow
 def test_what_trains_is_what_is_asked_for(run, tiny_lmm):
     parts = {"train_vision_encoder": True, "train_vision_projector": True, "freeze_backbone": True}
-    moved = changed(tiny_lmm("qwen2-vl"), run("qwen2-vl", **parts))
+    moved = changed(tiny_lmm("qwen2.5-vl"), run("qwen2.5-vl", **parts))
     assert any("visual.blocks" in name for name in moved) and any("visual.merger" in name for name in moved)
     assert all("visual" in name for name in moved)
-    table = json.loads((run("qwen2-vl", "other", **parts) / "parameters.json").read_text())
+    table = json.loads((run("qwen2.5-vl", "other", **parts) / "parameters.json").read_text())
     assert {part for part, row in table.items() if row["trainable"]} == {"vision_tower", "projector"}
 
 
@@ -64,7 +64,7 @@ def test_lora_is_merged_into_the_folder_and_the_loss_falls(run, tiny_lmm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2-vl"])
+@pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2.5-vl"])
 def test_a_released_model_is_upcycled_and_trained_further(family_id, run):
     sparse = {"moe_enable": True, "moe_mode": "dense", "num_experts": 2}
     folder = run(family_id, "sparse", **sparse)
@@ -119,7 +119,7 @@ def test_a_template_of_ours_takes_the_place_of_the_models_own(version, run):
     assert vlm.section.version == vlm.encoder.version == version
     assert vlm.processor.chat_template == jinja_of(version)
     with pytest.raises(UserError, match=f"--version {version} (writes <image>|does not fit)"):
-        run("qwen2-vl", "other", version=version, max_steps=1)
+        run("qwen2.5-vl", "other", version=version, max_steps=1)
 
 
 def test_no_code_of_its_own_runs_in_a_language_model(released_flags, parts):

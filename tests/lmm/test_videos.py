@@ -243,7 +243,7 @@ def test_a_collator_counts_what_stands_behind_placeholders(videos_of, opened):
         opened("qwen2-vl").collator()([sample | {"media": sample["media"][:2]}])
 
 
-@pytest.mark.parametrize("family_id", ["qwen2-vl", "qwen3-vl", "internvl", "llava-1.5"])
+@pytest.mark.parametrize("family_id", ["qwen2.5-vl", "qwen3-vl", "internvl", "llava-1.5"])
 def test_chat_reads_what_training_shows(family_id, videos_of, opened, clips, pictures):
     """A video and an image between two texts, up to where the answer begins; and an answer comes."""
     dataset, vlm = videos_of(family_id), opened(family_id)
@@ -301,13 +301,13 @@ def test_flags_of_videos_are_checked(tiny_lmm, released_flags):
         parse_arguments(words_of(flags))
 
 
-@pytest.mark.parametrize("family_id", ["llava-onevision", "qwen2-vl", "internvl"])
+@pytest.mark.parametrize("family_id", ["llava-onevision", "qwen2.5-vl", "internvl"])
 def test_every_batch_runs_the_tower_equally_often(family_id, videos_of, opened, monkeypatch):
     """A video, an image, both, or neither; and what is blank changes nothing that is said."""
     dataset, model = videos_of(family_id), opened(family_id).model
     assert dataset.modalities == ("image", "video")
     collator = opened(family_id).collator()
-    tower = model.model.visual if family_id == "qwen2-vl" else model.model.vision_tower
+    tower = model.model.visual if family_id == "qwen2.5-vl" else model.model.vision_tower
     passes = []
     monkeypatch.setattr(
         tower, "forward", lambda *args, forward=tower.forward, **more: passes.append(1) or forward(*args, **more)
