@@ -25,7 +25,8 @@ from moellava.moe.router import is_at_hand
 from moellava.moe.weights import Activation, Layout
 
 BLOCK = 65_536
-"""Elements of an elementwise block: the six fp32 tensors of one stay near a core's L2 cache (half or twice: alike)."""
+"""Elements of an elementwise block: the six fp32 tensors of one stay near a core's L2 cache (half or twice: alike). On
+a GPU all rows of an expert are one."""
 
 
 class FusedExperts(torch.autograd.Function):
@@ -40,6 +41,7 @@ class FusedExperts(torch.autograd.Function):
     def forward(ctx, x_TD, gate_R, token_R, counts, layout: Layout, *flat):
         experts = layout.experts(flat)
         width, most = experts[0].width, max(counts)
+        rows = max(BLOCK // width, 1) if is_at_hand(x_TD) else len(token_R)  # of a block
         h1_RI = x_TD.new_empty(len(token_R), width)
         h3_RI = torch.empty_like(h1_RI) if layout.is_gated else None
         x_MD, inner_MI = x_TD.new_empty(most, x_TD.shape[1]), x_TD.new_empty(most, width)
@@ -55,10 +57,10 @@ class FusedExperts(torch.autograd.Function):
             _linear(x_nD, expert.w1_ID, expert.b1_I, h1_nI)
             if h3_nI is not None:
                 _linear(x_nD, expert.w3_ID, expert.b3_I, h3_nI)
-            _inner(layout.activation, h1_nI, h3_nI, inner_nI)
+            _inner(rows, layout.activation, h1_nI, h3_nI, inner_nI)
             _linear(inner_nI, expert.w2_DI, expert.b2_D, y_nD)
             out_TD.index_add_(0, token_n, torch.mul(y_nD, gate_n1, out=row_MD[:count]))
-        ctx.counts, ctx.layout = counts, layout
+        ctx.counts, ctx.layout, ctx.rows = counts, layout, rows
         ctx.save_for_backward(x_TD, gate_R, token_R, h1_RI, h3_RI, *flat)
         return out_TD.to(x_TD.dtype)
 
@@ -84,7 +86,7 @@ class FusedExperts(torch.autograd.Function):
             inner_nI, dh1_nI, dh3_nI = inner_MI[:count], dh1_MI[:count], None if dh3_MI is None else dh3_MI[:count]
             dy_nD = torch.index_select(dout_TD, 0, token_n, out=dy_MD[:count]).mul_(gate_n1)
             torch.mm(dy_nD, expert.w2_DI, out=dh1_nI)
-            _inner_backward(layout.activation, h1_nI, h3_nI, dh1_nI, dh3_nI, inner_nI, dgate_n)
+            _inner_backward(ctx.rows, layout.activation, h1_nI, h3_nI, dh1_nI, dh3_nI, inner_nI, dgate_n)
             if expert.b2_D is not None:
                 dgate_n += dy_nD.float() @ expert.b2_D.float()
             _linear_backward(dy_nD, inner_nI, dexpert.w2_DI, dexpert.b2_D)
@@ -120,25 +122,25 @@ def _linear_backward(dy_nI: Tensor, x_nD: Tensor, dweight_ID: Tensor | None, dbi
         torch.sum(dy_nI, 0, out=dbias_I)
 
 
-def _blocks(*of_rows: Tensor | None) -> Iterator[tuple]:
-    """Tensors of the same rows, cut alike into blocks of about `BLOCK` elements of the first; on a GPU, into one."""
+def _blocks(rows: int, *of_rows: Tensor | None) -> Iterator[tuple]:
+    """Tensors of the same rows, cut alike into blocks of so many."""
     first = of_rows[0]
     assert first is not None
-    size = max(BLOCK // first.shape[1], 1)
-    if size >= len(first) or not is_at_hand(first):
+    if rows >= len(first):
         return iter([of_rows])  # uncut: of many experts each has few rows, and cutting takes as long as computing
-    return _cut(size, *of_rows)
+    return _cut(rows, *of_rows)
 
 
-def _inner(activation: Activation, h1_nI: Tensor, h3_nI: Tensor | None, out_nI: Tensor) -> None:
-    """The units act(h1) [× h3], into given memory."""
-    for out_bI, h1_bI, h3_bI in _blocks(out_nI, h1_nI, h3_nI):
+def _inner(rows: int, activation: Activation, h1_nI: Tensor, h3_nI: Tensor | None, out_nI: Tensor) -> None:
+    """The units act(h1) [× h3], into given memory, block by block."""
+    for out_bI, h1_bI, h3_bI in _blocks(rows, out_nI, h1_nI, h3_nI):
         _activate(activation, h1_bI, out_bI)
         if h3_bI is not None:
             out_bI.mul_(h3_bI)
 
 
 def _inner_backward(
+    rows: int,
     activation: Activation,
     h1_nI: Tensor,
     h3_nI: Tensor | None,
@@ -151,7 +153,8 @@ def _inner_backward(
 
     Where the gradient of h1 goes stands dz, the gradient of the units, before.
     """
-    for inner_bI, dz_bI, dgate_b, h1_bI, h3_bI, dh3_bI in _blocks(inner_nI, dh1_nI, dgate_n, h1_nI, h3_nI, dh3_nI):
+    of_rows = (inner_nI, dh1_nI, dgate_n, h1_nI, h3_nI, dh3_nI)
+    for inner_bI, dz_bI, dgate_b, h1_bI, h3_bI, dh3_bI in _blocks(rows, *of_rows):
         if h3_bI is not None:
             _activate(activation, h1_bI, dh3_bI)
             torch.mul(dh3_bI, h3_bI, out=inner_bI)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import transformers.integrations.moe  # noqa: F401  (it registers the operations below)
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -115,6 +116,8 @@ class EvenLoad(TorchFunctionMode):
             return True
         if func is torch.bincount:
             return even_counts(args[0].new_zeros(kwargs["minlength"]), args[0].numel())
+        if func is torch.Tensor.scatter_add_ and args[0].dtype == torch.long:  # in its place on a GPU
+            return even_counts(func(*args), args[2].numel())
         if func is torch.Tensor.__getitem__ and isinstance(args[1], slice) and hasattr(args[0], "choices"):
             return even_counts(func(*args), args[0].choices)
         if func is torch.Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:

@@ -38,7 +38,7 @@ class SpreadMoE(NativeMoE):
         every_Q = torch.arange(len(row_QD), device=x_TD.device)
         count_E = even_counts(every_Q.new_zeros(len(experts)), len(every_Q))
         arrived = Dispatch(every_Q, torch.ones_like(dispatch.gate_R), count_E)
-        back_RD = Travel.apply(run_experts(experts, row_QD, arrived))
+        back_RD = Travel.apply(run_experts(experts, row_QD, arrived, self.context.kernel))
         weighted_RD = (back_RD * dispatch.gate_R.unsqueeze(1)).to(x_TD.dtype)
         return torch.zeros_like(x_TD).index_add(0, dispatch.token_R, weighted_RD)
 

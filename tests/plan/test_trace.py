@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from moellava.moe import MoESpec, expert_parameters, moe_layers, router_losses, router_parameters, upcycle
+from moellava.moe import MoESpec, expert_parameters, fused, moe_layers, router_losses, router_parameters, upcycle
 from moellava.moe.fused import FusedExperts
 from moellava.plan.counting import Counting
 from moellava.plan.samples import Batch
@@ -68,14 +68,32 @@ def test_a_fake_step_takes_what_a_real_one_takes(is_sparse, chunked, batch):
     assert told.flops == pytest.approx(real.flops, rel=0.02)
 
 
-def test_checkpoints_keep_less_and_multiply_more_and_a_gpu_runs_grouped_products(monkeypatch):
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+def test_checkpoints_keep_less_and_multiply_more_and_a_gpu_runs_grouped_products(ep_size, monkeypatch):
     monkeypatch.setattr(FusedExperts, "apply", None)  # a thousand blocks of elements an expert, of which a GPU has none
-    trace = StepTrace(model(True, "meta").to(torch.bfloat16), on_gpu=True)
+    made = model(True, "meta").to(torch.bfloat16)
+    spread(made, ep_size)
+    trace = StepTrace(made, on_gpu=True)
     kept, again = (trace.step(Batch(4, 128, 4), checkpointing=on) for on in (False, True))
     assert again.activations < 0.9 * kept.activations
     assert again.flops > kept.flops
     back = trace.step(Batch(4, 128, 4), checkpointing=False)
     assert back.activations == pytest.approx(kept.activations, rel=1e-3) and back.flops == kept.flops
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_blocks_of_elements_are_a_cpus_alone_forward_and_backward(on_gpu, ep_size, monkeypatch):
+    """Experts in fp16 and fp32 run one after another on a GPU, too."""
+    cut: list[bool] = []
+    blocks = fused._blocks
+    monkeypatch.setattr(fused, "BLOCK", 64)
+    monkeypatch.setattr(fused, "_blocks", lambda rows, *of: cut.append(rows < len(of[0])) or blocks(rows, *of))
+    made = model(True, "meta")
+    spread(made, ep_size)
+    trace = StepTrace(made, on_gpu)
+    trace.step(Batch(4, 128, 4), checkpointing=False)
+    assert len(cut) > 2 * len(moe_layers(trace.model)) and set(cut) == {not on_gpu}
 
 
 def test_spread_experts_multiply_as_much_and_keep_the_rows_that_travel():
