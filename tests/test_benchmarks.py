@@ -24,6 +24,7 @@ WORDS = {
     "loss_memory": ["--case", "trained rows in chunks", "0.5", "--length", "64", "--vocabulary", "4096"],
     "moe_layer": ["--tokens", "64", "--experts", "4", "--repeats", "1"],
     "pictures": ["--rounds", "1", "--times", "1"],
+    "plan_paper": ["--only", "dense, stage 2"],
     "preprocess": ["--conversations", "5", "--rounds", "1"],
     "shards": ["--pictures", "8"],
     "train_step": ["--steps", "2", "--stages", "stage 3", "--threads", "1"],

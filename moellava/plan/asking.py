@@ -20,7 +20,7 @@ from moellava.data.records import load_records
 from moellava.errors import UserError
 from moellava.model.description import Description
 from moellava.plan.devices import DEVICES, SPEEDS, Device
-from moellava.plan.model import Groups
+from moellava.plan.model import WHOLE, Groups
 from moellava.plan.plan import BATCHES, Asked, layouts_for
 from moellava.plan.report import best_of_each, launcher, table
 from moellava.plan.rows import shares_rows
@@ -29,7 +29,7 @@ from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments
 from moellava.train.conflicts import Flags, find_conflicts
 from moellava.train.deepspeed.named import settings_named
 from moellava.train.hf_flags import find_problems, typed
-from moellava.train.memory import in_units, layout_of
+from moellava.train.memory import Layout, in_units, layout_of
 from moellava.train.parsing import TrainingArguments, defaults
 from moellava.train.trial import construct
 from moellava.vlm import encoder_of
@@ -140,6 +140,8 @@ def asked_of(
         layouts = tuple(layout for layout in layouts if layout.fsdp == given["fsdp_size"])
     if "ep_size" in given:
         layouts = tuple(layout for layout in layouts if layout.ep_size == given["ep_size"])
+    if training.bits < WHOLE:
+        layouts = unsplit(layouts, training.bits)
     if not layouts:
         flags = " ".join(typed(name, given[name]) for name in ("fsdp_size", "ep_size") if name in given)
         raise UserError(
@@ -161,6 +163,14 @@ def asked_of(
         eval_samples=training.per_device_eval_batch_size,
         joins=lambda vlm, samples: shares_rows(vlm, training, model.attn_implementation, samples),
     )
+
+
+def unsplit(layouts: Sequence[Layout], bits: int) -> tuple[Layout, ...]:
+    """Those that split no weights. Raises UserError: there is none."""
+    kept = tuple(layout for layout in layouts if layout.fsdp == 1 and layout.zero < 3)
+    if not kept:
+        raise UserError(f"--bits {bits}: packed weights are not split. Use --deepspeed zero2, or leave it out.")
+    return kept
 
 
 def command_of(asked: Asked, flags: list[str], words: list[str], given: dict[str, Any]) -> str:

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from moellava.adapters.lora import trainable_parameters
+from moellava.adapters.lora import target_names, trainable_parameters
 from moellava.model.build import on_meta
 from moellava.moe import upcycle
+from moellava.plan.packed import pack
 from moellava.plan.spread import spread
 from moellava.train.adapt import adapt
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
@@ -19,6 +21,9 @@ from moellava.train.fsdp import spread_experts
 from moellava.train.sample_attention import is_flash
 from moellava.train.stages import freeze_all_but, stage_of
 from moellava.vlm import VLM
+
+WHOLE = 16
+"""--bits of weights that are not packed."""
 
 Groups = tuple[ModelArguments, DataArguments, MoEArguments, TrainingArguments]
 """The flags of `train.py`."""
@@ -52,7 +57,10 @@ def model_maker(groups: Groups, dtype: torch.dtype) -> tuple[Any, Callable[[int]
             upcycle(model, spec)
             model.config.moe = spec.to_config()
         spread(model, ep_size)
-        adapter = adapt(vlm, model_args, moe_args, args) if args.lora_enable or model_args.use_vision_lora else None
+        packed = target_names(vlm, only_experts=False) if args.bits < WHOLE else []
+        is_adapted = args.lora_enable or model_args.use_vision_lora
+        adapter = adapt(vlm, model_args, moe_args, replace(args, bits=WHOLE)) if is_adapted else None
+        pack(model, packed, args.bits, args.double_quant)
         trained = trainable_parameters(vlm, adapter) if adapter else stage.selects(vlm, model_args, moe_args)
         freeze_all_but(model, trained)
         return vlm

@@ -86,8 +86,7 @@ class StepTrace:
                 experts = list(layer.local_experts().values())
                 tensors_of(experts)  # a module is looked at once, not in each step
                 if on_gpu:
-                    dtype = next(experts[0].parameters()).dtype
-                    layer.context.kernel = kernel_for(experts, AUTO, torch.device("cuda"), dtype)
+                    layer.context.kernel = kernel_for(experts, AUTO, torch.device("cuda"), model.dtype)
 
     @property
     def shows_images(self) -> bool:

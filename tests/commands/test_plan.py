@@ -122,3 +122,66 @@ def test_nothing_fits_is_said_with_the_smallest(config_alone, capsys):
 def test_mistakes_are_told_by_name(config_alone, capsys, flags, words):
     assert main(plan(config_alone, *flags)) == 2
     assert words in capsys.readouterr().err
+
+
+LORA = ("--use_lora", "True", "--lora_r", "2")
+SPARSE = ("--moe_enable", "True", "--num_experts", "4", "--moe_mode", "dense")
+RUNS = {
+    "bf16": ("--bf16", "True"),
+    "fp16": ("--fp16", "True"),
+    "fp32": ("--bf16", "False"),
+    "adapters": ("--bf16", "True", *LORA),
+    "adapters of the tower": ("--bf16", "True", "--use_vision_lora", "True", *LORA),
+    "4 bits": ("--bf16", "True", "--bits", "4", *LORA),
+    "8 bits": ("--bf16", "True", "--bits", "8", *LORA),
+    "4 bits, single scales": ("--fp16", "True", "--bits", "4", "--double_quant", "False", *LORA),
+    "capacity": ("--bf16", "True", "--capacity_factor", "1.0"),
+    "first choice": ("--fp16", "True", "--router_balance", "first_choice"),
+    "bias": ("--bf16", "True", "--router_balance", "bias"),
+    "one by one": ("--bf16", "True", "--moe_kernel", "loop"),
+    "small experts": ("--bf16", "True", "--init", "granular", "--granularity", "2"),
+    "packing": ("--bf16", "True", "--packing", "True"),
+}
+"""Runs of stage 2 or 3 on a GPU, by what their flags change in the step."""
+
+OF_EXPERTS = {"capacity", "first choice", "bias", "one by one", "small experts"}
+
+
+ONE_WAY = ("--gpus", "2", "--tokens", "64", "--per_device_train_batch_size", "2", "--deepspeed", "scripts/zero2.json")
+ONE_WAY += ("--ep_size", "1", *NO_CHECKPOINTS, "--json")
+
+
+QUICK = {("fp16", True), ("4 bits", True), ("8 bits", False)}
+
+
+@pytest.mark.parametrize(
+    ("name", "moe"),
+    [
+        pytest.param(name, moe, marks=[] if (name, moe) in QUICK else pytest.mark.slow)
+        for name in RUNS
+        for moe in (False, True)
+        if moe or name not in OF_EXPERTS
+    ],
+)
+def test_every_kind_of_run_is_planned(name, moe, config_alone, capsys):
+    words = ["plan", "--model", str(config_alone), "--device", "h100", *ONE_WAY, *RUNS[name], *(SPARSE if moe else ())]
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    weights = [row["memory"]["weights"] for row in told["rows"]]
+    assert told["flags"] and all(weights) and all(row["memory"]["activations"] > 0 for row in told["rows"])
+
+
+def test_packed_weights_are_smaller_and_not_split(config_alone, capsys):
+    taken = {}
+    for bits in ("16", "8", "4"):
+        flags = ("--gpus", "2", "--tokens", "64", "--per_device_train_batch_size", "2", "--json", "--bf16", "True")
+        assert main(plan(config_alone, *flags, *NO_CHECKPOINTS, *LORA, "--bits", bits)) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        assert bits == "16" or all(row["layout"]["zero"] < 3 and row["layout"]["fsdp"] == 1 for row in rows)
+        taken[bits] = min(row["memory"]["weights"] for row in rows if row["layout"]["zero"] == 2)
+    assert taken["4"] < taken["8"] < taken["16"]
+    words = plan(
+        config_alone, "--gpus", "2", "--tokens", "64", "--bits", "4", *LORA, "--deepspeed", "scripts/zero3.json"
+    )
+    assert main(words) == 2
+    assert "--bits 4: packed weights are not split" in capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_blocks_of_elements_are_a_cpus_alone_forward_and_backward(on_gpu, ep_siz
     """Experts in fp16 and fp32 run one after another on a GPU, too."""
     cut: list[bool] = []
     blocks = fused._blocks
-    monkeypatch.setattr(fused, "BLOCK", 64)
+    monkeypatch.setattr(fused, "BLOCK", 2048)
     monkeypatch.setattr(fused, "_blocks", lambda rows, *of: cut.append(rows < len(of[0])) or blocks(rows, *of))
     made = model(True, "meta")
     spread(made, ep_size)
