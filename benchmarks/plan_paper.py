@@ -4,8 +4,8 @@
     python benchmarks/plan_paper.py --json plan_paper.json      # --only "64 experts, stage 3"
 
 LLaVA-1.5-7B, dense and with experts in every second layer, and the same over a language model of the sizes of
-Qwen3-30B-A3B. Samples of 2,048 positions of which 512 are trained on, four a process, checkpoints, bf16, H100. No weight
-is made or read.
+Qwen3-30B-A3B. Samples of 2,048 positions of which 512 are trained on, four a process, checkpoints, bf16, H100. Weights
+are neither made nor read.
 """
 
 from __future__ import annotations
