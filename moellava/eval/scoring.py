@@ -15,7 +15,7 @@ from moellava.errors import UserError
 from moellava.eval.asking import Said, request_of
 from moellava.eval.benchmarks import Benchmark, Question, Scored
 from moellava.eval.layout import json_of
-from moellava.eval.tally import FORMULA, STATISTICS, Item, Tally
+from moellava.eval.tally import FORMULA, STATISTICS, WITHIN, Item, Tally
 from moellava.files import file_problem, written
 from moellava.vlm import VLM
 
@@ -57,7 +57,7 @@ def report(
     if scored is not None:
         score, interval = scored.tally.score, scored.tally.interval()
         found |= {"score": score if math.isfinite(score) else None, "metric": scored.metric}
-        found |= {"interval": interval and list(interval), "interval_is": FORMULA}
+        found |= {"interval": interval and list(interval), "interval_is": WITHIN}
         found |= accuracy_of(scored) | scored.measures
     return {
         **found,

@@ -8,9 +8,9 @@ image i, θ̄ their mean over n images:
 
     interval = θ ± 1.96 · sqrt((n - 1) / n · Σᵢ (θ₋ᵢ - θ̄)²)
 
-(B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, equation 11.5). For a plain share of right answers
-about one image each that is s² / n to the last digit. The difference of two models on the same questions takes both
-scores without the same image.
+(B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, equation 11.5), and no wider than a score can be: that
+of a share ends at 0 and 1. For a plain share of right answers about one image each the root is that of s² / n, to the
+last digit. The difference of two models on the same questions takes both scores without the same image.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ QUANTILE = 1.96
 """Of the normal distribution, for 95 %."""
 
 FORMULA = "score ± 1.96 × jackknife standard error, one image with all its questions left out at a time"
+WITHIN = f"{FORMULA}; within what the score can be"
 
 Sums = NDArray[np.float64]
 
@@ -56,11 +57,13 @@ class Statistic:
 
     Args:
         of: sums [..., K] of a group -> its score [...].
+        most: what questions add [N, K] -> the greatest score of a group; the least is 0.
         across: how groups make one score: their mean or their sum.
         points: whether the score is a number of points, and no share of 1.
     """
 
     of: Callable[[Sums], Sums]
+    most: Callable[[Sums], float]
     across: str = "mean"
     points: bool = False
 
@@ -86,9 +89,16 @@ def mme_points(sums: Sums) -> Sums:
 
 
 STATISTICS: Registry[Statistic] = Registry("statistic")
-STATISTICS["mean"] = Statistic(ratio)
-STATISTICS["f1"] = Statistic(f1)
-STATISTICS["mme"] = Statistic(mme_points, across="sum", points=True)
+
+
+def most_of_ratio(adds: Sums) -> float:
+    """1 where no question adds more to the first sum than to the second; a judge's scores by a reference's may."""
+    return 1.0 if (adds[..., 0] <= adds[..., 1]).all() else math.inf
+
+
+STATISTICS["mean"] = Statistic(ratio, most_of_ratio)
+STATISTICS["f1"] = Statistic(f1, lambda adds: 1.0)
+STATISTICS["mme"] = Statistic(mme_points, lambda adds: 200.0, across="sum", points=True)
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,15 @@ class Tally:
 
     def interval(self) -> tuple[float, float] | None:
         """The 95 % interval; None where there are not two images, or too few of one group."""
-        return around(self.score, deviation(self._without_each()))
+        found = around(self.score, deviation(self._without_each()))
+        return found and (max(found[0], 0.0), min(found[1], self.most))
+
+    @property
+    def most(self) -> float:
+        """The greatest score there can be."""
+        statistic = STATISTICS[self.statistic]
+        groups = len({item.group for item in self.items}) if statistic.across == "sum" else 1
+        return groups * statistic.most(np.array([item.adds for item in self.items], dtype=float))
 
     def minus(self, other: Tally) -> tuple[float, tuple[float, float] | None]:
         """This score less another's on the same questions, and the 95 % interval of the difference.

@@ -46,7 +46,7 @@ def test_a_result_says_how_it_was_taken(score, eval_model, tmp_path, capsys):
     assert result["metric"] == "accuracy: exact match" and "jackknife" in result["interval_is"]
     # Two questions about image 0, of which one is right, and one about image 1: without each, 1 and 1/2.
     error = (0.5 * (0.25**2 + 0.25**2)) ** 0.5
-    assert result["interval"] == pytest.approx([2 / 3 - QUANTILE * error, 2 / 3 + QUANTILE * error])
+    assert result["interval"] == pytest.approx([2 / 3 - QUANTILE * error, 1.0])
     assert result["settings"]["checkpoint"] == f"sha256:{checkpoint_digest(eval_model, '--model-path')}"
     assert result["settings"]["max_new_tokens"] == 128 and result["settings"]["decoding"] == "greedy"
     assert result["mistakes"] == [

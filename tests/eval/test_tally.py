@@ -33,6 +33,30 @@ def test_a_share_with_one_question_an_image_has_the_textbook_interval():
     assert half_width((low, high)) == pytest.approx(QUANTILE * math.sqrt(variance(values) / len(values)))
 
 
+@pytest.mark.parametrize(
+    ("statistic", "adds", "most"),
+    [
+        ("mean", [(1.0, 1.0)] * 19 + [(0.0, 1.0)], 1.0),
+        ("f1", [(1.0, 0.0, 0.0)] * 19 + [(0.0, 1.0, 0.0)], 1.0),
+        ("mme", [(2.0, 2.0, 1.0, 1.0)] * 19 + [(1.0, 2.0, 0.0, 1.0)], 200.0),
+    ],
+)
+def test_an_interval_ends_where_the_score_can(statistic, adds, most):
+    made = [Item(str(place), f"{place}.png", some) for place, some in enumerate(adds)]
+    low, high = Tally(made, statistic).interval()
+    assert low < Tally(made, statistic).score < high == most
+    in_two = [*made, *(Item(f"b{item.id}", item.image, item.adds, "b") for item in made)]
+    assert Tally(in_two, statistic).interval()[1] == (2 * most if statistic == "mme" else most)
+    none = [Item(item.id, item.image, (0.0, *item.adds[1:])) for item in made]
+    assert statistic != "mean" or Tally(none, statistic).interval() == (0.0, 0.0)
+
+
+def test_a_judges_scores_may_be_more_than_the_references():
+    made = [Item(str(place), f"{place}.png", (8.0 + place % 2, 8.0)) for place in range(9)]
+    low, high = Tally(made).interval()
+    assert low > 1.0 and high > Tally(made).score
+
+
 def test_asking_the_same_twice_makes_no_score_surer():
     values = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
     once = Tally(items(values))
