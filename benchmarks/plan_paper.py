@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from moellava.cli import main as moellava  # noqa: E402
+from moellava.plan.report import called  # noqa: E402
+from moellava.train.memory import Layout  # noqa: E402
 from tests import tiny  # noqa: E402
 
 COMMON = ["--tokens", "2048", "--supervised", "512", "--per_device_train_batch_size", "4", "--bf16", "True"]
@@ -49,14 +51,6 @@ CASES: dict[str, tuple[str, list[int], list[str]]] = {
 PARTS = ("weights", "gradients", "optimizer", "activations", "gathered")
 
 
-def engine_of(layout: dict[str, Any]) -> str:
-    """As the table calls it."""
-    if layout["fsdp"] > 1:
-        return "FSDP2" if layout["fsdp"] == layout["processes"] else f"FSDP2 of {layout['fsdp']}"
-    engine = f"ZeRO-{layout['zero']}" if layout["deepspeed"] else "native"
-    return f"{engine} offload" if layout["offload"] else engine
-
-
 def line_of(case: str, row: dict[str, Any], is_chosen: bool) -> str:
     """A row of the table: GB of one process, thousands of tokens per second of all."""
     layout, memory = row["layout"], row["memory"]
@@ -64,7 +58,7 @@ def line_of(case: str, row: dict[str, Any], is_chosen: bool) -> str:
     total = f"{row['total'] / 1e9:.1f}"
     bounds = [f"{row[bound] / 1e3:,.0f}" if row["samples"] else "–" for bound in ("flops_bound", "bandwidth_bound")]
     total = f"**{total}**" if is_chosen else total if row["samples"] else f"over {total}"
-    cells = [case, f"{layout['processes']:,}", engine_of(layout), str(layout["ep_size"]), *parts, total, *bounds]
+    cells = [case, f"{layout['processes']:,}", called(Layout(**layout)), str(layout["ep_size"]), *parts, total, *bounds]
     return f"| {' | '.join(cells)} |"
 
 

@@ -22,7 +22,7 @@ STEPS = ("preprocess", "process_image", "resize", "center_crop", "rescale", "nor
 """Methods of an image processor that have to be those of its base class."""
 
 SHAPES = ((56, 56), (72, 40), (41, 103))
-"""Widths and heights of the pictures that both are tried on."""
+"""Widths and heights of `noise`."""
 
 
 class PlainPixels:
@@ -103,13 +103,18 @@ def plain_pixels(processor: Any) -> PlainPixels | None:
     """
     if not _is_plain(processor):
         return None
-    plain, draw = PlainPixels(processor), np.random.default_rng(0)
-    for width, height in SHAPES:
-        picture = Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8))
+    plain = PlainPixels(processor)
+    for picture in noise():
         theirs = processor([picture], return_tensors="pt")
         if set(theirs) != {"pixel_values"} or not torch.equal(theirs["pixel_values"], plain([picture])):
             return None
     return plain
+
+
+def noise() -> list[Image.Image]:
+    """Pictures of several shapes and all tones, to try a processor on."""
+    draw = np.random.default_rng(0)
+    return [Image.fromarray(draw.integers(0, 256, (high, wide, 3), np.uint8)) for wide, high in SHAPES]
 
 
 def _is_plain(processor: Any) -> bool:

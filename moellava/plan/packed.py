@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moellava.moe.adapted import Factors, understand
+from moellava.train.memory import FP32_BYTES
 
 BLOCK, SCALES = 64, 256
 """Numbers that share a scale in 4 bits, and scales that share one of their own (`--double_quant`)."""
-
-FP32_BYTES = 4
 
 
 class PackedLinear(nn.Module):

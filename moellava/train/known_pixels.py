@@ -13,24 +13,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.feature_store import FeatureStore
 from moellava.data.known import PIXELS, Known, KnownReader
 from moellava.data.media_reader import blank
+from moellava.data.plain_pixels import noise
 from moellava.data.tones import tones_of
 from moellava.errors import BadFileError, UserError
 from moellava.train.known_pictures import know, pixels_of, require_folder
 from moellava.vlm import VLM
 
 FLAG = "--cache_pixels"
-
-SHAPES = ((72, 40), (41, 103), (56, 56))
-"""Widths and heights of the pictures that are tried."""
 
 
 def refuse_pixels(vlm: VLM, folder: str, args: Any) -> None:
@@ -60,7 +56,7 @@ class KeptPixels:
 
     def __init__(self, reader: Any):
         tones = tones_of(reader.processor.image_processor)
-        tried = [pixels_of(reader, [picture], True) for picture in pictures()]
+        tried = [pixels_of(reader, [picture], True) for picture in noise()]
         self.tones = tones if tones and all(tones.of(pixels) is not None for pixels in tried) else None
         self.settings = {"kept": "tones" if self.tones else "pixels"}
 
@@ -80,18 +76,12 @@ class KeptPixels:
         return self.tones.pixels(planes.numpy()) if self.tones else planes
 
 
-def pictures() -> list[Image.Image]:
-    """Of several shapes, with all tones."""
-    draw = np.random.default_rng(0)
-    return [Image.fromarray(draw.integers(0, 256, (high, wide, 3), np.uint8)) for wide, high in SHAPES]
-
-
 def shows_the_same(reader: Any) -> bool:
     """Whether a batch of pictures that are known, each by itself, is the batch that the processor makes of them."""
     pixels = reader.read([[blank("image")]]).tensors.get(PIXELS["image"])
     if reader.is_one_input or pixels is None or pixels.ndim not in (4, 5):
         return False
-    tried = pictures()
+    tried = noise()
     samples = [tried[:1], tried[1:]]
     try:
         wanted, kept = reader.read(samples), KeptPixels(reader)

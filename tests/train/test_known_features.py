@@ -217,14 +217,15 @@ def test_a_file_that_is_damaged_or_changes_is_told(parts, shown, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(flags_for, tmp_path):
+@pytest.mark.parametrize("flag", KEPT)
+def test_two_processes_share_the_work(flag, flags_for, tmp_path):
     flags = flags_for(tmp_path, "pretrain") | SHORT | {"report_to": "none"}
     plain = run_train(flags | {"output_dir": tmp_path / "plain"}, 2, "torchrun")
-    kept = run_train(flags | {"cache_features": tmp_path / "features"}, 2, "torchrun")
+    kept = run_train(flags | {flag: tmp_path / "kept"}, 2, "torchrun")
     assert "3 pictures, 0 of them known before, 3 computed" in kept.stdout + kept.stderr
     assert plain.returncode == kept.returncode == 0
     assert losses_of(tmp_path / "pretrain") == losses_of(tmp_path / "plain")
-    assert len(list((tmp_path / "features").glob("*/*.safetensors"))) == 2
+    assert len(list((tmp_path / "kept").glob("*/*.safetensors"))) == 2
 
 
 @pytest.mark.parametrize("layer", [-1, -3, 0, 2])

@@ -15,7 +15,7 @@ from moellava.data import media
 from moellava.errors import UserError
 from moellava.train.arguments import parse_arguments
 from moellava.train.known_pixels import KeptPixels, refuse_pixels
-from tests.processes import Flags, losses_of, run_train, train_here, words_of
+from tests.processes import Flags, losses_of, train_here, words_of
 from tests.train.test_known_features import SHORT, in_full, of_samples, shown
 
 __all__ = ["shown"]
@@ -68,16 +68,6 @@ def test_pictures_are_a_quarter_of_their_pixels_on_disk(flags_for, tmp_path, com
     (file,) = (tmp_path / "pixels").glob("*/*.safetensors")
     content, side = load_file(file)["features"], composed.model.config.vision_config.image_size
     assert content.dtype == torch.uint8 and content.shape == (1 + 3, 3 * side, side), "a blank, and three pictures"
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_work(flags_for, tmp_path):
-    flags = flags_for(tmp_path, "pretrain") | SHORT | {"report_to": "none"}
-    plain = run_train(flags | {"output_dir": tmp_path / "plain"}, 2, "torchrun")
-    kept = run_train(flags | {"cache_pixels": tmp_path / "pixels"}, 2, "torchrun")
-    assert "3 pictures, 0 of them known before, 3 computed" in kept.stdout + kept.stderr
-    assert plain.returncode == kept.returncode == 0
-    assert losses_of(tmp_path / "pretrain") == losses_of(tmp_path / "plain")
 
 
 @pytest.mark.parametrize(
