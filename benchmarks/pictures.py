@@ -12,6 +12,8 @@ that photographs take. For each, five ways take turns, one thread, and the least
   numbers as transformers', which is looked at first;
 * ours, opening: `open_image` alone;
 * ours, kept: the same pixels of a picture that `--cache_pixels` has kept.
+
+Processors that cut a picture of any size into patches run as transformers has them in ours too; the goal is not theirs.
 """
 
 from __future__ import annotations
@@ -27,15 +29,22 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaImageProcessorPil,
+    Qwen2VLImageProcessorPil,
+    SiglipImageProcessorPil,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from moellava.data.feature_store import FeatureStore
 from moellava.data.images import open_image
+from moellava.data.known import in_planes, put_together
 from moellava.data.plain_pixels import plain_pixels
 from moellava.data.tones import tones_of
 
 GOAL = 1.5
-"""Most CPU time of ours, as a multiple of Pillow's."""
+"""Most CPU time of ours, as a multiple of Pillow's, where pictures are of one size."""
 
 SIDE = 336
 
@@ -45,6 +54,7 @@ PROCESSORS = {
     "CLIP, cut": CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=CROP),
     "SigLIP, whole": SiglipImageProcessorPil(size=CROP),
     "LLaVA, padded": LlavaImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=CROP, do_pad=True),
+    "Qwen2-VL, patches": Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}),
 }
 
 FILES = {
@@ -67,6 +77,10 @@ def picture(size: tuple[int, int]) -> Image.Image:
 
 def resized_size(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
     """Width and height to which a processor resizes a picture."""
+    if "longest_edge" in dict(processor.size):
+        area = dict(processor.size)
+        high, wide = smart_resize(size[1], size[0], 28, area["shortest_edge"], area["longest_edge"])
+        return wide, high
     if "shortest_edge" not in {name for name, side in dict(processor.size).items() if side}:
         return SIDE, SIDE
     if getattr(processor, "do_pad", False):
@@ -76,10 +90,10 @@ def resized_size(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 def ways(path: Path, processor: Any, size: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     """What is timed."""
-    plain, tones, target = plain_pixels(processor), tones_of(processor), resized_size(processor, size)
-    assert plain is not None and tones is not None
-    store = FeatureStore(path.parent / f"{path.name} {type(processor).__name__}")
-    store.add(1, size, tones.of(plain([open_image(path)])).flatten(1, 2))
+    tones, target = tones_of(processor), resized_size(processor, size)
+    pixels_of = plain_pixels(processor) or (lambda images: processor(images, return_tensors="pt")["pixel_values"])
+    pixels, store = pixels_of([open_image(path)]), FeatureStore(path.parent / f"{path.name} {type(processor).__name__}")
+    store.add(1, size, tones.of(in_planes(pixels)).flatten(1, 2))
     store.flush()
     store.reopen()
 
@@ -92,10 +106,11 @@ def ways(path: Path, processor: Any, size: tuple[int, int]) -> dict[str, Callabl
             return processor([image.convert("RGB")], return_tensors="pt")["pixel_values"]
 
     def ours() -> Any:
-        return plain([open_image(path)])
+        return pixels_of([open_image(path)])
 
     def kept() -> Any:
-        return tones.pixels(store.features(store.place(1)).unflatten(1, (3, -1)).numpy())
+        planes = store.features(store.place(1)).unflatten(1, (3, -1))
+        return put_together([tones.patches(planes.numpy())], pixels.ndim)
 
     if not torch.equal(by_transformers(), ours()) or not torch.equal(ours(), kept()):
         raise SystemExit(f"{path.name}: pixels differ")
@@ -140,7 +155,8 @@ def main() -> None:
                 found.append(row)
                 told = ", ".join(f"{way} {value:.2f} ms ({value / ms['Pillow']:.2f})" for way, value in ms.items())
                 print(f"{file}; {name}: {told}", flush=True)
-    print(f"ours / Pillow: {max(row['ratio'] for row in found):.2f} at most (goal {GOAL})")
+    of_one_size = [row["ratio"] for row in found if plain_pixels(PROCESSORS[row["processor"]])]
+    print(f"ours / Pillow: {max(of_one_size):.2f} at most where pictures are of one size (goal {GOAL})")
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
 

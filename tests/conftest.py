@@ -51,7 +51,7 @@ QUICK_CASES = {
     "lmm/test_released_folders.py": "qwen2.5-vl|llava-1.5|gemma3|phi3-v",
     "lmm/test_training.py": "v1|llava-1.5",
     "lmm/test_videos.py": "llava-onevision|internvl|gemma3",
-    "lmm/test_known_pixels.py": "llava-1.6|phi3-v|smolvlm",
+    "lmm/test_known_pixels.py": "qwen2.5-vl|llava-1.6|phi3-v|smolvlm",
     "commands/test_inspect.py": "mistral|phi",
     "data/test_tokenizers.py": "mistral|phi",
     "data/test_masking.py": "mistral|phi",

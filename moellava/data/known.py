@@ -4,14 +4,16 @@
 A picture's key is made of the digest of its file, and of what else decides over its pixels: how many frames of a video
 are shown, and whether an image is alone in its record, where a processor cuts only such a one into tiles. What
 is known are its pixels, [rows, 3, H, W], or the tower's features of them: these stand in the place of pixels as a
-picture of one channel, [rows, 1, P, D], which the tower hands on (`model/known_tower.py`). All else that a processor
-gives for it, it gives for a blank of its size.
+picture of one channel, [rows, 1, P, D], which the tower hands on (`model/known_tower.py`). Where a processor gives
+numbers of patches [P, D], a row is one patch, [P, 3, 1, D / 3]. All else that a processor gives for a picture, it gives
+for a blank of its size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moellava.constants import MODALITIES
 from moellava.data.digests import digest_of
 from moellava.data.embedded import digest_of_held, is_embedded
 from moellava.data.encoder import Encoder
 from moellava.data.feature_store import FeatureStore
 from moellava.data.findings import KEY, findings
 from moellava.data.media import MediaFiles
-from moellava.data.media_reader import BLANK, SIZES_KEPT, Media, MediaReader, Shown, blank, modality_of
+from moellava.data.media_reader import BLANK, SIZES_KEPT, WIDE, Media, MediaReader, Shown, blank, modality_of, of_blanks
 from moellava.data.records import Medium
 from moellava.data.remembered import Remembered
 from moellava.data.remote import Distant
@@ -37,7 +38,7 @@ from moellava.data.video import USUAL_FPS, Clip, Video
 from moellava.errors import BadFileError
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-"""Modality -> the input that holds its pixels."""
+"""Modality -> the input that holds its pixels, where it is not that of images for both."""
 
 CONTENT_ROW = np.dtype([(KEY, "<u8"), ("content", "<u8")])
 """What is kept of a file: its state -> the digest of its content."""
@@ -178,43 +179,58 @@ class KnownReader:
         shown: what the model is shown, [rows, C, H, W], of what the store holds of a picture, [rows, P, D].
     """
 
-    is_one_input = False
-
     def __init__(self, reader: MediaReader, store: FeatureStore, shown: Callable[[torch.Tensor], torch.Tensor]):
         self.reader, self.store, self.shown = reader, store, shown
         self._beside = Remembered(self._without_pixels, SIZES_KEPT)
-        self.axes = {name: reader.read([[blank(name)]]).tensors[PIXELS[name]].ndim for name in reader.placeholders}
+        self._of_two = Remembered(self._first_of_two, SIZES_KEPT)
+        sizes = (BLANK, WIDE, WIDE)
+        self.is_divisible = reader.needs_sizes and alike(self._in_parts(*sizes), self._without_pixels(*sizes))
+        """Whether what the processor gives beside the pixels of a sample is that of its pictures one by one, so that
+        not every combination of sizes has to be asked for."""
+        blanks = {input_of(reader, name): blank(name) for name in reader.placeholders}
+        self.axes = {name: reader.read([[shown]]).tensors[name].ndim for name, shown in blanks.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        """What else a collator asks a reader for."""
+        if name == "reader":  # not there yet, while a copy is made
+            raise AttributeError(name)
+        return getattr(self.reader, name)
 
     def read(self, samples: Sequence[Sequence[Any]], name: str = "the batch") -> Media:
         """Runs and tensors of samples, none of them without media."""
-        found = [self._beside(*map(self._essence, sample)) for sample in samples]
-        names = list(dict.fromkeys(name for _, tensors in found for name in tensors))
-        tensors = {name: torch.cat([one[name] for _, one in found if name in one]) for name in names}
-        for modality in MODALITIES:
-            shown = [one for sample in samples for one in sample if modality_of(one) == modality]
-            if shown:
-                rows = [self.shown(self._kept(one)) for one in shown]
-                tensors[PIXELS[modality]] = rows_stacked(rows) if self.axes[modality] == 5 else torch.cat(rows)
-        return Media([runs for runs, _ in found], tensors)
+        beside = self._in_parts if self.is_divisible else self._beside
+        found = joined([beside(*map(self._essence, sample)) for sample in samples])
+        rows: dict[str, list[torch.Tensor]] = {}
+        for one in chain.from_iterable(samples):
+            rows.setdefault(input_of(self.reader, modality_of(one)), []).append(self.shown(self._kept(one)))
+        pixels = {name: put_together(pictures, self.axes[name]) for name, pictures in rows.items()}
+        return Media(found.runs, found.tensors | pixels)
 
-    def _without_pixels(self, *shown: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    def _in_parts(self, *shown: Any) -> Media:
+        """`_without_pixels`, put together of what is known of each."""
+        is_only = sum(not isinstance(one, Clip) for one in shown) == 1
+        parts = [self._beside(one) if is_only or isinstance(one, Clip) else self._of_two(one) for one in shown]
+        found = joined(parts)
+        return Media([list(chain.from_iterable(found.runs))], found.tensors)
+
+    def _first_of_two(self, shown: Any) -> Media:
+        both = self._without_pixels(shown, shown)
+        return Media([both.runs[0][:1]], {name: value[: len(value) // 2] for name, value in both.tensors.items()})
+
+    def _without_pixels(self, *shown: Any) -> Media:
         """What the processor makes of blanks of these sizes and clips, in one sample."""
-        sample = [
-            Video(one, (Image.new("RGB", one.size),) * len(one.indices))
-            if isinstance(one, Clip)
-            else Image.new("RGB", one)
-            for one in shown
-        ]
+        sample = [of_blanks(one) if isinstance(one, Clip) else Image.new("RGB", one) for one in shown]
         media = self.reader.read([sample])
-        return media.runs[0], {name: one for name, one in media.tensors.items() if name not in PIXELS.values()}
+        return Media(media.runs, {name: one for name, one in media.tensors.items() if name not in PIXELS.values()})
 
     def _essence(self, shown: Any) -> Any:
         """What decides over all that a processor gives but pixels: a size, or a clip."""
         if isinstance(shown, Video):
             clip, count = shown.clip, len(shown.clip.indices)
-            if self.reader.is_timed:
-                return Clip(BLANK, clip.total, clip.fps, clip.indices)
-            return Clip(BLANK, count, USUAL_FPS, tuple(range(count)))
+            size = clip.size if self.reader.needs_sizes else BLANK
+            if self.reader.is_timed or self.reader.gives_times:
+                return Clip(size, clip.total, clip.fps, clip.indices)
+            return Clip(size, count, USUAL_FPS, tuple(range(count)))
         return shown.size if self.reader.needs_sizes else BLANK
 
     def _kept(self, shown: Any) -> torch.Tensor:
@@ -227,6 +243,47 @@ class KnownReader:
         place = self.store.place(key_of_blank(modality_of(shown)))
         assert place is not None, "a batch shows what is known, or blanks"
         return self.store.features(place)
+
+
+def joined(parts: Sequence[Media]) -> Media:
+    """Samples, or pictures, one behind the other."""
+    names = dict.fromkeys(name for part in parts for name in part.tensors)
+    tensors = {name: torch.cat([part.tensors[name] for part in parts if name in part.tensors]) for name in names}
+    return Media([runs for part in parts for runs in part.runs], tensors)
+
+
+def alike(one: Media, other: Media) -> bool:
+    """Whether both are the same runs and tensors, to the bit."""
+    names = one.tensors.keys()
+    if one.runs != other.runs or names != other.tensors.keys():
+        return False
+    return all(torch.equal(one.tensors[name], other.tensors[name]) for name in names)
+
+
+def input_of(reader: Any, modality: str) -> str:
+    """The input of the model that holds pixels of a modality."""
+    return PIXELS["image" if reader.is_one_input else modality]
+
+
+def pixels_in(reader: Any, media: Media, modality: str) -> torch.Tensor:
+    """The pixels of what was read."""
+    return media.tensors[input_of(reader, modality)]
+
+
+def in_planes(pixels: torch.Tensor) -> torch.Tensor:
+    """[rows, 3, H, W] of pixels as processors give them: tiles [rows, 3, H, W], pictures of several tiles [N, R, 3, H,
+    W], patches [rows, D] whose numbers are those of one channel behind those of another."""
+    if pixels.ndim == 2:
+        return pixels.unflatten(1, (3, 1, -1))
+    return pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
+
+
+def put_together(pictures: Sequence[torch.Tensor], axes: int) -> torch.Tensor:
+    """Pictures [rows, C, H, W] as one input of so many axes: the other way round of `in_planes`."""
+    if axes == 5:
+        return rows_stacked(pictures)
+    rows = torch.cat(list(pictures))
+    return rows.flatten(1) if axes == 2 else rows
 
 
 def rows_stacked(pictures: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -127,8 +128,8 @@ class MediaReader:
         self._plain = plain_pixels(processor.image_processor) if self.fixed_run else None
         self.spelled = self._spelled(blank_run)
         """The placeholder with the plain text that the processor puts around it."""
-        self.is_timed = "video" in self.placeholders and self._tells_times()
-        """Whether a video's tokens tell the times of its frames."""
+        self.is_timed, self.gives_times = self._tell_times() if "video" in self.placeholders else (False, False)
+        """Whether a video's tokens tell the times of its frames, and whether its tensors do."""
         self.is_one_input = "video" in self.placeholders and "pixel_values" in self.read([[blank("video")]]).tensors
         """Whether the model reads images and videos as one input, in one pass through its vision encoder."""
 
@@ -304,8 +305,7 @@ class MediaReader:
         return len(self.read([[Image.new("RGB", size)] * count]).runs[0][0].ids)
 
     def _run_of_clip(self, clip: Clip) -> Run:
-        frames = (Image.new("RGB", clip.size),) * len(clip.indices)
-        return self._asked("video", [[Video(clip, frames)]])[0][0][0]
+        return self._asked("video", [[of_blanks(clip)]])[0][0][0]
 
     def _essence(self, clip: Clip) -> Clip:
         """What of a clip decides over its tokens."""
@@ -313,9 +313,11 @@ class MediaReader:
             return Clip(clip.size, clip.total, clip.fps, clip.indices)
         return Clip(clip.size, len(clip.indices), USUAL_FPS, tuple(range(len(clip.indices))))
 
-    def _tells_times(self) -> bool:
-        early, late = (Clip(BLANK, 9000, 1.0, indices) for indices in ((0, 1), (7000, 8999)))
-        return self._run_of_clip(early).ids != self._run_of_clip(late).ids
+    def _tell_times(self) -> tuple[bool, bool]:
+        clips = Clip(BLANK, 9000, 1.0, (0, 1)), Clip(BLANK, 9000, 2.0, (7000, 8999))
+        (early, tensors), (late, others) = (self._asked("video", [[of_blanks(clip)]]) for clip in clips)
+        given = any(not np.array_equal(value, others[name]) for name, value in tensors.items())
+        return early[0][0].ids != late[0][0].ids, given
 
 
 def wrappers_of(processor: Any) -> list[tuple[str, str]]:
@@ -340,6 +342,11 @@ def blank(modality: str) -> Shown:
     """A black image, or a video of two black frames: the least that every processor takes."""
     image = Image.new("RGB", BLANK)
     return image if modality == "image" else Video(Clip(BLANK, 2, USUAL_FPS, (0, 1)), (image, image))
+
+
+def of_blanks(clip: Clip) -> Video:
+    """A video of black frames."""
+    return Video(clip, (Image.new("RGB", clip.size),) * len(clip.indices))
 
 
 def reads_videos(processor: Any) -> bool:

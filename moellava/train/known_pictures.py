@@ -23,7 +23,16 @@ from torch.utils.data import DataLoader, Dataset
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.feature_store import FeatureStore
 from moellava.data.fingerprint import processor_settings, versions
-from moellava.data.known import PIXELS, Contents, KnownMedia, KnownReader, key_of_blank, keys_of, variant
+from moellava.data.known import (
+    Contents,
+    KnownMedia,
+    KnownReader,
+    in_planes,
+    key_of_blank,
+    keys_of,
+    pixels_in,
+    variant,
+)
 from moellava.data.media_reader import BLANK, blank, modality_of
 from moellava.data.records import MODALITIES, media_of
 from moellava.data.scan import gathered, with_progress
@@ -131,7 +140,10 @@ def pictures_of(dataset: SupervisedDataset, contents: Contents) -> Pictures:
     places = np.arange(len(records)) - np.repeat(np.cumsum(shown.counts) - shown.counts, shown.counts)
     images = np.where(is_video, files.num_frames if encoder.in_frames else 0, 1)
     alone = np.bincount(records, images, len(shown.counts))[records] == 1
-    alone |= not encoder.reader.needs_sizes | (is_video if not encoder.in_frames else False)
+    if not encoder.reader.needs_sizes:
+        alone |= True
+    elif not encoder.in_frames:
+        alone |= is_video
     kept = np.isin(records, dataset.numbers)
     # Of a record that is cut, the first image may be the one that is left.
     first = np.flatnonzero(kept & ~alone & (places == 0) & np.isin(records, dataset.numbers[dataset.cut]))
@@ -175,7 +187,7 @@ class Maker:
         )
 
     def _require_repeatable(self) -> None:
-        shape = self.reader.read([[blank("image")]]).tensors[PIXELS["image"]].shape[-3:]
+        shape = pixels_in(self.reader, self.reader.read([[blank("image")]]), "image").shape[-3:]
         self.kept.require_repeatable(torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)))
 
     def make(self, pictures: Pictures, dataset: SupervisedDataset) -> None:
@@ -290,7 +302,13 @@ class Unread(Dataset):
 
 
 def pixels_of(reader: Any, shown: list[Any], alone: bool) -> Tensor:
-    """[rows, 3, H, W] of images of one size, or of one video. `alone`: whether they are read as all of a record."""
+    """[rows, 3, H, W] of images of one size, or of one video. Raises ValueError where the processor joins pictures.
+
+    Args:
+        alone: whether they are read as all of a record.
+    """
     sample = shown if alone or len(shown) > 1 else shown * 2
-    pixels = reader.read([sample]).tensors[PIXELS[modality_of(shown[0])]][: len(shown)]
-    return pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
+    pixels = pixels_in(reader, reader.read([sample]), modality_of(shown[0]))
+    if len(pixels) % len(sample):
+        raise ValueError(f"{len(sample)} pictures are {len(pixels)} rows of pixels: none has rows of its own.")
+    return in_planes(pixels[: len(pixels) * len(shown) // len(sample)])

@@ -13,15 +13,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.feature_store import FeatureStore
-from moellava.data.known import PIXELS, Known, KnownReader
-from moellava.data.media_reader import blank
+from moellava.data.known import Known, KnownReader, KnownVideo, alike
+from moellava.data.media_reader import BLANK, WIDE, Media, Shown
 from moellava.data.plain_pixels import noise
 from moellava.data.tones import tones_of
+from moellava.data.video import Clip, Video
 from moellava.errors import BadFileError, UserError
 from moellava.train.known_pictures import know, pixels_of, require_folder
 from moellava.vlm import VLM
@@ -30,11 +30,11 @@ FLAG = "--cache_pixels"
 
 
 def refuse_pixels(vlm: VLM, folder: str, args: Any) -> None:
-    """Raises UserError where the model's pictures are not of one shape each, so that each could be kept by itself."""
+    """Raises UserError where the model's pictures cannot be kept each by itself."""
     if not shows_the_same(vlm.encoder.reader):
         raise UserError(
-            f"{FLAG} {folder}: {type(vlm.encoder.reader.processor).__name__} makes pictures of many shapes, which are "
-            "not kept. Leave the flag out."
+            f"{FLAG} {folder}: what {type(vlm.encoder.reader.processor).__name__} makes of a picture depends on those "
+            "beside it, so that it cannot be kept by itself. Leave the flag out."
         )
     require_folder(FLAG, folder)
 
@@ -56,7 +56,7 @@ class KeptPixels:
 
     def __init__(self, reader: Any):
         tones = tones_of(reader.processor.image_processor)
-        tried = [pixels_of(reader, [picture], True) for picture in noise()]
+        tried = [pixels_of(reader, [picture], True) for picture in (*noise(), *videos_to_try(reader))]
         self.tones = tones if tones and all(tones.of(pixels) is not None for pixels in tried) else None
         self.settings = {"kept": "tones" if self.tones else "pixels"}
 
@@ -73,31 +73,53 @@ class KeptPixels:
     def shown(self, kept: Tensor) -> Tensor:
         """Pixels [N, 3, H, W]."""
         planes = kept.unflatten(1, (3, -1))
-        return self.tones.pixels(planes.numpy()) if self.tones else planes
+        return self.tones.patches(planes.numpy()) if self.tones else planes
 
 
 def shows_the_same(reader: Any) -> bool:
     """Whether a batch of pictures that are known, each by itself, is the batch that the processor makes of them."""
-    pixels = reader.read([[blank("image")]]).tensors.get(PIXELS["image"])
-    if reader.is_one_input or pixels is None or pixels.ndim not in (4, 5):
-        return False
-    tried = noise()
-    samples = [tried[:1], tried[1:]]
     try:
-        wanted, kept = reader.read(samples), KeptPixels(reader)
-        with TemporaryDirectory() as folder:
-            store = FeatureStore(Path(folder))
-            for number, picture in enumerate(tried):
-                store.add(number, picture.size, kept.of(pixels_of(reader, [picture], number == 0)))
-            store.flush()
-            store.reopen()
-            known = [Known(picture.size, number) for number, picture in enumerate(tried)]
-            found = KnownReader(reader, store, kept.shown).read([known[:1], known[1:]])
-    except (BadFileError, RuntimeError):  # pictures of several shapes cannot be put together
+        batches = [tried(reader, pictures) for pictures in samples_to_try(reader)]
+    except (BadFileError, KeyError, RuntimeError, ValueError):  # no pixels by that name, or what cannot be put together
         return False
-    return found.runs == wanted.runs and same(found.tensors, wanted.tensors)
+    return all(alike(found, wanted) for found, wanted in batches)
 
 
-def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    """Whether two batches have the same inputs, to the bit."""
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+def samples_to_try(reader: Any) -> list[list[list[Shown]]]:
+    """Batches of samples: an image, two, and where the model reads videos a video and both."""
+    first, *others = noise()
+    batches: list[list[list[Shown]]] = [[[first], [*others]]]
+    for video in videos_to_try(reader):
+        batches += [[[video]], [[first], [others[0], video]]]
+    return batches
+
+
+def videos_to_try(reader: Any) -> list[Video]:
+    """One of noise, where the model reads videos."""
+    first, second, _ = (picture.resize(WIDE) for picture in noise())
+    return [Video(Clip(WIDE, 9, 1.0, (0, 3, 8)), (first, second, first))] if reader.reads_videos else []
+
+
+def tried(reader: Any, samples: list[list[Shown]]) -> tuple[Media, Media]:
+    """A batch of pictures that are known, and what the processor makes of them."""
+    kept, every = KeptPixels(reader), [(one, images_of(sample)) for sample in samples for one in sample]
+    with TemporaryDirectory() as folder:
+        store = FeatureStore(Path(folder))
+        for number, (one, images) in enumerate(every):
+            alone = isinstance(one, Video) or images == 1
+            store.add(number, BLANK, kept.of(pixels_of(reader, [one], alone)))
+        store.flush()
+        store.reopen()
+        numbers = iter(range(len(every)))
+        known = [[as_known(one, next(numbers)) for one in sample] for sample in samples]
+        return KnownReader(reader, store, kept.shown).read(known), reader.read(samples)
+
+
+def images_of(sample: list[Shown]) -> int:
+    """How many of a sample's pictures are images."""
+    return sum(not isinstance(one, Video) for one in sample)
+
+
+def as_known(shown: Shown, place: int) -> Known | KnownVideo:
+    """A picture that stands in a store."""
+    return KnownVideo(shown.clip, (), place) if isinstance(shown, Video) else Known(shown.size, place)
