@@ -13,7 +13,7 @@ that photographs take. For each, five ways take turns, one thread, and the least
 * ours, opening: `open_image` alone;
 * ours, kept: the same pixels of a picture that `--cache_pixels` has kept.
 
-Processors that cut a picture of any size into patches run as transformers has them in ours too; the goal is not theirs.
+Of processors that cut a picture of any size into patches, ours looks up the last steps alone; the goal is not theirs.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from moellava.data.feature_store import FeatureStore
 from moellava.data.images import open_image
 from moellava.data.known import in_planes, put_together
 from moellava.data.plain_pixels import plain_pixels
+from moellava.data.tabled import tabled
 from moellava.data.tones import tones_of
 
 GOAL = 1.5
@@ -91,7 +92,8 @@ def resized_size(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
 def ways(path: Path, processor: Any, size: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     """What is timed."""
     tones, target = tones_of(processor), resized_size(processor, size)
-    pixels_of = plain_pixels(processor) or (lambda images: processor(images, return_tensors="pt")["pixel_values"])
+    fast = tabled(processor)
+    pixels_of = plain_pixels(processor) or (lambda images: fast(images, return_tensors="pt")["pixel_values"])
     pixels, store = pixels_of([open_image(path)]), FeatureStore(path.parent / f"{path.name} {type(processor).__name__}")
     store.add(1, size, tones.of(in_planes(pixels)).flatten(1, 2))
     store.flush()

@@ -28,6 +28,8 @@ from transformers.image_utils import (
 from transformers.utils.import_utils import is_torchvision_available
 from transformers.video_utils import VideoMetadata
 
+from moellava.data.plain_pixels import untried
+
 Settings = dict[str, Any]
 
 COMMON: Settings = {
@@ -117,7 +119,9 @@ class FrameRecipe:
 def pixels_of(settings: Settings, frames: Sequence[Image.Image], **sizes: Any) -> torch.Tensor:
     """Frames resized, cropped and normalised, [T, 3, H, W]; `sizes` take the place of settings."""
     options = {name: settings[name] for name in PIXELS} | {"do_center_crop": False} | sizes
-    return CLIPImageProcessorPil(**options)(list(frames), return_tensors="pt")["pixel_values"]
+    processor = CLIPImageProcessorPil(**options)
+    plain = untried(processor)
+    return plain(frames) if plain else processor(list(frames), return_tensors="pt")["pixel_values"]
 
 
 def whole_frames(settings: Settings, videos: list[list[Image.Image]]) -> dict[str, torch.Tensor]:

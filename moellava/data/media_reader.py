@@ -30,6 +30,7 @@ from PIL import Image
 from moellava.data.plain_pixels import plain_pixels
 from moellava.data.records import MODALITIES
 from moellava.data.remembered import Remembered
+from moellava.data.tabled import with_table
 from moellava.data.video import USUAL_FPS, Clip, Video
 from moellava.errors import BadFileError, UserError
 
@@ -97,6 +98,7 @@ class MediaReader:
 
     def __init__(self, processor: Any, loads_images: bool = True):
         self.processor = processor
+        self._fast = with_table(processor) if loads_images else processor
         self.loads_images = loads_images
         self.fixed_run: Run | None = None
         self.nests = True
@@ -205,7 +207,7 @@ class MediaReader:
         texts = [self.separator + shown * len(row) for row in samples]
         given = {"images": self._arranged(samples)} if modality == "image" else video_arguments(samples)
         try:
-            output = self.processor(text=texts, padding=True, return_tensors="pt", **given, **self._asks)
+            output = self._fast(text=texts, padding=True, return_tensors="pt", **given, **self._asks)
         except (ValueError, ZeroDivisionError, IndexError) as error:
             raise BadFileError(
                 f"the processor cannot take {modality}s of {sizes_of(samples)} pixels: {error}"
@@ -259,7 +261,7 @@ class MediaReader:
         try:
             if self._plain is not None:
                 return [[run] * len(row) for row in samples], {"pixel_values": self._plain(images)}
-            pixels = self.processor.image_processor(images, return_tensors="pt")
+            pixels = self._fast.image_processor(images, return_tensors="pt")
         except (ValueError, ZeroDivisionError, IndexError) as error:
             raise BadFileError(f"the processor cannot take images of {sizes_of(samples)} pixels: {error}") from error
         return [[run] * len(row) for row in samples], {"pixel_values": pixels["pixel_values"]}

@@ -52,6 +52,7 @@ ROOMS = (
     "data/video.py",
     "data/frame_processors.py",
     "data/plain_pixels.py",
+    "data/tabled.py",
     "data/strips.py",
     "model/tower_images.py",
     "model/joined_towers.py",

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPImageProcessorPil
 
-from moellava.data.frame_processors import UNKNOWN, FrameProcessor
+from moellava.data.frame_processors import COMMON, PIXELS, UNKNOWN, FrameProcessor, pixels_of
 from moellava.lmm.architecture import ARCHITECTURES
 from moellava.lmm.architectures.qwen2_vl import fit_frame
 from moellava.lmm.architectures.qwen3_vl import fit_video
@@ -50,6 +51,16 @@ def test_pixels_are_those_of_transformers(architecture, golden):
     both = processor([frames, frames[::-1]])
     for key in expected:
         assert torch.equal(both[key], torch.cat([one[key] for one in alone]))
+
+
+@pytest.mark.parametrize("crop", [{}, {"do_center_crop": True, "crop_size": {"height": 28, "width": 28}}], ids=str)
+def test_frames_are_what_the_image_processor_makes_of_them(crop):
+    draw = np.random.default_rng(0)
+    frames = [Image.fromarray(draw.integers(0, 256, (40, 56, 3), np.uint8)) for _ in range(3)]
+    sizes = {"size": {"height": 30, "width": 62}} | crop
+    options = {name: COMMON[name] for name in PIXELS} | {"do_center_crop": False} | sizes
+    wanted = CLIPImageProcessorPil(**options)(frames, return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels_of(COMMON, frames, **sizes), wanted)
 
 
 def test_sizes_are_those_of_transformers(golden):

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image processors whose last steps are looked up make the same numbers, in fewer passes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CLIPImageProcessorPil,
+    Gemma3ImageProcessorPil,
+    GotOcr2ImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    LlavaOnevisionImageProcessorPil,
+    MllamaImageProcessorPil,
+    Qwen2VLImageProcessorPil,
+    SiglipImageProcessorPil,
+    SmolVLMImageProcessorPil,
+)
+
+from moellava.data.tabled import Tabled, tabled
+
+SQUARE = {"height": 56, "width": 56}
+GRIDS = [[56, 112], [112, 56], [112, 112]]
+PROCESSORS = {
+    "whole": SiglipImageProcessorPil(size=SQUARE),
+    "cut": CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=SQUARE),
+    "LLaVA-NeXT": LlavaNextImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size=SQUARE, image_grid_pinpoints=GRIDS, do_pad=True
+    ),
+    "LLaVA-OneVision": LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=GRIDS),
+    "InternVL": GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True),
+    "Gemma 3": Gemma3ImageProcessorPil(size=SQUARE),
+    "Qwen2-VL": Qwen2VLImageProcessorPil(),
+    "Qwen2-VL, other tones": Qwen2VLImageProcessorPil(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.1]),
+    "Llama 3.2": MllamaImageProcessorPil(size=SQUARE),
+    "SmolVLM": SmolVLMImageProcessorPil(),
+}
+"""What a processor does to a picture -> one of transformers that does it."""
+
+
+def picture(wide: int, high: int) -> Image.Image:
+    draw = np.random.default_rng(wide)
+    return Image.fromarray(draw.integers(0, 256, (high, wide, 3), np.uint8))
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_same_to_the_bit_of_any_shape(name):
+    plain = PROCESSORS[name]
+    fast = tabled(plain)
+    assert isinstance(fast, Tabled) and isinstance(fast, type(plain))
+    for size in ((56, 56), (300, 41), (33, 210), (640, 480)):
+        wanted, found = (one([picture(*size)], return_tensors="pt") for one in (plain, fast))
+        assert wanted.keys() == found.keys()
+        assert all(np.array_equal(wanted[key], found[key]) for key in wanted), size
+        assert found["pixel_values"].dtype == wanted["pixel_values"].dtype
+
+
+@pytest.mark.parametrize("name", ["whole", "Qwen2-VL"])
+def test_floats_go_the_usual_way(name):
+    plain = PROCESSORS[name]
+    tones = np.random.default_rng(0).random((3, 56, 56)).astype(np.float32)
+    options = {"do_rescale": False, "return_tensors": "pt"}
+    wanted, found = (one([tones], **options)["pixel_values"] for one in (plain, tabled(plain)))
+    assert torch.equal(wanted, found)
+
+
+def test_it_is_copied_and_sent_to_workers_and_what_is_saved_is_the_plain_one():
+    plain = PROCESSORS["Qwen2-VL"]
+    before = plain.to_dict()
+    fast = tabled(plain)
+    wanted = plain([picture(80, 90)], return_tensors="pt")["pixel_values"]
+    for again in (pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast)):
+        assert isinstance(again, Tabled)
+        assert torch.equal(again([picture(80, 90)], return_tensors="pt")["pixel_values"], wanted)
+    assert plain.to_dict() == before and not isinstance(plain, Tabled)
+
+
+class Brighter(SiglipImageProcessorPil):
+    def normalize(self, image, mean, std, **options):
+        return super().normalize(image, mean, std, **options) + 1
+
+
+class Between(SiglipImageProcessorPil):
+    """Something else is done between the two steps."""
+
+    def _preprocess(self, images, **options):
+        rescaled = [self.rescale(image, 1 / 255) * 0.5 for image in images]
+        return {"pixel_values": torch.tensor(np.stack([self.normalize(one, 0.5, 0.5) for one in rescaled]))}
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [Brighter(), Between(), SiglipImageProcessorPil(do_normalize=False), SiglipImageProcessorPil(do_rescale=False)],
+    ids=lambda plain: type(plain).__name__,
+)
+def test_other_steps_stay_as_they_are(plain):
+    assert tabled(plain) is plain
