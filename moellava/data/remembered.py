@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -23,9 +23,11 @@ class Remembered(Generic[T]):
         self.values: dict[tuple[Hashable, ...], T] = {}
 
     def __call__(self, *arguments: Hashable) -> T:
-        if arguments not in self.values:
-            value = self.function(*arguments)
-            if len(self.values) >= self.limit:
-                self.values.clear()
-            self.values[arguments] = value
-        return self.values[arguments]
+        found = self.values.get(arguments, self)  # another thread may clear it at any time
+        if found is not self:
+            return cast(T, found)
+        value = self.function(*arguments)
+        if len(self.values) >= self.limit:
+            self.values.clear()
+        self.values[arguments] = value
+        return value

@@ -23,6 +23,7 @@ from moellava.model.projector_start import load_projector
 from moellava.model.section import plugins_of
 from moellava.moe import convert_engine, separate_experts, use_kernel
 from moellava.moe.certificate import Certificate, upcycle_certified
+from moellava.moe.kernels import require_kernel
 from moellava.train.adapt import adapt
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, TrainingArguments
 from moellava.train.reconcile import own_balance_weight, reconcile, refuse_template, retrain
@@ -60,6 +61,8 @@ def assemble(
         UserError: a folder that the stage cannot start from, or flags that do not fit it.
     """
     dtype = training_dtype(args)
+    if moe_args.moe_enable:
+        require_kernel(moe_args.moe_kernel, args.device, dtype)
     manifest, architecture = start_of(model_args)
     manifest.require_start()
     description = described(manifest, architecture, stage, model_args, data_args, moe_args)
@@ -81,8 +84,7 @@ def assemble(
         convert_engine(vlm.model, "deepspeed", ep_size=moe_args.ep_size)
     separate_experts(vlm.model)  # those that are left: a process holds its own alone
     if moe_args.moe_enable:
-        computed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
-        kernel = use_kernel(vlm.model, moe_args.moe_kernel, args.device, computed)
+        kernel = use_kernel(vlm.model, moe_args.moe_kernel, args.device, dtype)
         logger.info("Experts run by --moe_kernel %s: %s", moe_args.moe_kernel, kernel)
     return Assembled(vlm, certificate, adapter, balance)
 

@@ -32,6 +32,13 @@ def test_a_template_that_no_flag_names_follows_from_the_stage_and_the_folder(fla
     assert template_of(run("moe", model_name_or_path=second)) == "v1", "the folder's own"
 
 
+@pytest.mark.parametrize("kernel", ["fusde", "megablocks"])
+def test_what_cannot_run_the_experts_is_told_before_weights_are_read(kernel, flags_for, monkeypatch, tmp_path):
+    monkeypatch.setattr("moellava.train.assemble.build", lambda *_: pytest.fail("weights are read"))
+    with pytest.raises(UserError, match=f"--moe_kernel .?{kernel}"):
+        train_here(flags_for(tmp_path, "moe") | SHORT | {"moe_kernel": kernel})
+
+
 @pytest.mark.parametrize("named", ["model_name_or_path", "model_local_path"])
 @pytest.mark.parametrize("trusted", [True, False])
 def test_code_comes_from_the_hub_only_where_it_is_trusted(named, trusted, monkeypatch, tmp_path):
