@@ -48,7 +48,7 @@ LLAVA = COMMON | {"do_center_crop": False, "crop_size": None, "do_sample_frames"
 """Settings of frames that `whole_frames` takes."""
 
 QWEN = COMMON | {"temporal_patch_size": 2, "merge_size": 2, "cap_pixels_per_frame": None}
-"""Settings of frames that `patched` takes."""
+"""Settings of frames that `Patched` takes."""
 
 AREAS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 """Settings of older files -> the part of `size` that they are today."""
@@ -72,15 +72,19 @@ class FrameProcessor(dict):
         known = {name: value for name, value in given.items() if value is not None}
         super().__init__({**recipe.defaults, **known})
         self.recipe = recipe
-        if recipe is UNKNOWN:
+        if not self.reads_videos:
             return
         self.setdefault("video_processor_type", recipe.class_name)
         self["size"] = self["size"] | {AREAS[name]: known[name] for name in AREAS if name in known}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it goes to workers: one of the same settings."""
+        return FrameProcessor, (self.recipe, dict(self))
+
     @property
     def reads_videos(self) -> bool:
         """Whether this is known to do what transformers' class does."""
-        return self.recipe is not UNKNOWN
+        return self.recipe != UNKNOWN
 
     def __getattr__(self, name: str) -> Any:
         """A setting, which is how processors ask for it."""
@@ -136,28 +140,32 @@ Fit = Callable[[Settings, int, int, int], tuple[int, int]]
 """(settings, T, height, width) -> the height and width that frames are resized to."""
 
 
-def patched(fit: Fit) -> Callable[[Settings, list[list[Image.Image]]], dict[str, torch.Tensor]]:
+@dataclass(frozen=True)
+class Patched:
     """As Qwen's: `pixel_values_videos` [patches, 3 · t · p · p], each of p × p pixels in t frames, square after
     square of m × m patches; and `video_grid_thw` [videos, 3], in patches.
 
     p, t and m are `patch_size`, `temporal_patch_size` and `merge_size`. The last frame is repeated to fill its patches.
+
+    Args:
+        fit: says how large frames are made.
     """
 
-    def tensors(settings: Settings, videos: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+    fit: Fit
+
+    def __call__(self, settings: Settings, videos: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
         side, merge, time = settings["patch_size"], settings["merge_size"], settings["temporal_patch_size"]
         rows, grids = [], []
         for frames in videos:
             width, height = frames[0].size
             if settings["do_resize"]:
-                height, width = fit(settings, len(frames), height, width)
+                height, width = self.fit(settings, len(frames), height, width)
             pixels = pixels_of(settings, frames, size={"height": height, "width": width})
             pixels = torch.cat([pixels, pixels[-1:].expand(-len(frames) % time, -1, -1, -1)])
             order = "(T t) c (H m p) (W n q) -> (T H W m n) (c t p q)"
             rows.append(rearrange(pixels, order, t=time, m=merge, n=merge, p=side, q=side))
             grids.append([len(pixels) // time, height // side, width // side])
         return {"pixel_values_videos": torch.cat(rows), "video_grid_thw": torch.tensor(grids)}
-
-    return tensors
 
 
 def fitted(shape: tuple[int, int, int], factor: int, time: int, least: int, most: int) -> tuple[int, int]:
@@ -181,7 +189,12 @@ def fitted(shape: tuple[int, int, int], factor: int, time: int, least: int, most
     return fitted[0] * factor, fitted[1] * factor
 
 
-UNKNOWN = FrameRecipe("", {}, lambda settings, videos: {})
+def no_frames(settings: Settings, videos: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+    """Nothing of them."""
+    return {}
+
+
+UNKNOWN = FrameRecipe("", {}, no_frames)
 """Of an architecture without a recipe: its settings are kept, and a video is shown as images."""
 
 ONEVISION = FrameRecipe("LlavaOnevisionVideoProcessor", LLAVA | {"size": {"height": 384, "width": 384}}, whole_frames)
@@ -197,9 +210,19 @@ def with_frames(cls: Any) -> Any:
             return FrameProcessor
         return cls.check_argument_for_proper_class(self, argument_name, argument)
 
+    def __reduce__(self: Any) -> tuple[Any, ...]:
+        return _with_frames_again, (cls, vars(self))
+
+    attributes: dict[str, Any] = {one.__name__: one for one in (check_argument_for_proper_class, __reduce__)}
     # Of the same name, which is what the processor writes into its folder.
-    attributes = {check_argument_for_proper_class.__name__: check_argument_for_proper_class, "__module__": __name__}
-    return type(cls.__name__, (cls,), attributes)
+    return type(cls.__name__, (cls,), attributes | {"__module__": __name__})
+
+
+def _with_frames_again(cls: Any, state: dict[str, Any]) -> Any:
+    """What `with_frames(cls)` was made of, in a worker: it cannot find that class by its name."""
+    made = object.__new__(with_frames(cls))
+    vars(made).update(state)
+    return made
 
 
 def onevision_frames(settings: Settings) -> Any:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records of released models as batches: the ids are the processor's own, and only answers and terminators train."""
 
+import pickle
+
 import pytest
 import torch
 from PIL import Image
@@ -8,7 +10,10 @@ from PIL import Image
 from moellava.constants import IGNORE_INDEX
 from moellava.data.render.chat import parts_of_text
 from moellava.errors import DataError, UserError
+from moellava.lmm.architecture import ARCHITECTURES
 from moellava.lmm.datasets import TO_LOAD_IMAGE
+from moellava.vlm import collator_of
+from tests.lmm.conftest import RECORDS
 from tests.lmm.tiny import NATIVE, TINY, batch_of
 
 
@@ -164,3 +169,25 @@ def test_architectures_that_read_paths_get_paths(samples_of, pictures):
     assert TO_LOAD_IMAGE["qwen-vl"] is False and TO_LOAD_IMAGE["llava-1.5"] is True
     dataset = samples_of("llava-1.5", loads_images=False)
     assert dataset[0]["media"] == [pictures[0]]
+
+
+@pytest.mark.parametrize("family_id", TINY)
+def test_workers_that_are_spawned_get_all_that_they_need(family_id, samples_of, clips):
+    """Data set and collator are pickled for a worker that does not inherit them: macOS, and Python from 3.14 on."""
+    clip = {
+        "id": "clip",
+        "video": "shapes.mp4",
+        "conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "Shapes."}],
+    }
+    shown = [clip] if ARCHITECTURES[family_id].video else []
+    dataset = samples_of(family_id, [*RECORDS, *shown], video_folder=clips, num_frames=2)
+    collator = collator_of(dataset.encoder, ARCHITECTURES[family_id])
+    sent, put_together = pickle.loads(pickle.dumps((dataset, collator)))
+    for numbers in ([0, 2], list(range(3, len(dataset)))):
+        if numbers:
+            wanted, found = (
+                collate([one[number] for number in numbers])
+                for collate, one in ((collator, dataset), (put_together, sent))
+            )
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], value) for name, value in wanted.items() if torch.is_tensor(value))

@@ -2,7 +2,7 @@
 """Qwen2-VL: images and videos of any size as patches, whose merger lies inside the vision encoder."""
 
 from moellava.data.frame_processors import QWEN as QWEN_FRAMES
-from moellava.data.frame_processors import FrameRecipe, Settings, fitted, patched
+from moellava.data.frame_processors import FrameRecipe, Patched, Settings, fitted
 from moellava.lmm.architecture import Architecture, register_architecture
 from moellava.lmm.templates import chatml
 from moellava.model.parts import Keywords
@@ -32,7 +32,7 @@ QWEN2_VL = register_architecture(
             QWEN_FRAMES
             | {"size": {"shortest_edge": 128 * 28**2, "longest_edge": 768 * 28**2}, "patch_size": 14}
             | {"max_video_tokens": 128000, "do_sample_frames": False},
-            patched(fit_frame),
+            Patched(fit_frame),
         ),
         models={
             "qwen2-vl-2b-instruct": "Qwen/Qwen2-VL-2B-Instruct",

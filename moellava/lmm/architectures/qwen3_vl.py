@@ -4,7 +4,7 @@
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
 from moellava.data.frame_processors import QWEN as QWEN_FRAMES
-from moellava.data.frame_processors import FrameRecipe, Settings, fitted, patched
+from moellava.data.frame_processors import FrameRecipe, Patched, Settings, fitted
 from moellava.lmm.architecture import Architecture, register_architecture
 from moellava.lmm.architectures.qwen2_vl import IMAGE, VIDEO
 from moellava.lmm.templates import chatml
@@ -40,7 +40,7 @@ QWEN3_VL = register_architecture(
             | {"size": {"shortest_edge": 128 * 32**2, "longest_edge": 768 * 32**2}, "patch_size": 16}
             | {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
             | {"max_video_tokens": 768, "do_sample_frames": True},
-            patched(fit_video),
+            Patched(fit_video),
         ),
         models={
             "qwen3-vl-2b-instruct": "Qwen/Qwen3-VL-2B-Instruct",
