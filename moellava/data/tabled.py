@@ -9,7 +9,6 @@ table (`tones.py`), and the same numbers to the bit.
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,31 +21,40 @@ STEPS = ("rescale", "normalize")
 
 
 class Tabled:
-    """Before an image processor's class. Made by `tabled`.
+    """Before an image processor's class; made by `tabled`. It has the settings of the one that it stands for, which may
+    be changed there.
 
     Attributes:
         plain: the image processor as it was.
-        tones: of it.
+        tones: of it, as `steps` were.
     """
 
     plain: Any
     tones: Tones
+    steps: tuple[Any, ...]
 
     def rescale(self, image: np.ndarray, scale: float, **options: Any) -> np.ndarray:
         """An image of 8 bits as it is: `normalize` comes next."""
-        if image.dtype == np.uint8:
+        if image.dtype == np.uint8 and self.plain.do_normalize:
             return image
         return super().rescale(image, scale, **options)  # type: ignore[misc]
 
     def normalize(self, image: np.ndarray, mean: Any, std: Any, **options: Any) -> np.ndarray:
         """[3, H, W] rescaled and normalised."""
-        if image.dtype == np.uint8:
-            return self.tones.pixels([image])[0].numpy()
+        if image.dtype == np.uint8 and self.plain.do_rescale:
+            if steps_of(self.plain) == self.steps:
+                return self.tones.pixels([image])[0].numpy()
+            image = super().rescale(image, self.plain.rescale_factor)  # type: ignore[misc]
         return super().normalize(image, mean, std, **options)  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Its class is made anew where it arrives."""
         return _made, (self.plain,)
+
+
+def steps_of(processor: Any) -> tuple[Any, ...]:
+    """What decides over the tones of an image processor."""
+    return processor.rescale_factor, *np.ravel(processor.image_mean), *np.ravel(processor.image_std)
 
 
 def with_table(processor: Any) -> Any:
@@ -66,15 +74,11 @@ def tabled(processor: Any) -> Any:
 
 
 def _made(processor: Any) -> Any:
-    made: Any = copy.copy(processor)
-    made.__class__ = _class_before(type(processor))  # type: ignore[arg-type]
-    made.plain, made.tones = processor, Tones(processor)
+    own = {"plain": processor, "tones": Tones(processor), "steps": steps_of(processor)}
+    cls = type(processor)
+    made: Any = object.__new__(type(cls.__name__, (Tabled, cls), own))
+    made.__dict__ = processor.__dict__
     return made
-
-
-@cache
-def _class_before(cls: type) -> type:
-    return type(cls.__name__, (Tabled, cls), {})
 
 
 def _has_usual_steps(processor: Any) -> bool:

@@ -80,6 +80,27 @@ def test_it_is_copied_and_sent_to_workers_and_what_is_saved_is_the_plain_one():
     assert plain.to_dict() == before and not isinstance(plain, Tabled)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": {"height": 28, "width": 28}},
+        {"image_mean": [0.1, 0.2, 0.3]},
+        {"image_std": [0.1, 0.2, 0.3]},
+        {"rescale_factor": 1 / 127},
+        {"do_normalize": False},
+        {"do_rescale": False},
+    ],
+    ids=str,
+)
+def test_a_setting_that_is_changed_later_acts(change):
+    plain = SiglipImageProcessorPil(size=SQUARE)
+    fast = tabled(plain)
+    for name, value in change.items():
+        setattr(plain, name, value)
+    wanted = SiglipImageProcessorPil(**{"size": SQUARE} | change)([picture(80, 90)], return_tensors="pt")
+    assert torch.equal(fast([picture(80, 90)], return_tensors="pt")["pixel_values"], wanted["pixel_values"])
+
+
 class Brighter(SiglipImageProcessorPil):
     def normalize(self, image, mean, std, **options):
         return super().normalize(image, mean, std, **options) + 1
