@@ -58,16 +58,22 @@ def rows_of(path: str | Path) -> Iterator[Any]:
         DataError: the file is missing, cannot be read, or is of no format that is known; also on the way.
     """
     path = Path(path)
-    problem = file_problem(path)
-    if problem and not _is_folder(path):
-        problem = "no such data file" if problem == NO_FILE else problem
-        raise DataError(f"{brief_text(str(path))}: {problem}")
+    if problem := missing(path):
+        raise DataError(problem)
     try:
         head = b"" if _is_folder(path) else _head(path)
         chosen = next(format_ for format_ in FORMATS if format_.fits(path, head))
         yield from chosen.read(path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def missing(path: str | Path) -> str | None:
+    """Why there is no data file, or folder, at a path; None: there is one. Nothing of it is read."""
+    problem = file_problem(path)
+    if problem is None or problem == IS_FOLDER:
+        return None
+    return f"{brief_text(str(path))}: {'no such data file' if problem == NO_FILE else problem}"
 
 
 def _is_folder(path: Path) -> bool:
