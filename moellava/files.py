@@ -58,6 +58,8 @@ def resolve_folder(
     for parent in [Path(), *([] if near is None else [near.resolve(), *near.resolve().parents[:LEVELS_ABOVE]])]:
         if (parent / name).is_dir():
             return parent / name
+    if Path(name).is_file():
+        raise UserError(f"{flag} {name} is a file: a folder, or an id of the hub, is expected.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -112,8 +114,20 @@ def read_config(folder: Path, flag: str) -> dict[str, Any]:
     """The `config.json` of a model folder. Raises UserError if it is missing or no JSON object."""
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise UserError(f"{flag} {folder} holds no config.json, so it is not a model folder.")
+        raise UserError(f"{flag} {folder} holds no config.json, so it is not a model folder.{_way_out(Path(folder))}")
     return read_object(path)
+
+
+def _way_out(folder: Path) -> str:
+    """What a folder is that holds no model, and what to do with it, as a sentence; '' where that is not known."""
+    if (folder / "adapter_config.json").is_file():
+        merge = f"moellava merge-lora --model-path BASE --adapter {folder} --output-dir MERGED"
+        return f" It is an adapter: `{merge}` makes a model of it and its base."
+    checkpoints = [path.parent for path in folder.glob(f"checkpoint-*/{CONFIG}")]
+    if not checkpoints:
+        return ""
+    latest = max(checkpoints, key=lambda path: (len(path.name), path.name))  # their numbers have no leading zeros
+    return f" Its run has not ended: go on with it, or name its last checkpoint, {latest}."
 
 
 NO_FILE = "no such file"

@@ -210,8 +210,22 @@ def test_a_missing_file_is_empty_and_a_broken_one_is_named(tmp_path):
             read_json(tmp_path / "a.json")
 
 
+def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="--model-path .*model.safetensors is a file: a folder, or an id of the hub"):
+        resolve_folder(tmp_path / "model.safetensors", "--model-path")
+
+
 def test_a_config_that_is_none_is_named(tmp_path):
     with pytest.raises(UserError, match=r"--model-path .* holds no config.json"):
+        read_config(tmp_path, "--model-path")
+    for step in (5, 500, 1000):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"not a model folder. Its run has not ended: .* last checkpoint, .*-1000\.$"):
+        read_config(tmp_path, "--model-path")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="It is an adapter: `moellava merge-lora --model-path BASE --adapter"):
         read_config(tmp_path, "--model-path")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):

@@ -10,7 +10,7 @@ from statistics import fmean
 
 from moellava.compare.result import Difference
 from moellava.errors import UserError
-from moellava.eval.asking import ask, digest_of, limited
+from moellava.eval.asking import ask, digest_of, questions_of
 from moellava.eval.benchmarks import Benchmark, Question
 from moellava.eval.journal import Journal, claim
 from moellava.eval.scoring import texts_of
@@ -37,11 +37,11 @@ class Exam:
 
     @classmethod
     def of(cls, task: str, data_folder: Path, limit: int | None, folder: Path, batch_size: int, seed: int = 0) -> Exam:
-        """Reads the questions. Raises UserError where the data is missing, or where it is not scored here."""
+        """Reads the questions. Raises UserError as `questions_of` does, and for a task that is not scored here."""
         benchmark = BENCHMARKS[task](data_folder, None)
         if benchmark.score is None or benchmark.review is not None:
             raise UserError(f"--task {task}: a comparison needs a task that is scored here, without server or judge.")
-        return cls(benchmark, limited(benchmark.questions(), limit, seed), folder, batch_size)
+        return cls(benchmark, questions_of(benchmark, limit, seed), folder, batch_size)
 
     def tally(self, vlm: VLM, name: str, checkpoint: str, changed: str = "") -> Tally:
         """What a model's answers add up to.

@@ -11,7 +11,7 @@ from moellava.data.media import MediaFiles
 from moellava.data.records import Records
 from moellava.errors import UserError
 from moellava.model.manifest import Manifest
-from moellava.moe.prune import Kept, carried, prune
+from moellava.moe.prune import Kept, carried, prune, require_keep
 from moellava.vlm import VLM, describe
 
 
@@ -37,6 +37,7 @@ def prune_folder(
     Returns:
         Decoder layer -> what it keeps.
     """
+    require_keep(vlm.model, keep)  # measuring takes a while
     spec, kept = prune(vlm.model, carried(vlm.model, batches_of(vlm, records, files, count)), keep, merge)
     vlm.sparse(spec)
     vlm.save(target, meta={"stage": "moe"})

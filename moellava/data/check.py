@@ -12,7 +12,9 @@ import numpy as np
 from moellava.constants import MODALITIES, ROLES
 from moellava.data.embedded import is_embedded
 from moellava.data.encoder import Encoder
+from moellava.data.judge import nothing_to_train
 from moellava.data.media import MediaFiles
+from moellava.data.record_shape import trained_answers
 from moellava.data.records import Medium, Problem, Records, media_of, read_records
 from moellava.data.scan import mapped, slices_of, workers_for
 from moellava.data.shown import Shown
@@ -54,7 +56,7 @@ def check(
     Args:
         paths: data files.
         files: where images and videos lie, and how many frames of a video are wanted.
-        encoder: also find conversations that are too long or have nothing to train on.
+        encoder: also find conversations that are too long, or have nothing to train on under its template.
         max_length: positions that a record may take.
         skip: records to leave out.
         roles: what the files call the human and the model, beside the usual names.
@@ -118,6 +120,8 @@ class _Checker:
         if self.encoder is not None and not any(map(self.encoder.looks_at, bad)):
             lengths, found = _measure(self.encoder, record, name, self.files, self.max_length)
             texts += found
+        elif self.encoder is None and not any(trained_answers(record["conversations"])):
+            texts.append(nothing_to_train(record, name))
         return len(record["conversations"]), texts, lengths
 
     def _problem(self, medium: Medium) -> str | None:
@@ -152,7 +156,7 @@ def _measure(
         return [0], ["; ".join(text if name in text else f"{name}: {text}" for text in error.problems)]
     lengths = [example.length for example in examples]
     if not any(example.is_trained for example in examples):
-        return lengths, [f"{name} has no answer to train on"]
+        return lengths, [nothing_to_train(record, name)]
     longest = max(lengths)
     if max_length is not None and longest > max_length:
         return lengths, [f"{name} takes {longest} positions, more than {max_length}"]

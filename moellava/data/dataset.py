@@ -163,6 +163,18 @@ class SupervisedDataset(Batches, Dataset):
                 get_logger().warning("skipped: %s", why)
                 self.unreadable[index] = why
 
+    def _nothing_left(self) -> str:
+        """The message where no record is left to train on: what became of them, by the flags that decided."""
+        decided = {
+            "skip_listed": "are in --skip_list",
+            "bad_files": "have bad files (--bad_files skip)",
+            "dropped": f"have nothing to train on within --model_max_length {self.max_length}, or are longer where "
+            "--overlong drop is given",
+        }
+        told = [f"{self._counts[name]} {what}" for name, what in decided.items() if self._counts[name]]
+        count = self._counts["records"] + self._counts["skip_listed"]
+        return f"no sample remains of {count} records: {'; '.join(told)}"
+
     def _judge(self, judge: Judge, takes_media: bool, workers: int) -> None:
         """Has every record looked at, and keeps the numbers and lengths of those that are trained on."""
         if not takes_media and (named := counted_media(self.records)):
@@ -187,7 +199,7 @@ class SupervisedDataset(Batches, Dataset):
                 get_logger().warning("skipped: %s", verdict.why)
         problems = [problem for verdict in said for problem in verdict.problems]
         if not problems and not len(self._kept):
-            problems.append(f"no sample remains: {self._counts}")
+            problems.append(self._nothing_left())
         if problems:
             raise DataError(problems)
 

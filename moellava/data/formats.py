@@ -7,13 +7,12 @@ how it is read. Text may be packed (gzip, bzip2, xz) and may carry a byte order 
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
 import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -21,18 +20,12 @@ from moellava.data.json_lists import Broken, decoded, listed, parsed
 from moellava.data.record_keys import brief_text
 from moellava.data.shards import is_shard, shard_rows
 from moellava.data.tables import arrow_rows, dataset_rows, parquet_rows
+from moellava.data.unpacking import unpacked
 from moellava.errors import DataError
 from moellava.files import IS_FOLDER, NO_FILE, file_problem
 
 HEAD = 512
 """Bytes at a file's beginning that tell its format."""
-
-UNPACK: dict[bytes, Callable[[Path], Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\x00": lzma.open,
-}
-"""First bytes of a packed file -> what opens it."""
 
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -65,16 +58,22 @@ def rows_of(path: str | Path) -> Iterator[Any]:
         DataError: the file is missing, cannot be read, or is of no format that is known; also on the way.
     """
     path = Path(path)
-    problem = file_problem(path)
-    if problem and not _is_folder(path):
-        problem = "no such data file" if problem == NO_FILE else problem
-        raise DataError(f"{brief_text(str(path))}: {problem}")
+    if problem := missing(path):
+        raise DataError(problem)
     try:
         head = b"" if _is_folder(path) else _head(path)
         chosen = next(format_ for format_ in FORMATS if format_.fits(path, head))
         yield from chosen.read(path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def missing(path: str | Path) -> str | None:
+    """Why there is no data file, or folder, at a path; None: there is one. Nothing of it is read."""
+    problem = file_problem(path)
+    if problem is None or problem == IS_FOLDER:
+        return None
+    return f"{brief_text(str(path))}: {'no such data file' if problem == NO_FILE else problem}"
 
 
 def _is_folder(path: Path) -> bool:
@@ -86,14 +85,13 @@ def _head(path: Path) -> bytes:
         return file.read(HEAD)
 
 
-def _opened(path: Path) -> TextIO:
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
     """A file of text, unpacked, in UTF-8 or what its byte order mark says. Line breaks are as they stand."""
-    head = _head(path)
-    unpack = next((unpack for magic, unpack in UNPACK.items() if head.startswith(magic)), None)
-    file: Any = path.open("rb") if unpack is None else unpack(path)
-    head = file.peek(HEAD)[:HEAD]
-    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
-    return io.TextIOWrapper(file, encoding=encoding, newline="\n")
+    with path.open("rb") as packed, unpacked(packed) as file:
+        head = file.peek(HEAD)[:HEAD]
+        encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
+        yield io.TextIOWrapper(file, encoding=encoding, newline="\n")
 
 
 def _json_rows(path: Path) -> Iterator[Any]:

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moellava.constants import DEFAULT_IMAGE_TOKEN, ROLES
 from moellava.data.embedded import data_uri
@@ -20,7 +20,11 @@ from moellava.data.json_lists import Broken, parsed
 from moellava.data.record_keys import brief
 from moellava.data.remote import open_file
 from moellava.data.shard_places import Held, Place, holding
+from moellava.data.unpacking import unpacked
 from moellava.errors import DataError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # `typing` has it from Python 3.11 on
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 CAPTIONS = ("txt", "caption")
@@ -38,33 +42,51 @@ def is_shard(path: Path, head: bytes) -> bool:
     return named or head[MAGIC_PLACE : MAGIC_PLACE + len(MAGIC)] == MAGIC
 
 
+class _Header(tarfile.TarInfo):
+    """The header of a file in a shard. `tarfile` takes one that is damaged or missing for the shard's end."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        """The next header. Raises ReadError where there should be one, and EOFHeaderError at the end of the shard."""
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            is_end = isinstance(error, tarfile.EOFHeaderError)  # type: ignore[attr-defined]
+            if is_end or tar.offset == 0:  # what is wrong from its beginning is no tar file: `tarfile` says so
+                raise
+            raise tarfile.ReadError(f"it is cut short or damaged at byte {tar.offset} ({error})") from error
+
+
 def shard_rows(name: Path | str) -> Iterator[Any]:
     """The records of a shard, here or elsewhere. Raises DataError if it cannot be read to its end."""
     try:
-        with open_file(name) as file, holding(name) as held:
-            is_packed = _is_packed(file)
-            with tarfile.open(fileobj=file, mode="r|*" if is_packed else "r|", bufsize=BLOCK) as tar:
-                for key, files in groupby(_files(tar, is_packed, held), lambda file: file[0]):
+        with open_file(name) as file, unpacked(file) as content, holding(name) as held:
+            with tarfile.open(fileobj=content, mode="r|", bufsize=BLOCK, tarinfo=_Header) as tar:
+                for key, files in groupby(_files(tar, content is not file, held), lambda file: file[0]):
                     yield _record(key, [(ending, content) for _, ending, content in files])
+                _require_end(tar)
     except tarfile.TarError as error:
         raise DataError(f"{name} is no tar file that can be read: {error}") from error
 
 
-def _is_packed(file: Any) -> bool:
-    """Whether a tar file is packed as a whole. It is at its beginning, and is so afterwards."""
-    try:
-        with tarfile.open(fileobj=file, mode="r|", bufsize=tarfile.BLOCKSIZE):
-            return False
-    except tarfile.ReadError:
-        return True
-    finally:
-        file.seek(0)
+def _require_end(tar: tarfile.TarFile) -> None:
+    """Raises ReadError where more follows the end of a shard than the zeros that fill its last block."""
+    while block := tar.fileobj.read(BLOCK):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("more follows its end, as where two tar files were joined: list them one by one")
 
 
 def _files(tar: tarfile.TarFile, is_packed: bool, held: Held) -> Iterator[tuple[str, str, bytes | Any]]:
-    """(name up to its first dot, last ending, content, or what stands for an image) of each file, in order."""
+    """(name up to its first dot, last ending, content, or what stands for an image) of each file, in order.
+
+    Raises:
+        ReadError: one is a link, so that a record would lose it.
+    """
     for member in tar:
         folder, _, name = member.name.rpartition("/")
+        if member.issym() or member.islnk():
+            told = "pack what it leads to, as `tar --dereference --hard-dereference` does"
+            raise tarfile.ReadError(f"{member.name} in it is a link: {told}")
         if member.isfile() and not name.startswith("."):
             file = tar.extractfile(member)
             stem, _, endings = name.partition(".")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moellava.errors import UserError
-from moellava.eval.benchmarks import Question
+from moellava.eval.benchmarks import Benchmark, Question
 from moellava.eval.journal import Journal
 from moellava.eval.progress import Progress
 from moellava.serve.answer import answer
@@ -54,6 +54,19 @@ class Share:
         return [place for place in places if place % self.world == self.rank]
 
 
+def questions_of(benchmark: Benchmark, limit: int | None, seed: int) -> list[Question]:
+    """What is asked of a benchmark: its questions, or so many of them (see `limited`).
+
+    Raises:
+        UserError: data that is missing or damaged, images that are not there, or no question.
+    """
+    questions = limited(benchmark.questions(), limit, seed)
+    if not questions:
+        raise UserError(f"--task {benchmark.name}: {benchmark.source} holds no question.")
+    _require_images(questions, benchmark.name)
+    return questions
+
+
 def limited(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
     """So many questions, drawn at random, in their order; those of one unit together, which counts as one."""
     units = list(dict.fromkeys(question.unit or str(place) for place, question in enumerate(questions)))
@@ -71,7 +84,7 @@ def digest_of(questions: Sequence[Question]) -> str:
     return digest.hexdigest()
 
 
-def require_images(questions: Sequence[Question], task: str) -> None:
+def _require_images(questions: Sequence[Question], task: str) -> None:
     """Raises UserError where images are not there: a score without them would be compared with one that has them."""
     files = {question.image for question in questions if isinstance(question.image, Path)}
     missing = sorted(str(path) for path in files if not path.is_file())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moellava.errors import UserError
-from moellava.eval.asking import Said, Share, ask, digest_of, limited, require_images, reviewed
+from moellava.eval.asking import Said, Share, ask, digest_of, questions_of, reviewed
 from moellava.eval.benchmarks import Benchmark, Question, Scored, shuffle_images
 from moellava.eval.checkpoint import checkpoint_digest
 from moellava.eval.journal import Journal, claim
@@ -49,8 +49,7 @@ class Job:
 def job_of(name: str, args: argparse.Namespace) -> Job:
     """A task with its questions, read. Raises UserError for data that is missing or damaged."""
     benchmark = BENCHMARKS[name](args.data_folder, args.split)
-    questions = limited(benchmark.questions(), args.limit, args.seed)
-    require_images(questions, name)
+    questions = questions_of(benchmark, args.limit, args.seed)
     if args.shuffle_images:
         questions = shuffle_images(questions, args.seed)
     folder = None if args.output_dir is None else args.output_dir / name

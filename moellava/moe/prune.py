@@ -96,6 +96,21 @@ def _carried_by(layer: NativeMoE, hidden_states: Tensor) -> Tensor:
     return torch.stack(weights).cpu()
 
 
+def require_keep(model: Any, keep: int) -> None:
+    """Sees to it that a sparse model can do with so many experts in each layer, and that some would go.
+
+    Raises:
+        UserError: fewer than a token visits, part of a set of slices, or no fewer than any layer has.
+    """
+    layers = [layer for _, layer in moe_layers(model)]
+    spec, most = layers[0].spec, max(layer.n_experts for layer in layers)
+    if keep < spec.top_k_experts or keep % spec.granularity:
+        sets = "" if spec.granularity == 1 else f", in whole sets of {spec.granularity} slices"
+        raise UserError(f"--keep {keep}: each token visits {spec.top_k_experts} experts; keep at least as many{sets}.")
+    if keep >= most:
+        raise UserError(f"--keep {keep}: no layer has more than {most} experts, so that none would go.")
+
+
 def prune(model: Any, carries: dict[int, Tensor], keep: int, merge: bool = False) -> tuple[MoESpec, dict[int, Kept]]:
     """Leaves each sparse layer the experts that carry most, in place.
 
@@ -109,13 +124,11 @@ def prune(model: Any, carries: dict[int, Tensor], keep: int, merge: bool = False
         The options of the smaller model, and what each layer keeps.
 
     Raises:
-        UserError: fewer than a token visits, or part of a set of slices.
+        UserError: see `require_keep`.
     """
+    require_keep(model, keep)
     sparse = moe_layers(model)
     spec = sparse[0][1].spec
-    if keep < spec.top_k_experts or keep % spec.granularity:
-        sets = "" if spec.granularity == 1 else f", in whole sets of {spec.granularity} slices"
-        raise UserError(f"--keep {keep}: each token visits {spec.top_k_experts} experts; keep at least as many{sets}.")
     layers, names = decoder_layers(model), mlp_names(model, [index for index, _ in sparse])
     counts = [min(keep, layer.n_experts) for _, layer in sparse]
     smaller, kept = replace(spec, num_experts=counts), {}

@@ -105,7 +105,7 @@ class ModelArguments(ReleasedArguments):
 class DataArguments:
     """Which records are read and what happens to bad ones."""
 
-    data_path: list[str] = _flag("LLaVA JSON or JSONL files; their records are joined.", [])
+    data_path: list[str] = _flag("Data files of any format (docs/DATA.md); their records are joined.", [])
     eval_data_path: list[str] = _flag("Records for the loss during training (with --eval_strategy).", [])
     image_folder: str | None = _flag("Folder that the records' image paths are relative to.")
     video_folder: str | None = _flag("Folder that the records' video paths are relative to; unset: --image_folder.")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from moellava.files import file_problem, written
 
 NAME = "run.yaml"
 """What every run leaves in its folder, and can be started from."""
+
+TRUTH = "tag:yaml.org,2002:bool"
+"""What YAML calls a truth value."""
 
 ENDINGS = (".yaml", ".yml", ".json")
 OF_A_LAUNCHER = "--local_rank"
@@ -43,12 +47,27 @@ def read_run_file(path: str | Path) -> dict[str, Any]:
         raise UserError(problem)
     try:
         text = Path(path).read_text(encoding="utf-8")
-        read = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
+        read = json.loads(text) if str(path).endswith(".json") else yaml.load(text, _loader())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"no YAML or JSON: {' '.join(str(error).split())}") from error
     if not isinstance(read, dict) or not all(isinstance(name, str) for name in read):
         raise UserError("it holds no run: names of flags with their values, as `learning_rate: 2e-5`.")
     return read
+
+
+def _loader() -> Any:
+    """YAML's safe loader, for which `no` is a text and not a truth value: flags have it as a value, as in
+    `save_strategy: no`, and those that are true or false read the text as well."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {
+            first: [(tag, fits) for tag, fits in resolvers if tag != TRUTH]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    Loader.add_implicit_resolver(TRUTH, re.compile("(?i:yes|true|false|on|off)$"), list("yYtTfFoO"))
+    return Loader
 
 
 def words_of(values: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from moellava.errors import UserError
-from moellava.eval.asking import Share, limited, request_of, require_images
+from moellava.eval.asking import Share, questions_of, request_of
 from moellava.eval.benchmarks import Benchmark, Question
 from moellava.eval.suite import BENCHMARKS
 from moellava.log import get_logger, is_rank_zero
@@ -92,7 +92,5 @@ def tasks_of(names: Sequence[str], folder: str, limit: int | None) -> list[tuple
         if benchmark.score is None or benchmark.review is not None:
             who = "a judge" if benchmark.review is not None else "its own server"
             raise UserError(f"--eval_task {name} is scored by {who}, not while a model trains: use `moellava eval`.")
-        questions = limited(benchmark.questions(), limit, SEED)
-        require_images(questions, name)
-        found.append((benchmark, questions))
+        found.append((benchmark, questions_of(benchmark, limit, SEED)))
     return found

@@ -60,6 +60,7 @@ from moellava.train.lock import locked
 from moellava.train.masters import Masters, masters_of, raise_trained
 from moellava.train.memory import describe, estimate, layout_of
 from moellava.train.parsing import TrainingArguments, arguments_of, given_flags, parse_arguments
+from moellava.train.present import require_present
 from moellava.train.run_file import as_yaml, write_run_file
 from moellava.train.run_log import TEXT_LOG, RunLog
 from moellava.train.samples import SampleAnswers, counts_text, first_sample
@@ -93,6 +94,7 @@ def train(
         UserError: before the first step, for whatever in flags, data or folders would make the run wrong.
     """
     refuse_zero3_experts(args.deepspeed, moe_args.moe_enable)
+    require_present(data_args)
     begin_on(of_rank_zero(day()))  # processes may start on both sides of midnight
     stage, output_dir = stage_of(model_args, moe_args), Path(args.output_dir)
     with locked(output_dir) if is_rank_zero() else nullcontext():

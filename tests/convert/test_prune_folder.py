@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moellava.cli import main
+from moellava.convert import prune_folder
 from moellava.moe import MoESpec, moe_layers, upcycle
 from tests.tiny import compose_tiny, reopen
 
@@ -44,7 +45,18 @@ def test_the_heaviest_stay(sparse, tmp_path, parts, capsys, merge):
     assert moe_layers(after.model)[0][1].router.bias.tolist() == [0.0, 2.0, 3.0]
 
 
-def test_too_few_are_refused(sparse, tmp_path, parts, capsys):
-    assert prune(sparse, tmp_path / "small", parts, "--keep", "1") == 2
-    assert "--keep 1: each token visits 2 experts" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "keep, said",
+    [
+        (1, "--keep 1: each token visits 2 experts"),
+        (4, "--keep 4: no layer has more than 4 experts, so that none would go"),
+        (9, "--keep 9: no layer has more than 4 experts"),
+    ],
+)
+def test_too_few_and_too_many_are_refused_before_anything_is_measured(
+    sparse, tmp_path, parts, capsys, keep, said, monkeypatch
+):
+    monkeypatch.setattr(prune_folder, "carried", lambda *_: pytest.fail("measured"))
+    assert prune(sparse, tmp_path / "small", parts, "--keep", str(keep)) == 2
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "small").exists()

@@ -38,16 +38,24 @@ def test_with_a_tokenizer_lengths_and_masks_are_checked(path, image_tree, tokeni
 
 def test_without_one_records_and_files_are(path, image_tree):
     findings = check([path], MediaFiles(image_tree))
-    assert {place_of(problem.key) for problem in findings.problems} == {("data.json", 1), ("data.json", 3)}
+    assert {place_of(problem.key) for problem in findings.problems} == {("data.json", place) for place in (1, 3, 5)}
     assert findings.counts["records"] == 6 and findings.lengths == []
+
+
+def test_a_record_without_an_answer_to_train_on_is_told_with_a_tokenizer_or_without(data_file, make_record, tokenizers):
+    untrained = make_record("untrained", "q", "a")
+    untrained["conversations"][1]["train"] = False
+    path = str(data_file([make_record("good", "q", "a"), make_record("open", "q"), untrained]))
+    for encoder in (None, Encoder(tokenizers["phi"], TemplateRenderer("phi"), CountedImages(20))):
+        texts = [problem.text for problem in check([path], MediaFiles(), encoder).problems]
+        assert texts == [f'Record {name} of {path} has no answer to train on: "q"' for name in ("open", "untrained")]
 
 
 def test_the_skip_list_leaves_out_what_was_found(path, image_tree, tmp_path):
     findings = check([path], MediaFiles(image_tree))
-    assert write_skip_list(tmp_path / "skip.txt", findings.problems) == 2
+    assert write_skip_list(tmp_path / "skip.txt", findings.problems) == 3
     assert [record["id"] for record in load_records(path, read_skip_list(tmp_path / "skip.txt"))] == [
         "good",
         "text",
         "long",
-        "open",
     ]

@@ -62,8 +62,15 @@ def test_bad_files_are_skipped_and_counted_on_request(make, make_record):
     data = make(rows, bad_files="skip")
     assert [data[index]["record"].split()[1] for index in range(2)] == ["a.png", "sub/b.jpg"]
     assert data.report()["bad_files"] == 2 and data.report()["samples"] == 2
-    with pytest.raises(DataError, match="no sample remains"):
+    with pytest.raises(DataError, match="no sample remains of 2 records: 2 have bad files .--bad_files skip"):
         make(rows[1:3], bad_files="skip")
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_where_every_record_is_too_long_the_flags_are_named(make, make_record, overlong):
+    rows = [make_record(str(number), "q " * 50, "a") for number in range(3)]
+    with pytest.raises(DataError, match="no sample remains of 3 records: 3 .*--model_max_length 20, or .*--overlong"):
+        make(rows, max_length=20, overlong=overlong)
 
 
 def test_a_file_that_breaks_later_is_named(make, make_record, image_tree, tmp_path):

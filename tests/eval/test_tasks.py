@@ -14,6 +14,8 @@ from xml.etree import ElementTree
 import pytest
 
 from moellava.cli import main
+from moellava.compare.scores import Exam
+from moellava.errors import UserError
 from moellava.eval import asking, jobs
 from moellava.eval.suite import BENCHMARKS
 from moellava.serve.answer import Answer
@@ -254,6 +256,52 @@ def test_images_that_are_not_there_are_told_before_the_model_loads(eval_data, tm
     (tmp_path / "data" / "gqa" / "data" / "images" / "n0.jpg").unlink()
     assert main(words(Path("/nowhere"), tmp_path / "data", "gqa", None)) == 2
     assert "--task gqa: 1 of 2 images are not there, such as" in capsys.readouterr().err
+
+
+def emptied(content: str, name: str) -> str:
+    """A file of questions without any."""
+    return {".jsonl": "", ".json": "[]", ".tsv": content.partition("\n")[0]}[Path(name).suffix]
+
+
+ASKED = {
+    "gqa": "gqa/llava_gqa_testdev_balanced.jsonl",
+    "llava-bench": "llava-bench-in-the-wild/questions.jsonl",
+    "mm-vet": "mm-vet/llava-mm-vet.jsonl",
+    "mmbench": "mmbench/mmbench_dev_20230712.tsv",
+    "mmbench-cn": "mmbench/mmbench_dev_cn_20231003.tsv",
+    "mme": "MME/llava_mme.jsonl",
+    "own": "own/questions.jsonl",
+    "pope": "pope/llava_pope_test.jsonl",
+    "scienceqa": "scienceqa/llava_test_CQM-A.json",
+    "seed-bench": "seed_bench/llava-seed-bench.jsonl",
+    "textvqa": "textvqa/llava_textvqa_val_v051_ocr.jsonl",
+    "vizwiz": "vizwiz/llava_test.jsonl",
+    "vqav2": "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl",
+}
+"""Task -> the file of its questions."""
+
+
+def test_every_task_with_a_file_of_questions_is_here():
+    assert {*ASKED, "easy-vqa"} == set(BENCHMARKS)  # whose questions are a package's
+
+
+@pytest.mark.parametrize("task", ASKED)
+def test_a_task_without_questions_is_refused_before_the_model_loads(task, eval_data, tmp_path, capsys):
+    shutil.copytree(eval_data, tmp_path / "data")
+    file = tmp_path / "data" / ASKED[task]
+    file.write_text(emptied(file.read_text(), file.name))
+    run = ["eval", "--model-path", "/nowhere", "--task", task, "--data-folder", str(tmp_path / "data")]
+    assert main([*run, "--output-dir", str(tmp_path / "out")]) == 2
+    told = {"pope": "other numbers of questions", "scienceqa": "has no question about 3 problems"}  # by other files
+    assert told.get(task, f"--task {task}: ") in (said := capsys.readouterr().err), said
+    assert task in told or "holds no question" in said
+
+
+def test_a_comparison_misses_images_before_it_trains(eval_data, tmp_path):
+    shutil.copytree(eval_data, tmp_path / "data")
+    (tmp_path / "data" / "gqa" / "data" / "images" / "n0.jpg").unlink()
+    with pytest.raises(UserError, match="--task gqa: 1 of 2 images are not there"):
+        Exam.of("gqa", tmp_path / "data", None, tmp_path / "answers", 1)
 
 
 @pytest.mark.parametrize(

@@ -148,9 +148,10 @@ def test_the_cache_dir_is_where_downloads_go(monkeypatch, tmp_path):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "before")
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    flags = {"model_name_or_path": "no/model", "data_path": "d.json", "output_dir": tmp_path, "report_to": "none"}
+    (tmp_path / "d.json").write_text("[]")
+    flags = {"model_name_or_path": "no/model", "data_path": tmp_path / "d.json", "report_to": "none"}
     with pytest.raises(UserError, match="no/model"):
-        train_here(flags | {"cache_dir": tmp_path / "cache"})
+        train_here(flags | {"output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache"})
     assert seen == [str(tmp_path / "cache")]
 
 

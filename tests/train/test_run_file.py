@@ -49,6 +49,20 @@ def test_a_file_says_what_words_would(run):
     assert given_flags([run(as_json, "json")]) == given_flags([run()])
 
 
+@pytest.mark.parametrize("flag", ["save_strategy", "logging_strategy", "eval_strategy"])
+@pytest.mark.parametrize("value", ["no", "'no'"])
+def test_no_is_a_value_with_quotes_or_without(flag, value, run):
+    """In YAML 1.1 it is false, which no such flag knows."""
+    *_, training = parse_arguments([run(f"{RUN}{flag}: {value}\n")])
+    assert getattr(training, flag) == "no"
+
+
+@pytest.mark.parametrize("value", ["yes", "on", "On", "true", "TRUE", "no", "off", "false", "False"])
+def test_a_truth_value_is_one_in_all_its_spellings(value, run):
+    _, data, _, training = parse_arguments([run(f"{RUN}packing: {value}\nis_multimodal: {value}\n")])
+    assert training.packing is data.is_multimodal is (value.lower() in ("yes", "on", "true"))
+
+
 def test_the_command_line_goes_before_the_file(run):
     said = ["--local_rank=0", run(), "--learning_rate", "0.5", "--data_path", "c.json"]  # as deepspeed starts it
     model, data, moe, training = parse_arguments(said)
