@@ -23,8 +23,9 @@ from moellava.commands.values import CommandParser
 from moellava.data.images import USUAL_LIMITS, Limits
 from moellava.data.media import NUM_FRAMES, MediaFiles, require_frames
 from moellava.data.records import Medium
+from moellava.data.remote import is_remote
 from moellava.data.video import Video
-from moellava.errors import UserError
+from moellava.errors import BadFileError, UserError
 from moellava.log import printable
 from moellava.startup import importing
 
@@ -107,6 +108,9 @@ class Chat:
 
     def show(self, images: Sequence[str] = (), videos: Sequence[str] = ()) -> None:
         """Adds files to the next question. Raises BadFileError for one that cannot be read; nothing is added then."""
+        for path in (*images, *videos):
+            if is_remote(path):
+                raise BadFileError(f"{path}: files of a question are not downloaded. Save it, and name the file.")
         opened: dict[str, list[Any]] = {
             modality: [self.files.read(Medium(modality, os.path.expanduser(path))) for path in paths]
             for modality, paths in (("image", images), ("video", videos))

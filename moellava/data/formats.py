@@ -152,7 +152,8 @@ def _joined_rows(path: Path, text: str) -> Iterator[Any]:
     except ValueError as error:
         if _says_lines(path) or (text.startswith("{") and any(map(_is_whole, text.split("\n")))):
             return _lines(text.split("\n"))
-        raise DataError(f"{path} is not valid JSON: {error}") from error
+        known = "" if text[0] in "[{" else f". Data files are {', '.join(one.name for one in FORMATS)}"
+        raise DataError(f"{path} is not valid JSON: {error}{known}") from error
     if len(values) == 1 and isinstance(values[0], list):
         return iter(values[0])
     return iter([_one(path, values[0])] if len(values) == 1 else values)

@@ -179,7 +179,7 @@ def command_of(asked: Asked, flags: list[str], words: list[str], given: dict[str
     added = [word for pair in zip(flags[::2], flags[1::2], strict=True) if pair[0] not in fixed for word in pair]
     if asked.device.is_gpu and not {"bf16", "fp16"} & given.keys():
         added += ["--bf16", "True"]
-    return " ".join([launcher(asked.gpus, asked.per_host), "train.py", shlex.join([*words, *added])])
+    return " ".join([launcher(asked.gpus, asked.per_host), "-m moellava.train", shlex.join([*words, *added])])
 
 
 def said(asked: Asked, rows: list, command: str | None) -> list[str]:

@@ -9,7 +9,7 @@ from moellava.plan.plan import Row, cheapest
 from moellava.train.memory import Layout, in_units
 
 FILES = {(1, False): "zero1", (2, False): "zero2", (2, True): "zero2_offload", (3, False): "zero3"}
-"""(ZeRO stage, offloaded) -> the file of `scripts/`."""
+"""(ZeRO stage, offloaded) -> the name of its settings."""
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "buckets", "gathered")
 
@@ -55,11 +55,11 @@ def called(layout: Layout) -> str:
 
 
 def flags_of(row: Row) -> list[str]:
-    """The flags of `train.py` that make a run one such row."""
+    """The flags of training that make a run one such row."""
     layout = row.layout
     flags = ["--per_device_train_batch_size", str(row.samples)]
     if layout.deepspeed:
-        flags += ["--deepspeed", f"scripts/{FILES[layout.zero, layout.offload]}.json"]
+        flags += ["--deepspeed", FILES[layout.zero, layout.offload]]
     if layout.fsdp > 1:
         flags += ["--fsdp_size", str(layout.fsdp)]
     if layout.ep_size > 1:

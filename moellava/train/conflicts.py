@@ -227,9 +227,14 @@ CONFLICTS: list[Rule] = [
         "--image_grid_pinpoints {data.image_grid_pinpoints} needs --image_aspect_ratio anyres or anyres_max_N.",
     ),
     (
-        lambda f: f.data.cache_features and (f.model.train_vision_encoder or f.model.use_vision_lora),
-        "--cache_features {data.cache_features} conflicts with --train_vision_encoder True and --use_vision_lora True: "
-        "features of a tower that trains change with every step.",
+        lambda f: f.data.cache_features and f.model.train_vision_encoder,
+        "--cache_features {data.cache_features} and --train_vision_encoder True conflict: features of a tower that "
+        "trains change with every step.",
+    ),
+    (
+        lambda f: f.data.cache_features and f.model.use_vision_lora,
+        "--cache_features {data.cache_features} and --use_vision_lora True conflict: features of a tower that trains "
+        "change with every step.",
     ),
     (
         lambda f: f.data.cache_features and not f.data.is_multimodal,

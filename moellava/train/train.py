@@ -130,6 +130,7 @@ def begin(
         refuse_unreadable(args, resume)
     if args.deepspeed and args.local_process_index == 0:
         remove_abandoned_locks(extension_root())
+    tasks = tasks_of(args.eval_task, args.eval_task_folder, args.eval_task_limit)
     set_seed(args.seed)
     with whole_parameters(args):
         assembled = assemble(stage, model_args, data_args, moe_args, args)
@@ -153,6 +154,8 @@ def begin(
             report(assembled, stage, args)
             report_data(datasets, trains_questions=not model_args.mask_question_tokens)
         trainer = make_trainer(stage, assembled, masters, model_args, args, datasets)
+        if tasks:
+            trainer.add_callback(TaskScores(trainer, tasks, args.per_device_eval_batch_size))
         for flag, folder in kept.items():
             KEPT[flag][1](trainer, Path(folder), [one for one in datasets.values() if one])
         run(trainer, stage, resume)
@@ -234,9 +237,6 @@ def make_trainer(
     trainer.add_callback(ExpertHistograms(trainer.callback_handler.callbacks))
     if args.eval_samples:
         trainer.add_callback(SampleAnswers(trainer, args.eval_samples, run_log))
-    if args.eval_task:
-        tasks = tasks_of(args.eval_task, args.eval_task_folder, args.eval_task_limit)
-        trainer.add_callback(TaskScores(trainer, tasks, args.per_device_eval_batch_size))
     return trainer
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from moellava.cli import main as moellava
 from moellava.commands import chat as command
 from moellava.commands.chat import Chat
+from moellava.errors import BadFileError
 from moellava.serve.generate import Sampling
 from tests.processes import ROOT, Finished, launched, run
 
@@ -105,6 +106,13 @@ def test_a_bad_file_leaves_the_conversation_as_it_was(composed, pictures, tmp_pa
     said = capsys.readouterr().out
     assert said.count("no such image file") == 1 and "No closing quotation" in said and "No file is named" in said
     assert "Traceback" not in said and "tags" not in said
+
+
+@pytest.mark.parametrize("shown", [{"images": ["https://x.y/z.png"]}, {"videos": ["s3://bucket/clip.mp4"]}], ids=str)
+def test_an_address_is_named_as_it_was_given(shown, composed):
+    chat = Chat(composed, Sampling(max_new_tokens=2))
+    with pytest.raises(BadFileError, match=rf"{next(iter(shown.values()))[0]}: files of a question are not downloaded"):
+        chat.show(**shown)
 
 
 def test_an_answer_that_is_stopped_is_forgotten_and_the_chat_goes_on(composed, monkeypatch, capsys):

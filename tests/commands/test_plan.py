@@ -33,8 +33,8 @@ def test_a_plan_is_a_table_and_the_command_of_the_cheapest(config_alone, capsys)
     out = capsys.readouterr().out
     assert "ZeRO-2" in out and "native" not in out
     command = out.strip().splitlines()[-1]
-    assert command.startswith(f"torchrun --nproc-per-node 2 train.py --model_name_or_path {config_alone}")
-    assert command.count("--per_device_train_batch_size") == 1 and "--deepspeed scripts/zero" in command
+    assert command.startswith(f"torchrun --nproc-per-node 2 -m moellava.train --model_name_or_path {config_alone}")
+    assert command.count("--per_device_train_batch_size") == 1 and "--deepspeed zero" in command
 
 
 def test_a_plan_says_whether_rows_are_padded_and_what_that_takes(config_alone, data_file, make_record, capsys):

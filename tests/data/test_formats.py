@@ -307,7 +307,7 @@ BAD: list[tuple[str, bytes, str]] = [
     ("a.json", b"[" + b"1" * 5000 + b"]", "not valid JSON"),
     ("a.json", b"null", "holds a JSON NoneType"),
     ("a.json", b'{"data": 1}', "not a list of records .its keys: data."),
-    ("a.csv", b"image,question\na.png,what\n", "is not valid JSON"),
+    ("a.csv", b"image,question\na.png,what\n", "is not valid JSON: .*Data files are .*Parquet, Arrow, .* JSON Lines"),
     ("a.parquet", b"PAR1 nonsense PAR1", "no Parquet file that can be read"),
     ("a.parquet", b"PAR1", "no Parquet file that can be read"),
     ("a.arrow", b"ARROW1\0\0nonsense", "no Arrow file that can be read"),

@@ -184,7 +184,8 @@ def test_where_features_cannot_be_kept_the_flag_is_refused_by_name(composed, tmp
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ({"train_vision_encoder": True}, "--cache_features .* conflicts with --train_vision_encoder True"),
+        ({"train_vision_encoder": True}, "--cache_features .* and --train_vision_encoder True conflict"),
+        ({"use_vision_lora": True}, "--cache_features .* and --use_vision_lora True conflict"),
         ({"is_multimodal": False}, "--cache_features .* and --is_multimodal False conflict"),
     ],
 )

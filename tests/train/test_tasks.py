@@ -64,6 +64,12 @@ def test_a_task_lies_in_its_folder(run, tmp_path, caplog, monkeypatch):
     assert "eval_score/pope 0.6667 of 12 questions" in caplog.text
 
 
+def test_a_task_that_is_not_there_is_told_before_weights_are_read(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("moellava.train.assemble.build", lambda *_: pytest.fail("weights are read"))
+    with pytest.raises(UserError, match=r"pope"):
+        run("pope", eval_task="pope", eval_task_folder=tmp_path / "none", eval_steps=0.5, save_strategy="no")
+
+
 def test_what_is_not_scored_here_is_refused(tmp_path):
     vqav2(tmp_path)
     with pytest.raises(UserError, match="--eval_task vqav2 is scored by its own server"):
