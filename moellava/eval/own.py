@@ -3,13 +3,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from moellava.eval.benchmarks import BENCHMARKS, Benchmark, Question
 from moellava.eval.easy_vqa import score_exact
 from moellava.eval.layout import Layout, lines_of, text_of
+from moellava.log import get_logger
+
+logger = get_logger(__name__)
 
 MOST_TOKENS = 64
+
+KEYS = ("text", "answer", "image", "category", "question_id")
+"""What is read of a line."""
 
 
 def own(root: Path, split: str | None) -> Benchmark:
@@ -24,6 +31,9 @@ def own(root: Path, split: str | None) -> Benchmark:
     file = layout.file("questions.jsonl")
 
     def questions() -> list[Question]:
+        rows = list(lines_of(file))
+        for key, count in Counter(key for row, _ in rows for key in row if key not in KEYS).items():
+            logger.warning("%s: %r of %d lines is not used; known are %s", file, key, count, ", ".join(KEYS))
         return [
             Question(
                 text=text_of(row, "text", where),
@@ -32,7 +42,7 @@ def own(root: Path, split: str | None) -> Benchmark:
                 category=str(row.get("category", "default")),
                 id=row.get("question_id", number),
             )
-            for number, (row, where) in enumerate(lines_of(file))
+            for number, (row, where) in enumerate(rows)
         ]
 
     return Benchmark(

@@ -350,3 +350,12 @@ def test_processes_need_a_folder_to_meet_in(eval_model, eval_data, monkeypatch, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(words(eval_model, eval_data, "gqa", None)) == 2
     assert "Several processes need --output-dir" in capsys.readouterr().err
+
+
+def test_keys_of_ones_own_questions_that_are_not_read_are_named(tmp_path, caplog):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    rows = [{"text": "what?", "answer": "red", "categry": "colour"}, {"text": "who?", "answer": "he", "category": "x"}]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [one.category for one in BENCHMARKS["own"](tmp_path, None).questions()] == ["default", "x"]
+    assert "'categry' of 1 lines is not used; known are text, answer, image, category" in caplog.text
