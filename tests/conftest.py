@@ -28,6 +28,7 @@ with importing():
     from moellava.data.tokenizers import load_tokenizer
     from moellava.vlm import VLM
     from tests import order, processes, tiny
+    from tests.cut_vocabulary import write_cut_tokenizer
     from tests.processes import Finished, Flags
 
 # The same examples in every run: a run that has passed says something about the next one.
@@ -59,6 +60,15 @@ def golden_tokenizers(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("tokenizers")
     for archive in (GOLDEN / "tokenizers").glob("*.tar.xz"):
         shutil.unpack_archive(archive, root, filter="data")
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_tokenizers(golden_tokenizers, tmp_path_factory) -> Path:
+    """Those of released models, mistral, qwen and phi, with small vocabularies. See `tests/cut_vocabulary.py`."""
+    root = tmp_path_factory.mktemp("small")
+    for name in ("mistral", "qwen", "phi"):
+        write_cut_tokenizer(golden_tokenizers / name, root / name)
     return root
 
 
