@@ -50,7 +50,18 @@ def folders(root: Path, tokenizers: Path) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def opened(tiny_lmm) -> Callable[[str], VLM]:
     """architecture -> its tiny model; shared, so tests leave it as it is."""
-    return functools.cache(lambda name: reopen(tiny_lmm(name), ARCHITECTURES[name].remote_code))
+    return opener(tiny_lmm)
+
+
+@pytest.fixture(scope="session")
+def small_opened(small_lmm) -> Callable[[str], VLM]:
+    """The same with a small vocabulary. See `small_lmm`."""
+    return opener(small_lmm)
+
+
+def opener(folder_of: Callable[[str], Path]) -> Callable[[str], VLM]:
+    """architecture -> its tiny model, opened once."""
+    return functools.cache(lambda name: reopen(folder_of(name), ARCHITECTURES[name].remote_code))
 
 
 @pytest.fixture

@@ -34,9 +34,9 @@ def moved_groups(family_id, before, after):
     return {part: set(found) for part, found in group_names(names, MULTIMODAL_KEYWORDS[family_id]).items() if found}
 
 
-def test_targets_are_linears_of_the_vision_encoder(conforming, opened):
+def test_targets_are_linears_of_the_vision_encoder(conforming, small_opened):
     """By the keywords, which say where the encoder is; projectors inside it are none of it."""
-    vlm = opened(conforming)
+    vlm = small_opened(conforming)
     targets = vision_target_names(vlm)
     groups = group_names([f"{name}.weight" for name in targets], MULTIMODAL_KEYWORDS[conforming])
     assert len(groups["vision_encoder"]) == len(targets)
@@ -57,12 +57,12 @@ def test_targets_are_linears_of_the_vision_encoder(conforming, opened):
     ],
 )
 def test_vision_adapters_train_beside_a_decoder_that_is_adapted_rests_or_trains_in_full(
-    family_id, flags, parts, run, small_lmm, opened, tmp_path
+    family_id, flags, parts, run, small_lmm, small_opened, tmp_path
 ):
     folder = run(family_id, **VISION_LORA, **flags)
     moved = moved_groups(family_id, small_lmm(family_id), folder)
     assert set(moved) == parts
-    targets = vision_target_names(opened(family_id))
+    targets = vision_target_names(small_opened(family_id))
     assert moved["vision_encoder"] == {f"{name}.weight" for name in targets}
     old, new = state_of(small_lmm(family_id)), state_of(folder)
     assert all(

@@ -17,8 +17,8 @@ KEPT = {
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_pixels_are_kept_or_refused_by_name(name, opened, tmp_path):
-    vlm = opened(name)
+def test_pixels_are_kept_or_refused_by_name(name, small_opened, tmp_path):
+    vlm = small_opened(name)
     assert shows_the_same(vlm.encoder.reader) == (name in KEPT)
     if name not in KEPT:
         with pytest.raises(UserError, match=r"--cache_pixels .* makes pictures of many shapes"):
