@@ -58,11 +58,11 @@ def test_a_stream_is_what_generate_gives(family_id, small_opened, pictures):
 
 
 @pytest.fixture
-def lively(tiny_lmm):
+def lively(small_lmm):
     """architecture -> its tiny model with larger weights, so that what is read decides what is said."""
 
     def make(family_id):
-        vlm = reopen(tiny_lmm(family_id))
+        vlm = reopen(small_lmm(family_id))
         torch.manual_seed(0)
         for parameter in vlm.model.parameters():
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -92,7 +92,7 @@ def test_a_batch_answers_as_its_requests_do_alone(family_id, lively, pictures, c
     requests = [
         Request(QUESTION, [pictures[0]]),
         Request("Which of them moves?", **shown),
-        Request("Hello, you there?"),
+        Request("Hello, are you there?"),
     ]
     padding = (inputs_of(vlm, *requests)["attention_mask"] == 0).sum(dim=1)
     assert len(set(padding.tolist())) == 3 and padding.min() == 0
