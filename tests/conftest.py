@@ -7,9 +7,7 @@ import gc
 import json
 import lzma
 import os
-import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -29,7 +27,8 @@ with importing():
     from moellava.auto_classes import ConfigOnDemand
     from moellava.data.tokenizers import load_tokenizer
     from moellava.vlm import VLM
-    from tests import processes, tiny
+    from tests import order, processes, tiny
+    from tests.cut_vocabulary import write_cut_tokenizer
     from tests.processes import Finished, Flags
 
 # The same examples in every run: a run that has passed says something about the next one.
@@ -38,41 +37,14 @@ settings.load_profile("repeatable")
 
 GOLDEN = Path(__file__).parent / "golden"
 
-
-QUICK_CASES = {
-    "lmm/test_adapters.py": "qwen2.5-vl",
-    "lmm/test_chat.py": "llava-1.5|gemma3",
-    "lmm/test_collators.py": "qwen2.5-vl|llava-1.5|gemma3|smolvlm|paligemma",
-    "lmm/test_conformance.py": "llava-1.5|llava-onevision|gemma3|phi3-v|llama-3.2-vision",
-    "lmm/test_families_train.py": "llama-3.2-vision|phi3-v",
-    "lmm/test_features.py": "llava-1.6|smolvlm",
-    "lmm/test_golden_rows.py": "qwen2.5-vl|qwen-vl|llava-1.5|gemma3|llama-3.2-vision|internvl|phi3-v|smolvlm",
-    "lmm/test_loaders.py": "qwen2.5-vl|llava-1.5|gemma3|phi3-v",
-    "lmm/test_released_folders.py": "qwen2.5-vl|llava-1.5|gemma3|phi3-v",
-    "lmm/test_training.py": "v1|llava-1.5",
-    "lmm/test_videos.py": "llava-onevision|internvl|gemma3",
-    "lmm/test_known_pixels.py": "qwen2.5-vl|llava-1.6|phi3-v|smolvlm",
-    "commands/test_inspect.py": "mistral|phi",
-    "data/test_tokenizers.py": "mistral|phi",
-    "data/test_masking.py": "mistral|phi",
-    "test_house.py": "stage 2|stage 3|llava-1.5|published dense",
-}
-"""File -> the models and tokenizers (as a pattern of ids) whose cases of it are quick tests; those of others are slow.
-What a file tests is tried on some of them often, and on all of them by the whole."""
-
-MODELS = re.compile(r"qwen|stablelm|llava|smolvlm|phi|mistral|llama|gemma|paligemma|internvl|stage|published|v0|v1")
+LAUNCHERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+"""What a launcher sets for each process that it starts."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what is slow by its case. Files with slow tests come first, so that processes which share the files out end
-    at about the same time."""
-    for item in items:
-        quick = QUICK_CASES.get(item.path.relative_to(Path(__file__).parent).as_posix())
-        case = item.name.partition("[")[2]
-        if quick and MODELS.search(case) and not re.search(quick, case):
-            item.add_marker(pytest.mark.slow)
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """See `tests/order.py`."""
+    order.mark_slow_cases(items)
+    order.sort_files(items)
 
 
 def pytest_collection_finish() -> None:
@@ -88,6 +60,15 @@ def golden_tokenizers(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("tokenizers")
     for archive in (GOLDEN / "tokenizers").glob("*.tar.xz"):
         shutil.unpack_archive(archive, root, filter="data")
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_tokenizers(golden_tokenizers, tmp_path_factory) -> Path:
+    """Those of released models, mistral, qwen and phi, with small vocabularies. See `tests/cut_vocabulary.py`."""
+    root = tmp_path_factory.mktemp("small")
+    for name in ("mistral", "qwen", "phi"):
+        write_cut_tokenizer(golden_tokenizers / name, root / name)
     return root
 
 
@@ -201,17 +182,18 @@ def plain_transformers(monkeypatch) -> None:
 
 @pytest.fixture(autouse=True)
 def one_process() -> Iterator[None]:
-    """`--deepspeed` without a launcher makes this process a group of one, which the next test must not belong to."""
-    before = os.environ.get("RANK")
-    yield
-    if before is None and "RANK" in os.environ:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
-        if dist.is_initialized():
-            from deepspeed.comm import comm
+    """`--deepspeed` without a launcher makes this process a group of one, which the next test must not belong to.
 
-            dist.destroy_process_group()
-            comm.cdb = None
+    Whatever began it: the test itself, with a launcher's variables of its own, or what a whole file shares.
+    """
+    yield
+    for name in LAUNCHERS - processes.OURS.keys():
+        os.environ.pop(name, None)
+    if dist.is_initialized():
+        from deepspeed.comm import comm
+
+        dist.destroy_process_group()
+        comm.cdb = None
         AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -65,7 +65,9 @@ MOE = {"moe_enable": True, "only_lora_ffn": True}
 
 
 @pytest.fixture(scope="module")
-def folder_of(tmp_path_factory, parts, flags_for, golden_tokenizers, checkpoints) -> Callable[[str], Path]:
+def folder_of(
+    tmp_path_factory, parts, flags_for, golden_tokenizers, small_tokenizers, checkpoints
+) -> Callable[[str], Path]:
     """name of `FOLDERS` -> such a folder."""
     root = tmp_path_factory.mktemp("house")
     stages = {"stage 1": "pretrain", "stage 2": "finetune", "stage 3": "moe"}
@@ -84,7 +86,7 @@ def folder_of(tmp_path_factory, parts, flags_for, golden_tokenizers, checkpoints
                 make(before)
             return train_here(flags_for(root, stages[name]) | {"max_steps": 2, "save_strategy": "no"})
         if name in RELEASED:
-            TINY[name].save(golden_tokenizers, root / name)
+            TINY[name].save(small_tokenizers, root / name)
             return root / name
         return published(name.replace(" ", "-"), "dense" if name == "published dense" else "moe_sparse")
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from moellava import plugins
 from moellava.cli import main
@@ -37,6 +39,8 @@ PAGE = (ROOT / "docs" / "PLUGINS.md").read_text(encoding="utf-8")
 EXAMPLE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
 REGISTRIES = (conv_templates, PROJECTORS, ARCHITECTURES, SUPPORTED_MODELS)
 REGISTRIES += (TOKENIZERS, FAMILIES, TARGETS, BENCHMARKS, MODES, PRESETS)
+AUTO_CLASSES = (CONFIG_MAPPING, MODEL_MAPPING)
+"""Where transformers keeps classes that are not its own: those of a plug-in's tower."""
 
 EVERYTHING = ROOT / "tests" / "plugin_of_everything.py"
 
@@ -45,9 +49,12 @@ EVERYTHING = ROOT / "tests" / "plugin_of_everything.py"
 def anew(monkeypatch):
     """A function that makes this process forget all plug-ins; the test leaves none behind."""
     kept = [dict(registry._entries) for registry in REGISTRIES]
+    theirs = [dict(mapping._extra_content) for mapping in AUTO_CLASSES]
 
     def forget() -> None:
         PLUGINS.clear()
+        for mapping, content in zip(AUTO_CLASSES, theirs, strict=True):
+            mapping._extra_content = dict(content)
         for registry, entries in zip(REGISTRIES, kept, strict=True):
             registry._entries = dict(entries)
 

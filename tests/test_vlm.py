@@ -42,10 +42,10 @@ def folder(stage_folder, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def released_folder(golden_tokenizers, tmp_path_factory) -> Path:
+def released_folder(small_tokenizers, tmp_path_factory) -> Path:
     """A tiny LLaVA-1.6, whose images are cut into tiles, as the hub would hold it."""
     folder = tmp_path_factory.mktemp("released") / "tiny"
-    TINY["llava-1.6"].save(golden_tokenizers, folder)
+    TINY["llava-1.6"].save(small_tokenizers, folder)
     return folder
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +131,32 @@ def from_tiktoken(path: Path, pattern: str, special: dict[str, int]) -> Tokenize
         pattern: regular expression whose matches are tokenized apart.
         special: special tokens and their ids.
 
+    Returns:
+        The same object for the same content, asked for again: `transformers` copies what it wraps, and nobody else may
+        change it.
+
     Raises:
         UserError: the file is of another format.
     """
     try:
-        lines = [line.split() for line in path.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        return _of_tiktoken(path.read_bytes(), pattern, tuple(special.items()))
     except ValueError as error:
         raise UserError(f"{path} is not a tiktoken file (lines of 'base64 rank'): {error}") from error
+
+
+def _ranks(content: bytes) -> dict[bytes, int]:
+    """Token -> its rank. Raises ValueError where the file is of another format."""
+    lines = [line.split() for line in content.splitlines() if line]
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+@lru_cache(maxsize=1)  # seconds of work; a process opens one model's files several times, as merge-lora does
+def _of_tiktoken(content: bytes, pattern: str, special: tuple[tuple[str, int], ...]) -> Tokenizer:
+    """See `from_tiktoken`. Raises ValueError where the file is of another format."""
+    ranks = _ranks(content)
     char = _byte_characters()
     text = {token: "".join(char[byte] for byte in token) for token in ranks}
-    vocab = {text[token]: rank for token, rank in ranks.items()} | special
+    vocab = {text[token]: rank for token, rank in ranks.items()} | dict(special)
     # New tokens are numbered by the size of the vocabulary, so a hole in it would let one take a used id.
     vocab |= {f"<unused {index}>": index for index in set(range(max(vocab.values()))) - set(vocab.values())}
     merges = [(text[left], text[right]) for left, right in _merges(ranks)]
@@ -153,7 +169,7 @@ def from_tiktoken(path: Path, pattern: str, special: dict[str, int]) -> Tokenize
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name, _ in special])
     return tokenizer
 
 

@@ -233,8 +233,8 @@ def test_every_released_architecture_has_a_row():
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [None, {"moe_mode": "sparse"}, {"moe_mode": "dense", "top_k_experts": 1}])
 @pytest.mark.parametrize("name", RELEASED_AS)
-def test_released_models_are_written_too(name, options, golden_tokenizers, tmp_path):
-    TINY[name].save(golden_tokenizers, tmp_path / "released")
+def test_released_models_are_written_too(name, options, small_tokenizers, tmp_path):
+    TINY[name].save(small_tokenizers, tmp_path / "released")
     if options is None:
         certificate = export_folder(read_folder(tmp_path / "released", "--model-path"), tmp_path / "theirs")
     else:

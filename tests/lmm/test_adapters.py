@@ -34,9 +34,9 @@ def moved_groups(family_id, before, after):
     return {part: set(found) for part, found in group_names(names, MULTIMODAL_KEYWORDS[family_id]).items() if found}
 
 
-def test_targets_are_linears_of_the_vision_encoder(conforming, opened):
+def test_targets_are_linears_of_the_vision_encoder(conforming, small_opened):
     """By the keywords, which say where the encoder is; projectors inside it are none of it."""
-    vlm = opened(conforming)
+    vlm = small_opened(conforming)
     targets = vision_target_names(vlm)
     groups = group_names([f"{name}.weight" for name in targets], MULTIMODAL_KEYWORDS[conforming])
     assert len(groups["vision_encoder"]) == len(targets)
@@ -57,36 +57,36 @@ def test_targets_are_linears_of_the_vision_encoder(conforming, opened):
     ],
 )
 def test_vision_adapters_train_beside_a_decoder_that_is_adapted_rests_or_trains_in_full(
-    family_id, flags, parts, run, tiny_lmm, opened, tmp_path
+    family_id, flags, parts, run, small_lmm, small_opened, tmp_path
 ):
     folder = run(family_id, **VISION_LORA, **flags)
-    moved = moved_groups(family_id, tiny_lmm(family_id), folder)
+    moved = moved_groups(family_id, small_lmm(family_id), folder)
     assert set(moved) == parts
-    targets = vision_target_names(opened(family_id))
+    targets = vision_target_names(small_opened(family_id))
     assert moved["vision_encoder"] == {f"{name}.weight" for name in targets}
-    old, new = state_of(tiny_lmm(family_id)), state_of(folder)
+    old, new = state_of(small_lmm(family_id)), state_of(folder)
     assert all(
         torch.linalg.matrix_rank(new[f"{name}.weight"] - old[f"{name}.weight"], atol=1e-6) <= 2 for name in targets
     )
     in_full = "lora" not in str(flags) and "freeze_backbone" not in flags
     assert any("embed_tokens" in name for name in moved.get("language_model", ())) is in_full
-    words = ["--model-path", tiny_lmm(family_id), "--adapter", folder / "adapter", "--output-dir", tmp_path / "merged"]
+    words = ["--model-path", small_lmm(family_id), "--adapter", folder / "adapter", "--output-dir", tmp_path / "merged"]
     assert main(["merge-lora", *map(str, words)]) == 0
     merged = state_of(tmp_path / "merged")
     assert all(torch.equal(merged[name], new[name]) for name in new)
 
 
-def test_an_encoder_in_full_beside_an_adapted_decoder(run, tiny_lmm):
+def test_an_encoder_in_full_beside_an_adapted_decoder(run, small_lmm):
     folder = run("llava-1.5", use_lora=True, lora_r=2, train_vision_encoder=True)
-    moved = moved_groups("llava-1.5", tiny_lmm("llava-1.5"), folder)
+    moved = moved_groups("llava-1.5", small_lmm("llava-1.5"), folder)
     assert set(moved) == {"vision_encoder", "language_model"}
     assert any("layer_norm1" in name for name in moved["vision_encoder"]), "no adapter moves a norm"
     assert {name.split(".")[-2][-5:] for name in moved["language_model"]} == {"_proj"}
 
 
 @pytest.mark.slow
-def test_vision_parts_train_beside_experts_when_they_are_asked_for(run, tiny_lmm, tmp_path):
-    words = ["--model-path", tiny_lmm("qwen2.5-vl"), "--output-dir", tmp_path / "sparse", "--moe_mode", "dense"]
+def test_vision_parts_train_beside_experts_when_they_are_asked_for(run, small_lmm, tmp_path):
+    words = ["--model-path", small_lmm("qwen2.5-vl"), "--output-dir", tmp_path / "sparse", "--moe_mode", "dense"]
     assert main(["upcycle", *map(str, words), "--num_experts", "2"]) == 0
     folder = run(
         tmp_path / "sparse", "both", moe_enable=True, use_lora=True, **VISION_LORA, train_vision_projector=True
@@ -121,9 +121,9 @@ def test_a_killed_run_goes_on_to_exactly_the_same_losses(family_id, flags, run, 
 
 
 @pytest.mark.slow
-def test_q_lora_rounds_the_decoder_alone(run, tiny_lmm, tmp_path):
+def test_q_lora_rounds_the_decoder_alone(run, small_lmm, tmp_path):
     pytest.importorskip("bitsandbytes")
-    base = tiny_lmm("qwen2.5-vl")
+    base = small_lmm("qwen2.5-vl")
     folder = run("qwen2.5-vl", q_lora=True, lora_r=2, use_vision_lora=True)
     moved = moved_groups("qwen2.5-vl", base, folder)
     old, new = state_of(base), state_of(folder)

@@ -47,8 +47,8 @@ def test_training_the_encoder_and_chat_read_the_same(family_id, opened, pictures
 
 
 @pytest.mark.parametrize("family_id", NATIVE)
-def test_a_stream_is_what_generate_gives(family_id, opened, pictures):
-    vlm = opened(family_id)
+def test_a_stream_is_what_generate_gives(family_id, small_opened, pictures):
+    vlm = small_opened(family_id)
     for request in (Request(QUESTION, [pictures[0]]), Request("and without a picture?"), Request("two", pictures[:2])):
         said = "".join(stream(vlm, request, Sampling(max_new_tokens=5)))
         inputs = inputs_of(vlm, request)
@@ -58,11 +58,11 @@ def test_a_stream_is_what_generate_gives(family_id, opened, pictures):
 
 
 @pytest.fixture
-def lively(tiny_lmm):
+def lively(small_lmm):
     """architecture -> its tiny model with larger weights, so that what is read decides what is said."""
 
     def make(family_id):
-        vlm = reopen(tiny_lmm(family_id))
+        vlm = reopen(small_lmm(family_id))
         torch.manual_seed(0)
         for parameter in vlm.model.parameters():
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -92,7 +92,7 @@ def test_a_batch_answers_as_its_requests_do_alone(family_id, lively, pictures, c
     requests = [
         Request(QUESTION, [pictures[0]]),
         Request("Which of them moves?", **shown),
-        Request("Hello, you there?"),
+        Request("Hello, are you there?"),
     ]
     padding = (inputs_of(vlm, *requests)["attention_mask"] == 0).sum(dim=1)
     assert len(set(padding.tolist())) == 3 and padding.min() == 0
@@ -102,15 +102,15 @@ def test_a_batch_answers_as_its_requests_do_alone(family_id, lively, pictures, c
 
 
 @pytest.mark.parametrize("family_id", ["qwen3-vl", "llama-3.2-vision"])
-def test_a_stream_joins_to_the_answer(family_id, opened, pictures):
-    vlm = opened(family_id)
+def test_a_stream_joins_to_the_answer(family_id, small_opened, pictures):
+    vlm = small_opened(family_id)
     for request in (Request(QUESTION, [pictures[0]]), Request("What are they?", pictures[1:]), Request("Hello?")):
         pieces = list(stream(vlm, request, Sampling(max_new_tokens=12)))
         assert "".join(pieces) == answer(vlm, [request], max_new_tokens=12)[0] and len(pieces) > 1
 
 
-def test_an_error_while_generating_reaches_the_asker(opened, monkeypatch):
-    vlm = opened("llava-1.5")
+def test_an_error_while_generating_reaches_the_asker(small_opened, monkeypatch):
+    vlm = small_opened("llava-1.5")
 
     def fail(**_):
         raise RuntimeError("out of memory")
@@ -120,16 +120,16 @@ def test_an_error_while_generating_reaches_the_asker(opened, monkeypatch):
         list(stream(vlm, Request("hello"), Sampling()))
 
 
-def test_the_command_opens_a_released_model(tiny_lmm, pictures, capsys):
-    folder = str(tiny_lmm("qwen2-vl"))
+def test_the_command_opens_a_released_model(small_lmm, pictures, capsys):
+    folder = str(small_lmm("qwen2-vl"))
     words = ["--model-path", folder, "--image-file", *map(str, pictures[:2]), "--question", "What are these?"]
     assert moellava(["chat", *words, "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.endswith("\n")
 
 
 @pytest.mark.parametrize("family_id", ["phi3-v", pytest.param("qwen-vl", marks=pytest.mark.slow)])
-def test_an_architecture_with_code_of_its_own_is_refused(family_id, opened, tiny_lmm, capsys):
+def test_an_architecture_with_code_of_its_own_is_refused(family_id, small_opened, small_lmm, capsys):
     with pytest.raises(UserError, match=f"{family_id} models chat with the code of their repository"):
-        answer(opened(family_id), [Request("Hello?")])
-    assert moellava(["chat", "--model-path", str(tiny_lmm(family_id)), "--question", "Hello?"]) == 2
+        answer(small_opened(family_id), [Request("Hello?")])
+    assert moellava(["chat", "--model-path", str(small_lmm(family_id)), "--question", "Hello?"]) == 2
     assert f"{family_id} models need the Python code of their own" in capsys.readouterr().err

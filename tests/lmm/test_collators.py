@@ -172,7 +172,7 @@ def test_architectures_that_read_paths_get_paths(samples_of, pictures):
 
 
 @pytest.mark.parametrize("family_id", TINY)
-def test_workers_that_are_spawned_get_all_that_they_need(family_id, samples_of, clips):
+def test_workers_that_are_spawned_get_all_that_they_need(family_id, samples_of, small_opened, clips):
     """Data set and collator are pickled for a worker that does not inherit them: macOS, and Python from 3.14 on."""
     clip = {
         "id": "clip",
@@ -180,7 +180,8 @@ def test_workers_that_are_spawned_get_all_that_they_need(family_id, samples_of, 
         "conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "Shapes."}],
     }
     shown = [clip] if ARCHITECTURES[family_id].video else []
-    dataset = samples_of(family_id, [*RECORDS, *shown], video_folder=clips, num_frames=2)
+    vlm = small_opened(family_id)
+    dataset = samples_of(family_id, [*RECORDS, *shown], vlm=vlm, video_folder=clips, num_frames=2)
     collator = collator_of(dataset.encoder, ARCHITECTURES[family_id])
     sent, put_together = pickle.loads(pickle.dumps((dataset, collator)))
     for numbers in ([0, 2], list(range(3, len(dataset)))):

@@ -38,11 +38,11 @@ SLOW = pytest.param("qwen-vl", marks=pytest.mark.slow)  # its vocabulary
 
 
 @pytest.mark.parametrize("family_id", ["llama-3.2-vision", "paligemma", "smolvlm", SLOW, "phi3-v"])
-def test_a_run_leaves_a_folder_that_opens(family_id, run_of, tiny_lmm):
+def test_a_run_leaves_a_folder_that_opens(family_id, run_of, small_lmm):
     lora = {"use_lora": True, "lora_r": 2, "train_vision_projector": True}
     folder = run_of(family_id, "run", logging_steps=1, **lora)
     assert len(history(folder)) == 3
-    before, after = (opened_again(path, family_id).model.state_dict() for path in (tiny_lmm(family_id), folder))
+    before, after = (opened_again(path, family_id).model.state_dict() for path in (small_lmm(family_id), folder))
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     parts = json.loads((folder / "parameters.json").read_text())
     assert {part for part, row in parts.items() if row["trainable"]} == {"language_model", "projector"}

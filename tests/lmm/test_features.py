@@ -44,8 +44,8 @@ def batch_of(vlm, *requests):
 
 
 @pytest.mark.parametrize("family_id", NATIVE)
-def test_each_picture_is_encoded_once_and_what_is_read_stays(family_id, opened, pictures, monkeypatch):
-    vlm, cache, (one, two, _) = opened(family_id), FeatureCache(), pictures
+def test_each_picture_is_encoded_once_and_what_is_read_stays(family_id, small_opened, pictures, monkeypatch):
+    vlm, cache, (one, two, _) = small_opened(family_id), FeatureCache(), pictures
     first, second, both = Request(QUESTION, [one]), Request(QUESTION, [two]), Request("Two", [one, two])
     batches = [[first], [second, first], [Request("Hi"), first, Request("And now?", [two]), first], [both]]
     inputs = [batch_of(vlm, *requests) for requests in batches]
@@ -66,8 +66,8 @@ def test_each_picture_is_encoded_once_and_what_is_read_stays(family_id, opened, 
 
 
 @pytest.mark.parametrize("family_id", WITH_VIDEO)
-def test_so_is_each_video(family_id, opened, clips, monkeypatch):
-    vlm, cache = opened(family_id), FeatureCache()
+def test_so_is_each_video(family_id, small_opened, clips, monkeypatch):
+    vlm, cache = small_opened(family_id), FeatureCache()
     if encoder_of(vlm.model, "video") is None:
         assert family_id in ("internvl", "smolvlm"), "whose frames are images"
         return

@@ -26,8 +26,8 @@ KEPT = sorted(ARCHITECTURES.keys() - JOINED)
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_pixels_are_kept_or_refused_by_name(name, opened, tmp_path):
-    vlm = opened(name)
+def test_pixels_are_kept_or_refused_by_name(name, small_opened, tmp_path):
+    vlm = small_opened(name)
     assert shows_the_same(vlm.encoder.reader) == (name in KEPT)
     if name not in KEPT:
         with pytest.raises(UserError, match=r"--cache_pixels .* depends on those beside it"):
@@ -35,10 +35,10 @@ def test_pixels_are_kept_or_refused_by_name(name, opened, tmp_path):
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_a_batch_is_the_same_to_the_bit(name, opened, samples_of, clips, tmp_path):
+def test_a_batch_is_the_same_to_the_bit(name, small_opened, samples_of, clips, tmp_path):
     """Of one image, two, a video, a video beside an image, and text; a video may be its frames."""
-    vlm, options = opened(name), {"video_folder": clips, "num_frames": test_videos.FRAMES}
-    dataset = samples_of(name, [*conftest.RECORDS, *test_videos.RECORDS], **options)
+    vlm, options = small_opened(name), {"video_folder": clips, "num_frames": test_videos.FRAMES}
+    dataset = samples_of(name, [*conftest.RECORDS, *test_videos.RECORDS], vlm=vlm, **options)
     collator = collator_of(vlm.encoder, ARCHITECTURES[name])
     batches = [[0, 1, 2], [3, 4], [1, 3, 5], [6]]
     before = [collator([dataset[number] for number in batch]) for batch in batches]
@@ -55,9 +55,9 @@ def test_a_batch_is_the_same_to_the_bit(name, opened, samples_of, clips, tmp_pat
 
 
 @pytest.mark.parametrize("name", sorted(set(KEPT) & set(WITH_VIDEO)))
-def test_what_is_known_of_a_size_is_put_together(name, opened, monkeypatch):
+def test_what_is_known_of_a_size_is_put_together(name, small_opened, monkeypatch):
     """Not every combination of sizes is asked for, where pictures do not depend on each other."""
-    reader = opened(name).encoder.reader
+    reader = small_opened(name).encoder.reader
     known = KnownReader(reader, None, None)
     assert known.is_divisible == (name != "llava-onevision"), "which counts the images of a sample"
     if known.is_divisible:

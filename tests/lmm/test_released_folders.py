@@ -35,10 +35,10 @@ def assert_equal_models(one, other, atol):
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=atol)
 
 
-def test_upcycling_streams_and_keeps_the_logits(conforming, tiny_lmm, tmp_path, capsys, monkeypatch):
+def test_upcycling_streams_and_keeps_the_logits(conforming, small_lmm, tmp_path, capsys, monkeypatch):
     """Every architecture, shard by shard, certified with its processor's own inputs."""
     monkeypatch.setattr("moellava.convert.upcycle_folder.in_memory", None)
-    folder, target = tiny_lmm(conforming), tmp_path / "moe"
+    folder, target = small_lmm(conforming), tmp_path / "moe"
     if ARCHITECTURES[conforming].remote_code:
         assert upcycle(folder, target) == 2 and not target.exists()
         assert "whose MLPs are not known here: it cannot be upcycled" in capsys.readouterr().err
@@ -55,8 +55,8 @@ def test_upcycling_streams_and_keeps_the_logits(conforming, tiny_lmm, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_folder_that_cannot_be_streamed_is_converted_in_memory(tiny_lmm, tmp_path, monkeypatch):
-    folder = tiny_lmm("qwen2.5-vl")
+def test_a_folder_that_cannot_be_streamed_is_converted_in_memory(small_lmm, tmp_path, monkeypatch):
+    folder = small_lmm("qwen2.5-vl")
     assert upcycle(folder, tmp_path / "streamed") == 0
     monkeypatch.setattr("moellava.convert.upcycle_folder.streamed", lambda _: None)
     assert upcycle(folder, tmp_path / "whole") == 0
@@ -64,32 +64,32 @@ def test_a_folder_that_cannot_be_streamed_is_converted_in_memory(tiny_lmm, tmp_p
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_what_cannot_be_upcycled_says_why(tiny_lmm, tmp_path, capsys):
+def test_what_cannot_be_upcycled_says_why(small_lmm, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "phi3_v"}')
     assert upcycle(tmp_path, tmp_path / "moe") == 2
     assert "the decoder of phi3-v models is code of their own" in capsys.readouterr().err
-    assert upcycle(tiny_lmm("llava-1.5"), tmp_path / "first") == 0
+    assert upcycle(small_lmm("llava-1.5"), tmp_path / "first") == 0
     assert upcycle(tmp_path / "first", tmp_path / "moe") == 2
     assert "is sparse already" in capsys.readouterr().err
     assert not (tmp_path / "moe").exists()
 
 
-def test_a_decoder_without_plain_mlps_stops_before_anything_is_computed(tiny_lmm, tmp_path, capsys, monkeypatch):
+def test_a_decoder_without_plain_mlps_stops_before_anything_is_computed(small_lmm, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("moellava.moe.decoder.has_usual_names", lambda mlp: False)
     monkeypatch.setattr("moellava.moe.decoder.is_token_wise", lambda mlp, width: False)
     monkeypatch.setattr("moellava.convert.upcycle_folder.run_from_disk", None)
-    assert upcycle(tiny_lmm("llava-1.5"), tmp_path / "moe") == 2
+    assert upcycle(small_lmm("llava-1.5"), tmp_path / "moe") == 2
     assert "none is a plain MLP" in capsys.readouterr().err
     assert not (tmp_path / "moe").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family_id", "sparse"), [("llava-1.5", False), ("qwen2.5-vl", True), ("gemma3", False)])
-def test_merge_lora_gives_the_runs_own_folder(family_id, sparse, tiny_lmm, run, tmp_path, capsys):
+def test_merge_lora_gives_the_runs_own_folder(family_id, sparse, small_lmm, run, tmp_path, capsys):
     flags = {"moe_enable": True, "moe_mode": "dense", "num_experts": 2} if sparse else {}
     folder = run(family_id, use_lora=True, lora_r=4, train_vision_projector=not sparse, **flags)
     target = tmp_path / "merged"
-    words = ["--model-path", tiny_lmm(family_id), "--adapter", folder / "adapter", "--output-dir", target]
+    words = ["--model-path", small_lmm(family_id), "--adapter", folder / "adapter", "--output-dir", target]
     assert main(["merge-lora", *map(str, words)]) == 0
     assert "with an image" in capsys.readouterr().out
     merged, trained = reopen(target), reopen(folder)
@@ -106,11 +106,11 @@ SLOW = pytest.param("qwen-vl", marks=pytest.mark.slow)  # its vocabulary; its mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family_id", ["phi3-v", SLOW])
-def test_merge_lora_runs_a_models_own_code_only_when_it_may(family_id, tiny_lmm, run, tmp_path, capsys):
+def test_merge_lora_runs_a_models_own_code_only_when_it_may(family_id, small_lmm, run, tmp_path, capsys):
     folder = run(family_id, use_lora=True, lora_r=2, trust_remote_code=True, max_steps=2, model_max_length=1024)
     target = tmp_path / "merged"
     adapter = ["--adapter", str(folder / "adapter")]
-    words = ["--model-path", str(tiny_lmm(family_id)), *adapter, "--output-dir", str(target)]
+    words = ["--model-path", str(small_lmm(family_id)), *adapter, "--output-dir", str(target)]
     assert main(["merge-lora", *words]) == 2 and not target.exists()
     assert "--trust_remote_code True" in capsys.readouterr().err
     assert main(["merge-lora", *words, "--trust_remote_code", "True"]) == 0
@@ -121,12 +121,12 @@ def test_merge_lora_runs_a_models_own_code_only_when_it_may(family_id, tiny_lmm,
 
 
 @pytest.fixture
-def tied(tiny_lmm, tmp_path):
+def tied(small_lmm, tmp_path):
     """The folder of a tiny Qwen2.5-VL whose head is its embedding, in bf16, as the small ones on the hub are."""
-    config = AutoConfig.from_pretrained(tiny_lmm("qwen2.5-vl"))
+    config = AutoConfig.from_pretrained(small_lmm("qwen2.5-vl"))
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
     folder = tmp_path / "tied"
-    shutil.copytree(tiny_lmm("qwen2.5-vl"), folder)
+    shutil.copytree(small_lmm("qwen2.5-vl"), folder)
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(config).bfloat16().save_pretrained(folder)
     return folder

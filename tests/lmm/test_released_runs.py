@@ -34,9 +34,9 @@ def trained(result):
 @pytest.mark.slow
 @pytest.mark.parametrize("family_id", ARCHITECTURES)
 def test_train_merge_upcycle_train_again_and_chat(
-    family_id, tiny_lmm, released_flags, run_train, moellava, pictures, tmp_path
+    family_id, small_lmm, released_flags, run_train, moellava, pictures, tmp_path
 ):
-    base = tiny_lmm(family_id)
+    base = small_lmm(family_id)
     trained(run_train(released_flags(base, "lora", use_lora=True, lora_r=4)))
     said = moellava("merge-lora", "--model-path", base, "--adapter", tmp_path / "lora" / "adapter",
                     "--output-dir", tmp_path / "merged")  # fmt: skip
@@ -77,16 +77,16 @@ def one_with_and_one_without(released_flags, clips, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("zero", "family_id"), [(2, "llava-1.5"), (3, "qwen2.5-vl")])
 def test_a_rank_without_an_image_trains_beside_one_with(
-    zero, family_id, tiny_lmm, one_with_and_one_without, run_train, losses_of, tmp_path
+    zero, family_id, small_lmm, one_with_and_one_without, run_train, losses_of, tmp_path
 ):
     """Two ranks with a sample each, every part trained, against one process with both samples in its batch."""
     zero_file = ROOT / "scripts" / f"zero{zero}.json"
-    flags = one_with_and_one_without(tiny_lmm(family_id), "split", deepspeed=zero_file, skip_dry_save=True)
+    flags = one_with_and_one_without(small_lmm(family_id), "split", deepspeed=zero_file, skip_dry_save=True)
     samples = {"eval_data_path": flags["data_path"], "eval_strategy": "steps", "eval_steps": 3, "eval_samples": 1}
     result = run_train(flags | samples | {"per_device_train_batch_size": 1}, processes=2)
     trained(result)
     assert (result.stdout + result.stderr).count("Sample answer at step 3") == 1, "answered together, shown once"
-    flags = one_with_and_one_without(tiny_lmm(family_id), "whole", skip_dry_save=True)
+    flags = one_with_and_one_without(small_lmm(family_id), "whole", skip_dry_save=True)
     train_here(flags)
     assert losses_of(tmp_path / "split") == pytest.approx(losses_of(tmp_path / "whole"), abs=1e-4)
     one, other = (reopen(tmp_path / name).model.state_dict() for name in ("split", "whole"))

@@ -30,13 +30,13 @@ def losses(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family_id", ["llava-1.5", "qwen2.5-vl"])
-def test_a_run_leaves_a_folder_of_the_models_own_class(family_id, run, tiny_lmm):
+def test_a_run_leaves_a_folder_of_the_models_own_class(family_id, run, small_lmm):
     from transformers import AutoModelForImageTextToText
 
     folder = run(family_id)
     model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not any(info[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    moved = changed(tiny_lmm(family_id), folder)
+    moved = changed(small_lmm(family_id), folder)
     assert moved and all("language_model" in name or "lm_head" in name for name in moved), "projector and tower rest"
     vlm = reopen(folder)
     assert vlm.architecture.name == family_id
@@ -46,18 +46,18 @@ def test_a_run_leaves_a_folder_of_the_models_own_class(family_id, run, tiny_lmm)
 
 
 @pytest.mark.slow
-def test_what_trains_is_what_is_asked_for(run, tiny_lmm):
+def test_what_trains_is_what_is_asked_for(run, small_lmm):
     parts = {"train_vision_encoder": True, "train_vision_projector": True, "freeze_backbone": True}
-    moved = changed(tiny_lmm("qwen2.5-vl"), run("qwen2.5-vl", **parts))
+    moved = changed(small_lmm("qwen2.5-vl"), run("qwen2.5-vl", **parts))
     assert any("visual.blocks" in name for name in moved) and any("visual.merger" in name for name in moved)
     assert all("visual" in name for name in moved)
     table = json.loads((run("qwen2.5-vl", "other", **parts) / "parameters.json").read_text())
     assert {part for part, row in table.items() if row["trainable"]} == {"vision_tower", "projector"}
 
 
-def test_lora_is_merged_into_the_folder_and_the_loss_falls(run, tiny_lmm):
+def test_lora_is_merged_into_the_folder_and_the_loss_falls(run, small_lmm):
     folder = run("llava-1.5", use_lora=True, lora_r=4, max_steps=12, learning_rate=5e-2)
-    moved = changed(tiny_lmm("llava-1.5"), folder)
+    moved = changed(small_lmm("llava-1.5"), folder)
     assert moved and all(".language_model.layers." in name for name in moved)
     assert losses(folder)[-1] < losses(folder)[0]
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()

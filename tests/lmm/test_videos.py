@@ -263,14 +263,14 @@ def test_chat_reads_what_training_shows(family_id, videos_of, opened, clips, pic
 
 
 @pytest.fixture
-def run_on(tiny_lmm, released_flags, clips, tmp_path):
+def run_on(small_lmm, released_flags, clips, tmp_path):
     """(records, flags) -> the folder and the log lines that a run of the tiny Qwen2.5-VL leaves, in this process."""
 
     def run(records, **flags):
         (tmp_path / "videos.json").write_text(json.dumps(records))
         data = {"data_path": tmp_path / "videos.json", "video_folder": clips, "num_frames": FRAMES}
         roles = {"user_key": "human", "assistant_key": "gpt"}
-        flags = released_flags(tiny_lmm("qwen2.5-vl"), "run", **data, **roles, **{"model_max_length": 512} | flags)
+        flags = released_flags(small_lmm("qwen2.5-vl"), "run", **data, **roles, **{"model_max_length": 512} | flags)
         folder = train_here(flags)
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return folder, [row for row in history if "loss" in row]
@@ -295,8 +295,8 @@ def test_a_videos_tokens_are_image_tokens_to_the_load_of_experts(run_on):
     assert sum(value for name, value in row.items() if name.startswith("expert_load_image/layer_0/")) == 1
 
 
-def test_flags_of_videos_are_checked(tiny_lmm, released_flags):
-    flags = released_flags(tiny_lmm("qwen2-vl"), "run", num_frames=0)
+def test_flags_of_videos_are_checked(small_lmm, released_flags):
+    flags = released_flags(small_lmm("qwen2-vl"), "run", num_frames=0)
     with pytest.raises(UserError, match="--num_frames 0: a video is at least 1 frame"):
         parse_arguments(words_of(flags))
 

@@ -194,7 +194,8 @@ def save_double(folder: Path, module: str, start: str, end: str) -> None:
 
 def make_qwen_vl(golden: Path, folder: Path) -> None:
     copy_double("qwen_vl", folder)
-    shutil.copytree(golden / "qwen", folder, dirs_exist_ok=True)
+    for file in ("qwen.tiktoken", "tokenizer_config.json"):
+        shutil.copyfile(golden / "qwen" / file, folder / file)
     save_double(folder, "qwen", "QWen", "LMHeadModel")
 
 

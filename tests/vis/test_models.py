@@ -67,8 +67,8 @@ def check(seen: Collected, grids: list[tuple[int, int]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GRIDS)
-def test_a_released_model_shows_where_patches_go(name, golden_tokenizers, data, tmp_path):
-    TINY[name].save(golden_tokenizers, tmp_path / "model")
+def test_a_released_model_shows_where_patches_go(name, small_tokenizers, data, tmp_path):
+    TINY[name].save(small_tokenizers, tmp_path / "model")
     check(seen_by(open_vlm(tmp_path / "model", device="cpu", dtype=torch.float32), data), GRIDS[name])
 
 
