@@ -16,7 +16,7 @@ def meet(rank: int, folder: str) -> None:
 
 
 def test_two_processes_agree_and_leave_together(tmp_path):
-    """Spawned, for a process that is forked inherits the group that a test before may have left in this one."""
+    """Spawned, as a launcher starts them: a process that is forked inherits this one's threads' locks."""
     torch.multiprocessing.start_processes(meet, (str(tmp_path),), nprocs=2, start_method="spawn")
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt") == ("the day of 0", {0: "here", 1: "here"}, False)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one of two processes holds of a sharded model. `test_fsdp.py` runs this in a process of its own: a group that
-the tests before have left would be in the way, and theirs must stay."""
+"""What one of two processes holds of a sharded model. `test_fsdp.py` runs this in a process of its own, whose group is
+a make-believe one."""
 
 from __future__ import annotations
 
