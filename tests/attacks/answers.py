@@ -238,7 +238,7 @@ WORK = {
     "check-data": "check-data {at}/bad.json --skip-list {at}/new/skip.json",
     "convert-data": "convert-data {at}/good.json --output {at}/new/data.jsonl",
     "verify": "verify --files {at}/model",
-    "upcycle": "upcycle --model-path {at}/model --num_experts 2 --output-dir {at}/new/upcycled",
+    "upcycle": "upcycle --model-path {at}/model --num_experts 3 --output-dir {at}/new/upcycled",
     "export": "export --model-path {at}/model --output-dir {at}/new/exported",
     "merge-lora": "merge-lora --model-path {at}/model --adapter {at}/adapter --output-dir {at}/new/merged",
     "models": "models",

@@ -173,7 +173,10 @@ def test_a_run_is_a_process_of_its_own_and_its_failure_is_told(stage2, parts, tm
     bad = Run(
         "dense", 1, tmp_path / "bad", [*flags, "--image_folder", "nowhere", "--output_dir", str(tmp_path / "bad")]
     )
-    with pytest.raises(UserError, match=r"no such image file(.|\n)*dense-seed1 ended with status 2; its whole log is"):
+    with pytest.raises(
+        UserError,
+        match=r"--image_folder nowhere: no such folder(.|\n)*dense-seed1 ended with status 2; its whole log is",
+    ):
         train(bad, launcher_of(None), tmp_path / "logs" / "bad.log")
 
 

@@ -49,7 +49,13 @@ def test_code_comes_from_the_hub_only_where_it_is_trusted(named, trusted, monkey
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    flags = {"data_path": "d.json", "output_dir": tmp_path, "report_to": "none", "trust_remote_code": trusted}
+    (tmp_path / "d.json").write_text("[]")
+    flags = {
+        "data_path": tmp_path / "d.json",
+        "output_dir": tmp_path / "run",
+        "report_to": "none",
+        "trust_remote_code": trusted,
+    }
     with pytest.raises(UserError, match="no/model"):
         train_here(flags | {named: "no/model"})
     assert asked == [trusted]
