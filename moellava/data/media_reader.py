@@ -98,7 +98,7 @@ class MediaReader:
 
     def __init__(self, processor: Any, loads_images: bool = True):
         self.processor = processor
-        self._fast = with_table(processor) if loads_images else processor
+        self._fast = processor
         self.loads_images = loads_images
         self.fixed_run: Run | None = None
         self.nests = True
@@ -128,6 +128,8 @@ class MediaReader:
         self._clip_run = Remembered(self._run_of_clip, CLIPS_KEPT)
         blank_run, self.fixed_run = self._probed()
         self._plain = plain_pixels(processor.image_processor) if self.fixed_run else None
+        if loads_images and self._plain is None:
+            self._fast = with_table(processor)
         self.spelled = self._spelled(blank_run)
         """The placeholder with the plain text that the processor puts around it."""
         self.is_timed, self.gives_times = self._tell_times() if "video" in self.placeholders else (False, False)
