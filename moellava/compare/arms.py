@@ -14,9 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from moellava.errors import UserError
+from moellava.log import get_logger
 from moellava.moe import MoESpec
 from moellava.registry import Registry
 from moellava.train.arguments import MoEArguments
+
+logger = get_logger(__name__)
 
 OWN = ("model_name_or_path", "output_dir", "moe_enable", "seed", "init_seed", "data_path")
 """Flags of train.py that a comparison sets itself."""
@@ -45,13 +48,22 @@ class Arm:
         title: what the table calls it.
         is_sparse: whether MoE flags are for it.
         flags: of train.py, beside those that all arms share.
-        steps: how many optimizer steps, where it is not as many as the flags say.
+        length: optimizer steps over those of the sparse arm, where it does not train as many as the flags say.
     """
 
     title: str
     is_sparse: bool = False
     flags: tuple[str, ...] = ()
-    steps: Callable[[Costs], int] | None = None
+    length: Callable[[Costs], float] | None = None
+
+    def steps(self, costs: Costs) -> int | None:
+        """How many optimizer steps it trains, one at least. None: as many as the flags say."""
+        if self.length is None:
+            return None
+        steps = costs.steps * self.length(costs)
+        if steps < 0.5:
+            logger.warning("%s: one step is more than the %.2f that its budget is worth.", self.title, steps)
+        return max(round(steps), 1)
 
 
 SPARSE, DENSE = "moe", "dense"
@@ -60,14 +72,8 @@ SPARSE, DENSE = "moe", "dense"
 ARMS: Registry[Arm] = Registry("arm")
 ARMS.register(SPARSE, Arm("MoE", is_sparse=True))
 ARMS.register(DENSE, Arm("dense, equal steps"))
-ARMS.register(
-    "dense-flops",
-    Arm("dense, equal FLOPs", steps=lambda costs: round(costs.steps * costs.flops[SPARSE] / costs.flops[DENSE])),
-)
-ARMS.register(
-    "dense-time",
-    Arm("dense, equal time", steps=lambda costs: round(costs.steps * costs.speed[DENSE] / costs.speed[SPARSE])),
-)
+ARMS.register("dense-flops", Arm("dense, equal FLOPs", length=lambda costs: costs.flops[SPARSE] / costs.flops[DENSE]))
+ARMS.register("dense-time", Arm("dense, equal time", length=lambda costs: costs.speed[DENSE] / costs.speed[SPARSE]))
 ARMS.register("lora", Arm("LoRA, equal steps", flags=("--lora_enable", "True")))
 
 

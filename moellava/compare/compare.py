@@ -85,9 +85,9 @@ class Plan:
         folder = self.output / "runs" / f"{name}-seed{seed}"
         if name == SPARSE:
             folder = dict(zip(self.seeds, self.moe_runs, strict=False)).get(seed, folder)
-        words, steps = self._words(name, seed, folder), self.arms[name].steps
+        words, steps = self._words(name, seed, folder), self.arms[name].steps(costs)
         if steps is not None:
-            words = [*without(words, "--max_steps", "--num_train_epochs"), "--max_steps", str(steps(costs))]
+            words = [*without(words, "--max_steps", "--num_train_epochs"), "--max_steps", str(steps)]
         return Run(name, seed, folder, words)
 
     def _words(self, name: str, seed: int, folder: Path) -> list[str]:

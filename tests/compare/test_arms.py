@@ -82,4 +82,11 @@ def test_controls_spend_what_the_sparse_arm_spends():
     costs = Costs(steps=100, flops={SPARSE: 3.0, DENSE: 2.0}, speed={SPARSE: 50.0, DENSE: 80.0})
     assert ARMS["dense-flops"].steps(costs) == 150
     assert ARMS["dense-time"].steps(costs) == 160
-    assert ARMS[DENSE].steps is None
+    assert ARMS[DENSE].steps(costs) is None
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.length])
+def test_a_control_trains_a_step_at_least(name, caplog):
+    costs = Costs(steps=2, flops={SPARSE: 1.0, DENSE: 9.0}, speed={SPARSE: 90.0, DENSE: 10.0})
+    assert ARMS[name].steps(costs) == 1
+    assert "one step is more than the 0.22" in caplog.text
