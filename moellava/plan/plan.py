@@ -19,8 +19,9 @@ from moellava.moe.own_routers import choices_of
 from moellava.plan.devices import Device
 from moellava.plan.samples import Batch, Samples
 from moellava.plan.trace import StepTrace, Traced
+from moellava.train.deepspeed.named import settings_named
 from moellava.train.fsdp import spread_experts
-from moellava.train.memory import FP32_BYTES, Layout, estimate
+from moellava.train.memory import FP32_BYTES, Layout, estimate, layout_of
 from moellava.vlm import VLM
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -132,9 +133,14 @@ class Held:
 
 
 def layouts_for(
-    gpus: int, spec_counts: Iterable[int] | None, is_moe: bool, own_counts: Iterable[int] = (), per_host: int = 8
+    gpus: int,
+    spec_counts: Iterable[int] | None,
+    is_moe: bool,
+    own_counts: Iterable[int] = (),
+    per_host: int = 8,
+    has_streams: bool = True,
 ) -> tuple[Layout, ...]:
-    """Every way that training serves.
+    """Every way that training serves, DeepSpeed by the settings of this package.
 
     Args:
         gpus: processes.
@@ -142,18 +148,23 @@ def layouts_for(
         is_moe: whether the stage is 3, which several processes run under DeepSpeed alone, without ZeRO-3.
         own_counts: numbers of experts of a language model that is sparse of itself.
         per_host: devices of a host, which FSDP2 may keep a copy of the model on.
+        has_streams: see `layout_of`.
     """
+
+    def named(name: str, size: int = 1) -> Layout:
+        return layout_of(settings_named(name), gpus, size, has_streams=has_streams)
+
     sizes = _divisors(gpus, spec_counts or ()) if spec_counts else [1]
     native = [Layout(gpus, deepspeed=False)] if gpus == 1 or not is_moe else []
-    spread = [Layout(gpus, zero=zero, ep_size=size) for zero in (1, 2) for size in sizes]
-    offloaded = [Layout(gpus, zero=2, ep_size=size, offload=True) for size in sizes]
+    spread = [named(name, size) for name in ("zero1", "zero2") for size in sizes]
+    offloaded = [named("zero2_offload", size) for size in sizes]
     together = {gpus, per_host} if gpus % per_host == 0 else {gpus}
     split = [
         Layout(gpus, deepspeed=False, ep_size=size, fsdp=count)
         for count in sorted(together - {1})
         for size in (_divisors(count, own_counts) if own_counts else [1])
     ]
-    return (*native, *spread, *([] if is_moe else [Layout(gpus, zero=3), *split]), *offloaded)
+    return (*native, *spread, *([] if is_moe else [named("zero3"), *split]), *offloaded)
 
 
 def _divisors(processes: int, counts: Iterable[int]) -> list[int]:
@@ -179,7 +190,7 @@ def held_by(vlm: VLM, layout: Layout) -> Held:
     if layout.fsdp > 1:
         fixed["gathered"] = gathered(model, own, layout, element)
     if layout.deepspeed:
-        fixed["buckets"] = 2.0 * hidden**2 * element  # `reduce_bucket_size: auto`, twice with `overlap_comm`
+        fixed["buckets"] = float(layout.buffers * (layout.bucket or hidden**2) * element)
     every, spread = (sum(p.nbytes for p in some) for some in (model.parameters(), own_experts))
     return Held(
         fixed,

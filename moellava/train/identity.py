@@ -156,8 +156,26 @@ def run_contents(
         if records is not None:
             found[flag] = data_content(records, stored.get(f"content of {flag}"))
             found[f"{flag}'s images and videos"] = media_content(records, files)
-    found["--deepspeed"] = read_json(Path(deepspeed)) if isinstance(deepspeed, str) else deepspeed
+    settings = read_json(Path(deepspeed)) if isinstance(deepspeed, str) else deepspeed
+    found["--deepspeed"] = settings_content(settings, stored.get("content of --deepspeed"))
     return {f"content of {flag}": content for flag, content in found.items()}
+
+
+HOW_GRADIENTS_TRAVEL = ("reduce_bucket_size", "overlap_comm")
+"""Of DeepSpeed's `zero_optimization`: in which pieces gradients are summed, and when; the sums are the same."""
+
+
+def settings_content(settings: dict[str, Any] | None, stored: Any) -> Any:
+    """What DeepSpeed's settings say; what is stored, where that says the same of all that decides a step."""
+
+    def decisive(content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        zero = content.get("zero_optimization", {})
+        kept = {key: value for key, value in zero.items() if key not in HOW_GRADIENTS_TRAVEL}
+        return content | {"zero_optimization": kept}
+
+    return stored if decisive(stored) == decisive(settings) else settings
 
 
 def data_content(records: Records, stored: str | None) -> str:

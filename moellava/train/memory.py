@@ -23,6 +23,9 @@ from moellava.moe import routed_expert_parameters
 FP32_BYTES = 4
 MOMENTS = 2
 
+DEFAULT_BUCKET = 500_000_000
+"""DeepSpeed's own `reduce_bucket_size`."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -35,6 +38,9 @@ class Layout:
         ep_size: processes that share one set of experts.
         offload: whether optimizer states are in the host's memory.
         fsdp: processes that hold one copy of the model together (FSDP2, without DeepSpeed).
+        bucket: numbers of the buffer in which DeepSpeed sums gradients; 0: as many as the hidden size has, squared
+            (transformers' `"reduce_bucket_size": "auto"`).
+        buffers: of these.
     """
 
     processes: int
@@ -43,6 +49,8 @@ class Layout:
     ep_size: int = 1
     offload: bool = False
     fsdp: int = 1
+    bucket: int = 0
+    buffers: int = 1
 
 
 def zero_stage(deepspeed: str | dict[str, Any] | None) -> int:
@@ -53,13 +61,28 @@ def zero_stage(deepspeed: str | dict[str, Any] | None) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def layout_of(deepspeed: str | dict[str, Any] | None, processes: int, ep_size: int = 1, fsdp: int = 1) -> Layout:
-    """How a run lies over its processes by its DeepSpeed JSON file (or its content); None: the native engine."""
+def layout_of(
+    deepspeed: str | dict[str, Any] | None, processes: int, ep_size: int = 1, fsdp: int = 1, has_streams: bool = True
+) -> Layout:
+    """How a run lies over its processes by its DeepSpeed JSON file (or its content); None: the native engine.
+
+    Args:
+        has_streams: whether the device sums gradients beside the backward. See `zero.settle_overlap`.
+    """
     if not deepspeed:
         return Layout(processes, deepspeed=False, ep_size=ep_size, fsdp=fsdp)
     config = deepspeed if isinstance(deepspeed, dict) else read_json(Path(deepspeed))
-    offloaded = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    return Layout(processes, zero=zero_stage(config), ep_size=ep_size, offload=offloaded != "none")
+    zero = config.get("zero_optimization", {})
+    stage, bucket = zero_stage(config), zero.get("reduce_bucket_size", DEFAULT_BUCKET)
+    overlaps = {"auto": has_streams}.get(zero.get("overlap_comm"), bool(zero.get("overlap_comm")))
+    return Layout(
+        processes,
+        zero=stage,
+        ep_size=ep_size,
+        offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        bucket=0 if bucket == "auto" else int(bucket),
+        buffers=2 if overlaps and stage < 3 else 1,
+    )
 
 
 def estimate(model: nn.Module, layout: Layout) -> dict[str, float]:

@@ -32,6 +32,7 @@ from moellava.train.conflicts import Flags, find_conflicts
 from moellava.train.deepspeed.extensions import leave_out_shared_memory
 from moellava.train.deepspeed.launch import stand_alone
 from moellava.train.deepspeed.named import settings_named
+from moellava.train.deepspeed.zero import settle_overlap
 from moellava.train.hf_flags import find_problems, word
 from moellava.train.run_file import read_run_file, split_file, words_of
 from moellava.train.split import keep_samples
@@ -56,6 +57,8 @@ class TrainingArguments(RunArguments, transformers.TrainingArguments):
             stand_alone()
             leave_out_shared_memory()
         super().__post_init__()
+        if self.deepspeed:
+            settle_overlap(self.hf_deepspeed_config, has_streams=not self.use_cpu)
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, MoEArguments, TrainingArguments)

@@ -14,7 +14,7 @@ from moellava.data.records import load_records
 from moellava.errors import UserError
 from moellava.train import identity as known
 from moellava.train.arguments import ARGUMENT_CLASSES, parse_arguments
-from moellava.train.identity import WITHOUT_EFFECT, run_identity
+from moellava.train.identity import WITHOUT_EFFECT, run_identity, settings_content
 from tests.processes import train_here
 from tests.tiny import record, weights_of
 
@@ -121,3 +121,11 @@ def test_the_content_of_images_is_read_once(image_tree, data_file, tmp_path, mon
     assert known.media_content(records, MediaFiles(image_tree)) == expected and seen == ["gone.png"]
     text = load_records(data_file([record(1, "q", "a")], "text.json"))
     assert known.media_content(text, MediaFiles(image_tree)) == f"0 files, {known.combined([])}"
+
+
+def test_settings_of_deepspeed_differ_by_what_decides_a_step():
+    stored = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": True}}
+    assert settings_content({"zero_optimization": {"stage": 2, "reduce_bucket_size": 12_500_000}}, stored) is stored
+    other = {"zero_optimization": {"stage": 1}}
+    assert settings_content(other, stored) is other and settings_content(other, None) is other
+    assert settings_content(None, stored) is None

@@ -67,9 +67,24 @@ def test_experts_are_split_over_those_who_hold_the_same():
 
 def test_a_layout_is_read_from_the_file():
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    assert layout_of(offload, 4, 2) == Layout(4, zero=2, ep_size=2, offload=True)
+    assert layout_of(offload, 4, 2) == Layout(4, zero=2, ep_size=2, offload=True, bucket=500_000_000)
     assert layout_of(None, 2) == Layout(2, deepspeed=False)
     assert layout_of(None, 4, fsdp=2) == Layout(4, deepspeed=False, fsdp=2)
+
+
+@pytest.mark.parametrize(
+    ("zero", "has_streams", "bucket", "buffers"),
+    [
+        ({"stage": 2, "reduce_bucket_size": "auto"}, True, 0, 1),
+        ({"stage": 2, "reduce_bucket_size": 1e6, "overlap_comm": True}, False, 1_000_000, 2),
+        ({"stage": 2, "reduce_bucket_size": 7, "overlap_comm": "auto"}, True, 7, 2),
+        ({"stage": 2, "reduce_bucket_size": 7, "overlap_comm": "auto"}, False, 7, 1),
+        ({"stage": 3, "reduce_bucket_size": 7, "overlap_comm": "auto"}, True, 7, 1),
+    ],
+)
+def test_buffers_of_gradients_are_those_of_the_file(zero, has_streams, bucket, buffers):
+    layout = layout_of({"zero_optimization": zero}, 2, has_streams=has_streams)
+    assert (layout.bucket, layout.buffers) == (bucket, buffers)
 
 
 def test_the_stage_is_read_from_the_file(tmp_path):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ZeRO-3 needs beside a JSON file: parameters that are whole while a model is put together."""
+"""What ZeRO needs beside a JSON file: what the device decides, and, for ZeRO-3, parameters that are whole while a model
+is put together."""
 
 from __future__ import annotations
 
@@ -11,6 +12,17 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from moellava.errors import UserError
 from moellava.train.memory import zero_stage
+
+
+def settle_overlap(config: Any, has_streams: bool) -> None:
+    """Fills in `"overlap_comm": "auto"`: gradients are summed beside the backward if the device has streams.
+
+    A CPU has none. There DeepSpeed sums them in between all the same, and keeps a second buffer for nothing.
+
+    Args:
+        config: transformers' HfTrainerDeepSpeedConfig; a plain true or false in it stays.
+    """
+    config.fill_only("zero_optimization.overlap_comm", has_streams)
 
 
 @contextmanager
