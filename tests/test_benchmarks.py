@@ -20,6 +20,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 WORDS = {
     "data_index": ["--records", "300", "--only", "first index", "opening"],
+    "engines": ["--processes", "1", "--only", "ZeRO-1", "--steps", "2", "--rounds", "1"],
     "generate": ["--sizes", "small", "--batches", "1", "--rounds", "1", "--tokens", "2"],
     "loss_memory": ["--case", "trained rows in chunks", "0.5", "--length", "64", "--vocabulary", "4096"],
     "moe_layer": ["--tokens", "64", "--experts", "4", "--repeats", "1"],

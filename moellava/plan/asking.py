@@ -134,7 +134,7 @@ def asked_of(
     counts = moe.num_experts if moe.moe_enable else None
     layouts = layouts_for(args.gpus, counts, moe.moe_enable, own_counts, args.per_host, device.is_gpu)
     if "deepspeed" in given:
-        wanted = layout_of(settings_named(given["deepspeed"]), args.gpus, has_streams=device.is_gpu)
+        wanted = layout_of(settings_named(given["deepspeed"]), args.gpus, is_gpu=device.is_gpu)
         layouts = tuple({replace(wanted, ep_size=layout.ep_size) for layout in layouts if layout.fsdp == 1})
     if "fsdp_size" in given:
         layouts = tuple(layout for layout in layouts if layout.fsdp == given["fsdp_size"])

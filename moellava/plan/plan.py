@@ -138,7 +138,7 @@ def layouts_for(
     is_moe: bool,
     own_counts: Iterable[int] = (),
     per_host: int = 8,
-    has_streams: bool = True,
+    is_gpu: bool = True,
 ) -> tuple[Layout, ...]:
     """Every way that training serves, DeepSpeed by the settings of this package.
 
@@ -148,11 +148,11 @@ def layouts_for(
         is_moe: whether the stage is 3, which several processes run under DeepSpeed alone, without ZeRO-3.
         own_counts: numbers of experts of a language model that is sparse of itself.
         per_host: devices of a host, which FSDP2 may keep a copy of the model on.
-        has_streams: see `layout_of`.
+        is_gpu: see `layout_of`.
     """
 
     def named(name: str, size: int = 1) -> Layout:
-        return layout_of(settings_named(name), gpus, size, has_streams=has_streams)
+        return layout_of(settings_named(name), gpus, size, is_gpu=is_gpu)
 
     sizes = _divisors(gpus, spec_counts or ()) if spec_counts else [1]
     native = [Layout(gpus, deepspeed=False)] if gpus == 1 or not is_moe else []

@@ -40,7 +40,7 @@ class Layout:
         fsdp: processes that hold one copy of the model together (FSDP2, without DeepSpeed).
         bucket: numbers of the buffer in which DeepSpeed sums gradients; 0: as many as the hidden size has, squared
             (transformers' `"reduce_bucket_size": "auto"`).
-        buffers: of these.
+        buffers: of these, beside the gradients themselves.
     """
 
     processes: int
@@ -62,26 +62,28 @@ def zero_stage(deepspeed: str | dict[str, Any] | None) -> int:
 
 
 def layout_of(
-    deepspeed: str | dict[str, Any] | None, processes: int, ep_size: int = 1, fsdp: int = 1, has_streams: bool = True
+    deepspeed: str | dict[str, Any] | None, processes: int, ep_size: int = 1, fsdp: int = 1, is_gpu: bool = True
 ) -> Layout:
     """How a run lies over its processes by its DeepSpeed JSON file (or its content); None: the native engine.
 
     Args:
-        has_streams: whether the device sums gradients beside the backward. See `zero.settle_overlap`.
+        is_gpu: whether a buffer takes its memory when it is made. On a CPU its pages are there once written, and a
+            gradient that is moved into them has left its own; the one of ZeRO-3 is kept.
     """
     if not deepspeed:
         return Layout(processes, deepspeed=False, ep_size=ep_size, fsdp=fsdp)
     config = deepspeed if isinstance(deepspeed, dict) else read_json(Path(deepspeed))
     zero = config.get("zero_optimization", {})
     stage, bucket = zero_stage(config), zero.get("reduce_bucket_size", DEFAULT_BUCKET)
-    overlaps = {"auto": has_streams}.get(zero.get("overlap_comm"), bool(zero.get("overlap_comm")))
+    overlaps = {"auto": is_gpu}.get(zero.get("overlap_comm"), bool(zero.get("overlap_comm")))
+    buffers = {0: 0, 3: 1}.get(stage, (2 if overlaps else 1) if is_gpu else 0)
     return Layout(
         processes,
         zero=stage,
         ep_size=ep_size,
         offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         bucket=0 if bucket == "auto" else int(bucket),
-        buffers=2 if overlaps and stage < 3 else 1,
+        buffers=buffers if zero.get("contiguous_gradients", True) else 0,
     )
 
 

@@ -73,17 +73,19 @@ def test_a_layout_is_read_from_the_file():
 
 
 @pytest.mark.parametrize(
-    ("zero", "has_streams", "bucket", "buffers"),
+    ("zero", "is_gpu", "bucket", "buffers"),
     [
         ({"stage": 2, "reduce_bucket_size": "auto"}, True, 0, 1),
-        ({"stage": 2, "reduce_bucket_size": 1e6, "overlap_comm": True}, False, 1_000_000, 2),
+        ({"stage": 2, "reduce_bucket_size": 1e6, "overlap_comm": True}, True, 1_000_000, 2),
         ({"stage": 2, "reduce_bucket_size": 7, "overlap_comm": "auto"}, True, 7, 2),
-        ({"stage": 2, "reduce_bucket_size": 7, "overlap_comm": "auto"}, False, 7, 1),
-        ({"stage": 3, "reduce_bucket_size": 7, "overlap_comm": "auto"}, True, 7, 1),
+        ({"stage": 2, "reduce_bucket_size": 7, "overlap_comm": "auto"}, False, 7, 0),
+        ({"stage": 2, "reduce_bucket_size": 7, "contiguous_gradients": False}, True, 7, 0),
+        ({"stage": 3, "reduce_bucket_size": 7, "overlap_comm": "auto"}, False, 7, 1),
+        ({"stage": 0}, True, 500_000_000, 0),
     ],
 )
-def test_buffers_of_gradients_are_those_of_the_file(zero, has_streams, bucket, buffers):
-    layout = layout_of({"zero_optimization": zero}, 2, has_streams=has_streams)
+def test_buffers_of_gradients_are_those_of_the_file(zero, is_gpu, bucket, buffers):
+    layout = layout_of({"zero_optimization": zero}, 2, is_gpu=is_gpu)
     assert (layout.bucket, layout.buffers) == (bucket, buffers)
 
 
