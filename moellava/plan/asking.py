@@ -77,11 +77,17 @@ def flag_groups(given: dict[str, Any], tokens: int | None) -> Groups:
 
 
 def data_of(args: argparse.Namespace, groups: Groups, description: Description) -> Samples:
-    """What flags say of the samples, or the records; with --packing, of rows that hold several of them."""
+    """What flags say of the samples, or the records; with --packing, of rows that hold several of them.
+
+    Raises:
+        UserError: for more supervised positions than a sample has.
+    """
     if args.tokens:
+        if (args.supervised or 0) > args.tokens:
+            raise UserError(f"--supervised {args.supervised}: a sample has --tokens {args.tokens} positions in all.")
         training = groups[3]
         several = max(training.model_max_length // args.tokens, 1) if training.packing else 1
-        supervised = min(args.supervised or max(args.tokens // 4, 1), args.tokens)
+        supervised = args.supervised or max(args.tokens // 4, 1)
         return Samples((Sample((args.tokens,) * several, several * supervised, several * (args.images or 1)),))
     return measured(groups, encoder_of(*description.inputs(), description.config, description.architecture))
 
