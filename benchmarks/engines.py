@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,19 +25,26 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from real_runs import leave, run_of, write_dense  # noqa: E402
+
 MODEL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8}
 MODEL |= {"num_key_value_heads": 8}
 ROWS, BATCH, SKIPPED = 32_000, 8, 4
-TOKENIZER = ROOT / "tests" / "golden" / "tokenizers" / "mistral.tar.xz"
 
-NATIVE, AUTO = "native", "ZeRO-2, auto"
+NATIVE = "native"
+AUTO = "auto.json"
+"""In place of a name: a file beside the inputs."""
+
+ALL = "all"
+"""In place of a number of processes: those of the run."""
+
 ENGINES: dict[str, dict[str, Any]] = {
     NATIVE: {},
     "ZeRO-1": {"deepspeed": "zero1"},
     "ZeRO-2": {"deepspeed": "zero2"},
-    AUTO: {"deepspeed": AUTO},
+    "ZeRO-2, auto": {"deepspeed": AUTO},
     "ZeRO-3": {"deepspeed": "zero3"},
-    "FSDP2": {"fsdp_size": "all"},
+    "FSDP2": {"fsdp_size": ALL},
 }
 COMMON = {"version": "v1", "learning_rate": 1e-3, "save_strategy": "no", "skip_dry_save": True, "report_to": "none"}
 COMMON |= {"per_device_train_batch_size": BATCH, "use_cpu": True}
@@ -54,10 +58,7 @@ def write_inputs(folder: Path) -> dict[str, Path]:
     from moellava.train.deepspeed.named import settings_named
     from tests import tiny
 
-    shutil.unpack_archive(TOKENIZER, folder, filter="data")
-    tokenizer = folder / TOKENIZER.name.removesuffix(".tar.xz")
-    tiny.write_base(folder / "llm", "llama", tokenizer, rows=ROWS, **MODEL)
-    tiny.compose_tiny(folder / "llm", tiny.write_clip(folder / "tower"), "v1").save(folder / "dense")
+    dense = write_dense(folder, ROWS, MODEL)
     random = np.random.default_rng(0)
     records = []
     for number in range(64):
@@ -67,22 +68,15 @@ def write_inputs(folder: Path) -> dict[str, Path]:
     (folder / "data.json").write_text(json.dumps(records))
     settings = json.loads(Path(str(settings_named("zero2"))).read_text())
     settings["zero_optimization"] |= {"reduce_bucket_size": "auto", "overlap_comm": True}
-    (folder / "auto.json").write_text(json.dumps(settings))
-    return {"model_name_or_path": folder / "dense", "data_path": folder / "data.json", "image_folder": folder}
+    (folder / AUTO).write_text(json.dumps(settings))
+    return {"model_name_or_path": dense, "data_path": folder / "data.json", "image_folder": folder}
 
 
 def timed(flags: dict[str, Any], processes: int, steps: int, folder: Path) -> dict[str, float]:
     """Seconds of a step of the slowest process, by CPU and by the clock."""
-    flags = flags | {"output_dir": folder / "out", "max_steps": steps + SKIPPED}
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(several if processes > 1 else []), __file__, "--worker", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ENGINES": str(folder)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr[-4000:])
-    shutil.rmtree(folder / "out")
-    found = [json.loads((folder / f"rank-{rank}").read_text()) for rank in range(processes)]
+    given = {ALL: processes, AUTO: folder / AUTO}
+    flags = {name: given.get(value, value) for name, value in flags.items()}
+    found = run_of(__file__, flags | {"max_steps": steps + SKIPPED}, processes, folder)
     return {name: max(one[name] for one in found) for name in ("cpu", "wall")}
 
 
@@ -103,8 +97,7 @@ def worker(words: list[str]) -> None:
     train(*parse_arguments(words))
     columns = zip(*ended[SKIPPED - 1 :], strict=True)
     medians = [statistics.median(b - a for a, b in zip(one, one[1:], strict=False)) for one in columns]
-    place = Path(os.environ["ENGINES"]) / f"rank-{os.environ.get('RANK', 0)}"
-    place.write_text(json.dumps(dict(zip(("cpu", "wall"), medians, strict=True))))
+    leave(dict(zip(("cpu", "wall"), medians, strict=True)))
 
 
 def main() -> None:
@@ -128,11 +121,9 @@ def main() -> None:
             found: dict[str, list[dict[str, float]]] = {}
             for _ in range(args.rounds):
                 for engine, own in chosen.items():
-                    if "fsdp_size" in own and processes == 1:
-                        continue
-                    own = own | ({"fsdp_size": processes} if "fsdp_size" in own else {})
-                    own = own | ({"deepspeed": folder / "auto.json"} if engine == AUTO else {})
-                    found.setdefault(engine, []).append(timed(COMMON | inputs | own, processes, args.steps, folder))
+                    if "fsdp_size" not in own or processes > 1:
+                        step = timed(COMMON | inputs | own, processes, args.steps, folder)
+                        found.setdefault(engine, []).append(step)
             least = {engine: {key: min(one[key] for one in all_) for key in all_[0]} for engine, all_ in found.items()}
             for engine, step in least.items():
                 ratios = {key: value / least[NATIVE][key] for key, value in step.items()}

@@ -17,7 +17,6 @@ import io
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext, redirect_stdout
@@ -26,6 +25,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from real_runs import leave, run_of, words_of  # noqa: E402
 
 MODEL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
 MODEL |= {"num_key_value_heads": 8}
@@ -82,11 +83,6 @@ def write_inputs(folder: Path) -> dict[str, Path]:
     return {"model_name_or_path": folder / "model", "data_path": folder / "data.json"}
 
 
-def words_of(flags: dict[str, Any]) -> list[str]:
-    """Flags as they stand on a command line."""
-    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-
-
 def told(flags: dict[str, Any], processes: int) -> dict[str, float]:
     """Bytes of one process by `moellava plan`, by part, and in all."""
     from moellava.cli import main
@@ -103,20 +99,9 @@ def told(flags: dict[str, Any], processes: int) -> dict[str, float]:
 
 def measured(flags: dict[str, Any], processes: int, folder: Path, is_kept: bool) -> list[float]:
     """Bytes of each process of a run, which keeps what it frees, or gives it back."""
-    run = folder / "run"
-    words = words_of(flags | {"output_dir": run / "out", "overlong": "truncate"})
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(several if processes > 1 else [])]
-    quiet = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
-    environment = os.environ | quiet | {"PYTHONPATH": str(ROOT), "PLAN_MEASURES": str(run)}
+    environment = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
     environment |= {"PLAN_KEEPS": "1"} if is_kept else {}
-    run.mkdir()
-    done = subprocess.run([*command, __file__, "--worker", *words], env=environment, cwd=ROOT, capture_output=True)
-    if done.returncode:
-        sys.exit(done.stderr.decode()[-4000:])
-    found = [float(path.read_text()) for path in sorted(run.glob("rank-*"))]
-    subprocess.run(["rm", "-rf", str(run)], check=True)
-    return found
+    return run_of(__file__, flags | {"overlong": "truncate"}, processes, folder, **environment)
 
 
 def worker(words: list[str]) -> None:
@@ -137,8 +122,7 @@ def worker(words: list[str]) -> None:
             if state.global_step == 1:
                 Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
             if state.global_step == state.max_steps:
-                place = Path(os.environ["PLAN_MEASURES"]) / f"rank-{os.environ.get('RANK', 0)}"
-                place.write_text(str(status("VmHWM") - status("RssFile") - self.before))
+                leave(status("VmHWM") - status("RssFile") - self.before)
 
     made = StageTrainer.__init__
 

@@ -25,10 +25,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from real_runs import write_dense  # noqa: E402
+
 SIZES = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
 SIZES |= {"num_key_value_heads": 3, "tie_word_embeddings": True}
 ROWS = 49_152
-TOKENIZER = ROOT / "tests" / "golden" / "tokenizers" / "mistral.tar.xz"
 
 BASELINE = """
 import sys
@@ -39,17 +40,6 @@ for path in Path(sys.argv[1]).glob("*.safetensors"):
 for path in Path(sys.argv[2]).glob("*.safetensors"):
     save_file(load_file(path), Path(sys.argv[3]) / path.name)
 """
-
-
-def write_model(folder: Path) -> Path:
-    """A random dense vision-language model."""
-    from tests import tiny
-
-    shutil.unpack_archive(TOKENIZER, folder, filter="data")
-    tokenizer = folder / TOKENIZER.name.removesuffix(".tar.xz")
-    tiny.write_base(folder / "llm", "llama", tokenizer, rows=ROWS, **SIZES)
-    tiny.compose_tiny(folder / "llm", tiny.write_clip(folder / "tower"), "v1").save(folder / "dense")
-    return folder / "dense"
 
 
 def timed(*words: object) -> dict[str, float]:
@@ -71,7 +61,11 @@ def main() -> None:
     args = parser.parse_args()
     rounds = []
     with tempfile.TemporaryDirectory() as name:
-        dense, sparse, copied = args.model_path or write_model(Path(name)), Path(name) / "sparse", Path(name) / "copied"
+        dense, sparse, copied = (
+            args.model_path or write_dense(Path(name), ROWS, SIZES),
+            Path(name) / "sparse",
+            Path(name) / "copied",
+        )
         for _ in range(args.rounds):
             shutil.rmtree(sparse, ignore_errors=True)
             flags = ("--num_experts", 4, "--moe_mode", "sparse")

@@ -36,6 +36,7 @@ PRINTS = {"loss_memory"}
 ELSEWHERE = {
     "moe_worth": "trains for hours; tests/demo/test_mixed.py runs what it is made of",
     "plan": "runs of training, one after another; tests/plan and tests/train run what it is made of",
+    "real_runs": "what engines, plan and upcycle share",
     "trl_peer": "a part of train_step, which installs a package when stages 1 and 2 are measured",
     "upcycle": "a model of 135 million parameters; tests/convert runs what it is made of",
     "upcycle_perplexity": "a model that comes as a package of 93 MB",

@@ -75,16 +75,23 @@ def layout_of(
     config = deepspeed if isinstance(deepspeed, dict) else read_json(Path(deepspeed))
     zero = config.get("zero_optimization", {})
     stage, bucket = zero_stage(config), zero.get("reduce_bucket_size", DEFAULT_BUCKET)
-    overlaps = {"auto": is_gpu}.get(zero.get("overlap_comm"), bool(zero.get("overlap_comm")))
-    buffers = {0: 0, 3: 1}.get(stage, (2 if overlaps else 1) if is_gpu else 0)
     return Layout(
         processes,
         zero=stage,
         ep_size=ep_size,
         offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         bucket=0 if bucket == "auto" else int(bucket),
-        buffers=buffers if zero.get("contiguous_gradients", True) else 0,
+        buffers=_buffers(zero, stage, is_gpu),
     )
+
+
+def _buffers(zero: dict[str, Any], stage: int, is_gpu: bool) -> int:
+    """How many buffers of gradients take memory of their own, by `zero_optimization`; `auto` overlaps on a GPU."""
+    if stage == 0 or not zero.get("contiguous_gradients", True):
+        return 0
+    if stage == 3:
+        return 1
+    return (2 if zero.get("overlap_comm") else 1) if is_gpu else 0
 
 
 def estimate(model: nn.Module, layout: Layout) -> dict[str, float]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZeRO-3: a dense model is put together whole and trains; experts are refused by name."""
+"""ZeRO: gradients are summed together; under ZeRO-3 a dense model trains, experts are refused by name."""
 
 import sys
 
