@@ -1,31 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TRL's SFTTrainer, which is no dependency: pip puts it into a folder of the cache when a benchmark asks for it."""
+"""TRL's SFTTrainer, handed the batches of a benchmark."""
 
 from __future__ import annotations
 
-import importlib
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peers import installed
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-VERSION = "1.16.0"
-FOLDER = Path.home() / ".cache" / "moellava" / "benchmarks" / f"trl-{VERSION}"
-
-
-def installed() -> Any:
-    """The package `trl`; what it needs comes from this environment. Raises ImportError: it cannot be had, and why."""
-    if not (FOLDER / "trl").is_dir():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(FOLDER)]
-        done = subprocess.run([*command, f"trl=={VERSION}"], capture_output=True, text=True)
-        if done.returncode:
-            raise ImportError(f"pip: {done.stderr.strip().splitlines()[-1]}")
-    sys.path.append(str(FOLDER))  # behind this environment, whose packages it shall use
-    return importlib.import_module("trl")
+PACKAGE = "trl==1.16.0"
 
 
 def sft_trainer(model: Any, collator: Any, options: dict[str, Any]) -> Any:
@@ -34,7 +19,7 @@ def sft_trainer(model: Any, collator: Any, options: dict[str, Any]) -> Any:
     Args:
         options: of `transformers.TrainingArguments`; what TRL sets otherwise (bf16, recomputed activations) is not set.
     """
-    trl = installed()
+    trl = installed(PACKAGE)
     args = trl.SFTConfig(
         **options,
         bf16=False,

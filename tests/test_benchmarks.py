@@ -34,7 +34,9 @@ PRINTS = {"loss_memory"}
 """Those whose words have them print their figures and leave no file."""
 
 ELSEWHERE = {
+    "liger": "installs a package of 1 GB, which its parity is measured with; tests/train/test_loss.py has ours",
     "moe_worth": "trains for hours; tests/demo/test_mixed.py runs what it is made of",
+    "peers": "how train_step and liger come by what they are measured beside",
     "plan": "runs of training, one after another; tests/plan and tests/train run what it is made of",
     "real_runs": "what engines, plan and upcycle share",
     "trl_peer": "a part of train_step, which installs a package when stages 1 and 2 are measured",
