@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlavaConfig
 
 from moellava.data.places import Places
+from moellava.errors import UserError
 from moellava.moe import (
     checkpoint_contexts,
     disable_gradient_checkpointing,
@@ -154,7 +155,7 @@ class StepTrace:
         return loss
 
     def _embeddings(self, batch: Batch) -> Tensor:
-        """[B, L, D], with image features in their places."""
+        """[B, L, D], with image features in their places. Raises UserError: they are more than there are positions."""
         ids = torch.zeros(batch.samples, batch.length, dtype=torch.long)
         words = self.model.get_input_embeddings()(ids)
         if not batch.images or not self.shows_images:
@@ -164,6 +165,9 @@ class StepTrace:
         found = self.model.get_image_features(pixel_values=pixels)
         features = found if isinstance(found, (tuple, list)) else found.pooler_output
         flat = torch.cat(list(features)) if isinstance(features, (tuple, list)) else features
+        if len(flat) > batch.positions:
+            taken = f"{batch.images} images take {len(flat)} positions"
+            raise UserError(f"--images, --tokens: {taken} of a batch that has {batch.positions} in all.")
         places = (ids == 0).unsqueeze(-1).expand_as(words)
         return words.masked_scatter(places, flat.to(words.dtype))
 

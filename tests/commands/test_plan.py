@@ -116,6 +116,7 @@ def test_nothing_fits_is_said_with_the_smallest(config_alone, capsys):
         (("--gpus", "1", "--tokens", "9", "--device", "abacus"), "Unknown device 'abacus'"),
         (("--gpus", "1", "--data", "d.json", "--images", "2"), "--images 2: is read with --tokens alone"),
         (("--gpus", "1", "--tokens", "9", "--supervised", "10"), "--supervised 10: a sample has --tokens 9 positions"),
+        (("--gpus", "1", "--tokens", "4", "--images", "2"), "--images, --tokens: 2 images take 8 positions of a batch"),
         (("--gpus", "3", "--tokens", "9", "--ep_size", "2", *MOE), "--ep_size 2 does not divide --gpus 3"),
         (("--gpus", "1", "--tokens", "9", "--tune_mm_mlp_adapter", "True", *MOE), "conflict: choose one stage"),
     ],
