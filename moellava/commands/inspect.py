@@ -3,7 +3,7 @@
 
 With records or a conversation: the rendered text with the trained tokens in green (in «…» without colour), the ids, the
 counts of text, image and supervised tokens, and what is cut. With --model-path alone: whether the model can be trained,
-asked, upcycled, and why not. With --tokenizer alone: what to know of it before training.
+asked, upcycled, and why not; or what a vision tower gives. With --tokenizer alone: what to know of it before training.
 """
 
 from __future__ import annotations
@@ -200,32 +200,36 @@ def main(argv: list[str]) -> int:
 
 
 def _examine(parser: argparse.ArgumentParser, argv: list[str], args: argparse.Namespace, source: str) -> int:
-    """Prints what can be done with a vision-language model, or the facts of a tokenizer."""
+    """Prints what can be done with a vision-language model, what a tower gives, or the facts of a tokenizer."""
     from moellava.data.tokenizer_facts import facts_of
     from moellava.data.tokenizers import load_tokenizer
     from moellava.doctor import diagnose
-
-    manifest = vlm_at(source, "--model-path") if args.model_path else None
-    if manifest is None:
-        facts = facts_of(load_tokenizer(source, args.version), source)
-        print(printable(facts.to_json() if args.json else facts_text(facts)))
-        return 0
-    refuse_idle(parser, argv, [Idle(["version"], True, "is for records; the folder's own template is looked at")])
-    found = diagnose(manifest)
-    print(printable(found.to_json() if args.json else diagnosis_text(found)))
-    return int(bool(found.problems))
-
-
-def vlm_at(source: str, flag: str) -> Manifest | None:
-    """The manifest of a vision-language model; None for a tokenizer or a language model."""
     from moellava.lmm.architecture import holds_vlm
+    from moellava.model.tower_facts import tower_facts
+    from moellava.model.towers import is_tower
+
+    manifest = manifest_at(source) if args.model_path else None
+    if manifest is not None and holds_vlm(manifest):
+        refuse_idle(parser, argv, [Idle(["version"], True, "is for records; the folder's own template is looked at")])
+        found = diagnose(manifest)
+        print(printable(found.to_json() if args.json else diagnosis_text(found)))
+        return int(bool(found.problems))
+    if manifest is not None and is_tower(str(manifest.config.get("model_type"))):
+        refuse_idle(parser, argv, [Idle(["version"], True, "is a template's name, and this is a vision tower")])
+        tower = tower_facts(manifest.config, manifest.called)
+        print(printable(tower.to_json() if args.json else tower.text()))
+        return 0
+    facts = facts_of(load_tokenizer(source, args.version), source)
+    print(printable(facts.to_json() if args.json else facts_text(facts)))
+    return 0
+
+
+def manifest_at(source: str) -> Manifest | None:
+    """What a model's folder holds; None where it has no config.json, as a tokenizer's."""
     from moellava.model.manifest import read_folder
 
-    folder = resolve_folder(source, flag)
-    if not (folder / CONFIG).is_file():
-        return None
-    manifest = read_folder(source, flag)
-    return manifest if holds_vlm(manifest) else None
+    folder = resolve_folder(source, "--model-path")
+    return read_folder(source, "--model-path") if (folder / CONFIG).is_file() else None
 
 
 def _show(args: argparse.Namespace, encoder: Encoder, color: bool) -> int:

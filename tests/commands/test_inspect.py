@@ -7,6 +7,7 @@ import json
 import shutil
 
 import pytest
+from transformers import CLIPConfig, CLIPVisionConfig, PixtralVisionConfig, ResNetConfig
 
 from moellava.cli import main
 from moellava.data.tokenizer_facts import facts_of, fit_of
@@ -157,3 +158,30 @@ def test_the_space_before_a_word_is_told_also_where_the_word_has_several_tokens(
 def test_a_tokenizer_that_cuts_the_probe_word_adds_no_space(capsys):
     assert main(["inspect", "--tokenizer", str(ROOT / "playground" / "base" / "lm")]) == 0
     assert "none before the first word" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_tower_says_what_it_gives_and_which_flags_choose(tmp_path, capsys, whole):
+    config = CLIPVisionConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=3, image_size=56, patch_size=14)
+    (CLIPConfig(vision_config=config.to_dict()) if whole else config).save_pretrained(tmp_path)
+    assert main(["inspect", "--model-path", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "4 x 4 of 14 pixels, each 16 numbers" in out and "-4 to 3" in out
+    assert "patch: 16 tokens, cls_patch: 17 tokens, full: 17 tokens" in out and "native" not in out
+    assert main(["inspect", "--model-path", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"]["patch"] == 16
+    assert main(["inspect", "--model-path", str(tmp_path), "--version", "qwen"]) == 2
+    assert "--version qwen: is a template's name" in capsys.readouterr().err
+
+
+def test_a_tower_that_can_be_shown_images_in_their_own_shape_says_so(tmp_path, capsys):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32, "patch_size": 8}
+    PixtralVisionConfig(num_hidden_layers=2, **sizes).save_pretrained(tmp_path)
+    assert main(["inspect", "--model-path", str(tmp_path)]) == 0
+    assert "32 x 32 pixels, or in their own shape" in capsys.readouterr().out
+
+
+def test_a_vision_model_that_cannot_be_a_tower_says_why(tmp_path, capsys):
+    ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]).save_pretrained(tmp_path)
+    assert main(["inspect", "--model-path", str(tmp_path)]) == 2
+    assert "(resnet) cannot be a tower: " in capsys.readouterr().err
