@@ -23,6 +23,10 @@ from moellava.errors import DataError, UserError
 ROWS = 64
 """Rows that are read together. Those with images take megabytes each."""
 
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+"""What a finished stream ends with (Arrow's columnar format, 'IPC Streaming Format'). One that ends without looks as if it
+were cut between two batches."""
+
 SPLITS = "dataset_dict.json"
 """What names the splits of a data set of `datasets`, each of which is a folder."""
 
@@ -60,6 +64,18 @@ def arrow_rows(path: Path, inside: str = "") -> Iterator[Any]:
         batches = (reader.get_batch(n) for n in range(reader.num_record_batches)) if is_file else reader
         for piece in (batch.slice(at, ROWS) for batch in batches for at in range(0, batch.num_rows, ROWS)):
             yield from _rows(piece, places_in_map(piece, memory, inside), held)
+        if not is_file:
+            _require_end(path, file)
+
+
+def _require_end(path: Path, file: Any) -> None:
+    """Raises DataError unless a stream that was read ends where its file does, with the mark of its end."""
+    end, size = file.tell(), file.size()
+    file.seek(max(end - len(END_OF_STREAM), 0))
+    if file.read(len(END_OF_STREAM)) != END_OF_STREAM:
+        raise DataError(f"{path} ends without Arrow's end of a stream: it was cut, or not written to its end")
+    if end < size:
+        raise DataError(f"{path}: more follows its end, as where two Arrow streams were joined")
 
 
 def dataset_rows(path: Path) -> Iterator[Any]:

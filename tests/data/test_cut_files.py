@@ -39,9 +39,9 @@ def tar_of(form: int = tarfile.PAX_FORMAT) -> bytes:
     return whole.getvalue()
 
 
-def arrow() -> bytes:
+def arrow(new: Callable[..., Any] = ipc.new_file) -> bytes:
     table, whole = pa.Table.from_pylist(ROWS), io.BytesIO()
-    with ipc.new_file(whole, table.schema) as writer:
+    with new(whole, table.schema) as writer:
         writer.write_table(table, 1)
     return whole.getvalue()
 
@@ -62,6 +62,7 @@ WHOLE: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a.tar.xz": ("a WebDataset shard", lambda: lzma.compress(tar_of())),
     "a.tar.lzma": ("a WebDataset shard", lambda: lzma.compress(tar_of(), lzma.FORMAT_ALONE)),
     "a.arrow": ("Arrow", arrow),
+    "stream.arrow": ("Arrow", lambda: arrow(ipc.new_stream)),
     "a.parquet": ("Parquet", parquet),
     "a.json": ("JSON or JSON Lines", lambda: json.dumps(ROWS).encode()),
     "a.jsonl.gz": ("JSON or JSON Lines", lambda: gzip.compress(LINES)),
@@ -97,6 +98,19 @@ def test_a_cut_loses_no_record_without_a_word(name, tmp_path):
         else:
             assert len(found) == len(ROWS) or any(isinstance(one, Broken) for one in found), length
     assert refused > 10
+
+
+def test_an_arrow_stream_cut_between_batches_is_not_whole(tmp_path):
+    whole = arrow(ipc.new_stream)
+    reader = ipc.open_stream(file := pa.BufferReader(whole))
+    for _ in reader:
+        with pytest.raises(DataError, match="ends without Arrow's end of a stream"):
+            read(tmp_path / "stream.arrow", whole[: file.tell()])
+
+
+def test_two_arrow_streams_in_one_file_are_not_half_read(tmp_path):
+    with pytest.raises(DataError, match="stream.arrow: more follows its end, as where two Arrow streams were joined"):
+        read(tmp_path / "stream.arrow", arrow(ipc.new_stream) * 2)
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
