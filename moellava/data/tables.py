@@ -24,7 +24,7 @@ ROWS = 64
 """Rows that are read together. Those with images take megabytes each."""
 
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-"""What a finished stream ends with (Arrow's columnar format, 'IPC Streaming Format'). One that ends without looks as if it
+"""What a finished stream ends with (Arrow's columnar format, 'IPC Streaming Format'). One without looks as if it
 were cut between two batches."""
 
 SPLITS = "dataset_dict.json"
