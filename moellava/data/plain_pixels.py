@@ -62,8 +62,9 @@ class PlainPixels:
     def _squared(self, image: Image.Image, background: tuple[int, ...]) -> Image.Image:
         """An image in the middle of a square of its longer side, resized.
 
-        Pillow resizes the rows first, each for itself, and the columns of what that gives. So rows that are nothing but
-        background need not be resized, nor do columns.
+        Of a square Pillow resizes the rows first, each for itself, and the columns of what that gives. So rows that are
+        nothing but background need not be resized, nor do columns. Of what is left it is asked for one and then the
+        other: of a high picture Pillow 13 would begin with the columns.
         """
         width, height = image.size
         side = max(width, height)
@@ -79,7 +80,8 @@ class PlainPixels:
             left, right = strip_of(side, before, before + width, columns)
         strip = Image.new("RGB", (right - left, side), background)
         strip.paste(image, (before - left, 0))
-        resized = strip.resize(((right - left) * columns // side, rows), resample=self._resample)
+        width = (right - left) * columns // side
+        resized = strip.resize((width, side), resample=self._resample).resize((width, rows), resample=self._resample)
         if resized.width == columns:
             return resized
         whole = Image.new("RGB", (columns, rows), background)
@@ -138,5 +140,7 @@ def _is_plain(processor: Any) -> bool:
     size = {name: side for name, side in dict(processor.size or {}).items() if side}
     if not processor.do_resize or set(size) not in ({"shortest_edge"}, {"height", "width"}):
         return False
+    if getattr(processor, "do_pad", False) and len(set(size.values())) > 1:
+        return False  # Pillow may resize the columns of a square first, if more of them go
     # A picture that is smaller than what is cut out of it would be padded.
     return not processor.do_center_crop or max(dict(processor.crop_size).values()) <= min(size.values())

@@ -50,15 +50,24 @@ def test_pixels_are_the_same_to_the_bit(processor, pictures):
     assert torch.equal(plain(pictures), processor(pictures, return_tensors="pt")["pixel_values"])
 
 
+RESIZE = Image.Image.resize
+
+
+def columns_first(self, size, *args, **options):
+    """As Pillow 13 resizes a high picture (its pull request 9549); at 12 it begins with the rows of any."""
+    first = RESIZE(self, (self.width, size[1]), *args, **options) if self.height > self.width else self
+    return RESIZE(first, size, *args, **options)
+
+
+@pytest.mark.parametrize("resize", [RESIZE, columns_first])
 @pytest.mark.parametrize("side", [30, 42, 100, 336])
-def test_high_pictures_are_padded_without_their_background_being_resized(side, monkeypatch):
+def test_high_pictures_are_padded_without_their_background_being_resized(side, resize, monkeypatch):
     """Of many shapes; at the sides of which columns meet often, less than the square is resized."""
     draw, shapes = np.random.default_rng(2), []
     processor = LlavaImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_pad=True
     )
     plain = plain_pixels(processor)
-    resize = Image.Image.resize
     heights = [draw.integers(2, 700) for _ in range(8)] + [
         side * n // 6 for n in (7, 8, 9, 12, 18, 24) if n * side < 4000
     ]
@@ -80,6 +89,7 @@ def test_high_pictures_are_padded_without_their_background_being_resized(side, m
         PixtralImageProcessorPil(),
         CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size=SQUARE),
         CLIPImageProcessorPil(do_resize=False),
+        LlavaImageProcessorPil(size={"height": 20, "width": 30}, do_center_crop=False, do_pad=True),
         SiglipImageProcessorPil(size=SQUARE, do_pad=True),
     ],
 )
