@@ -13,13 +13,20 @@ from torch import Tensor
 from moellava.moe.places import stacked
 
 
-@torch.library.custom_op("moellava::grouped_product", mutates_args=())
+# Schemas are written out, for torch 2.6 reads none off `list[Tensor]`.
+@torch.library.custom_op(
+    "moellava::grouped_product", mutates_args=(), schema="(Tensor rows, Tensor[] weights, Tensor ends) -> Tensor"
+)
 def grouped_product(row_RD: Tensor, weights: list[Tensor], ends_E: Tensor) -> Tensor:
     """Rows by the weights [I, D] of their experts: [R, I]. Weights in one memory are read there."""
     return F.grouped_mm(row_RD, stacked(weights).transpose(1, 2), offs=ends_E)
 
 
-@torch.library.custom_op("moellava::grouped_gradients", mutates_args=())
+@torch.library.custom_op(
+    "moellava::grouped_gradients",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor rows, Tensor[] weights, Tensor ends) -> (Tensor, Tensor)",
+)
 def grouped_gradients(grad_RI: Tensor, row_RD: Tensor, weights: list[Tensor], ends_E: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the rows [R, D] and of all weights [E, I, D]."""
     grad_RI = grad_RI.contiguous()
