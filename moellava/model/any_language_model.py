@@ -25,6 +25,7 @@ from moellava.model.families import FAMILIES
 from moellava.model.manifest import Manifest
 from moellava.model.probes import FAILURES, Anatomy, CannotComposeError, anatomy_of
 from moellava.model.section import note
+from moellava.model.stored import dtype_of_part
 from moellava.model.weights import require_sizes, shapes_in
 
 logger = get_logger(__name__)
@@ -71,7 +72,7 @@ def own_tensors(llm: Manifest, config: LlavaConfig, dtype: torch.dtype) -> dict[
     Raises:
         UserError: a damaged folder, or a model that Hugging Face's LLaVA cannot hold, with the reason.
     """
-    model = open_causal_lm(llm, dtype)
+    model = open_causal_lm(llm, dtype_of_part(llm.folder, dtype))
     try:
         anatomy = anatomy_of(model)
     except CannotComposeError as error:
