@@ -8,7 +8,7 @@ from typing import Any
 
 _LOGGED = "what is logged and measured"
 _TRAVELS = "in which pieces gradients and weights travel, and when; the sums are the same"
-_LIES = "where weights and states lie, how long weights stay gathered, and how they come"
+_LIES = "how long weights stay gathered, and through which memory they and the states come"
 _SAVED = "how checkpoints are written; optimizer states are read by parameter"
 _SPLIT = "how a step is split: its samples count"
 _CHECKED = "what is refused"
@@ -41,7 +41,7 @@ WITHOUT_EFFECT: dict[str, str] = {
         f"zero_optimization.{name}": _TRAVELS
         for name in (
             *("reduce_bucket_size", "overlap_comm", "contiguous_gradients", "allgather_partitions"),
-            *("allgather_bucket_size", "round_robin_gradients", "sub_group_size", "use_multi_rank_bucket_allreduce"),
+            *("allgather_bucket_size", "use_multi_rank_bucket_allreduce"),
             *("stage3_use_all_reduce_for_fetch_params", "use_all_reduce_for_fetch_params", "zero_hpz_partition_size"),
             *("stage3_allgather_sequential", "allgather_sequential"),
         )
@@ -54,11 +54,11 @@ WITHOUT_EFFECT: dict[str, str] = {
             *("stage3_model_persistence_threshold", "model_persistence_threshold"),
             *("stage3_max_live_parameters", "max_live_parameters", "stage3_max_reuse_distance", "max_reuse_distance"),
             *("stage3_module_granularity_threshold", "module_granularity_threshold"),
-            "offload_param",
+            *(f"offload_param.{name}" for name in ("pin_memory", "buffer_count", "buffer_size", "max_in_cpu")),
             *(
                 f"offload_optimizer.{name}"
                 for name in (
-                    *("pin_memory", "nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init"),
+                    *("pin_memory", "buffer_count", "pipeline_read", "pipeline_write", "fast_init"),
                     "cpuadam_cores_perc",
                 )
             ),
@@ -67,7 +67,8 @@ WITHOUT_EFFECT: dict[str, str] = {
     "aio": _LIES,
 }
 """Keys that may differ between a run and its continuation, or all below them -> why. Every other one counts, those that
-are not known, too: `offload_optimizer.device` among them, since another optimizer steps on the host."""
+are not known, too. So do `offload_optimizer.device`, since another optimizer steps on the host, and `sub_group_size`
+and `round_robin_gradients`, by which DeepSpeed's own states are cut: with others it cannot read them."""
 
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
