@@ -85,13 +85,13 @@ def _opened(
             **REPORT,
         )
     check_loaded(info, source)
-    if taken and any(isinstance(tensor, Stored) for tensor in taken.values()):
-        note_meant(model, on_meta(model.config, dtype), dtype)  # whose parts are to be in it, too
     if taken is not None and folder is not None:  # what Hugging Face takes of a folder beside its weights
         model.config.name_or_path = model.name_or_path = str(folder)
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     pin(model)
+    if taken and any(isinstance(tensor, Stored) for tensor in taken.values()):
+        note_meant(model, on_meta(model.config, dtype), dtype)  # whose parts are to be in it, too
     keep_head(model)
     hang_hooks(model)
     return model.eval()
