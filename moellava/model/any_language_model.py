@@ -25,6 +25,7 @@ from moellava.model.families import FAMILIES
 from moellava.model.manifest import Manifest
 from moellava.model.probes import FAILURES, Anatomy, CannotComposeError, anatomy_of
 from moellava.model.section import note
+from moellava.model.stored import dtype_of_part
 from moellava.model.weights import require_sizes, shapes_in
 
 logger = get_logger(__name__)
@@ -71,7 +72,7 @@ def own_tensors(llm: Manifest, config: LlavaConfig, dtype: torch.dtype) -> dict[
     Raises:
         UserError: a damaged folder, or a model that Hugging Face's LLaVA cannot hold, with the reason.
     """
-    model = open_causal_lm(llm, dtype)
+    model = open_causal_lm(llm, dtype_of_part(llm.folder, dtype))
     try:
         anatomy = anatomy_of(model)
     except CannotComposeError as error:
@@ -80,7 +81,7 @@ def own_tensors(llm: Manifest, config: LlavaConfig, dtype: torch.dtype) -> dict[
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = anatomy.ties_head
     note(config, softcap=anatomy.head.softcap)
     logger.info("%s (%s) is composed %s.", llm.called, type(model).__name__, in_words(anatomy))
-    return taken_apart(model, anatomy)
+    return taken_apart(model, anatomy, dtype)
 
 
 def open_causal_lm(llm: Manifest, dtype: torch.dtype) -> Any:
@@ -99,24 +100,26 @@ def open_causal_lm(llm: Manifest, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def taken_apart(model: Any, anatomy: Anatomy) -> dict[str, Tensor]:
-    """Body and head of a causal language model under a composed model's names, constants folded into the weights."""
+def taken_apart(model: Any, anatomy: Anatomy, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Body and head of a causal language model under a composed model's names, constants folded into the weights; what
+    is computed so is in `dtype`, unless the weights are in a wider one."""
+    wide = torch.promote_types(model.get_input_embeddings().weight.dtype, dtype)
     embedding = model.get_input_embeddings().weight
     words = {name for name, tensor in anatomy.body.named_parameters(remove_duplicate=False) if tensor is embedding}
     state = {
-        f"{BODY}.{name}": scaled(tensor, anatomy.embedding_scale if name in words else 1.0)
+        f"{BODY}.{name}": scaled(tensor, anatomy.embedding_scale if name in words else 1.0, wide)
         for name, tensor in anatomy.body.state_dict().items()
     }
     if not anatomy.ties_head:
-        state[f"{HEAD}.weight"] = scaled(anatomy.head.weight.detach(), anatomy.head.scale)
+        state[f"{HEAD}.weight"] = scaled(anatomy.head.weight.detach(), anatomy.head.scale, wide)
     if anatomy.head.bias is not None:
-        state[f"{HEAD}.bias"] = anatomy.head.bias.to(embedding.dtype)
+        state[f"{HEAD}.bias"] = anatomy.head.bias.to(wide)
     return state
 
 
-def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """The tensor itself, or it times a constant, in its own dtype."""
-    return tensor if factor == 1.0 else (tensor.float() * factor).to(tensor.dtype)
+def scaled(tensor: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """The tensor itself, or it times a constant, in a dtype."""
+    return tensor if factor == 1.0 else (tensor.float() * factor).to(dtype)
 
 
 def in_words(anatomy: Anatomy) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, logging
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, logging
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from moellava.auto_classes import PREFIX
 from moellava.errors import UserError
@@ -20,6 +21,7 @@ from moellava.model.hooks import hang_hooks
 from moellava.model.projectors import parse_projector
 from moellava.model.projectors.layers import pin_identities
 from moellava.model.section import section_of
+from moellava.model.stored import Stored, note_meant, to_load
 from moellava.model.weights import require_sizes
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
@@ -50,7 +52,7 @@ def build(config: PretrainedConfig, state: Mapping[str, torch.Tensor], dtype: to
     """A composed model that holds exactly `state`.
 
     The structure is built without memory and takes the tensors one by one, so tensors that are mapped from disk are
-    read once, into their final dtype.
+    read once, into their final dtype; inside `as_stored`, not yet.
 
     Args:
         config: a `LlavaConfig`; what it asks for decides the class.
@@ -62,12 +64,34 @@ def build(config: PretrainedConfig, state: Mapping[str, torch.Tensor], dtype: to
     """
     config = as_extended(config) if extension_of(config).reasons else config
     require_sizes(config, [tuple(tensor.shape) for tensor in state.values()], source)
+    return _opened(None, config, state, dtype, source)
+
+
+def _opened(
+    folder: Path | None,
+    config: PretrainedConfig,
+    state: Mapping[str, torch.Tensor] | None,
+    dtype: torch.dtype,
+    source: str,
+) -> Any:
+    taken = to_load(folder, config, state)
     with quietly():
         model, info = class_of(config).from_pretrained(
-            None, config=config, state_dict=dict(state), dtype=dtype, trust_remote_code=False, **REPORT
+            folder if taken is None else None,
+            config=config,
+            state_dict=taken,
+            dtype=dtype,
+            trust_remote_code=False,
+            **REPORT,
         )
     check_loaded(info, source)
+    if taken is not None and folder is not None:  # what Hugging Face takes of a folder beside its weights
+        model.config.name_or_path = model.name_or_path = str(folder)
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     pin(model)
+    if taken and any(isinstance(tensor, Stored) for tensor in taken.values()):
+        note_meant(model, on_meta(model.config, dtype), dtype)  # whose parts are to be in it, too
     keep_head(model)
     hang_hooks(model)
     return model.eval()
@@ -95,15 +119,7 @@ def read(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Any:
     Raises:
         UserError: see `build`.
     """
-    with quietly():
-        model, info = class_of(config).from_pretrained(
-            folder, config=config, dtype=dtype, trust_remote_code=False, **REPORT
-        )
-    check_loaded(info, str(folder))
-    pin(model)
-    keep_head(model)
-    hang_hooks(model)
-    return model.eval()
+    return _opened(folder, config, None, dtype, str(folder))
 
 
 def open_config(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
@@ -117,10 +133,15 @@ def open_config(folder: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def on_meta(config: PretrainedConfig) -> Any:
-    """The structure of a config's model, without memory."""
-    with torch.device("meta"):
-        return class_of(config)(config)
+def on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Any:
+    """The structure of a config's model, without memory. `dtype`: of its weights; None: torch's default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        with torch.device("meta"):
+            return class_of(config)(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def class_of(config: PretrainedConfig) -> Any:

@@ -41,6 +41,7 @@ from moellava.model.projectors import ProjectorSpec, parse_projector
 from moellava.model.projectors.layers import initial_weights
 from moellava.model.section import Section, note, section_of
 from moellava.model.shaped import NATIVE, PixtralProcessor, processor_class, shaped_processor
+from moellava.model.stored import resized
 from moellava.model.tiles import (
     LAYOUTS,
     NEWLINE,
@@ -344,7 +345,8 @@ def grow_embeddings(model: Any, rows: int) -> None:
     old = model.get_input_embeddings().weight.shape[0]
     if rows <= old:
         return
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    with resized(model):
+        model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
         for module in {model.get_input_embeddings(), model.get_output_embeddings()}:
             for tensor in (module.weight, getattr(module, "bias", None)):

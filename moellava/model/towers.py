@@ -32,6 +32,7 @@ from moellava.log import get_logger
 from moellava.model.joined_towers import JoinedTowersConfig, join, joined_shape
 from moellava.model.probes import FAILURES
 from moellava.model.projectors import ProjectorSpec, Sizes
+from moellava.model.stored import dtype_of_part
 from moellava.model.tower_images import canvas_of
 from moellava.model.tower_probes import (
     PIXELS,
@@ -139,6 +140,7 @@ def tower_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
     """The weights of a tower by their names in its class. Raises UserError where some are missing that its features
     need, or where the whole tower gives something else than its config said."""
     weight_files(folder)
+    dtype = dtype_of_part(folder, dtype)
     model, info = open_tower(folder, config, dtype)
     try:
         needed = read_parameters(model)

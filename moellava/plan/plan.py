@@ -19,6 +19,7 @@ from moellava.moe.own_routers import choices_of
 from moellava.plan.devices import Device
 from moellava.plan.samples import Batch, Samples
 from moellava.plan.trace import StepTrace, Traced
+from moellava.plan.zero3 import usual, visits_of, whole_in_the_backward
 from moellava.train.deepspeed.named import settings_named
 from moellava.train.fsdp import spread_experts
 from moellava.train.memory import FP32_BYTES, Layout, estimate, layout_of
@@ -32,9 +33,6 @@ PASSES = {False: 2, True: 3}
 
 PARTS = 32
 """Samples of a row that are traced one by one; of more the line of one row and two says what they take."""
-
-LIVE = 1e9
-"""Numbers that ZeRO-3 leaves gathered for the backward: `stage3_max_live_parameters`, in our file and by default."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,9 @@ class Held:
 
     Args:
         fixed: weights, gradients, optimizer states, bytes.
-        trained, weights, largest: bytes of the weights that train, of those that a process computes with, and of the
-            largest layer.
+        trained, weights: bytes of the weights that train, and of those that a process computes with.
         widest: bytes of the largest tensor that trains, which is copied before its gradient is summed.
+        whole: bytes that ZeRO-3 has gathered when a step is fullest.
         expert_share: of the trained weights, that of routed experts.
         expert_weights: of the weights, those of experts that FSDP2 spreads: this process's.
         rows: bytes of the rows that travel for one token and one way, over all sparse layers.
@@ -124,12 +122,12 @@ class Held:
     fixed: dict[str, float]
     trained: float
     weights: float
-    largest: float
     expert_share: float
     rows: float
     element: int
     expert_weights: float = 0.0
     widest: float = 0.0
+    whole: float = 0.0
 
 
 def layouts_for(
@@ -191,17 +189,18 @@ def held_by(vlm: VLM, layout: Layout) -> Held:
         fixed["gathered"] = gathered(model, own, layout, element)
     if layout.deepspeed:
         fixed["buckets"] = float(layout.buffers * (layout.bucket or hidden**2) * element)
+    whole = whole_in_the_backward(visits_of(model), usual(hidden)) if layout.zero >= 3 else 0
     every, spread = (sum(p.nbytes for p in some) for some in (model.parameters(), own_experts))
     return Held(
         fixed,
         all_trained,
         every - spread + spread / layout.ep_size,
-        max(sum(p.nbytes for p in layer.parameters()) for layer in model.get_decoder().layers),
         of_experts / max(all_trained, 1),
         float(choices * hidden * element),
         element,
         spread / layout.ep_size,
         max((parameter.nbytes for parameter in trained), default=0.0),
+        float(whole * element),
     )
 
 
@@ -314,7 +313,7 @@ def row_of(asked: Asked, layout: Layout, held: Held, samples: int, checkpointing
     memory = dict(held.fixed)
     memory["activations"] = beside_gradients(asked, layout, held, traced)
     if layout.zero >= 3:
-        memory["gathered"] = max(2 * held.largest, min(held.weights, LIVE * held.element)) + 2 * held.widest
+        memory["gathered"] = held.whole + 2 * held.widest
     # When the optimizer steps, the activations are gone; DeepSpeed copies a process's gradients as fp32 then.
     if layout.zero in (1, 2):
         copied = memory["optimizer"] / 3 if not layout.offload else 0.0

@@ -21,6 +21,7 @@ from moellava.adapters.lora import (
 from moellava.errors import UserError
 from moellava.model.origin import hub_id
 from moellava.model.parts import covering
+from moellava.model.stored import meant
 from moellava.moe import moe_layers
 from moellava.train.arguments import ModelArguments, MoEArguments, TrainingArguments
 from moellava.train.memory import zero_stage
@@ -42,7 +43,7 @@ def adapt(vlm: VLM, model_args: ModelArguments, moe_args: MoEArguments, args: Tr
     quantised: dict[str, Any] = {"bits": args.bits, "quant_type": args.quant_type, "double_quant": args.double_quant}
     origin = {
         "base": base,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(meant(next(model.parameters()))).removeprefix("torch."),
         "moe": getattr(model.config, "moe", None),
         "quantised": quantised,
     }

@@ -144,6 +144,13 @@ def training_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
+def casts_later(args: TrainingArguments, moe_args: MoEArguments) -> bool:
+    """Whether weights stay as they are stored until a model is laid out: where it is sharded, or gets fp32 masters.
+    DeepSpeed makes its own of 16 bits, quantised weights are of the run's, and upcycling computes with the model."""
+    is_ours = not args.deepspeed and args.bits == 16 and not moe_args.moe_enable
+    return is_ours and (args.fsdp_size > 1 or training_dtype(args) != torch.float32)
+
+
 def start_of(model_args: ModelArguments) -> tuple[Manifest, Architecture | None]:
     """The folder that the flags name, and what a registered id, or else the folder, says that it is. Raises UserError:
     see `find_model`."""

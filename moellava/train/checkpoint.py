@@ -20,6 +20,7 @@ from moellava.data.render.own import begin_on, day
 from moellava.errors import UserError
 from moellava.files import flush_tree, read_json, write_json
 from moellava.log import get_logger
+from moellava.train.deepspeed.settings import differences
 from moellava.train.identity import renewed
 from moellava.train.intact import write_digests
 
@@ -129,12 +130,19 @@ def require_same(output_dir: Path, stored: dict[str, Any], part: str, now: dict[
     before, now = stored[part], json.loads(json.dumps(now))
     different = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if different:
-        lines = [f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in different]
+        lines = [f"  {line}" for key in different for line in told(key, before.get(key), now.get(key))]
         longer = LONGER.format(folder=output_dir) if stored["finished"] and set(different) <= set(LENGTH) else ""
         raise UserError(
             f"--output_dir {output_dir} holds another run:\n" + "\n".join(lines) + "\n"
             f"{longer}Choose another folder, or remove this one to start anew."
         )
+
+
+def told(key: str, before: Any, now: Any) -> list[str]:
+    """How something differs, in lines: DeepSpeed's settings by their own keys."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [f"{key}, {name}: {old!r} there, {new!r} now" for name, old, new in differences(before, now)]
+    return [f"{key}: {before!r} there, {now!r} now"]
 
 
 LENGTH = ("--num_train_epochs", "--max_steps")

@@ -23,6 +23,7 @@ from moellava.data.scan import shared, slices_of
 from moellava.data.shown import SLICE, Shown, looked_up
 from moellava.files import MODEL_FILES, PAGE, file_digest, read_json
 from moellava.model.manifest import Manifest
+from moellava.train.deepspeed.settings import differences
 
 _LOGGED = "what is logged and shown, and where"
 _SAVED = "what is saved when, and where it is sent"
@@ -161,21 +162,11 @@ def run_contents(
     return {f"content of {flag}": content for flag, content in found.items()}
 
 
-HOW_GRADIENTS_TRAVEL = ("reduce_bucket_size", "overlap_comm")
-"""Of DeepSpeed's `zero_optimization`: in which pieces gradients are summed, and when; the sums are the same."""
-
-
 def settings_content(settings: dict[str, Any] | None, stored: Any) -> Any:
-    """What DeepSpeed's settings say; what is stored, where that says the same of all that decides a step."""
-
-    def decisive(content: Any) -> Any:
-        if not isinstance(content, dict):
-            return content
-        zero = content.get("zero_optimization", {})
-        kept = {key: value for key, value in zero.items() if key not in HOW_GRADIENTS_TRAVEL}
-        return content | {"zero_optimization": kept}
-
-    return stored if decisive(stored) == decisive(settings) else settings
+    """What DeepSpeed's settings say; what is stored, where that says the same of all that a run's numbers depend on."""
+    if isinstance(settings, dict) and isinstance(stored, dict) and not differences(stored, settings):
+        return stored
+    return settings
 
 
 def data_content(records: Records, stored: str | None) -> str:

@@ -2,16 +2,20 @@
 """fp32 masters of 16-bit weights, for the native engine; DeepSpeed keeps its own.
 
 A step of 2e-5 is smaller than half the distance between two bf16 numbers near 1, so a 16-bit weight of a norm would
-never move. What trains is held in fp32, computes in 16 bits under autocast, and is saved in 16 bits.
+never move. What trains is held in fp32, begins with what the folder holds, computes in 16 bits under autocast, and is
+saved in 16 bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from moellava.model.stored import meant
 
 
 @dataclass(frozen=True)
@@ -36,22 +40,26 @@ class Masters:
 
 
 def masters_of(model: nn.Module, dtype: torch.dtype) -> Masters | None:
-    """The masters of a model that is yet to be sharded: what trains in `dtype`. None where nothing does, or `dtype` is
-    fp32."""
-    places = {parameter.data_ptr() for parameter in _to_raise(model, dtype)}
+    """The masters of a model that is yet to be sharded: what trains and is meant to be in `dtype`. None where nothing
+    is, or `dtype` is fp32."""
+    places = {p.data_ptr() for p in model.parameters() if p.requires_grad and meant(p) == dtype != torch.float32}
     names = frozenset(name for name, value in model.state_dict().items() if value.data_ptr() in places)
     return Masters(names, dtype) if names else None
 
 
-def raise_trained(model: nn.Module, dtype: torch.dtype) -> None:
-    """Makes what trains in `dtype` fp32: of a sharded model this process's share alone."""
-    for parameter in _to_raise(model, dtype):
+def dtypes_of(model: nn.Module, masters: Masters | None) -> dict[str, torch.dtype]:
+    """Name of a parameter -> what it is held in while the model trains: fp32 for masters."""
+    names = frozenset() if masters is None else masters.names
+    return {name: torch.float32 if name in names else meant(one) for name, one in model.named_parameters()}
+
+
+def cast(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Casts parameters, by name: of a sharded model this process's share alone."""
+    for name, parameter in list(model.named_parameters()):
+        if parameter.dtype == dtypes[name]:
+            continue
         if isinstance(parameter, DTensor):  # whose data is a tensor inside it, which torch exchanges only so
-            raised = nn.Parameter(parameter.detach().float())
-            torch.utils.swap_tensors(parameter, raised)
+            share = nn.Parameter(parameter.detach().to(dtypes[name]), requires_grad=parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, share)
         else:
-            parameter.data = parameter.data.float()
-
-
-def _to_raise(model: nn.Module, dtype: torch.dtype) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad and p.dtype == dtype != torch.float32]
+            parameter.data = parameter.data.to(dtypes[name])

@@ -32,11 +32,12 @@ from moellava.data.skip_lists import SkipList, read_skip_list
 from moellava.errors import UserError, message_of
 from moellava.log import copied_to, get_logger, is_rank_zero, printable
 from moellava.model.manifest import read_folder
+from moellava.model.stored import as_stored
 from moellava.moe import enable_gradient_checkpointing
 from moellava.moe.activations import use_kernels
 from moellava.processes import leave_group, of_rank_zero
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments
-from moellava.train.assemble import Assembled, assemble, leave_files, start_of, training_dtype
+from moellava.train.assemble import Assembled, assemble, casts_later, leave_files, start_of, training_dtype
 from moellava.train.checkpoint import (
     check_contents,
     check_folder,
@@ -57,7 +58,7 @@ from moellava.train.intact import require_intact
 from moellava.train.known_features import know_features, refuse_features
 from moellava.train.known_pixels import know_pixels, refuse_pixels
 from moellava.train.lock import locked
-from moellava.train.masters import Masters, masters_of, raise_trained
+from moellava.train.masters import Masters, cast, dtypes_of, masters_of
 from moellava.train.memory import describe, estimate, layout_of
 from moellava.train.parsing import TrainingArguments, arguments_of, given_flags, parse_arguments
 from moellava.train.present import require_present
@@ -132,7 +133,7 @@ def begin(
         remove_abandoned_locks(extension_root())
     tasks = tasks_of(args.eval_task, args.eval_task_folder, args.eval_task_limit)
     set_seed(args.seed)
-    with whole_parameters(args):
+    with whole_parameters(args), as_stored(casts_later(args, moe_args)):
         assembled = assemble(stage, model_args, data_args, moe_args, args)
     vlm, adapter = assembled.vlm, assembled.adapter
     trained = trainable_parameters(vlm, adapter) if adapter else stage.selects(vlm, model_args, moe_args)
@@ -162,14 +163,14 @@ def begin(
 
 
 def laid_out(vlm: VLM, ep_size: int, args: TrainingArguments) -> Masters | None:
-    """Shards a model where --fsdp_size asks for it, and makes fp32 masters of what trains in 16 bits; None: there are
-    none. Of a mapped file a process reads its share, and it never has more than that in fp32. Raises UserError."""
+    """Shards a model where --fsdp_size asks for it, and casts what was opened as it is stored: what trains in 16 bits
+    gets fp32 masters; None: there are none. Of a mapped file a process reads and casts its share. Raises UserError."""
     masters = None if args.deepspeed else masters_of(vlm.model, training_dtype(args))
+    dtypes = dtypes_of(vlm.model, masters)
     if args.fsdp_size > 1:
         check_shards(vlm.model, vlm.source, args.fsdp_size, ep_size)
         shard(vlm.model, args.fsdp_size, ep_size, args.device, in_16_bits=args.bf16)
-    if masters is not None:
-        raise_trained(vlm.model, masters.dtype)
+    cast(vlm.model, dtypes)
     if args.fsdp_size > 1:
         heap.give_back()
     elif args.world_size > 1 and args.device.type == "cpu":

@@ -153,7 +153,8 @@ def test_quantised_weights_are_refused_where_a_run_starts(copy):
 OPENERS = {"from_pretrained", "from_config"}
 WITHOUT_CODE = {("adapters/folder.py", "LoraConfig.from_pretrained")}
 WITHOUT_CODE |= {("convert/export/reopened.py", "PeftModel.from_pretrained")}
-"""Calls that have no such argument: an adapter's settings name no code that peft runs."""
+WITHOUT_CODE |= {("model/build.py", "GenerationConfig.from_pretrained")}
+"""Calls that have no such argument: the settings of an adapter, or of answers, name no code that is run."""
 
 ALLOWED_CODE = {"lmm/remote.py", "lmm/architectures/phi3_v.py"}
 """Reached with --trust_remote_code True alone. See `describe_released`."""

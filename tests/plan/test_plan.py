@@ -11,6 +11,7 @@ from moellava.plan.plan import Asked, Held, Row, cheapest, held_by, layouts_for,
 from moellava.plan.report import best_of_each, called, flags_of, launcher, table
 from moellava.plan.samples import Sample, Samples
 from moellava.plan.trace import Traced
+from moellava.plan.zero3 import usual, visits_of, whole_in_the_backward
 from moellava.train.memory import Layout
 from moellava.vlm import VLM
 from tests.plan.test_trace import model
@@ -85,7 +86,7 @@ def test_a_line_through_two_numbers_of_samples_says_the_third():
 
 
 def test_rows_that_travel_take_time_on_the_link():
-    held = Held({"optimizer": 0.0}, 1e6, 1e6, 1e5, 1.0, 1e6, 2)
+    held = Held({"optimizer": 0.0}, 1e6, 1e6, 1.0, 1e6, 2)
     layouts = [Layout(2, zero=2, ep_size=size) for size in (1, 2)]
     alone, spread = (
         moved_seconds(replace(asked(tuple(layouts)), data=MANY), layout, held, 1, False, Traced(0, 0, 1))
@@ -115,12 +116,14 @@ def test_a_split_model_is_gathered_by_layers_and_a_process_gathers_its_own_exper
         assert held.rows == (0 if ep_size == 1 else 4 * 4 * 32 * 4)  # layers, choices, hidden numbers, bytes
 
 
-def test_zero3_leaves_weights_gathered_for_the_backward():
+def test_zero3_has_whole_what_its_rules_leave_and_copies_a_gradient():
     layout, model = Layout(2, zero=3), sparse_vlm().model
     vlm = VLM(model.to(torch.bfloat16), None, None, None)
     row = row_of(asked((layout,) * 2), layout, held_by(vlm, layout), 1, False, Traced(0, 0, 1))
     numbers = [parameter.numel() for parameter in model.parameters()]
-    assert row.memory["gathered"] == 2 * sum(numbers) + 2 * 2 * max(numbers)
+    whole = whole_in_the_backward(visits_of(model), usual(model.config.text_config.hidden_size))
+    assert row.memory["gathered"] == 2 * whole + 2 * 2 * max(numbers)
+    assert model.lm_head.weight.numel() < whole < sum(numbers)
 
 
 def test_spread_experts_are_not_fetched_and_their_rows_travel():

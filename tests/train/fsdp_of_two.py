@@ -4,7 +4,8 @@ a make-believe one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlavaForConditionalGeneration
 
 from moellava.errors import UserError
+from moellava.files import read_json
+from moellava.model.build import open_config, read
+from moellava.model.stored import as_stored
 from moellava.train.fsdp import is_fsdp, own, shard
-from moellava.train.masters import masters_of, raise_trained
+from moellava.train.masters import cast, dtypes_of, masters_of
 from moellava.train.optimizer import parameter_groups
 from moellava.train.stopping import require_finite
+from moellava.train.train import laid_out
 from tests import tiny
 
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
@@ -73,9 +78,10 @@ def test_masters_are_made_of_a_share(two_of_them):
     whole, model = (sparse_model().to(torch.bfloat16) for _ in range(2))
     model.lm_head.requires_grad_(False)
     masters = masters_of(model, torch.bfloat16)
+    dtypes = dtypes_of(model, masters)
     shard(model, fsdp_size=2, ep_size=2, device=torch.device("cpu"), in_16_bits=True)
     held = dict(model.named_parameters())
-    raise_trained(model, torch.bfloat16)
+    cast(model, dtypes)
     wanted = dict(whole.named_parameters())
     assert masters is not None and masters.names == wanted.keys() - {"lm_head.weight"}
     for name, parameter in model.named_parameters():
@@ -83,3 +89,39 @@ def test_masters_are_made_of_a_share(two_of_them):
         kept = torch.bfloat16 if name == "lm_head.weight" else torch.float32
         assert parameter is held[name] and parameter.dtype == own(parameter).dtype == kept, name
         assert torch.equal(own(parameter.detach()), half.to(kept)), name
+
+
+def one_dtype(dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """Every tensor of a folder in one dtype."""
+    return lambda name: dtype
+
+
+def two_dtypes(name: str) -> torch.dtype:
+    """As towers are released beside language models, and norms beside linears."""
+    return torch.float32 if "vision" in name or "norm" in name else torch.float16
+
+
+FOLDERS = {"fp32": one_dtype(torch.float32), "bf16": one_dtype(torch.bfloat16), "fp16": one_dtype(torch.float16)}
+FOLDERS |= {"fp32 and fp16": two_dtypes}
+
+
+@pytest.mark.parametrize("run", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", FOLDERS)
+def test_a_share_begins_with_every_bit_of_the_folder(two_of_them, tmp_path, stored, run):
+    """Whatever the two dtypes: what trains is in fp32, what rests in the run's, both of the folder's own numbers."""
+    model = tiny.tiny_llava()
+    model.config.vision_config.dtype = torch.float32
+    state = {name: value.to(FOLDERS[stored](name)) for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with as_stored():
+        opened = read(tmp_path, open_config(tmp_path, read_json(tmp_path / "config.json")), run)
+    for part in (opened.lm_head, opened.model.vision_tower):
+        part.requires_grad_(False)
+    args = SimpleNamespace(deepspeed=None, fp16=False, bf16=run == torch.bfloat16, fsdp_size=2, world_size=2)
+    args.device = torch.device("cpu")
+    masters = laid_out(SimpleNamespace(model=opened, source="this model"), 1, args)
+    assert (masters is None) == (run == torch.float32)
+    for name, parameter in opened.named_parameters():
+        kept = torch.float32 if parameter.requires_grad else run
+        wanted = state[name][: (len(state[name]) + 1) // 2].to(kept)
+        assert parameter.dtype == kept and torch.equal(own(parameter.detach()), wanted), name

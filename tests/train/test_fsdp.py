@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration, get_scheduler
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, get_scheduler
 
 from moellava.errors import UserError
 from moellava.train.fsdp import check_shards, require_same_engine
@@ -27,7 +27,7 @@ from tests.train.fsdp_of_two import sparse_model
 def test_one_of_two_processes_holds_its_share():
     own = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "train" / "fsdp_of_two.py")]
     done = run([sys.executable, *own], cwd=ROOT, fresh=True)
-    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -123,6 +123,27 @@ def test_two_processes_are_one_and_go_on_in_other_pieces(flags_for, tokenizer_fo
     again = tiny.weights_of(tmp_path / "again")
     for name, value in found.items():
         torch.testing.assert_close(again[name], value, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stored", "run", "rounding"),
+    [("bfloat16", "float32", 1e-5), ("float16", "float32", 1e-5), ("float32", "bfloat16", 5e-3)],
+)
+def test_folders_of_another_dtype_train_in_pieces(flags_for, parts, tmp_path, stored, run, rounding):
+    """Losses are those of one process; under --bf16 that computes norms in fp32, and pieces are gathered as bf16."""
+    lm = AutoModelForCausalLM.from_pretrained(parts / "lm", dtype=getattr(torch, stored))
+    shutil.copytree(parts / "lm", tmp_path / "lm")
+    lm.save_pretrained(tmp_path / "lm")
+    flags = flags_for(tmp_path, "finetune") | {"model_name_or_path": tmp_path / "lm", "untrained_projector": True}
+    flags |= {"pretrain_mm_mlp_adapter": None, "max_steps": 3, "save_strategy": "no", "bf16": run == "bfloat16"}
+    one = train_here(flags | {"per_device_train_batch_size": 8, "output_dir": tmp_path / "one"})
+    flags |= {"per_device_train_batch_size": 4, "fsdp_size": 2, "output_dir": tmp_path / "two"}
+    done = run_train(flags, processes=2, launcher="torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(one), abs=rounding)
+    kinds = [{value.dtype for value in tiny.weights_of(folder).values()} for folder in (one, tmp_path / "two")]
+    assert kinds == [{getattr(torch, run)}] * 2
 
 
 @pytest.mark.slow

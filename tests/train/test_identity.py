@@ -6,14 +6,21 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
 from moellava.data.media import MediaFiles
 from moellava.data.records import load_records
 from moellava.errors import UserError
 from moellava.train import identity as known
 from moellava.train.arguments import ARGUMENT_CLASSES, parse_arguments
+from moellava.train.checkpoint import require_same
+from moellava.train.deepspeed.named import names, settings_named
+from moellava.train.deepspeed.settings import WITHOUT_EFFECT as WITHOUT_DEEPSPEEDS
+from moellava.train.deepspeed.settings import decisive
 from moellava.train.identity import WITHOUT_EFFECT, run_identity, settings_content
 from tests.processes import train_here
 from tests.tiny import record, weights_of
@@ -123,9 +130,60 @@ def test_the_content_of_images_is_read_once(image_tree, data_file, tmp_path, mon
     assert known.media_content(text, MediaFiles(image_tree)) == f"0 files, {known.combined([])}"
 
 
-def test_settings_of_deepspeed_differ_by_what_decides_a_step():
+COUNT = {
+    *("bf16.enabled", "fp16.enabled", "fp16.loss_scale", "fp16.initial_scale_power", "fp16.loss_scale_window"),
+    *("fp16.hysteresis", "fp16.min_loss_scale", "gradient_clipping"),
+    *("zero_optimization.stage", "zero_optimization.offload_optimizer.device", "zero_optimization.sub_group_size"),
+}
+"""Of the settings that come with the package, those that a run's numbers depend on."""
+
+DO_NOT = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+    *(
+        f"zero_optimization.{name}"
+        for name in (
+            *("reduce_bucket_size", "overlap_comm", "contiguous_gradients"),
+            *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters"),
+            *("stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save", "offload_optimizer.pin_memory"),
+        )
+    ),
+}
+"""And those by which a run is only faster, or lies elsewhere."""
+
+
+def leaves(settings: dict[str, object], inside: str = "") -> set[str]:
+    """Dotted keys of settings."""
+    below = (leaves(v, f"{inside}{k}.") if isinstance(v, dict) else {inside + k} for k, v in settings.items())
+    return set().union(*below)
+
+
+def test_every_setting_of_the_package_counts_or_does_not():
+    files = {name: json.loads(Path(str(settings_named(name))).read_text()) for name in names()}
+    assert len(files) == 4 and set().union(*(leaves(one) for one in files.values())) == COUNT | DO_NOT
+    assert set().union(*(decisive(one) for one in files.values())) == COUNT
+
+
+def test_settings_that_do_not_count_are_deepspeeds_own():
+    """A mistyped one would be refused as before, and nobody would know why."""
+    known = {name for key, one in DeepSpeedZeroConfig.model_fields.items() for name in (key, one.alias)}
+    known |= {f"offload_optimizer.{name}" for name in DeepSpeedZeroOffloadOptimizerConfig.model_fields}
+    known |= {f"offload_param.{name}" for name in DeepSpeedZeroOffloadParamConfig.model_fields}
+    zero = {name.removeprefix("zero_optimization.") for name in WITHOUT_DEEPSPEEDS if name.startswith("zero_opt")}
+    assert len(zero) > 25 and not zero - known and all(WITHOUT_DEEPSPEEDS.values())
+
+
+def test_settings_of_deepspeed_differ_by_what_decides_a_step(tmp_path):
     stored = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": True}}
-    assert settings_content({"zero_optimization": {"stage": 2, "reduce_bucket_size": 12_500_000}}, stored) is stored
-    other = {"zero_optimization": {"stage": 1}}
-    assert settings_content(other, stored) is other and settings_content(other, None) is other
+    faster = {"steps_per_print": 5, "tensorboard": {"enabled": True}}
+    faster |= {
+        "zero_optimization": {"stage": 2, "allgather_bucket_size": 10, "offload_optimizer": {"pin_memory": True}}
+    }
+    assert settings_content(faster, stored) is stored
+    for other in ({"zero_optimization": {"stage": 1}}, stored | {"gradient_clipping": 2.0}, stored | {"unknown": 1}):
+        assert settings_content(other, stored) is other and settings_content(other, None) is other
     assert settings_content(None, stored) is None
+    before, now = {"contents": {"content of --deepspeed": stored}, "finished": False}, stored | {"unknown": 1}
+    with pytest.raises(UserError) as refused:
+        require_same(tmp_path, before, "contents", {"content of --deepspeed": now | {"steps_per_print": 5}})
+    lines = [line for line in str(refused.value).splitlines() if "there" in line]
+    assert lines == ["  content of --deepspeed, unknown: None there, 1 now"]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """ZeRO: gradients are summed together; under ZeRO-3 a dense model trains, experts are refused by name."""
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,3 +105,26 @@ def test_two_processes_under_zero3_train_as_one(tmp_path, flags_for, run_train, 
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("split", "whole"))
     assert one.keys() == other.keys()
     assert all(torch.allclose(one[name], other[name], atol=1e-2) for name in one)
+
+
+@pytest.mark.slow
+def test_settings_that_do_not_count_may_change_on_the_way(tmp_path, flags_for, run_train, losses_of, begin_at):
+    """A run of ZeRO-3 goes on with other buckets and limits to the same weights."""
+    flags = flags_for(tmp_path, "finetune") | {"max_steps": 4, "save_total_limit": 3, "untrained_projector": True}
+    flags |= {"pretrain_mm_mlp_adapter": None, "skip_dry_save": True}
+    content = json.loads(Path(str(settings_named("zero3"))).read_text())
+    content |= {"steps_per_print": 7}
+    content["zero_optimization"] |= {
+        **{"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0},
+        **{"stage3_max_live_parameters": 9_000, "stage3_max_reuse_distance": 0, "reduce_bucket_size": 20_000},
+    }
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    folders = {"zero3": tmp_path / "through", tmp_path / "other.json": tmp_path / "again"}
+    for settings, folder in folders.items():
+        if folder.name == "again":
+            begin_at(2, tmp_path / "through", folder)
+        result = run_train(flags | {"deepspeed": settings, "output_dir": folder}, processes=2)
+        assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    assert losses_of(tmp_path / "again") == pytest.approx(losses_of(tmp_path / "through"), abs=1e-6)
+    one, other = (load_file(folder / "model.safetensors") for folder in folders.values())
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
