@@ -94,9 +94,10 @@ def test_the_state_of_a_picture_is_that_of_its_content(bucket, monkeypatch):
     again = states_of(media, MediaFiles(f"{ROOT}/images"))
     assert again[0] != first[0] and (again[1:] == first[1:]).all()
     # A server that lists nothing is asked for each file.
-    monkeypatch.setattr(type(bucket), "ls", lambda *args, **kwargs: [])
-    folder = RemoteFolder(f"{ROOT}/images")
-    assert folder.state("cats/0.png") and folder.state("cats/9.png") is None
+    with monkeypatch.context() as patched:
+        patched.setattr(type(bucket), "ls", lambda *args, **kwargs: [])
+        folder = RemoteFolder(f"{ROOT}/images")
+        assert folder.state("cats/0.png") and folder.state("cats/9.png") is None
 
 
 def test_what_is_not_there_or_cannot_be_opened_is_told_before_training(bucket, monkeypatch):
