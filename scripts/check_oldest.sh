@@ -13,4 +13,4 @@ trap 'rm -f -- "$CONSTRAINTS"' EXIT
 grep -oE '"[A-Za-z-]+(\[[a-z]+\])?>=[0-9.]+' setup.py | sed -E 's/"|\[[a-z]+\]//g; s/>=/==/' | sort -V | sort -u -t= -k1,1 \
   >"$CONSTRAINTS"
 rm -rf -- "$VENV"
-bash scripts/test.sh "$@"
+SKIP=mypy bash scripts/test.sh "$@" # whose types are those of newer releases
