@@ -3,7 +3,8 @@
 
 Processors that cut pictures into tiles or patches do so in ways of their own, which stay theirs. What they have in
 common is `normalize(rescale(image))` of arrays of 8 bits, which takes three passes through floats: here one look at a
-table (`tones.py`), and the same numbers to the bit.
+table (`tones.py`), and the same numbers to the bit. Their pictures go into arrays and through Pillow's resizing without
+detours (`resized.py`), and patches are cut while a pixel is a byte (`patched.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from moellava.data.patched import Patched, cuts_patches, steps_of
 from moellava.data.plain_pixels import noise
+from moellava.data.resized import quicker_base
 from moellava.data.tones import Tones, tones_of
 
 STEPS = ("rescale", "normalize")
@@ -49,12 +52,15 @@ class Tabled:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Its class is made anew where it arrives."""
-        return _made, (self.plain,)
+        return _made, (self.plain, type(self).__bases__[0], Tones(self.plain))
 
 
-def steps_of(processor: Any) -> tuple[Any, ...]:
-    """What decides over the tones of an image processor."""
-    return processor.rescale_factor, *np.ravel(processor.image_mean), *np.ravel(processor.image_std)
+class TabledPatches(Patched, Tabled):
+    """Of a class that cuts pictures into patches."""
+
+
+WAYS = (TabledPatches, Tabled)
+"""What is tried before an image processor's class, the fastest first."""
 
 
 def with_table(processor: Any) -> Any:
@@ -69,14 +75,14 @@ def tabled(processor: Any) -> Any:
     tones = tones_of(processor)
     if tones is None or not (processor.do_rescale and processor.do_normalize) or not _has_usual_steps(processor):
         return processor
-    made = _made(processor)
-    return made if all(_alike(processor, made, picture) for picture in noise()) else processor
+    tried = (_made(processor, way, tones) for way in WAYS if way is Tabled or cuts_patches(processor))
+    return next((made for made in tried if _alike(processor, made)), processor)
 
 
-def _made(processor: Any) -> Any:
-    own = {"plain": processor, "tones": Tones(processor), "steps": steps_of(processor)}
+def _made(processor: Any, way: type, tones: Tones) -> Any:
+    own = {"plain": processor, "tones": tones, "steps": steps_of(processor)}
     cls = type(processor)
-    made: Any = object.__new__(type(cls.__name__, (Tabled, cls), own))
+    made: Any = object.__new__(type(cls.__name__, (way, cls, quicker_base()), own))
     made.__dict__ = processor.__dict__
     return made
 
@@ -87,12 +93,16 @@ def _has_usual_steps(processor: Any) -> bool:
     return all(getattr(type(processor), step) is getattr(PilBackend, step) for step in STEPS)
 
 
-def _alike(processor: Any, other: Any, picture: Any) -> bool:
-    """Whether both make the same of a picture, to the bit. False where it cannot be told."""
+def _alike(processor: Any, other: Any) -> bool:
+    """Whether both make the same of pictures, to the bit. False where it cannot be told."""
     try:
-        wanted, found = (dict(each([picture], return_tensors="pt")) for each in (processor, other))
+        made = [[dict(each([picture], return_tensors="pt")) for each in (processor, other)] for picture in noise()]
     except (ValueError, ZeroDivisionError, IndexError):  # as processors refuse pictures of some shapes
         return False
+    return all(_same(wanted, found) for wanted, found in made)
+
+
+def _same(wanted: dict[str, Any], found: dict[str, Any]) -> bool:
     return wanted.keys() == found.keys() and all(
         type(wanted[name]) is type(found[name]) and np.array_equal(wanted[name], found[name]) for name in wanted
     )

@@ -7,11 +7,15 @@ processor has filled itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+BLOCK = 100_000
+"""Tones that are looked up at a time, so that their places in the table stay in the machine's cache."""
 
 
 class Tones:
@@ -39,10 +43,29 @@ class Tones:
 
     def patches(self, patches: np.ndarray) -> torch.Tensor:
         """The same of tones [N, 3, H, W] all at a time, where a picture is many patches."""
-        made = np.empty(patches.shape, self.table.dtype)
-        begins = np.arange(3, dtype=np.uint16)[:, None, None] * 256
-        np.take(self.table.ravel(), patches + begins, out=made, mode="clip")
-        return torch.from_numpy(made)
+        return self.repeated(patches.reshape(len(patches), 3, -1), 1).reshape(patches.shape)
+
+    def repeated(self, patches: np.ndarray, times: int) -> torch.Tensor:
+        """[N, 3 · t · P] of patches in tones [N, 3, P], each channel so many times.
+
+        Tones are looked up two at a time, as numbers of 16 bits, where P is even.
+        """
+        rows, channels, pixels = patches.shape
+        in_pairs = pixels % 2 == 0 and self.table.dtype == np.float32
+        tables, given = (self._pairs, patches.view(np.uint16)) if in_pairs else (self.table, patches)
+        made = np.empty((rows, channels, times, given.shape[2]), tables.dtype)
+        step = max(1, BLOCK // max(1, pixels))
+        for begin in range(0, rows, step):
+            block = slice(begin, begin + step)
+            for channel, tones in enumerate(tables):
+                made[block, channel] = np.take(tones, given[block, channel], mode="clip")[:, None]
+        return torch.from_numpy(made.view(self.table.dtype).reshape(rows, -1))
+
+    @functools.cached_property
+    def _pairs(self) -> np.ndarray:
+        """What becomes of two tones in a row, [3, 65536] of two numbers each."""
+        both = np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
+        return np.take(self.table, both, axis=1).view(np.float64)[..., 0]
 
     def of(self, pixels: torch.Tensor) -> torch.Tensor | None:
         """The tones, uint8, of pixels [N, 3, H, W]; None: not every pixel is one."""

@@ -40,6 +40,19 @@ def test_every_tone_of_every_channel_comes_back():
     assert torch.equal(tones.of(tones.pixels(every.numpy())), every)
 
 
+@pytest.mark.parametrize("pixels", [0, 1, 6, 49, 196, 120_001])
+@pytest.mark.parametrize("times", [1, 3])
+def test_patches_are_looked_up_and_repeated(pixels, times):
+    """One tone at a time or two, in one block or in several."""
+    tones = Tones(CLIPImageProcessorPil())
+    patches = np.random.default_rng(0).integers(0, 256, (600 if pixels < 1000 else 2, 3, pixels), np.uint8)
+    planes = np.stack([row[patches[:, channel]] for channel, row in enumerate(tones.table)], 1)
+    expected = np.repeat(planes[:, :, None], times, 2).reshape(len(patches), -1)
+    assert np.array_equal(tones.repeated(patches, times).numpy(), expected)
+    if times == 1:
+        assert np.array_equal(tones.patches(patches[:, :, None]).numpy(), planes[:, :, None])
+
+
 @pytest.mark.parametrize("value", [0.123456, float("nan"), float("inf"), -99.0])
 def test_what_is_no_tone_is_found(value):
     tones = Tones(CLIPImageProcessorPil())
