@@ -34,6 +34,19 @@ def test_norms_move_at_a_small_rate(start, parts):
         assert not torch.equal(after[name], old.float()), name
 
 
+def test_masters_begin_with_every_bit_of_the_folder(start, parts, tmp_path):
+    """The first step of a warmup has a rate of 0: what is saved is what the run began with."""
+    warmup = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2, "max_steps": 2, "save_steps": 1}
+    flags = start[0] | {"output_dir": str(tmp_path)} | warmup
+    began = weights_of(train_here(flags) / "checkpoint-1")
+    stored = {name.removeprefix("model."): value for name, value in weights_of(parts / "lm").items()}
+    compared = {name: stored[end] for name in began for end in stored if name.endswith(f"language_model.{end}")}
+    compared = {name: value for name, value in compared.items() if value.shape == began[name].shape}  # no words added
+    assert len(compared) >= 10 and any(not torch.equal(value, value.bfloat16().float()) for value in compared.values())
+    for name, value in compared.items():
+        assert torch.equal(began[name], value), name
+
+
 def test_the_folder_of_the_stage_is_in_16_bits(start):
     for name, value in weights_of(start[1]).items():
         assert value.dtype == torch.bfloat16, name
