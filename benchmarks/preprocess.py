@@ -68,7 +68,8 @@ def golden_tokenizers() -> dict[str, PreTrainedTokenizerFast]:
     with tempfile.TemporaryDirectory() as folder:
         for archive in sorted(GOLDEN.glob("*.tar.xz")):
             with tarfile.open(archive) as packed:
-                packed.extractall(folder, filter="data")
+                packed.extraction_filter = getattr(tarfile, "data_filter", None)  # which Python 3.11.2 has not
+                packed.extractall(folder)
         return {path.name: load_tokenizer(path) for path in sorted(Path(folder).iterdir())}
 
 

@@ -30,8 +30,9 @@ def write_dense(folder: Path, rows: int, sizes: Mapping[str, int]) -> Path:
         sizes: of its language model, a Llama.
     """
     from tests import tiny
+    from tests.archives import unpack
 
-    shutil.unpack_archive(TOKENIZER, folder, filter="data")
+    unpack(TOKENIZER, folder)
     tokenizer = folder / TOKENIZER.name.removesuffix(".tar.xz")
     tiny.write_base(folder / "llm", "llama", tokenizer, rows=rows, **sizes)
     tiny.compose_tiny(folder / "llm", tiny.write_clip(folder / "tower"), "v1").save(folder / "dense")

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 
 from moellava.startup import importing
+from tests.archives import unpack
 
 with importing():
     import torch
@@ -59,7 +60,7 @@ def golden_tokenizers(tmp_path_factory) -> Path:
     """The folder of the unpacked golden tokenizers: mistral, qwen, phi, stablelm."""
     root = tmp_path_factory.mktemp("tokenizers")
     for archive in (GOLDEN / "tokenizers").glob("*.tar.xz"):
-        shutil.unpack_archive(archive, root, filter="data")
+        unpack(archive, root)
     return root
 
 
@@ -90,7 +91,7 @@ def golden_rows() -> list[dict]:
 def checkpoints(tmp_path_factory) -> Path:
     """Folders that the reference implementation saved, with what they must compute: phi/dense …, openai/clip-tiny."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    shutil.unpack_archive(GOLDEN / "checkpoints.tar.xz", folder, filter="data")
+    unpack(GOLDEN / "checkpoints.tar.xz", folder)
     return folder
 
 

