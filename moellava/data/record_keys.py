@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from enum import Enum, auto
+from enum import Enum
 from reprlib import Repr
 from typing import Any
 from urllib.parse import unquote
@@ -25,11 +25,11 @@ class Meaning(Enum):
     VIDEO = "video"
     TURNS = "conversations"
     SYSTEM = "system_prompt"
-    WEIGHT = auto()
+    WEIGHT = "weight"
     """How much the record counts: only what changes nothing (1, true) is taken."""
-    NOTE = auto()
+    NOTE = "note"
     """Nothing that training or answering would use."""
-    REFUSED = auto()
+    REFUSED = "refused"
     """Something that is meant to act, and would not: only an empty value is taken."""
 
 
@@ -38,14 +38,14 @@ class TurnMeaning(Enum):
 
     WHO = "from"
     TEXT = "value"
-    CALLS = auto()
+    CALLS = "calls"
     """Calls of tools that an answer consists of, or ends with."""
-    TRAINED = auto()
+    TRAINED = "trained"
     """Whether an answer is trained on: 1 or 0, true or false."""
-    UNTRAINED = auto()
+    UNTRAINED = "untrained"
     """The opposite."""
-    NOTE = auto()
-    REFUSED = auto()
+    NOTE = "note"
+    REFUSED = "refused"
 
 
 KEYS: dict[str, Meaning] = {
