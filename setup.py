@@ -24,7 +24,7 @@ setup(
     package_data={"moellava": DATA},
     install_requires=[
         "torch>=2.10",
-        "transformers>=5.23",
+        "transformers>=5.20",
         "tokenizers",
         "sentencepiece",
         "protobuf",

@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -93,15 +94,19 @@ class FrameProcessor(dict):
         raise AttributeError(f"{type(self).__name__} has no setting {name!r}")
 
     def __call__(
-        self, videos: Sequence[Sequence[Image.Image]], video_metadata: Sequence[Settings] | None = None, **_: Any
+        self, videos: Sequence[Any], video_metadata: Sequence[Settings] | None = None, **_: Any
     ) -> dict[str, Any]:
         """The model's inputs of several videos, and `video_metadata`, as `VideoMetadata`.
+
+        Args:
+            videos: frames of each; or a list of videos for each text, as SmolVLM's processor of transformers 5.20 has.
 
         Raises:
             ValueError: frames of a shape that the recipe refuses.
         """
-        metadata = [{"total_num_frames": len(video)} for video in videos] if video_metadata is None else video_metadata
-        tensors = self.recipe.tensors(self, [list(video) for video in videos])
+        flat = videos if isinstance(videos[0][0], Image.Image) else list(chain.from_iterable(videos))
+        metadata = [{"total_num_frames": len(video)} for video in flat] if video_metadata is None else video_metadata
+        tensors = self.recipe.tensors(self, [list(video) for video in flat])
         return {**tensors, "video_metadata": [VideoMetadata(**one) for one in metadata]}
 
 

@@ -90,7 +90,7 @@ class MediaReader:
         placeholders: the same for every modality that it reads; where videos are not among them, their frames are
             shown as images.
         fixed_run: the run of every image, where all are alike; else None.
-        nests: whether the processor takes a list of images for each text; else all of them in one list.
+        nests: modality -> whether the processor takes a list of them for each text; else all of them in one list.
 
     Raises:
         UserError: it has no placeholder, or one that is no special token, or no end-of-sequence token.
@@ -101,7 +101,7 @@ class MediaReader:
         self._fast = processor
         self.loads_images = loads_images
         self.fixed_run: Run | None = None
-        self.nests = True
+        self.nests = {"image": True, "video": False}
         self._wrapper = ("", "")
         names = getattr(processor, "model_input_names", ())
         # Not every processor says by itself which token is of which modality, where its model wants to know.
@@ -207,7 +207,8 @@ class MediaReader:
         before, behind = self._wrapper if modality == "image" else ("", "")
         shown = before + self.placeholders[modality] + behind + self.separator
         texts = [self.separator + shown * len(row) for row in samples]
-        given = {"images": self._arranged(samples)} if modality == "image" else video_arguments(samples)
+        nests = self.nests[modality]
+        given = {"images": arranged(samples, nests)} if modality == "image" else video_arguments(samples, nests)
         try:
             output = self._fast(text=texts, padding=True, return_tensors="pt", **given, **self._asks)
         except (ValueError, ZeroDivisionError, IndexError) as error:
@@ -224,14 +225,10 @@ class MediaReader:
             runs.append(self._cut(ids[number][kept].tolist(), extras, len(row), bool(before)))
         return runs, dict(output)
 
-    def _arranged(self, samples: Sequence[Sequence[Any]]) -> list[Any]:
-        """Images as the processor wants them."""
-        return [list(row) for row in samples] if self.nests else [image for row in samples for image in row]
-
     def _probed(self) -> tuple[Run, Run | None]:
         """The run of a blank image, and that of every image where shape changes neither it nor the tensors."""
         images = [[[Image.new("RGB", size)]] for size in (BLANK, WIDE)]
-        asked = self._first_that_is_taken(images)
+        asked = self._first_that_is_taken("image", images, wrappers_of(self.processor))
         (first, tensors), (second, others) = asked
         run = first[0][0]
         is_fixed = (
@@ -242,14 +239,14 @@ class MediaReader:
         )
         return run, run if is_fixed else None
 
-    def _first_that_is_taken(self, images: list[list[list[Image.Image]]]) -> list[Any]:
-        """What the processor makes of images in the first way to ask it that it takes. Raises BadFileError: in none, as
-        it said of the usual one."""
-        refused = None
-        for wrapper, nests in product(wrappers_of(self.processor), (True, False)):
-            self._wrapper, self.nests = wrapper, nests
+    def _first_that_is_taken(self, modality: str, asked: list[Any], wrappers: list[tuple[str, str]]) -> list[Any]:
+        """What the processor makes of samples in the first way to ask it that it takes. Raises BadFileError: in none,
+        as it said of the usual one."""
+        refused, usual = None, self.nests[modality]
+        for wrapper, nests in product(wrappers, (usual, not usual)):
+            self._wrapper, self.nests[modality] = wrapper, nests
             try:
-                return [self._asked("image", samples) for samples in images]
+                return [self._asked(modality, samples) for samples in asked]
             except BadFileError as error:
                 refused = refused or error
         assert refused is not None
@@ -319,7 +316,8 @@ class MediaReader:
 
     def _tell_times(self) -> tuple[bool, bool]:
         clips = Clip(BLANK, 9000, 1.0, (0, 1)), Clip(BLANK, 9000, 2.0, (7000, 8999))
-        (early, tensors), (late, others) = (self._asked("video", [[of_blanks(clip)]]) for clip in clips)
+        shown = [[[of_blanks(clip)]] for clip in clips]
+        (early, tensors), (late, others) = self._first_that_is_taken("video", shown, [self._wrapper])
         given = any(not np.array_equal(value, others[name]) for name, value in tensors.items())
         return early[0][0].ids != late[0][0].ids, given
 
@@ -375,9 +373,13 @@ def sizes_of(samples: Sequence[Sequence[Any]]) -> list[Any]:
     ]
 
 
-def video_arguments(samples: Sequence[Sequence[Video]]) -> dict[str, Any]:
+def arranged(samples: Sequence[Sequence[Any]], nests: bool) -> list[Any]:
+    """What samples show, a list for each of them or all in one list."""
+    return [list(row) for row in samples] if nests else [shown for row in samples for shown in row]
+
+
+def video_arguments(samples: Sequence[Sequence[Video]], nests: bool = False) -> dict[str, Any]:
     """How a processor is given videos whose frames are chosen already."""
-    videos = [video for row in samples for video in row]
     metadata = [
         {
             "total_num_frames": clip.total,
@@ -387,9 +389,9 @@ def video_arguments(samples: Sequence[Sequence[Video]]) -> dict[str, Any]:
             "width": clip.size[0],
             "height": clip.size[1],
         }
-        for clip in (video.clip for video in videos)
+        for clip in (video.clip for row in samples for video in row)
     ]
     return {
-        "videos": [list(video.frames) for video in videos],
+        "videos": arranged([[list(video.frames) for video in row] for row in samples], nests),
         "videos_kwargs": {"video_metadata": metadata, "do_sample_frames": False},
     }

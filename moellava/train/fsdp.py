@@ -16,6 +16,7 @@ in place before it trains. What is sharded is a `DTensor`.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,9 @@ STATES = "fsdp"
 
 DISPATCH = "ep_dispatch_experts"
 """What transformers calls, in a model's plan, the modules whose experts may lie on several processes."""
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+"""A layer's, in the name of a module."""
 
 
 def is_fsdp(model: nn.Module) -> bool:
@@ -93,8 +97,8 @@ def check_shards(model: Any, called: str, fsdp_size: int, ep_size: int) -> None:
 
 def spread_experts(model: Any) -> Iterator[nn.Module]:
     """The modules of a model whose experts may lie on several processes."""
-    plan = model._expand_parallel_plan(model.ep_plan)
-    return (module for name, module in model.named_modules() if plan.get(name) == DISPATCH)
+    plan = model.ep_plan  # in which `*` stands for a layer's number
+    return (module for name, module in model.named_modules() if plan.get(NUMBER.sub("*", name)) == DISPATCH)
 
 
 def shard(model: Any, fsdp_size: int, ep_size: int, device: torch.device, in_16_bits: bool = False) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from peft import LoraConfig
 from PIL import Image
 from transformers.utils import logging
@@ -206,7 +207,8 @@ def conversation(vlm: VLM, folder: Path, lines: list[str]) -> str:
             return next(typed)
         raise EOFError
 
-    with contextlib.redirect_stdout(printed), patch("builtins.input", line), contextlib.chdir(folder):
+    with contextlib.redirect_stdout(printed), patch("builtins.input", line), pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
         chat.converse(chat.Chat(vlm, Sampling(max_new_tokens=3)))
     return printed.getvalue()
 

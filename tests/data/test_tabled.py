@@ -9,7 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import (
     CLIPImageProcessorPil,
     Cosmos3EdgeImageProcessorPil,
@@ -103,7 +103,8 @@ class Negative(Qwen2VLImageProcessorPil):
     """Colours have a way of their own into RGB."""
 
     def convert_to_rgb(self, image, **options):
-        return 255 - super().convert_to_rgb(image, **options)
+        shown = super().convert_to_rgb(image, **options)
+        return ImageOps.invert(shown) if isinstance(shown, Image.Image) else 255 - shown  # older releases have Pillow's
 
 
 def transparent(made: Image.Image) -> Image.Image:

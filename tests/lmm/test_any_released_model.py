@@ -33,6 +33,7 @@ from tests.lmm.tiny_released_models import (
     tiny_processor,
     write_tokenizer,
 )
+from tests.older import PAGE, marked
 
 SLOW = pytest.mark.slow
 SAMPLE = ("glm46v", "janus", "blip")
@@ -80,6 +81,7 @@ def test_classes_of_transformers_train_or_are_refused_as_the_page_says():
     assert len(rows) > 8
 
 
+@PAGE
 def test_the_page_has_a_row_for_each_class_and_most_of_them_train():
     rows = page_rows()
     assert sorted(row[0] for row in rows) == sorted(released_models()) and set(OVERRIDES) <= set(released_models())
@@ -89,7 +91,7 @@ def test_the_page_has_a_row_for_each_class_and_most_of_them_train():
     assert all(bool(row[5]) == (row[1] != "trains") for row in rows)
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", marked(NATIVE))
 def test_probes_find_the_parts_that_entries_name(name, released_tokenizer):
     entry = ARCHITECTURES[name]
     processor = tiny_processor(entry.model_type, released_tokenizer)

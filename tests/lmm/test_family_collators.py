@@ -10,6 +10,7 @@ from moellava.data.render.chat import parts_of_text
 from moellava.errors import DataError, UserError
 from moellava.lmm.architectures.llama_3_2_vision import spans_read
 from tests.lmm.tiny import batch_of
+from tests.older import marked
 
 
 def record(images, question, answer="A fractal."):
@@ -121,7 +122,7 @@ def test_llama_3_2_rows_read_their_own_images_alone(samples_of, opened, tiny_lmm
     assert changed[0] > 1e-4 and not changed[1:].any()
 
 
-@pytest.mark.parametrize("family_id", ["llama-3.2-vision", "paligemma", "smolvlm"])
+@pytest.mark.parametrize("family_id", marked(["llama-3.2-vision", "paligemma", "smolvlm"]))
 def test_a_rank_without_images_has_a_gradient_for_every_part(family_id, samples_of, opened):
     dataset, model = samples_of(family_id), opened(family_id).model
     model.zero_grad()

@@ -13,6 +13,7 @@ from moellava.model.features import FeatureCache, encoder_of
 from moellava.serve.answer import Prompts
 from moellava.serve.prompt import Request
 from tests.lmm.tiny import NATIVE, WITH_VIDEO
+from tests.older import marked
 
 QUESTION = "What colour is it?"
 TAKES_NONE = {"llama-3.2-vision"}
@@ -43,7 +44,7 @@ def batch_of(vlm, *requests):
     return prompts.batch([prompts.example(request) for request in requests])
 
 
-@pytest.mark.parametrize("family_id", NATIVE)
+@pytest.mark.parametrize("family_id", marked(NATIVE))
 def test_each_picture_is_encoded_once_and_what_is_read_stays(family_id, small_opened, pictures, monkeypatch):
     vlm, cache, (one, two, _) = small_opened(family_id), FeatureCache(), pictures
     first, second, both = Request(QUESTION, [one]), Request(QUESTION, [two]), Request("Two", [one, two])

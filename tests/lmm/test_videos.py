@@ -65,8 +65,9 @@ def videos_of(samples_of, clips):
     return make
 
 
-def expected(processor, record, shown):
+def expected(reader, record, shown):
     """What the processor itself gives for a record, shown images and videos in the order of their tags."""
+    processor = reader.processor
     messages = []
     for turn in record["conversations"]:
         parts = []
@@ -80,7 +81,9 @@ def expected(processor, record, shown):
     text = processor.apply_chat_template(messages, chat_template=processor.chat_template, tokenize=False)
     images = [one for one in shown if isinstance(one, Image.Image)]
     videos = [one for one in shown if not isinstance(one, Image.Image)]
-    given = ({"images": [images]} if images else {}) | (video_arguments([videos]) if videos else {})
+    given = ({"images": [images]} if images else {}) | (
+        video_arguments([videos], reader.nests["video"]) if videos else {}
+    )
     bos = processor.tokenizer.bos_token
     spelled = bool(bos) and text.startswith(bos)
     return dict(processor(text=[text], return_tensors="pt", add_special_tokens=not spelled, **given))
@@ -96,7 +99,7 @@ def test_a_batch_is_what_the_processor_makes_of_the_rendered_text(family_id, vid
         del shown[1]  # its processor lets the images of a text go when there are videos in it
     for number, media in shown.items():
         batch = batch_of(family_id, dataset, number)
-        wanted = expected(dataset.encoder.reader.processor, RECORDS[number], media)
+        wanted = expected(dataset.encoder.reader, RECORDS[number], media)
         assert set(batch) == set(wanted) | {"labels"}
         for name, value in wanted.items():
             torch.testing.assert_close(batch[name], torch.as_tensor(value), rtol=0, atol=0, msg=f"{number} {name}")

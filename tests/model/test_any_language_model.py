@@ -33,6 +33,7 @@ from tests.model.tiny_language_models import (
     language_models,
     tiny_language_model,
 )
+from tests.older import PAGE
 
 SAMPLE = ("qwen3_moe", "gpt2", "granite", "gemma2", "gptj", "openai-gpt")
 """One of each verdict; the first is sparse, the second has no parts of the usual names."""
@@ -61,12 +62,14 @@ def test_language_models_of_transformers_are_composed_or_refused_with_their_reas
     assert len(rows) > 20
 
 
+@PAGE
 def test_the_tables_name_language_models_that_there_are():
     for tables in ([*VERDICTS.values(), *REFUSED.values()], UPCYCLES.values()):
         named = " ".join(tables).split()
         assert len(named) == len(set(named)) and {*named, *OVERRIDES} <= set(language_models())
 
 
+@PAGE
 def test_the_page_has_a_row_for_each():
     lines = (Path(__file__).parents[2] / "docs" / "LANGUAGE_MODELS.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]

@@ -20,6 +20,7 @@ from moellava.serve.answer import Prompts
 from moellava.serve.ending import Ending
 from moellava.serve.generate import NoPlaceholders, Sampling, generate, stream
 from moellava.serve.prompt import Request
+from tests.older import CHUNKS
 
 QUESTION = "what colour is it?"
 GREEDY = Sampling(max_new_tokens=8)
@@ -99,7 +100,9 @@ def test_a_batch_says_what_its_rows_say_alone(name, beams, models, prompts, pict
     assert len({tuple(row) for row in single}) > 2, "answers that are all alike would show nothing"
 
 
-@pytest.mark.parametrize(("name", "chunk"), [("sparse", None), ("sparse", 7), ("dropping", None)])
+@pytest.mark.parametrize(
+    ("name", "chunk"), [("sparse", None), pytest.param("sparse", 7, marks=CHUNKS), ("dropping", None)]
+)
 def test_padding_takes_no_room(name, chunk, models, prompts, pictures, monkeypatch):
     """A row behind a lot of padding says what it says alone, tokens that are dropped for want of room included."""
     model, alone = models[name], [prompts.example(requests(pictures)[1])]
