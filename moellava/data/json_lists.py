@@ -71,6 +71,8 @@ def listed(file: TextIO) -> Iterator[Any]:
         yield window.value()
         while window.peek() == ",":
             window.take(",")
+            if window.peek() == "]":
+                raise window.error("Illegal trailing comma before end of array", window.place)
             yield window.value()
         window.take("]", or_else="Expecting ',' delimiter")
     if window.peek():
