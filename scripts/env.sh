@@ -79,6 +79,14 @@ moellava_prepare() {
   local python stamp
   python=$(moellava_find_python) || return 1
   export VENV=${VENV:-$moellava_root/.venv}
+  case $VENV in
+    # The system takes an interpreter's path up to the first space, and deepspeed's command names one in its first line.
+    *[[:space:]]*)
+      moellava_say "deepspeed's command cannot begin in an environment whose path has a space: $VENV." \
+        "Say where else it shall be: VENV=$HOME/moellava-venv source scripts/env.sh"
+      return 1
+      ;;
+  esac
   stamp=$(moellava_stamp "$python")
   local current=no
   [ "$(cat "$VENV/moellava.stamp" 2>/dev/null)" = "$stamp" ] && current=yes

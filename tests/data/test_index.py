@@ -234,10 +234,13 @@ def test_a_list_is_read_as_json_reads_it_whatever_a_block_holds(block, monkeypat
         path.write_text(text)
         with path.open(encoding="utf-8") as file:
             assert list(listed(file)) == json.loads(text)
-    for text in ("[1 2]", "[1,]", "[", "[1", "[1]x", '[{"a":\n 1}\n,\n {"b" 2}]', "[\n\n1,\n  2 3]", '["\u00fc", "'):
+    for text in ("[1 2]", "[", "[1", "[1]x", '[{"a":\n 1}\n,\n {"b" 2}]', "[\n\n1,\n  2 3]", '["\u00fc", "'):
         path.write_text(text)
         with pytest.raises(ValueError) as expected:
             json.loads(text)
         with path.open(encoding="utf-8") as file, pytest.raises(ValueError) as found:
             list(listed(file))
         assert str(found.value) == str(expected.value), text
+    path.write_text("[1,\n ]")  # of which Pythons say different things
+    with path.open(encoding="utf-8") as file, pytest.raises(ValueError, match="^Illegal trailing comma .* line 2 col"):
+        list(listed(file))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scripts/env.sh: which build of torch a new environment gets."""
+"""scripts/env.sh: which build of torch a new environment gets, and where it cannot be."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+def entered(venv: Path, home: Path) -> subprocess.CompletedProcess:
+    env = {"VENV": str(venv), "PIP_EXTRA_INDEX_URL": "mine", "HOME": str(home)}
+    env["PATH"] = f"{home / 'tools'}{os.pathsep}{os.environ['PATH']}"
+    source = f"source {ROOT / 'scripts' / 'env.sh'}"
+    return subprocess.run(["bash", "-c", source], env=env, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize(
     ("needs", "gpu", "told"),
     [
@@ -49,11 +56,13 @@ def test_without_a_gpu_torch_is_a_build_for_cpus_where_pip_would_take_cudas(need
     (tmp_path / "venv/bin/activate").write_text("")
     if gpu:
         program(tmp_path / "tools/nvidia-smi", NVIDIA_SMI)
-    env = {"VENV": str(tmp_path / "venv"), "PIP_EXTRA_INDEX_URL": "mine", "HOME": str(tmp_path)}
-    env["PATH"] = f"{tmp_path / 'tools'}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", f"source {ROOT / 'scripts' / 'env.sh'}"], env=env, capture_output=True, text=True, check=False
-    )
+    done = entered(tmp_path / "venv", tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "index").read_text().strip() == told
     assert ("there is no GPU" in done.stderr) == (told != "mine")
+
+
+def test_an_environment_whose_path_has_a_space_is_refused_before_it_is_made(tmp_path):
+    done = entered(tmp_path / "my venv", tmp_path)
+    assert done.returncode == 1 and f"VENV={tmp_path}/moellava-venv" in done.stderr
+    assert not (tmp_path / "my venv").exists()
