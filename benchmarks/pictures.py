@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a picture costs before the tower sees it, beside Pillow's own decoding and resizing.
 
-    python benchmarks/pictures.py --json FILE
+    python benchmarks/pictures.py --json FILE      # --batch 8: as many pictures a call, as a collator asks for
 
 Files of several formats and sizes are written: smooth shapes with a little noise, which take about the bytes a pixel
-that photographs take. For each, five ways take turns, one thread, and the least CPU time of the rounds counts:
+that photographs take. For each, five ways take turns, one thread, and the least CPU time of the rounds counts. Freed
+memory is kept by the process, as in a run:
 
 * Pillow: the file is decoded, made RGB and resized to the model's size, and nothing else;
 * transformers: the same file by Pillow, then the model's image processor, which also cuts, rescales and normalises;
@@ -37,6 +38,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from moellava import heap
 from moellava.data.feature_store import FeatureStore
 from moellava.data.images import open_image
 from moellava.data.known import in_planes, put_together
@@ -89,30 +91,35 @@ def resized_size(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
     return int(SIDE * size[0] / min(size)), int(SIDE * size[1] / min(size))
 
 
-def ways(path: Path, processor: Any, size: tuple[int, int]) -> dict[str, Callable[[], Any]]:
-    """What is timed."""
+def ways(path: Path, processor: Any, size: tuple[int, int], batch: int) -> dict[str, Callable[[], Any]]:
+    """What is timed: of the same picture, as often as a batch has pictures."""
     tones, target = tones_of(processor), resized_size(processor, size)
     fast = tabled(processor)
     pixels_of = plain_pixels(processor) or (lambda images: fast(images, return_tensors="pt")["pixel_values"])
-    pixels, store = pixels_of([open_image(path)]), FeatureStore(path.parent / f"{path.name} {type(processor).__name__}")
+    pixels = pixels_of([open_image(path)])
+    store = FeatureStore(path.parent / f"{path.name} {type(processor).__name__}")
     store.add(1, size, tones.of(in_planes(pixels)).flatten(1, 2))
     store.flush()
     store.reopen()
 
-    def by_pillow() -> Any:
+    def opened() -> Image.Image:
         with Image.open(path) as image:
-            return image.convert("RGB").resize(target, processor.resample)
+            return image.convert("RGB")
+
+    def read() -> Any:
+        return tones.patches(store.features(store.place(1)).unflatten(1, (3, -1)).numpy())
+
+    def by_pillow() -> Any:
+        return [opened().resize(target, processor.resample) for _ in range(batch)]
 
     def by_transformers() -> Any:
-        with Image.open(path) as image:
-            return processor([image.convert("RGB")], return_tensors="pt")["pixel_values"]
+        return processor([opened() for _ in range(batch)], return_tensors="pt")["pixel_values"]
 
     def ours() -> Any:
-        return pixels_of([open_image(path)])
+        return pixels_of([open_image(path) for _ in range(batch)])
 
     def kept() -> Any:
-        planes = store.features(store.place(1)).unflatten(1, (3, -1))
-        return put_together([tones.patches(planes.numpy())], pixels.ndim)
+        return put_together([read() for _ in range(batch)], pixels.ndim)
 
     if not torch.equal(by_transformers(), ours()) or not torch.equal(ours(), kept()):
         raise SystemExit(f"{path.name}: pixels differ")
@@ -120,7 +127,7 @@ def ways(path: Path, processor: Any, size: tuple[int, int]) -> dict[str, Callabl
         "Pillow": by_pillow,
         "transformers": by_transformers,
         "ours": ours,
-        "ours, opening": lambda: open_image(path),
+        "ours, opening": lambda: [open_image(path) for _ in range(batch)],
         "ours, kept": kept,
     }
 
@@ -142,7 +149,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--times", type=int, default=10, help="pictures a round")
+    parser.add_argument("--times", type=int, default=10, help="calls a round")
+    parser.add_argument("--batch", type=int, default=1, help="pictures a call")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = []
@@ -151,7 +159,9 @@ def main() -> None:
             path = Path(folder) / f"picture{ending}"
             picture(size).save(path, **options)
             for name, processor in PROCESSORS.items():
-                ms = timed(ways(path, processor, size), args.rounds, args.times)
+                with heap.kept():
+                    ms = timed(ways(path, processor, size, args.batch), args.rounds, args.times)
+                ms = {way: value / args.batch for way, value in ms.items()}
                 row = {"file": file, "bytes": path.stat().st_size, "processor": name, "ms": ms}
                 row["ratio"] = ms["ours"] / ms["Pillow"]
                 found.append(row)
