@@ -22,6 +22,7 @@ def newer(reason: str) -> Any:
 
 
 PAGE = newer("the page is of the release that constraints.txt has, with the classes there")
+SHARDS = newer("--fsdp_size is refused")
 CHUNKS = newer("a prompt that is read in chunks gets its pictures with each of them")
 SMOLVLM = newer("SmolVLM's features are cut by the side of a patch, which fits real models and not the tiny one")
 

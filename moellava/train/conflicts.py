@@ -23,6 +23,13 @@ SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """What computes with each process's share alone."""
 
 
+def holds_copies() -> bool:
+    """Whether transformers knows of several copies of a sharded model."""
+    from transformers import DistributedConfig
+
+    return "dp_replicate_size" in {item.name for item in fields(DistributedConfig)}
+
+
 class Flags(NamedTuple):
     """The four groups of flags of `arguments.py`, as rules read them."""
 
@@ -97,6 +104,11 @@ FSDP_CONFLICTS: list[Rule] = [
         lambda f: f.training.fsdp_size < 1 or f.processes % max(f.training.fsdp_size, 1),
         "--fsdp_size {training.fsdp_size}: a number that divides the {processes} processes of this run (`torchrun "
         "--nproc-per-node N -m moellava.train …`).",
+    ),
+    (
+        lambda f: f.is_fsdp and not holds_copies(),
+        "--fsdp_size {training.fsdp_size} needs a newer transformers than the one that is installed: 5.23, for Python 3.11 "
+        "or newer. Here --deepspeed zero3 splits the model.",
     ),
     (
         lambda f: f.is_fsdp and f.training.deepspeed,

@@ -15,14 +15,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, get_scheduler
 
 from moellava.errors import UserError
+from moellava.train.arguments import parse_arguments
 from moellava.train.fsdp import check_shards, require_same_engine
 from moellava.train.fsdp_trainer import FSDPTrainer
 from tests import tiny
 from tests.model.tiny_language_models import tiny_language_model
+from tests.older import SHARDS
 from tests.processes import ROOT, launched, losses_of, run, run_train, train_here, words_of
 from tests.train.fsdp_of_two import sparse_model
 
 
+@SHARDS
 @pytest.mark.slow
 def test_one_of_two_processes_holds_its_share():
     own = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "train" / "fsdp_of_two.py")]
@@ -40,6 +43,12 @@ def test_one_of_two_processes_holds_its_share():
 def test_what_cannot_be_sharded_is_refused(make, ep_size, words):
     with pytest.raises(UserError, match=words):
         check_shards(make(), "this model", 6, ep_size)
+
+
+def test_a_transformers_that_shards_no_copies_is_named(monkeypatch):
+    monkeypatch.setattr("moellava.train.conflicts.holds_copies", lambda: False)
+    with pytest.raises(UserError, match="--fsdp_size 2 needs a newer transformers .* --deepspeed zero3 splits"):
+        parse_arguments(words_of({"model_name_or_path": "lm", "data_path": "a", "output_dir": "o", "fsdp_size": 2}))
 
 
 def test_experts_may_stay_together():
@@ -92,6 +101,7 @@ def history_of(folder: Path) -> list[dict[str, float]]:
     return [line for line in history if "loss" in line]
 
 
+@SHARDS
 @pytest.mark.slow
 def test_two_processes_are_one_and_go_on_in_other_pieces(flags_for, tokenizer_folder, tmp_path, begin_at):
     flags = flags_for(tmp_path, "finetune") | {"max_steps": 4, "save_total_limit": 5, "router_aux_loss_coef": 0.01}
@@ -125,6 +135,7 @@ def test_two_processes_are_one_and_go_on_in_other_pieces(flags_for, tokenizer_fo
         torch.testing.assert_close(again[name], value, atol=1e-6, rtol=0)
 
 
+@SHARDS
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stored", "run", "rounding"),
@@ -146,6 +157,7 @@ def test_folders_of_another_dtype_train_in_pieces(flags_for, parts, tmp_path, st
     assert kinds == [{getattr(torch, run)}] * 2
 
 
+@SHARDS
 @pytest.mark.slow
 def test_adapters_and_copies_train_in_pieces(flags_for, tokenizer_folder, tmp_path):
     """Four processes, two of which hold a copy together, with adapters and checkpoints; at the end all are asked about
@@ -167,6 +179,7 @@ def test_adapters_and_copies_train_in_pieces(flags_for, tokenizer_folder, tmp_pa
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=0)
 
 
+@SHARDS
 @pytest.mark.slow
 def test_the_launcher_of_deepspeed_starts_it_too(flags_for, tokenizer_folder, tmp_path):
     """It sets other variables than torchrun, and adds a flag; DeepSpeed itself is not asked for."""

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.older import SHARDS
 from tests.processes import ROOT, environment, free_port, kill_session, train_here, words_of
 from tests.train.test_fsdp import start_of_sparse
 
@@ -130,6 +131,7 @@ def test_a_host_dies_and_the_run_goes_on_from_its_checkpoint(tmp_path, flags_for
     assert losses_of(tmp_path / "hosts") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
 
 
+@SHARDS
 @pytest.mark.slow
 def test_two_hosts_hold_one_model_in_pieces(tmp_path, flags_for, tokenizer_folder, losses_of):
     """Weights are gathered, and rows travel to experts, over the wire: the numbers of one process."""

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from moellava.errors import UserError
 from moellava.train.assemble import leave_files
 from moellava.train.folder import compare_saved
+from tests.older import SHARDS
 from tests.processes import run_python
 from tests.tiny import tiny_llava
 
@@ -93,6 +94,7 @@ def stored_in(tmp_path_factory) -> Callable[[str], Path]:
     return folder_in
 
 
+@SHARDS
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
