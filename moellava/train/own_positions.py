@@ -7,8 +7,9 @@ of their own once more, as numbers alone, counted there, and laid end to end aga
 
     row                         a a a a a b b . .
     rows of their own           a a a a a        b b
-    counted, one of the three    0 1 1 1 2        0 1
-    handed on, behind 0 1 2 3 4 0 1 0 1, by which transformers' masks and flash attention tell samples apart
+    counted, one of the three   0 1 1 1 2 0 1 0 0
+
+They are handed on behind 0 1 2 3 4 0 1 0 1, by which masks and flash attention tell samples apart.
 """
 
 from __future__ import annotations
