@@ -7,8 +7,10 @@ transformers has some twenty classes, of which several compute the same, in one 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,15 @@ SAME = 1e-9
 
 QUICK = 1.702
 """The factor of CLIP's `quick_gelu`, x · sigmoid(1.702 x)."""
+
+CLIP = 10.0
+"""Where `gelu_10` is cut off."""
+
+LAPLACE = (0.707107, 0.282095)
+"""Mean and deviation of MEGA's `laplace` (arXiv:2209.10655)."""
+
+LEAK = 0.01
+"""The slope of `leaky_relu` below 0."""
 
 
 class Kernel(NamedTuple):
@@ -39,6 +50,27 @@ def _quick_gelu(x: Tensor, out: Tensor) -> None:
     torch.mul(x, QUICK, out=out)
     ops.silu_(out)
     out.mul_(1 / QUICK)
+
+
+def _clipped_gelu_backward(x: Tensor, grad: Tensor) -> None:
+    is_cut = (x > CLIP).logical_or_(x < -CLIP)  # the function is below x, and so near to it that this is the same
+    ops.gelu_backward.grad_input(grad, x, approximate="none", grad_input=grad).masked_fill_(is_cut, 0)
+
+
+def _laplace(x: Tensor, out: Tensor) -> None:
+    mean, deviation = LAPLACE
+    torch.sub(x, mean, out=out).div_(deviation * math.sqrt(2)).erf_().add_(1).mul_(0.5)
+
+
+def _laplace_backward(x: Tensor, grad: Tensor) -> None:
+    mean, deviation = LAPLACE
+    density = ((x - mean) / deviation).square_().mul_(-0.5).exp_()
+    grad.mul_(density).div_(deviation * math.sqrt(2 * math.pi))
+
+
+def _sqrtsoftplus_backward(x: Tensor, grad: Tensor) -> None:
+    root = ops.softplus(x).sqrt_()
+    ops.softplus_backward.grad_input(grad, x, 1, 20, grad_input=grad).div_(root.mul_(2))
 
 
 KERNELS = {
@@ -66,7 +98,38 @@ KERNELS = {
         _quick_gelu,
         lambda x, grad: ops.silu_backward.grad_input(grad, x * QUICK, grad_input=grad),
     ),
+    "gelu_10": Kernel(
+        lambda x, out: ops.gelu.out(x, approximate="none", out=out).clamp_(-CLIP, CLIP), _clipped_gelu_backward
+    ),
+    "hardswish": Kernel(
+        lambda x, out: ops.hardswish.out(x, out=out),
+        lambda x, grad: ops.hardswish_backward.out(grad, x, out=grad),
+    ),
+    "laplace": Kernel(_laplace, _laplace_backward),
+    "leaky_relu": Kernel(
+        lambda x, out: ops.leaky_relu.out(x, LEAK, out=out),
+        lambda x, grad: ops.leaky_relu_backward.grad_input(grad, x, LEAK, False, grad_input=grad),
+    ),
+    "linear": Kernel(lambda x, out: out.copy_(x), lambda x, grad: grad),
+    "mish": Kernel(
+        lambda x, out: ops.mish.out(x, out=out),
+        lambda x, grad: grad.copy_(ops.mish_backward(grad, x)),
+    ),
+    "relu6": Kernel(
+        lambda x, out: ops.hardtanh.out(x, 0, 6, out=out),
+        lambda x, grad: ops.hardtanh_backward.grad_input(grad, x, 0, 6, grad_input=grad),
+    ),
+    "sigmoid": Kernel(
+        lambda x, out: ops.sigmoid.out(x, out=out),
+        lambda x, grad: ops.sigmoid_backward.grad_input(grad, x.sigmoid(), grad_input=grad),
+    ),
+    "sqrtsoftplus": Kernel(lambda x, out: ops.softplus.out(x, out=out).sqrt_(), _sqrtsoftplus_backward),
+    "tanh": Kernel(
+        lambda x, out: ops.tanh.out(x, out=out),
+        lambda x, grad: ops.tanh_backward.grad_input(grad, x.tanh(), grad_input=grad),
+    ),
 }
+"""What transformers has a name for; what learns (`prelu`, `xielu`) is differentiated by autograd."""
 
 _found: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
 
@@ -74,7 +137,8 @@ _found: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
 def kernel_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     """The name in `KERNELS` of what an elementwise function computes, found out once; None: it is none of them."""
     if activation not in _found:
-        _found[activation] = _matching(activation)
+        with ThreadPoolExecutor(1) as apart:  # modes are a thread's own, and in a trace nothing has a number
+            _found[activation] = apart.submit(_matching, activation).result()
     return _found[activation]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moellava.errors import UserError
 from moellava.moe.adapted import Adapted, adapted_of
+from moellava.moe.compiled import ALIGNMENT, are_aligned
 from moellava.moe.fused import FusedExperts
 from moellava.moe.grouped import can_group, run_adapted, run_grouped
 from moellava.moe.kernels import AUTO, KERNELS, Dispatch, ExpertKernel, require_kernel
@@ -74,10 +75,11 @@ def run_experts(experts: list[nn.Module], x_TD: Tensor, dispatch: Dispatch, kern
             return run_adapted(cast_TD, *rows, wrapped).to(x_TD.dtype)
         assert fusable is not None
         layout, flat = fusable
-        cast = [tensor if tensor is None else tensor.to(dtype) for tensor in flat] if mixed else flat
-        run = KERNELS[kernel].run
-        assert run is not None
-        return run(cast_TD, dispatch, layout, cast).to(x_TD.dtype)
+        runs = KERNELS[kernel]
+        if mixed and not runs.casts:
+            flat = [tensor if tensor is None else tensor.to(dtype) for tensor in flat]
+        assert runs.run is not None
+        return runs.run(cast_TD, dispatch, layout, flat).to(x_TD.dtype)
 
 
 def what_fits(
@@ -93,16 +95,22 @@ def what_fits(
         wrapped: of `adapted_of` them, where they are not that.
         device, dtype: where, and of the products.
     """
-    sizes = None if wrapped is None else wrapped.linears["w2"][0].sizes
-    if fusable is not None:
-        layout, flat = fusable
-        w2_DI = layout.experts(flat[: len(layout.names)])[0].w2_DI
-        sizes = None if w2_DI is None else w2_DI.shape
-    if sizes is not None and can_group(device, dtype, sizes):
+    if (fusable or wrapped) and can_group(device, dtype, _sizes(fusable, wrapped)):
         return GROUPED
     if fusable is None:
         return LOOP
     return GROUPED if torch.compiler.is_compiling() else FUSED
+
+
+def _sizes(fusable: tuple[Layout, list[Tensor | None]] | None, wrapped: Adapted | None) -> tuple[int, ...]:
+    """D and I of experts, one of which is known."""
+    if fusable is None:
+        assert wrapped is not None
+        return wrapped.linears["w2"][0].sizes
+    layout, flat = fusable
+    w2_DI = layout.experts(flat[: len(layout.names)])[0].w2_DI
+    assert w2_DI is not None
+    return tuple(w2_DI.shape)
 
 
 def _fused(x_TD: Tensor, dispatch: Dispatch, layout: Layout, flat: list[Tensor | None]) -> Tensor:
@@ -122,8 +130,8 @@ def _why_not_grouped(device: torch.device, dtype: torch.dtype) -> str | None:
 LOOP, FUSED, GROUPED = "loop", "fused", "grouped"
 
 KERNELS.register(LOOP, ExpertKernel(None))
-KERNELS.register(FUSED, ExpertKernel(_fused))
-KERNELS.register(GROUPED, ExpertKernel(_grouped, why_not=_why_not_grouped))
+KERNELS.register(FUSED, ExpertKernel(_fused, casts=True))
+KERNELS.register(GROUPED, ExpertKernel(_grouped, why_not=_why_not_grouped, casts=True))
 KERNELS.register(SCATTERMOE, ExpertKernel(run_scattered, SCATTERMOE, why_not_scattered))
 
 
@@ -151,5 +159,10 @@ def kernel_for(experts: list[nn.Module], name: str, device: torch.device, dtype:
         raise UserError(
             f"--moe_kernel {name} runs experts of two or three plain linears around a function; these have adapters or "
             f"weights in 4 or 8 bits, or are more than that. Leave the flag out: --moe_kernel {AUTO} runs them."
+        )
+    if name == GROUPED and not are_aligned(dtype, sizes := _sizes(fusable, wrapped)):
+        raise UserError(
+            f"--moe_kernel {name} takes sizes that are multiples of {ALIGNMENT // dtype.itemsize} numbers; these "
+            f"experts have {sizes[0]} and {sizes[1]}. Leave the flag out: --moe_kernel {AUTO} runs them."
         )
     return name

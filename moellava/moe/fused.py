@@ -34,7 +34,8 @@ class FusedExperts(torch.autograd.Function):
 
     Args (of `apply`):
         x_TD, gate_R, token_R, counts: tokens and their `Dispatch`.
-        layout, flat: those of `tensors_of`.
+        layout, flat: those of `tensors_of`. Tensors of another dtype (autocast) are cast where they are read: of all
+            experts none is kept twice.
     """
 
     @staticmethod
@@ -52,7 +53,7 @@ class FusedExperts(torch.autograd.Function):
         for expert, count, (token_n, gate_n1, h1_nI, h3_nI) in zip(experts, counts, parts, strict=True):
             if not count:
                 continue
-            inner_nI, y_nD = inner_MI[:count], y_MD[:count]
+            expert, inner_nI, y_nD = expert.to(x_TD.dtype), inner_MI[:count], y_MD[:count]
             x_nD = torch.index_select(x_TD, 0, token_n, out=x_MD[:count])
             _linear(x_nD, expert.w1_ID, expert.b1_I, h1_nI)
             if h3_nI is not None:
@@ -82,7 +83,7 @@ class FusedExperts(torch.autograd.Function):
             if not count:
                 dexpert.zero_()  # it is touched all the same
                 continue
-            token_n, gate_n1, dgate_n, h1_nI, h3_nI = part
+            expert, (token_n, gate_n1, dgate_n, h1_nI, h3_nI) = expert.to(x_TD.dtype), part
             inner_nI, dh1_nI, dh3_nI = inner_MI[:count], dh1_MI[:count], None if dh3_MI is None else dh3_MI[:count]
             dy_nD = torch.index_select(dout_TD, 0, token_n, out=dy_MD[:count]).mul_(gate_n1)
             torch.mm(dy_nD, expert.w2_DI, out=dh1_nI)
@@ -116,10 +117,12 @@ def _linear(x_nD: Tensor, weight_ID: Tensor, bias_I: Tensor | None, out_nI: Tens
 
 def _linear_backward(dy_nI: Tensor, x_nD: Tensor, dweight_ID: Tensor | None, dbias_I: Tensor | None) -> None:
     """The gradients of a linear's weight and bias, into given memory (None: not wanted)."""
-    if dweight_ID is not None:
+    if dweight_ID is not None and dweight_ID.dtype == x_nD.dtype:
         torch.mm(dy_nI.t(), x_nD, out=dweight_ID)
+    elif dweight_ID is not None:
+        dweight_ID.copy_(dy_nI.t() @ x_nD)
     if dbias_I is not None:
-        torch.sum(dy_nI, 0, out=dbias_I)
+        torch.sum(dy_nI, 0, dtype=dbias_I.dtype, out=dbias_I)
 
 
 def _blocks(rows: int, *of_rows: Tensor | None) -> Iterator[tuple]:
@@ -134,7 +137,7 @@ def _blocks(rows: int, *of_rows: Tensor | None) -> Iterator[tuple]:
 def _inner(rows: int, activation: Activation, h1_nI: Tensor, h3_nI: Tensor | None, out_nI: Tensor) -> None:
     """The units act(h1) [× h3], into given memory, block by block."""
     for out_bI, h1_bI, h3_bI in _blocks(rows, out_nI, h1_nI, h3_nI):
-        _activate(activation, h1_bI, out_bI)
+        activate(activation, h1_bI, out_bI)
         if h3_bI is not None:
             out_bI.mul_(h3_bI)
 
@@ -156,18 +159,18 @@ def _inner_backward(
     of_rows = (inner_nI, dh1_nI, dgate_n, h1_nI, h3_nI, dh3_nI)
     for inner_bI, dz_bI, dgate_b, h1_bI, h3_bI, dh3_bI in _blocks(rows, *of_rows):
         if h3_bI is not None:
-            _activate(activation, h1_bI, dh3_bI)
+            activate(activation, h1_bI, dh3_bI)
             torch.mul(dh3_bI, h3_bI, out=inner_bI)
             dh3_bI.mul_(dz_bI)
             torch.sum(dh3_bI * h3_bI, 1, dtype=dgate_n.dtype, out=dgate_b)
             dz_bI.mul_(h3_bI)
         else:
-            _activate(activation, h1_bI, inner_bI)
+            activate(activation, h1_bI, inner_bI)
             torch.sum(dz_bI * inner_bI, 1, dtype=dgate_n.dtype, out=dgate_b)
-        _activation_backward(activation, h1_bI, dz_bI)
+        activation_backward(activation, h1_bI, dz_bI)
 
 
-def _activate(activation: Activation, x: Tensor, out: Tensor) -> None:
+def activate(activation: Activation, x: Tensor, out: Tensor) -> None:
     """An elementwise function, into given memory."""
     name = kernel_name(activation)
     if name is None:
@@ -176,7 +179,7 @@ def _activate(activation: Activation, x: Tensor, out: Tensor) -> None:
         KERNELS[name].forward(x, out)
 
 
-def _activation_backward(activation: Activation, x: Tensor, grad: Tensor) -> None:
+def activation_backward(activation: Activation, x: Tensor, grad: Tensor) -> None:
     """Gradient of an elementwise function, in place of that of its result."""
     name = kernel_name(activation)
     if name is not None:

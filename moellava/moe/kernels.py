@@ -63,11 +63,14 @@ class ExpertKernel:
             the device unless it asks for them. None: each expert is called, whatever it is made of.
         package: what has to be installed, as it is imported; None: nothing.
         why_not: (device, dtype of the products) -> why it cannot run there; None: it can.
+        casts: whether under autocast it takes the experts' tensors as they are, and casts them where it reads them;
+            else they have the dtype of x.
     """
 
     run: Run | None
     package: str | None = None
     why_not: Callable[[torch.device, torch.dtype], str | None] = _anywhere
+    casts: bool = False
 
 
 KERNELS: Registry[ExpertKernel] = Registry("--moe_kernel")

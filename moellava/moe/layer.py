@@ -110,8 +110,7 @@ class RoutedMLP(nn.Module):
         spec = self.spec
         pads = spec.router_balance == "first_choice"  # the original routes and counts padding like any token
         tokens, _ = decide(lambda: self.context.tokens(shape, x_TD.device, with_padding=pads))
-        x_ND = x_TD if tokens.token_N is None else x_TD.index_select(0, tokens.token_N)
-        logit_NE = self.router(x_ND, spec.router_jitter if self.training else 0.0)
+        logit_NE = self.router(x_TD, spec.router_jitter if self.training else 0.0, tokens.token_N)
         prob_NE = logit_NE.softmax(1)
         (expert_Nk, kept_Nk), is_replay = decide(lambda: self._select(logit_NE.detach(), prob_NE.detach()))
         choice = Choice(tokens.token_N, expert_Nk, kept_Nk, tokens.sequence_N, tokens.image_N)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moellava.moe.spec import MoESpec
 
@@ -84,19 +85,48 @@ class Router(nn.Module):
             del self.bias
             self.register_buffer("bias", torch.zeros(len(self.weight), device=self.weight.device))
 
-    def forward(self, x_ND: Tensor, jitter: float = 0.0) -> Tensor:
+    def forward(self, x_TD: Tensor, jitter: float = 0.0, token_N: Tensor | None = None) -> Tensor:
         """Logits [N, E] in fp32, also under autocast.
 
         Args:
-            x_ND: tokens.
+            x_TD: tokens.
             jitter: each input is multiplied by a factor from [1 - jitter, 1 + jitter].
+            token_N: indices of those that are routed; None: all.
         """
-        device = x_ND.device.type
+        device = x_TD.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            x_ND = x_ND.float()
+            if torch.is_grad_enabled() and not jitter and not torch.compiler.is_compiling():
+                return RouterLogits.apply(x_TD, self.weight, token_N)
+            x_ND = _routed(x_TD, token_N)
             if jitter:
                 x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - jitter, 1 + jitter)
             return F.linear(x_ND, self.weight.float())
+
+
+class RouterLogits(torch.autograd.Function):
+    """A router's linear, which keeps the tokens that others keep, too, and no copy of them in fp32."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weight_ED, token_N):
+        ctx.save_for_backward(x_TD, weight_ED, token_N)
+        return F.linear(_routed(x_TD, token_N), weight_ED.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogit_NE):
+        x_TD, weight_ED, token_N = ctx.saved_tensors
+        dx_TD, dweight_ED = None, None
+        if ctx.needs_input_grad[0]:
+            dx_TD = (dlogit_NE @ weight_ED.float()).to(x_TD.dtype)
+            dx_TD = dx_TD if token_N is None else torch.zeros_like(x_TD).index_copy_(0, token_N, dx_TD)
+        if ctx.needs_input_grad[1]:
+            dweight_ED = (dlogit_NE.t() @ _routed(x_TD, token_N)).to(weight_ED.dtype)
+        return dx_TD, dweight_ED, None
+
+
+def _routed(x_TD: Tensor, token_N: Tensor | None) -> Tensor:
+    """The tokens that are routed, in fp32."""
+    return (x_TD if token_N is None else x_TD.index_select(0, token_N)).float()
 
 
 def best(score_NE: Tensor, k: int) -> Tensor:

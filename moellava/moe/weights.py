@@ -50,6 +50,14 @@ class Expert:
         assert self.w2_DI is not None  # of an expert, that is; a gradient may be without
         return self.w2_DI.shape[1]
 
+    def to(self, dtype: torch.dtype) -> Expert:
+        """The tensors in a dtype; itself where they have it."""
+        if self.w2_DI is None or self.w2_DI.dtype == dtype:
+            return self
+        joined = ("w1_ID", "b1_I", "w3_ID", "b3_I") if self.w13_PD is not None else ()
+        own = {name: tensor for name, tensor in vars(self).items() if tensor is not None and name not in joined}
+        return Expert(**{name: tensor.to(dtype) for name, tensor in own.items()})
+
     def zero_(self) -> None:
         """Fills all tensors with zeros."""
         for tensor in vars(self).values():
@@ -82,6 +90,10 @@ class Layout:
         """
         count = len(self.names)
         return [Expert(**dict(zip(self.names, flat[start : start + count]))) for start in range(0, len(flat), count)]
+
+    def places(self, name: str, flat: Sequence[Tensor | None]) -> range:
+        """Where a tensor of each expert stands among the flat ones."""
+        return range(self.names.index(name), len(flat), len(self.names))
 
 
 def tensors_of(modules: list[nn.Module]) -> tuple[Layout, list[Tensor | None]] | None:

@@ -216,6 +216,11 @@ class RunArguments(AdapterArguments):
     mm_projector_lr: float | None = _flag("Learning rate of the projector; unset: --learning_rate.")
     skip_dry_save: bool = _flag("Do not write and reopen a complete folder before step 0.", False)
     logging_steps: float = _flag("Optimizer steps between two log lines.", 1)
+    logging_nan_inf_filter: bool = _flag(
+        "HF's filter of losses for the log, for which the host waits after each micro-batch; one that is not finite "
+        "stops the run anyway.",
+        False,
+    )
     save_total_limit: int | None = _flag("Checkpoints kept; older ones go when a newer one is complete.", 1)
     remove_unused_columns: bool = _flag("HF's column filter; our collator keeps what it makes.", False)
     activation_checkpointing: bool = _flag("Compute activations again in the backward: less memory, more time.", False)

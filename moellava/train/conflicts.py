@@ -107,8 +107,8 @@ FSDP_CONFLICTS: list[Rule] = [
     ),
     (
         lambda f: f.is_fsdp and not holds_copies(),
-        "--fsdp_size {training.fsdp_size} needs a newer transformers than the one that is installed: 5.23, for Python 3.11 "
-        "or newer. Here --deepspeed zero3 splits the model.",
+        "--fsdp_size {training.fsdp_size} needs a newer transformers than the one that is installed: 5.23, for Python "
+        "3.11 or newer. Here --deepspeed zero3 splits the model.",
     ),
     (
         lambda f: f.is_fsdp and f.training.deepspeed,

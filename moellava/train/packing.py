@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a model keeps samples of one row apart: found out on the model and the data of a run, before its first step.
 
-Some do not: positions that are counted from images (Qwen2-VL), states that run on through a row (Mamba), attention in
-both directions over a row's images. None of them raises anything; the loss is only another one.
+Some do not: images that are looked for along all rows (Qwen-VL, Llama 3.2 Vision), states that run on through a row
+(Mamba), attention in both directions over a row's images. Few of them raise anything; the loss is only another one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from moellava.log import get_logger
 from moellava.moe.decoder import FAILURES
 from moellava.moe.modes import drops_rows, evaluating
 from moellava.train.loss import supervised_positions
+from moellava.train.own_positions import share_rows
 
 PROBED = 64
 """Samples with media, and without, from which those that are tried out are taken."""
@@ -105,11 +106,11 @@ def may_share_one_row(trainer: Any) -> bool:
 
 def probed(dataset: Any) -> list[int]:
     """Samples of a data set that are tried out in one row: short ones, with media and without where there are both, and
-    one with media behind them. Of the first ones of each sort, for all processes must take the same."""
+    the longest with media behind them. Of the first ones of each sort, for all processes must take the same."""
     lengths, shows = dataset.positions, dataset.with_media
     sorts = (np.flatnonzero(shows == wanted)[:PROBED].tolist() for wanted in (True, False))
     shown, others = (sorted(numbers, key=lengths.__getitem__) for numbers in sorts)
-    return [*shown[:1], *others[:1], *(shown[1:] or others[1:])[:1]]
+    return [*shown[:1], *others[:1], *(shown[1:][-1:] or others[1:2])]
 
 
 @torch.no_grad()
@@ -163,6 +164,6 @@ def hidden_rows(trainer: Any, batch: dict[str, Any]) -> Tensor:
     trainer.tell_routers(inputs, places)
     with evaluating(trainer.model_wrapped), trainer.attention:
         if places.is_packed:
-            del inputs["attention_mask"]
+            share_rows(trainer.model, inputs, places.lengths)
             trainer.attention.tell(places.lengths)
         return trainer.head.seen(lambda: trainer.model_wrapped(**inputs, use_cache=False), supervised)

@@ -32,6 +32,7 @@ from moellava.train.intact import reading
 from moellava.train.loss import SupervisedHead, sums_of_records, supervised_positions
 from moellava.train.memory import zero_stage
 from moellava.train.optimizer import missing_from, parameter_groups
+from moellava.train.own_positions import share_rows
 from moellava.train.progress import Clock, RunLines, RunProgress
 from moellava.train.rows import NeededRows
 from moellava.train.run_hooks import RunHooks, counts_of
@@ -120,7 +121,7 @@ class StageTrainer(FSDPTrainer):
         supervised = supervised_positions(inputs.pop("labels"), places.supervised)
         image_mask, attention_mask = self.tell_routers(inputs, places), inputs["attention_mask"]
         if places.is_packed:
-            del inputs["attention_mask"]
+            share_rows(self.model, inputs, places.lengths)
             self.attention.tell(places.lengths)
         if self.head.is_last is None and self.may_chunk:
             with evaluating(model):

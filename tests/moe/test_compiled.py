@@ -61,6 +61,16 @@ def test_a_layer_is_one_graph(part, options, compiled):
 
 
 @pytest.mark.slow
+def test_sizes_that_grouped_kernels_do_not_take_are_one_graph_too(compiled):
+    model = upcycle(tiny_llava(hidden_size=32, intermediate_size=62), MoESpec(moe_layers_idx=[1])).train()
+    x, layer = torch.randn(2, 16, 32), moe_layers(model)[0][1]
+    wanted, _ = learnt(layer, model, x)
+    model.zero_grad()
+    values, _ = learnt(compiled(layer), model, x)
+    torch.testing.assert_close(values, wanted, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_layer_that_answers_is_one_graph(compiled):
     model = upcycle(tiny_llava(hidden_size=32, intermediate_size=64), MoESpec(moe_layers_idx=[1])).eval()
     layer = moe_layers(model)[0][1]

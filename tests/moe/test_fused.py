@@ -66,6 +66,14 @@ def gradients(run, experts, x, dispatch):
     return [out.detach(), x.grad, gate.grad, *(p.grad for e in experts for p in e.parameters())]
 
 
+def grouped(experts, x, dispatch):
+    layout, flat = tensors_of(experts)
+    return run_grouped(x, dispatch.gate_R, dispatch.token_R, dispatch.count_E, layout, flat)
+
+
+BOTH = pytest.mark.parametrize("run", [run_experts, grouped], ids=["fused", "grouped"])
+
+
 @pytest.mark.parametrize("mlp", [Gated, GatedInOne, Plain])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU("tanh"), nn.ReLU()])
@@ -99,26 +107,28 @@ def test_more_rows_than_one_elementwise_block(monkeypatch):
         torch.testing.assert_close(fused, plain, atol=2e-6, rtol=1e-5)
 
 
-def test_the_router_learns_the_same_where_a_gate_has_vanished():
+@BOTH
+def test_the_router_learns_the_same_where_a_gate_has_vanished(run):
     """Gates of 0 and of 1e-33: their own gradients are quotients, which must stay finite and right."""
     experts, x, dispatch = problem(Gated)
 
-    def router_gradient(run):
+    def router_gradient(experts_run):
         logit = torch.tensor([0.0, 75.0, -69.0, 74.5]).repeat(3).requires_grad_()
         gate = logit.view(3, 4).softmax(1).view(-1)
         assert (gate == 0).any() and ((gate > 0) & (gate < 1e-30)).any()
-        (run(experts, x, Dispatch(dispatch.token_R, gate, dispatch.count_E)) * x).sum().backward()
+        (experts_run(experts, x, Dispatch(dispatch.token_R, gate, dispatch.count_E)) * x).sum().backward()
         return logit.grad
 
-    torch.testing.assert_close(router_gradient(run_experts), router_gradient(loop_over_experts), atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(router_gradient(run), router_gradient(loop_over_experts), atol=1e-7, rtol=1e-5)
 
 
-def test_experts_used_twice_and_a_graph_walked_twice():
+@BOTH
+def test_experts_used_twice_and_a_graph_walked_twice(run):
     """What the forward keeps is not used up: a second backward gives the same again."""
     experts, x, dispatch = problem(Gated)
-    first, second = (gradients(run_experts, experts, x * scale, dispatch)[3:] for scale in (1, 2))
+    first, second = (gradients(run, experts, x * scale, dispatch)[3:] for scale in (1, 2))
     weight = torch.linspace(-1, 1, x.numel()).view_as(x)
-    out = run_experts(experts, x, dispatch) + run_experts(experts, 2 * x, dispatch)
+    out = run(experts, x, dispatch) + run(experts, 2 * x, dispatch)
     for times in (1, 2):
         (out * weight).sum().backward(retain_graph=True)
         found = [parameter.grad for expert in experts for parameter in expert.parameters()]
@@ -126,16 +136,18 @@ def test_experts_used_twice_and_a_graph_walked_twice():
             torch.testing.assert_close(mine, times * (one + other), atol=1e-5, rtol=1e-5)
 
 
-def test_idle_experts_get_zero_gradients_and_not_none():
-    _, _, _, *grads = gradients(run_experts, *problem(Gated))
+@BOTH
+def test_idle_experts_get_zero_gradients_and_not_none(run):
+    _, _, _, *grads = gradients(run, *problem(Gated))
     idle = grads[6:12]
     assert all(g is not None and not g.any() for g in idle)
 
 
-def test_no_rows_at_all():
+@BOTH
+def test_no_rows_at_all(run):
     experts, x, _ = problem(Gated)
     nothing = Dispatch(torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(4, dtype=torch.long))
-    out, dx, _, *grads = gradients(run_experts, experts, x, nothing)
+    out, dx, _, *grads = gradients(run, experts, x, nothing)
     assert not out.any() and not dx.any() and all(g is not None and not g.any() for g in grads)
 
 
@@ -151,11 +163,12 @@ def test_bf16_is_as_near_to_fp32_as_the_loop_is():
         assert (fused.float() - reference).abs().max() <= 1.5 * error + 1e-2
 
 
-def test_frozen_experts_and_frozen_inputs():
+@BOTH
+def test_frozen_experts_and_frozen_inputs(run):
     experts, x, dispatch = problem(Gated)
     for parameter in experts[0].parameters():
         parameter.requires_grad_(False)
-    run_experts(experts, x, dispatch).sum().backward()
+    run(experts, x, dispatch).sum().backward()
     assert all(p.grad is None for p in experts[0].parameters())
     assert all(p.grad is not None for e in experts[1:] for p in e.parameters())
 
@@ -199,11 +212,6 @@ def test_under_autocast_an_input_of_its_dtype_meets_weights_of_another():
     assert fused.dtype == torch.bfloat16 and torch.allclose(fused.float(), plain.float(), atol=0.05)
 
 
-def grouped(experts, x, dispatch):
-    layout, flat = tensors_of(experts)
-    return run_grouped(x, dispatch.gate_R, dispatch.token_R, dispatch.count_E, layout, flat)
-
-
 @pytest.mark.parametrize("mlp", [Gated, GatedInOne, Plain])
 @pytest.mark.parametrize("bias", [True, False])
 def test_grouped_products_equal_the_loop(mlp, bias):
@@ -222,6 +230,18 @@ def test_grouped_products_in_bf16():
 def test_the_cpu_does_not_take_the_gpu_path():
     experts, x, _ = problem(Gated, dtype=torch.bfloat16)
     assert tensors_of(experts) is not None and not can_group(x.device, x.dtype, x.shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_them"), [((8, 0), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)]
+)
+def test_gpus_for_which_torch_has_no_grouped_kernels_do_without(capability, has_them, monkeypatch):
+    """There each product would wait for the counts, and loop."""
+    place = (torch.device("cuda"), torch.bfloat16, (16, 24))
+    assert can_group(*place), "of a plan"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert can_group(*place) is has_them
 
 
 def test_stacked_weights_are_read_where_they_lie():
@@ -280,12 +300,20 @@ def saved_bytes(module, x):
     return sum(kept.values())
 
 
-@pytest.mark.parametrize(("n_experts", "k", "width"), [(4, 2, 344), (16, 4, 86), (64, 8, 43)])
+@pytest.mark.parametrize(("n_experts", "k", "width"), [(4, 2, 256), (16, 4, 128), (64, 8, 64)])
 @pytest.mark.parametrize("mlp", [Gated, Plain])
-def test_a_layer_keeps_less_than_a_dense_mlp_of_the_same_work(mlp, n_experts, k, width):
+@pytest.mark.parametrize("kernel", ["fused", "grouped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layer_keeps_less_than_a_dense_mlp_of_the_same_work(mlp, n_experts, k, width, kernel, dtype, padded):
     """Of k × width units, at any granularity, routing and its losses counted."""
+    own = torch.float32 if dtype == "autocast" else dtype
     spec = MoESpec(num_experts=[n_experts], top_k_experts=k)
-    layer = sparse_mlp(mlp(64, width, False, nn.SiLU()), spec, n_experts, 0)
-    x = torch.randn(2, 64, 64, requires_grad=True)
-    sparse, dense = saved_bytes(layer, x), saved_bytes(mlp(64, k * width, False, nn.SiLU()), x)
-    assert x.numel() * 4 < sparse <= dense
+    layer = sparse_mlp(mlp(128, width, False, nn.SiLU()).to(own), spec, n_experts, 0)
+    layer.context.kernel = kernel
+    x, mask = torch.randn(2, 64, 128, dtype=own, requires_grad=True), torch.ones(2, 64, dtype=torch.bool)
+    mask[1, 60:] = not padded
+    layer.context.set(mask, None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        sparse, dense = saved_bytes(layer, x), saved_bytes(mlp(128, k * width, False, nn.SiLU()).to(own), x)
+    assert x.numel() * x.element_size() / 2 <= sparse <= dense

@@ -102,6 +102,14 @@ def test_what_cannot_run_is_refused_by_name(kernel, place, words, sparse, masked
         use_kernel(sparse, kernel, *place)
 
 
+@pytest.mark.parametrize(("dtype", "multiple"), [(FP32, 4), (torch.bfloat16, 8)])
+def test_sizes_that_grouped_products_do_not_take_are_refused(dtype, multiple):
+    odd = upcycle(tiny_llava(hidden_size=32, intermediate_size=62), MoESpec(moe_mode="dense")).train()
+    with pytest.raises(UserError, match=f"takes sizes that are multiples of {multiple} numbers; .* have 32 and 62"):
+        use_kernel(odd, "grouped", CPU, dtype)
+    assert use_kernel(odd, "auto", torch.device("cuda"), torch.bfloat16) == "fused"
+
+
 def test_a_plug_in_may_take_a_name_that_is_not_served(sparse, masked):
     KERNELS.register("sonicmoe", KERNELS["masked"])
     assert use_kernel(sparse, "sonicmoe", CPU, FP32) == "sonicmoe"

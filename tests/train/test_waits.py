@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import traceback
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llava import modeling_llava
+from transformers.utils import import_utils
 
 from moellava.data.places import Places, places_of
 from moellava.moe import (
@@ -25,7 +29,9 @@ from moellava.moe import (
 from moellava.moe.weights import tensors_of
 from moellava.train.loss import SupervisedHead, supervised_positions
 from moellava.train.stopping import StepWatch, StopRequest
+from moellava.train.trainer import StageTrainer
 from tests import tiny
+from tests.processes import train_here
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "repeat_interleave.Tensor")
 
@@ -155,6 +161,52 @@ def test_masks_are_looked_at_once_a_forward_where_places_are_not_known(gpu_paths
         set_routing_context(model, batch[2])
         model.get_decoder()(inputs_embeds=torch.randn(2, 16, 32), use_cache=False)
     assert [name for name in waits.names if name.startswith(("index", "nonzero"))] == ["index.Tensor", "nonzero"][:1]
+
+
+class WaitsOfFiles(Waits):
+    """Counts them by the file that asks, without those of the data, which lie on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        before = len(self.names)
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        if len(self.names) > before:
+            files = [frame.filename for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
+            if not any("/moellava/data/" in file for file in files):
+                self.files[next(file for file in reversed(files) if file not in (__file__, IMPORTS))] += 1
+        return out
+
+
+IMPORTS = import_utils.__file__  # where transformers' check stands
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_micro_batch_of_a_run_has_the_host_wait_for_questions_of_transformers_alone(
+    attention, flags_for, tmp_path, monkeypatch, request
+):
+    """Of a whole model and the whole loop: LLaVA compares image tokens and features, in two questions one after the
+    other; nothing is asked at a micro-batch's end."""
+    train_here(flags_for(tmp_path, "pretrain") | {"max_steps": 1, "skip_dry_save": True})
+    train_here(flags_for(tmp_path, "finetune") | {"max_steps": 1, "skip_dry_save": True})
+    flags = flags_for(tmp_path, "moe") | {"max_steps": 2, "skip_dry_save": True, "save_strategy": "no"}
+    flags |= {"per_device_train_batch_size": 2, "attn_implementation": attention}
+    request.getfixturevalue("gpu_paths")
+    found, loop = [], StageTrainer._inner_training_loop
+
+    def counted(self: StageTrainer, *args: Any, **options: Any) -> Any:
+        with WaitsOfFiles() as waits:
+            result = loop(self, *args, **options)
+        found.append(waits.files)
+        return result
+
+    monkeypatch.setattr(StageTrainer, "_inner_training_loop", counted)
+    for accumulation in (1, 4):
+        train_here(flags | {"gradient_accumulation_steps": accumulation, "output_dir": tmp_path / str(accumulation)})
+    more = found[1] - found[0]
+    assert more == {modeling_llava.__file__: 2 * (2 * 4 - 2 * 1)}
 
 
 def test_losses_are_looked_at_once_a_step():
