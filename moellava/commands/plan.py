@@ -41,22 +41,23 @@ def main(argv: list[str]) -> int:
     """Prints the plan. Exit status 1 if nothing fits."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    words = [ALIASES.get(word, word) for word in rest]
+    words = [ALIASES.get(name, name) + equals + value for name, equals, value in (w.partition("=") for w in rest)]
     if not any(word.partition("=")[0].replace("-", "_") == "__output_dir" for word in words):
         words += ["--output_dir", "out"]  # which training does not go without
     refuse_idle(parser, without(argv, rest), idle_flags(args))
     with importing():
-        from moellava.plan.asking import asked_of, command_of, data_of, device_of, flag_groups, said
-        from moellava.plan.model import model_maker, own_experts
+        from moellava.plan.asking import asked_of, command_of, data_of, device_of, flag_groups, refuse_hosts, said
+        from moellava.plan.model import counts_of_experts, model_maker
         from moellava.plan.plan import cheapest, dtype_of, rows_of
         from moellava.plan.report import flags_of
         from moellava.train.parsing import given_flags
     given = given_flags(words)
     device = device_of(args)
-    groups = flag_groups(given, args.tokens)
+    refuse_hosts(args.gpus, args.per_host)
+    groups = flag_groups(given, args.tokens, args.gpus, device.is_gpu)
     description, make = model_maker(groups, dtype_of(argparse.Namespace(**given), device))
     data = data_of(args, groups, description)
-    asked = asked_of(args, given, groups, device, data, own_experts(make) if args.gpus > 1 else ())
+    asked = asked_of(args, given, groups, device, data, counts_of_experts(make) if args.gpus > 1 else ())
     rows = rows_of(asked, make)
     chosen = cheapest(rows, asked.memory)
     command = None if chosen is None else command_of(asked, flags_of(chosen), words, given)
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
         content = {"rows": [row.to_json() for row in rows], "cheapest": chosen and chosen.to_json(), "flags": command}
         print(printable(json.dumps(content, indent=1)))
     else:
-        print(printable("\n".join(said(asked, rows, command))))
+        print(printable("\n".join(said(asked, rows, command, given))))
     return 0 if chosen else 1
 
 

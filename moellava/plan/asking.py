@@ -20,6 +20,7 @@ from moellava.data.records import load_records
 from moellava.errors import UserError
 from moellava.model.description import Description
 from moellava.plan.devices import DEVICES, SPEEDS, Device
+from moellava.plan.judged import as_one_of, judgeable, judged, problems_of
 from moellava.plan.model import WHOLE, Groups
 from moellava.plan.plan import BATCHES, Asked, layouts_for
 from moellava.plan.report import best_of_each, launcher, table
@@ -27,7 +28,7 @@ from moellava.plan.rows import shares_rows
 from moellava.plan.samples import Sample, Samples
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, settle
 from moellava.train.conflicts import Flags, find_conflicts
-from moellava.train.deepspeed.named import settings_named
+from moellava.train.deepspeed.named import NONE, settings_named
 from moellava.train.hf_flags import find_problems, typed
 from moellava.train.memory import Layout, in_units, layout_of
 from moellava.train.parsing import TrainingArguments, defaults
@@ -53,8 +54,8 @@ def device_of(args: argparse.Namespace) -> Device:
     return replace(device, **told)
 
 
-def flag_groups(given: dict[str, Any], tokens: int | None) -> Groups:
-    """The flags of the run that is planned, as training would read them.
+def flag_groups(given: dict[str, Any], tokens: int | None, gpus: int = 1, is_gpu: bool = True) -> Groups:
+    """The flags of the run that is planned, as training would read them in one of its processes.
 
     Raises:
         UserError: as training would; and for --tokens beside --data, and for neither.
@@ -63,7 +64,18 @@ def flag_groups(given: dict[str, Any], tokens: int | None) -> Groups:
         raise UserError("Give --data FILE, or --tokens N: the positions of a sample. One of them.")
     run = {name: value for name, value in given.items() if name not in FIXED}
     run.setdefault("data_path", ["the data"])
-    if problems := find_problems(run, defaults()):
+    if tokens:
+        run.setdefault("model_max_length", max(tokens, defaults()["model_max_length"]))
+        if tokens > run["model_max_length"]:
+            raise UserError(
+                f"--tokens {tokens}: training takes samples of --model_max_length {run['model_max_length']} "
+                "positions at most. Raise it, or leave it out."
+            )
+    fixed = {name: value for name, value in given.items() if name in FIXED}
+    named = {"deepspeed": settings_named(fixed["deepspeed"])} if "deepspeed" in fixed else {}
+    with as_one_of(gpus):
+        problems = find_problems(run | judgeable(fixed | named, is_gpu), defaults())
+    if problems:
         raise UserError("\n".join(problems))
     model, data = construct(ModelArguments, run), construct(DataArguments, run)
     moe, training = construct(MoEArguments, run), construct(TrainingArguments, run)
@@ -71,9 +83,21 @@ def flag_groups(given: dict[str, Any], tokens: int | None) -> Groups:
     settle(model, training)
     asked = copy.copy(training)  # with what this machine may not be able to do
     asked.bf16, asked.fp16 = bool(given.get("bf16")), bool(given.get("fp16"))
-    if problems := find_conflicts(Flags(model, data, moe, asked)):
+    with as_one_of(gpus):
+        problems = find_conflicts(Flags(model, data, moe, asked))
+    if problems:
         raise UserError("\n".join(problems))
     return model, data, moe, training
+
+
+def refuse_hosts(gpus: int, per_host: int) -> None:
+    """Raises UserError where the last host would have idle devices: launchers start as many processes on each."""
+    if gpus > per_host and gpus % per_host:
+        fits = max(size for size in range(1, per_host + 1) if gpus % size == 0)
+        raise UserError(
+            f"--gpus {gpus}: hosts of --per-host {per_host} devices have {gpus - gpus % per_host} or "
+            f"{gpus + per_host - gpus % per_host} together. --per-host {fits} makes {gpus // fits} hosts of {fits}."
+        )
 
 
 def data_of(args: argparse.Namespace, groups: Groups, description: Description) -> Samples:
@@ -131,15 +155,19 @@ def asked_of(
     """The question, with what the run's flags leave open.
 
     Args:
-        own_counts: see `layouts_for`.
+        own_counts: numbers of experts that the sparse layers have, or that a language model has of its own.
 
     Raises:
         UserError: no way to lay a run out is as the flags say.
     """
     model, _, moe, training = groups
-    counts = moe.num_experts if moe.moe_enable else None
-    layouts = layouts_for(args.gpus, counts, moe.moe_enable, own_counts, args.per_host, device.is_gpu)
-    if "deepspeed" in given:
+    fixed = {name: given[name] for name in FIXED if name in given}
+    copy_size = given["fsdp_size"] if given.get("fsdp_size", 1) > 1 else args.per_host
+    counts = own_counts if moe.moe_enable else None
+    layouts = layouts_for(
+        args.gpus, counts, moe.moe_enable, () if moe.moe_enable else own_counts, copy_size, device.is_gpu
+    )
+    if fixed.get("deepspeed") not in (None, NONE):
         wanted = layout_of(settings_named(given["deepspeed"]), args.gpus, is_gpu=device.is_gpu)
         layouts = tuple({replace(wanted, ep_size=layout.ep_size) for layout in layouts if layout.fsdp == 1})
     if "fsdp_size" in given:
@@ -148,7 +176,13 @@ def asked_of(
         layouts = tuple(layout for layout in layouts if layout.ep_size == given["ep_size"])
     if training.bits < WHOLE:
         layouts = unsplit(layouts, training.bits)
+    layouts = judged(layouts, fixed, groups, args.gpus, device.is_gpu)
     if not layouts:
+        is_chosen = bool({"deepspeed", "fsdp_size"} & fixed.keys())  # else nothing says what --ep_size belongs to
+        if problems := is_chosen and problems_of(fixed, groups, args.gpus, device.is_gpu):
+            raise UserError("\n".join(problems))
+        if given.get("ep_size", 1) > 1 and args.gpus > 1 and not own_counts:
+            raise UserError(f"{typed('ep_size', given['ep_size'])}: the model has no experts to spread. Leave it out.")
         flags = " ".join(typed(name, given[name]) for name in ("fsdp_size", "ep_size") if name in given)
         raise UserError(
             f"{flags} does not divide --gpus {args.gpus} and the experts (--num_experts, or the model's own)."
@@ -185,16 +219,23 @@ def command_of(asked: Asked, flags: list[str], words: list[str], given: dict[str
     added = [word for pair in zip(flags[::2], flags[1::2], strict=True) if pair[0] not in fixed for word in pair]
     if asked.device.is_gpu and not {"bf16", "fp16"} & given.keys():
         added += ["--bf16", "True"]
+    if "data_path" not in given:
+        added += ["--data_path", "DATA.json"]
+        if "model_max_length" not in given and asked.longest != defaults()["model_max_length"]:
+            added += ["--model_max_length", str(asked.longest)]
     return " ".join([launcher(asked.gpus, asked.per_host), "-m moellava.train", shlex.join([*words, *added])])
 
 
-def said(asked: Asked, rows: list, command: str | None) -> list[str]:
+def said(asked: Asked, rows: list, command: str | None, given: dict[str, Any]) -> list[str]:
     """The plan as text."""
     batch = asked.data.longest
     what = "row of samples" if asked.is_packed else "sample"
     about = f"longest {what} {batch.length} positions ({batch.supervised} supervised, {batch.images} images)"
     lines = [f"{asked.gpus} devices of {asked.memory:g} GB; {about}, mean {asked.data.mean_length:.0f}"]
-    lines += [LIE[any(row.in_one_row for row in rows)], ""]
+    lines.append(LIE[any(row.in_one_row for row in rows)])
+    if "optim" in given and not given["optim"].startswith("adamw_torch"):
+        lines.append(f"Optimizer states are counted as AdamW's, which {typed('optim', given['optim'])} need not hold.")
+    lines.append("")
     lines += table(best_of_each(rows, asked.memory), asked.memory)
     smallest = in_units(min(row.total for row in rows))
     lines.append("")

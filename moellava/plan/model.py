@@ -11,7 +11,7 @@ import torch
 
 from moellava.adapters.lora import target_names, trainable_parameters
 from moellava.model.build import on_meta
-from moellava.moe import upcycle
+from moellava.moe import moe_layers, upcycle
 from moellava.plan.packed import pack
 from moellava.plan.spread import spread
 from moellava.train.adapt import adapt
@@ -68,6 +68,9 @@ def model_maker(groups: Groups, dtype: torch.dtype) -> tuple[Any, Callable[[int]
     return description, make
 
 
-def own_experts(make: Callable[[int], VLM]) -> list[int]:
-    """Numbers of experts of a language model that is sparse of itself, where they may be spread over processes."""
-    return sorted({module.num_experts for module in spread_experts(make(1).model)})
+def counts_of_experts(make: Callable[[int], VLM]) -> list[int]:
+    """Numbers of experts that layers have which may be spread over processes: MoE layers, or a language model's own."""
+    vlm = make(1)
+    if vlm.spec is not None:
+        return sorted({layer.n_experts for _, layer in moe_layers(vlm.model)})
+    return sorted({module.num_experts for module in spread_experts(vlm.model)})

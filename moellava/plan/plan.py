@@ -31,6 +31,16 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 PASSES = {False: 2, True: 3}
 """How often a step reads the weights: forward, backward, and the forward again with checkpointing."""
 
+HOST = 25.0
+"""GB/s between a device and its host (PCIe 4.0 × 16, as reached), and of a device's share of the host's memory."""
+
+OFFLOADED = 2 + 2 + 2 * 12
+"""Bytes that a trained number moves in a step whose optimizer is the host's: its gradient there, its weight back, and
+weight and two moments in fp32 read and written."""
+
+EQUAL = 0.97
+"""Of the fastest way's tokens per second: what has as many is as fast, for all that bounds say."""
+
 PARTS = 32
 """Samples of a row that are traced one by one; of more the line of one row and two says what they take."""
 
@@ -357,19 +367,21 @@ def moved_seconds(asked: Asked, layout: Layout, held: Held, samples: int, checkp
         some = (held.weights - held.expert_weights) * (layout.fsdp - 1) / layout.fsdp
         fetched = 2 * (some + held.expert_weights * (same - 1) / same) * steps
     outer = (dense + spread + fetched) / link + rows * (layout.ep_size - 1) / layout.ep_size / near
-    return max(inner / asked.device.bandwidth, outer) / 1e9
+    own = held.trained * ((1 - held.expert_share) / asked.gpus + held.expert_share / experts)
+    host = own / held.element * OFFLOADED if layout.offload else 0.0
+    return max(inner / asked.device.bandwidth, outer, host / HOST) / 1e9
 
 
 def cheapest(rows: Iterable[Row], memory: float) -> Row | None:
     """The fastest one that fits into so many GB, and of equally fast ones the simplest; None: none fits."""
     fitting = [row for row in rows if row.samples and row.total <= memory * 1e9]
-    return min(fitting, key=_order, default=None)
+    fastest = max((row.bound for row in fitting), default=0.0)
+    return min((row for row in fitting if row.bound >= EQUAL * fastest), key=_order, default=None)
 
 
 def _order(row: Row) -> tuple:
     layout = row.layout
     return (
-        -float(f"{row.bound:.2g}"),
         layout.offload,
         row.checkpointing,
         layout.ep_size,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from moellava.plan.plan import Row, cheapest
 from moellava.train.memory import Layout, in_units
@@ -54,17 +55,24 @@ def called(layout: Layout) -> str:
     return f"ZeRO-{layout.zero}" + (" offload" if layout.offload else "")
 
 
+def settings_of(layout: Layout) -> dict[str, Any]:
+    """The flags of training that make a run one of this layout, by name, where settings of this package do."""
+    flags: dict[str, Any] = {}
+    if layout.deepspeed and (layout.zero, layout.offload) in FILES:
+        flags["deepspeed"] = FILES[layout.zero, layout.offload]
+    if layout.fsdp > 1:
+        flags["fsdp_size"] = layout.fsdp
+    if layout.ep_size > 1:
+        flags["ep_size"] = layout.ep_size
+    return flags
+
+
 def flags_of(row: Row) -> list[str]:
     """The flags of training that make a run one such row."""
-    layout = row.layout
-    flags = ["--per_device_train_batch_size", str(row.samples)]
-    if layout.deepspeed:
-        flags += ["--deepspeed", FILES[layout.zero, layout.offload]]
-    if layout.fsdp > 1:
-        flags += ["--fsdp_size", str(layout.fsdp)]
-    if layout.ep_size > 1:
-        flags += ["--ep_size", str(layout.ep_size)]
-    return flags + (["--activation_checkpointing", "True"] if row.checkpointing else [])
+    flags = {"per_device_train_batch_size": row.samples, **settings_of(row.layout)}
+    if row.checkpointing:
+        flags["activation_checkpointing"] = True
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
 def launcher(gpus: int, per_host: int) -> str:

@@ -73,7 +73,7 @@ def test_a_model_that_is_sparse_of_itself_may_have_its_experts_spread(config_alo
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["layout"]["fsdp"], row["layout"]["ep_size"]) for row in rows] == [(4, 1), (4, 2), (4, 4)]
     assert main(plan(tmp_path / "model", "--gpus", "4", "--fsdp_size", "4", "--ep_size", "3", *fixed)) == 2
-    assert "--fsdp_size 4 --ep_size 3 does not divide --gpus 4" in capsys.readouterr().err
+    assert "--ep_size 3 does not divide --fsdp_size 4" in capsys.readouterr().err
 
 
 def test_lengths_are_those_of_the_records(config_alone, data_file, make_record, capsys):
@@ -187,3 +187,70 @@ def test_packed_weights_are_smaller_and_not_split(config_alone, capsys):
     )
     assert main(words) == 2
     assert "--bits 4: packed weights are not split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            "--gpus 12",
+            "hosts of --per-host 8 devices have 8 or 16 together. --per-host 6 makes 2 hosts of 6.",
+        ),
+        ("--gpus 7 --per-host 3", "--per-host 1 makes 7 hosts of 1"),
+        ("--gpus 2 --deepspeed /nope.json", "No such file"),
+        ("--gpus 2 --deepspeed zero2 --fsdp_size 2", "--fsdp_size 2 and --deepspeed conflict"),
+        ("--gpus 2 --fp16 True --fsdp_size 2 --device h100", "--fsdp_size 2 and --fp16 True conflict"),
+        ("--gpus 2 --optim adafactor --fsdp_size 2", "--fsdp_size 2 and --optim adafactor conflict"),
+        ("--gpus 2 --deepspeed zero3 --moe_enable True", "--deepspeed"),
+        ("--gpus 2 --ep_size 0", "--ep_size 0"),
+        ("--gpus 2 --ep_size 2", "--ep_size 2: the model has no experts to spread"),
+        ("--gpus 2 --fsdp_size 0", "--fsdp_size 0"),
+        ("--gpus 2 --per_device_train_batch_size 0", "--per_device_train_batch_size 0"),
+        ("--gpus 1 --model_max_length 32", "--tokens 64: training takes samples of --model_max_length 32"),
+    ],
+)
+def test_what_training_refuses_is_not_planned(config_alone, capsys, flags, words):
+    assert main(plan(config_alone, "--tokens", "64", *flags.split())) == 2
+    assert words in capsys.readouterr().err
+
+
+FIXED = ("--tokens", "64", "--per_device_train_batch_size", "1", *NO_CHECKPOINTS, "--json")
+
+
+@pytest.mark.parametrize(
+    ("flags", "engines"),
+    [
+        ("--gpus 4", {"native", "ZeRO", "FSDP2"}),
+        ("--gpus 4 --optim adafactor", {"native", "ZeRO"}),
+        ("--gpus 4 --fp16 True --device h100", {"native", "ZeRO"}),
+        ("--gpus 4 --moe_enable True --num_experts 4", {"ZeRO"}),
+        ("--gpus 4 --fsdp_size 2", {"FSDP2"}),
+        ("--gpus 2 --ddp_timeout 600", {"native", "ZeRO", "FSDP2"}),
+    ],
+)
+def test_engines_that_training_refuses_have_no_row(config_alone, capsys, flags, engines):
+    assert main(plan(config_alone, *FIXED, *flags.split())) == 0
+    rows = [row["layout"] for row in json.loads(capsys.readouterr().out)["rows"]]
+    found = {"FSDP2" if row["fsdp"] > 1 else "ZeRO" if row["deepspeed"] else "native" for row in rows}
+    assert found == engines
+
+
+def test_settings_of_ones_own_are_planned_and_stand_in_the_command(config_alone, tmp_path, capsys):
+    for name, zero in (("none", {}), ("far", {"stage": 3, "offload_optimizer": {"device": "cpu"}})):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"zero_optimization": zero, "train_micro_batch_size_per_gpu": "auto"}))
+        assert main(plan(config_alone, *FIXED[:-1], "--gpus", "2", "--deepspeed", str(path))) == 0
+        assert f"--deepspeed {path}" in capsys.readouterr().out
+
+
+def test_experts_that_the_folder_says_are_spread(config_alone, capsys):
+    flags = ("--gpus", "2", "--moe_enable", "True", "--ep_size", "2")  # four experts, which no flag says
+    assert main(plan(config_alone, *FIXED, *flags)) == 0
+    assert {row["layout"]["ep_size"] for row in json.loads(capsys.readouterr().out)["rows"]} == {2}
+
+
+def test_the_command_says_how_long_samples_are_and_where_data_goes(config_alone, capsys):
+    model = f"--model={config_alone}"
+    assert main(["plan", model, "--device", "h100", "--gpus", "1", "--tokens", "1024", *FIXED[2:-1]]) == 0
+    command = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "--data_path DATA.json --model_max_length 1024" in command and "offload" not in command
