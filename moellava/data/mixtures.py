@@ -108,9 +108,20 @@ def taken(listing: Listing, counts: Sequence[int]) -> list[list[int] | range]:
     Args:
         listing: of `listing_of`.
         counts: records that each part has.
+
+    Raises:
+        DataError: of a part that has records none would come.
     """
     chosen = [_sampled(part, count) for part, count in zip(listing.parts, counts, strict=True)]
     factors = _factors(listing, [len(rows) for rows in chosen])
+    problems = [
+        f"{part.mixture}: of the {len(rows)} records of {part.files[0]} none would come: its share is "
+        f"{factor * len(rows):.3g} of a record; give it more, or take it off the list"
+        for part, rows, factor in zip(listing.parts, chosen, factors, strict=True)
+        if len(rows) and not round(factor * len(rows))
+    ]
+    if problems:
+        raise DataError(problems)
     return [
         _repeated(rows, factor, part.seed) for part, rows, factor in zip(listing.parts, chosen, factors, strict=True)
     ]
@@ -118,13 +129,26 @@ def taken(listing: Listing, counts: Sequence[int]) -> list[list[int] | range]:
 
 def _factors(listing: Listing, sizes: Sequence[int]) -> list[float]:
     """How often the records of each part come in an epoch. By shares, all parts together have as many as without."""
-    weights = [part.weight for part in listing.parts]
+    weights: Sequence[float | None] = [part.weight for part in listing.parts]
     if listing.temperature is not None:
-        weights = [size ** (1 / listing.temperature) for size in sizes]
+        weights = _powers(sizes, 1 / listing.temperature)
     if weights[0] is None:
         return [1.0 if part.epochs is None else part.epochs for part in listing.parts]
-    total, whole = sum(sizes), sum(filter(None, weights))
+    if math.isinf(sum(filter(None, weights))):
+        weights = [(weight or 0) / max(filter(None, weights)) for weight in weights]
+    total, whole = sum(sizes), sum(filter(None, weights)) or 1  # no weight at all: every part is empty
     return [(weight or 0) / whole * total / max(size, 1) for weight, size in zip(weights, sizes, strict=True)]
+
+
+def _powers(sizes: Sequence[int], power: float) -> list[float]:
+    """Numbers that are to each other as the sizes to a power; these themselves where floats can hold them."""
+    try:
+        powers = [float(size**power) for size in sizes]
+    except OverflowError:
+        powers = [math.inf]
+    if all(map(math.isfinite, powers)):
+        return powers
+    return [(size / max(sizes)) ** power for size in sizes]
 
 
 def _repeated(rows: list[int] | range, factor: float, seed: int) -> list[int] | range:
@@ -192,9 +216,27 @@ def _read(path: Path) -> Any:
     if problem:
         raise DataError(f"{path}: {'no such data file' if problem == 'no such file' else problem}")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        if (twice := _key_twice(yaml.compose(text, yaml.SafeLoader))) is not None:
+            raise DataError(f"{path} has {brief(twice)} twice in one place, and the first would not act: keep one")
+        return yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())[:300]}") from error
+
+
+def _key_twice(node: Any) -> str | None:
+    """A key that a mapping of YAML has twice, of which it would keep the last. Aliases are looked at where they are."""
+    left, met = [node], set()
+    while left:
+        node = left.pop()
+        if node is None or id(node) in met or node.id == "scalar":
+            continue
+        met.add(id(node))
+        keys = [key.value for key, _ in node.value if key.id == "scalar"] if node.id == "mapping" else []
+        if len(set(keys)) < len(keys):
+            return next(key for number, key in enumerate(keys) if key in keys[:number])
+        left += [part for pair in node.value for part in pair] if node.id == "mapping" else node.value
+    return None
 
 
 def _refuse_unknown(path: str | Path, given: dict[Any, Any], known: set[str]) -> None:

@@ -227,7 +227,11 @@ def read_records(
             problems += [Problem(None, text) for text in error.problems]
             continue
         indexes = [[index_of(file, roles) for file in part.files] for part in listing.parts]
-        rows = taken(listing, [sum(map(len, part)) for part in indexes])
+        try:
+            rows = taken(listing, [sum(map(len, part)) for part in indexes])
+        except DataError as error:
+            problems += [Problem(None, text) for text in error.problems]
+            continue
         for part, found, numbers in zip(listing.parts, indexes, rows, strict=True):
             for file, index, own in zip(part.files, found, _apart(numbers, found), strict=True):
                 seen |= set(index.facts["seen"])

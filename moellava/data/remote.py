@@ -229,7 +229,9 @@ def open_file(name: str | Path) -> Any:
     if not is_remote(name):
         return open(name, "rb")
     file_system, path = opened(str(name))
-    return file_system.open(path, "rb", block_size=BLOCK, cache_type="readahead")
+    file = file_system.open(path, "rb", block_size=BLOCK, cache_type="readahead")
+    file.held_open_by = file_system  # one of an archive is nobody else's, and closes its files when it goes
+    return file
 
 
 def fetch_together(wanted: Iterable[Distant]) -> None:

@@ -97,29 +97,41 @@ def _files(tar: tarfile.TarFile, is_packed: bool, held: Held) -> Iterator[tuple[
 
 
 def _record(key: str, files: list[tuple[str, Any]]) -> Any:
-    """A record of its files. What has another ending is a key of that name."""
-    record: dict[str, Any] = {"id": key}
+    """A record of its files. What has another ending is a key of that name; none may come twice, saying two things."""
+    record: dict[str, Any] = {}
     images = [content for ending, content in files if ending in IMAGES]
     for ending, content in files:
         if ending in IMAGES:
             continue
         try:
-            text = content.decode("utf-8-sig")
-            value = parsed(text) if ending == "json" else text
-        except UnicodeDecodeError:
-            record[ending] = data_uri(content)
-            continue
+            said = _said(key, ending, content, len(images))
         except ValueError as error:
-            return Broken(f"is not valid JSON ({key}.json): {error}", text)
-        if ending == "json":
-            if not isinstance(value, dict):
-                return Broken(f"is no JSON object ({key}.json): {brief(value)}", text)
-            record |= value
-        elif ending in CAPTIONS:
-            said = (DEFAULT_IMAGE_TOKEN * len(images), text.strip())
-            record["conversations"] = [{"from": role, "value": words} for role, words in zip(ROLES, said, strict=True)]
-        else:
-            record[ending] = text
+            return Broken(str(error), content.decode("utf-8-sig", "replace"))
+        twice = next((name for name in said if name in record and record[name] != said[name]), None)
+        if twice is not None:
+            values = f"{brief(record[twice])} and {brief(said[twice])}"
+            return Broken(f"has {brief(twice)} twice, in files of the name {key}: {values}; keep one", str(said))
+        record |= said
     if images:
         record["image"] = images  # in place of the names that they had
-    return record
+    return {"id": key} | record
+
+
+def _said(key: str, ending: str, content: bytes, images: int) -> dict[str, Any]:
+    """What a file of a record says, by key. Raises ValueError where it is no JSON object and should be."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return {ending: data_uri(content)}
+    if ending in CAPTIONS:
+        said = (DEFAULT_IMAGE_TOKEN * images, text.strip())
+        return {"conversations": [{"from": role, "value": words} for role, words in zip(ROLES, said, strict=True)]}
+    if ending != "json":
+        return {ending: text}
+    try:
+        value = parsed(text)
+    except ValueError as error:
+        raise ValueError(f"is not valid JSON ({key}.json): {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"is no JSON object ({key}.json): {brief(value)}")
+    return value

@@ -182,6 +182,7 @@ def ids_of(tmp_path, text: str) -> Counter[str]:
         ("temperature: 1\n", "", "", (10, 3)),
         ("temperature: 2\n", "", "", (8, 5)),  # 3.16 to 1.73
         ("temperature: 1000\n", "", "", (7, 6)),
+        ("", "weight: 1.0e+308", "weight: 1.0e+308", (6, 6)),
     ],
 )
 def test_how_often_records_come(head, of_a, of_b, expected, tmp_path):
@@ -225,6 +226,8 @@ def test_patterns_name_files_in_order(tmp_path, monkeypatch):
         ("datasets: [{json_path: mix.yaml}]", "no other mixture"),
         ("datasets: [{json_path: gone.json}]", "gone.json: no such data file"),
         ("datasets: [{json_path: a.json, seed: x}]", "seed is a whole number"),
+        ("datasets: [{json_path: a.json, epochs: 2, epochs: 3}]", "'epochs' twice in one place"),
+        ("seed: 1\ndatasets: [{json_path: a.json}]\nseed: 2", "'seed' twice in one place"),
         ("datasets: [", "is not valid YAML"),
         ("[" * 5000, "is not valid YAML"),
         ("!!python/object/apply:os.system ['true']", "is not valid YAML"),

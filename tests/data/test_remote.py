@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import sys
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +19,13 @@ from moellava.data import indexing
 from moellava.data.cache import PLACE
 from moellava.data.check import check
 from moellava.data.media import MediaFiles
-from moellava.data.records import Medium, load_records
+from moellava.data.records import Medium, load_records, media_of
 from moellava.data.remote import RemoteFolder, addresses, copied, is_remote
 from moellava.data.shown import states_of
 from moellava.errors import BadFileError, DataError, UserError
 from moellava.files import read_json
 from tests import tiny
+from tests.data.test_shard_parts import write_shards
 from tests.processes import losses_of, train_here
 
 ROOT = "memory://bucket"
@@ -54,6 +57,27 @@ def test_data_files_are_read_as_local_ones_are(bucket, tmp_path, monkeypatch):
     assert [record["id"] for record in load_records(f"{ROOT}/data/all.yaml")] == ["a0", "b1"]
     monkeypatch.setattr(type(bucket), "get_file", None)  # all of it lies in the cache by now
     assert len(load_records(f"{ROOT}/data/a.json")) == 2
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "a.tar", "a.parquet"])
+@pytest.mark.parametrize("archive", ["zip", "tar"])
+def test_data_may_lie_in_archives(archive, name, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv(PLACE, str(tmp_path / "cache"))
+    folder = write_shards(tmp_path / "shards", pictures[:3])
+    (folder / "rows.jsonl").write_text(json.dumps(tiny.record("r", "q", "a")))
+    whole = tmp_path / f"all.{archive}"
+    if archive == "zip":
+        with zipfile.ZipFile(whole, "w") as packed:
+            packed.write(folder / name, name)
+    else:
+        with tarfile.open(whole, "w") as packed_by_tar:
+            packed_by_tar.add(folder / name, name)
+    records, here = load_records(f"{archive}://{name}::file://{whole}"), load_records(folder / name)
+    assert len(records) == len(here) > 0
+    shown, files = [[media_of(row) for row in rows] for rows in (records, here)], MediaFiles()
+    for there, local in zip(*shown, strict=True):
+        for one, other in zip(there, local, strict=True):
+            assert (np.asarray(files.read(one)) == np.asarray(files.read(other))).all()
 
 
 def test_a_data_file_that_changes_is_copied_again(bucket):
