@@ -14,7 +14,7 @@ memory is kept by the process, as in a run:
 * ours, opening: `open_image` alone;
 * ours, kept: the same pixels of a picture that `--cache_pixels` has kept.
 
-Of processors that cut a picture of any size into patches, ours looks up the last steps alone; the goal is not theirs.
+Processors that cut a picture of any size into patches run as transformers has them where ours has no shorter way.
 """
 
 from __future__ import annotations

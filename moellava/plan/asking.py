@@ -28,7 +28,7 @@ from moellava.plan.rows import shares_rows
 from moellava.plan.samples import Sample, Samples
 from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, settle
 from moellava.train.conflicts import Flags, find_conflicts
-from moellava.train.deepspeed.named import NONE, settings_named
+from moellava.train.deepspeed.named import settings_named
 from moellava.train.hf_flags import find_problems, typed
 from moellava.train.memory import Layout, in_units, layout_of
 from moellava.train.parsing import TrainingArguments, defaults
@@ -71,10 +71,8 @@ def flag_groups(given: dict[str, Any], tokens: int | None, gpus: int = 1, is_gpu
                 f"--tokens {tokens}: training takes samples of --model_max_length {run['model_max_length']} "
                 "positions at most. Raise it, or leave it out."
             )
-    fixed = {name: value for name, value in given.items() if name in FIXED}
-    named = {"deepspeed": settings_named(fixed["deepspeed"])} if "deepspeed" in fixed else {}
     with as_one_of(gpus):
-        problems = find_problems(run | judgeable(fixed | named, is_gpu), defaults())
+        problems = find_problems(run | judgeable(fixed_of(given), is_gpu), defaults())
     if problems:
         raise UserError("\n".join(problems))
     model, data = construct(ModelArguments, run), construct(DataArguments, run)
@@ -88,6 +86,12 @@ def flag_groups(given: dict[str, Any], tokens: int | None, gpus: int = 1, is_gpu
     if problems:
         raise UserError("\n".join(problems))
     return model, data, moe, training
+
+
+def fixed_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Those of `FIXED` that are given, DeepSpeed's settings as a file or JSON. Raises UserError: they are neither."""
+    fixed = {name: given[name] for name in FIXED if name in given}
+    return fixed | ({"deepspeed": settings_named(fixed["deepspeed"])} if "deepspeed" in fixed else {})
 
 
 def refuse_hosts(gpus: int, per_host: int) -> None:
@@ -160,33 +164,7 @@ def asked_of(
     Raises:
         UserError: no way to lay a run out is as the flags say.
     """
-    model, _, moe, training = groups
-    fixed = {name: given[name] for name in FIXED if name in given}
-    copy_size = given["fsdp_size"] if given.get("fsdp_size", 1) > 1 else args.per_host
-    counts = own_counts if moe.moe_enable else None
-    layouts = layouts_for(
-        args.gpus, counts, moe.moe_enable, () if moe.moe_enable else own_counts, copy_size, device.is_gpu
-    )
-    if fixed.get("deepspeed") not in (None, NONE):
-        wanted = layout_of(settings_named(given["deepspeed"]), args.gpus, is_gpu=device.is_gpu)
-        layouts = tuple({replace(wanted, ep_size=layout.ep_size) for layout in layouts if layout.fsdp == 1})
-    if "fsdp_size" in given:
-        layouts = tuple(layout for layout in layouts if layout.fsdp == given["fsdp_size"])
-    if "ep_size" in given:
-        layouts = tuple(layout for layout in layouts if layout.ep_size == given["ep_size"])
-    if training.bits < WHOLE:
-        layouts = unsplit(layouts, training.bits)
-    layouts = judged(layouts, fixed, groups, args.gpus, device.is_gpu)
-    if not layouts:
-        is_chosen = bool({"deepspeed", "fsdp_size"} & fixed.keys())  # else nothing says what --ep_size belongs to
-        if problems := is_chosen and problems_of(fixed, groups, args.gpus, device.is_gpu):
-            raise UserError("\n".join(problems))
-        if given.get("ep_size", 1) > 1 and args.gpus > 1 and not own_counts:
-            raise UserError(f"{typed('ep_size', given['ep_size'])}: the model has no experts to spread. Leave it out.")
-        flags = " ".join(typed(name, given[name]) for name in ("fsdp_size", "ep_size") if name in given)
-        raise UserError(
-            f"{flags} does not divide --gpus {args.gpus} and the experts (--num_experts, or the model's own)."
-        )
+    model, training = groups[0], groups[3]
     sizes, checkpointing = given.get("per_device_train_batch_size"), given.get("activation_checkpointing")
     return Asked(
         gpus=args.gpus,
@@ -194,7 +172,7 @@ def asked_of(
         device=device,
         per_host=args.per_host,
         data=data,
-        layouts=layouts,
+        layouts=layouts_of(args, given, groups, device, own_counts),
         samples=(sizes,) if sizes else BATCHES,
         checkpointing=(False, True) if checkpointing is None else (bool(checkpointing),),
         accumulation=training.gradient_accumulation_steps,
@@ -203,6 +181,43 @@ def asked_of(
         eval_samples=training.per_device_eval_batch_size,
         joins=lambda vlm, samples: shares_rows(vlm, training, model.attn_implementation, samples),
     )
+
+
+def layouts_of(
+    args: argparse.Namespace, given: dict[str, Any], groups: Groups, device: Device, own_counts: Sequence[int]
+) -> tuple[Layout, ...]:
+    """Those that the flags leave open and training takes. Raises UserError, see `asked_of`."""
+    is_moe, bits, fixed = groups[2].moe_enable, groups[3].bits, fixed_of(given)
+    counts = (own_counts, ()) if is_moe else (None, own_counts)
+    copy_size = given["fsdp_size"] if given.get("fsdp_size", 1) > 1 else args.per_host
+    layouts = layouts_for(args.gpus, counts[0], is_moe, counts[1], copy_size, device.is_gpu)
+    if fixed.get("deepspeed"):
+        wanted = layout_of(fixed["deepspeed"], args.gpus, is_gpu=device.is_gpu)
+        layouts = tuple({replace(wanted, ep_size=layout.ep_size) for layout in layouts if layout.fsdp == 1})
+    elif "deepspeed" in fixed:
+        layouts = tuple(layout for layout in layouts if not layout.deepspeed)
+    if "fsdp_size" in given:
+        layouts = tuple(layout for layout in layouts if layout.fsdp == given["fsdp_size"])
+    if "ep_size" in given:
+        layouts = tuple(layout for layout in layouts if layout.ep_size == given["ep_size"])
+    if not layouts:
+        raise UserError(why_none(args.gpus, fixed, groups, device.is_gpu, own_counts))
+    if bits < WHOLE:
+        layouts = unsplit(layouts, bits)
+    return judged(layouts, fixed, groups, args.gpus, device.is_gpu)
+
+
+def why_none(gpus: int, fixed: dict[str, Any], groups: Groups, is_gpu: bool, own_counts: Sequence[int]) -> str:
+    """Why no way to lay a run out is as flags say: training's own words, where these say what computes."""
+    is_chosen = bool({"deepspeed", "fsdp_size"} & fixed.keys())  # else nothing says what --ep_size belongs to
+    if problems := is_chosen and problems_of(fixed, groups, gpus, is_gpu):
+        return "\n".join(problems)
+    if fixed.get("ep_size", 1) > 1 and gpus > 1 and not own_counts:
+        return f"{typed('ep_size', fixed['ep_size'])}: the model has no experts to spread. Leave it out."
+    flags = " ".join(typed(name, fixed[name]) for name in ("fsdp_size", "ep_size") if name in fixed)
+    if not flags:
+        return f"--deepspeed none: upcycled experts train on --gpus {gpus} under DeepSpeed alone. Leave it out."
+    return f"{flags} does not divide --gpus {gpus} and the experts (--num_experts, or the model's own)."
 
 
 def unsplit(layouts: Sequence[Layout], bits: int) -> tuple[Layout, ...]:

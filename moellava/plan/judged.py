@@ -36,16 +36,11 @@ def judged(
     Raises:
         UserError: none of them, in training's own words.
     """
-    problems = {layout: problems_of(flags_for(layout, fixed), groups, gpus, is_gpu) for layout in layouts}
+    problems = {layout: problems_of(settings_of(layout) | dict(fixed), groups, gpus, is_gpu) for layout in layouts}
     kept = tuple(layout for layout, found in problems.items() if not found)
     if problems and not kept:
         raise UserError("\n".join(dict.fromkeys(chain.from_iterable(problems.values()))))
     return kept
-
-
-def flags_for(layout: Layout, fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run one of this layout, with what is given."""
-    return dict(settings_of(layout)) | dict(fixed)
 
 
 @contextmanager
@@ -81,5 +76,5 @@ def problems_of(flags: Mapping[str, Any], groups: Groups, gpus: int, is_gpu: boo
 
 
 def judgeable(flags: Mapping[str, Any], is_gpu: bool) -> dict[str, Any]:
-    """Flags whose values can be judged here: not the dtype of a GPU, which this machine may not have."""
-    return {name: value for name, value in flags.items() if not (is_gpu and name in DTYPES)}
+    """Flags whose values can be judged here: not what is off, nor the dtype of a GPU, which this machine may lack."""
+    return {name: value for name, value in flags.items() if value is not None and not (is_gpu and name in DTYPES)}

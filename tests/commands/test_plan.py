@@ -204,6 +204,7 @@ def test_packed_weights_are_smaller_and_not_split(config_alone, capsys):
         ("--gpus 2 --fp16 True --fsdp_size 2 --device h100", "--fsdp_size 2 and --fp16 True conflict"),
         ("--gpus 2 --optim adafactor --fsdp_size 2", "--fsdp_size 2 and --optim adafactor conflict"),
         ("--gpus 2 --deepspeed zero3 --moe_enable True", "--deepspeed"),
+        ("--gpus 2 --deepspeed none --moe_enable True", "--deepspeed"),
         ("--gpus 2 --ep_size 0", "--ep_size 0"),
         ("--gpus 2 --ep_size 2", "--ep_size 2: the model has no experts to spread"),
         ("--gpus 2 --fsdp_size 0", "--fsdp_size 0"),
@@ -224,6 +225,7 @@ FIXED = ("--tokens", "64", "--per_device_train_batch_size", "1", *NO_CHECKPOINTS
     [
         ("--gpus 4", {"native", "ZeRO", "FSDP2"}),
         ("--gpus 4 --optim adafactor", {"native", "ZeRO"}),
+        ("--gpus 4 --deepspeed none", {"native", "FSDP2"}),
         ("--gpus 4 --fp16 True --device h100", {"native", "ZeRO"}),
         ("--gpus 4 --moe_enable True --num_experts 4", {"ZeRO"}),
         pytest.param("--gpus 4 --fsdp_size 2", {"FSDP2"}, marks=SHARDS),
