@@ -117,10 +117,11 @@ class DeepSpeedMoE(RoutedMLP, MoE):
         sent_WP = dispatch.count_E.view(self.ep_size, len(experts))
         received_WP = torch.empty_like(sent_WP)
         dist.all_to_all_single(received_WP, sent_WP, group=group)
-        out_splits, in_splits = sent_WP.sum(1).tolist(), received_WP.sum(1).tolist()
+        # The one wait for the device: a collective of unequal parts has to be told their sizes by the host.
+        out_splits, in_splits = torch.stack((sent_WP.sum(1), received_WP.sum(1))).tolist()
         row_QD = Exchange.apply(x_TD.index_select(0, dispatch.token_R), out_splits, in_splits, group)
         expert_Q = torch.arange(len(experts), device=x_TD.device).repeat(self.ep_size)
-        expert_Q = expert_Q.repeat_interleave(received_WP.flatten())
+        expert_Q = expert_Q.repeat_interleave(received_WP.flatten(), output_size=sum(in_splits))
         order_Q = expert_Q.argsort(stable=True)
         ones_Q = torch.ones(len(order_Q), device=x_TD.device)
         arrived = Dispatch(order_Q, ones_Q, received_WP.sum(0))

@@ -18,6 +18,8 @@ from transformers.utils import import_utils
 from moellava.data.places import Places, places_of
 from moellava.moe import (
     MoESpec,
+    convert_engine,
+    deepspeed,
     experts,
     losses,
     moe_layers,
@@ -130,6 +132,23 @@ def test_a_sparse_step_on_a_gpu_needs_no_number_of_the_device(options, gpu_paths
     assert type(loss).__name__ == "FakeTensor"
     sums = moe_layers(model)[0][1].stats.vector(loss.device)
     assert type(sums).__name__ == "FakeTensor", "it was counted"
+
+
+def test_experts_over_several_ranks_wait_once_a_layer(gpu_paths, batch, monkeypatch):
+    """For the sizes of the exchange. Here each rank talks to a mirror: it gets back what it sends."""
+    monkeypatch.setattr(deepspeed, "rank", lambda: 0)
+    monkeypatch.setattr(deepspeed, "world_size", lambda: 2)
+    mirror = SimpleNamespace(all_to_all_single=lambda received, sent, *splits, **group: received.copy_(sent))
+    monkeypatch.setattr(deepspeed, "dist", mirror)
+    listed, plain = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: listed.append(self.shape) or plain(self))
+    model = convert_engine(sparse_model(), "deepspeed", ep_size=2)
+    for _, layer in moe_layers(model):
+        layer.deepspeed_moe.ep_group = "two ranks"
+    with Waits() as waits:
+        step(model, *batch)
+    from_layers = [name for name in waits.names if not name.startswith("_local_scalar")]
+    assert from_layers == [] and listed == [(2, 2)] * len(moe_layers(model))
 
 
 TENSORS = ("supervised", "real", "sequence")
