@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import secrets
 import shlex
 import signal
@@ -13,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +32,19 @@ OURS = {name: value for name, value in os.environ.items() if name != "PYTHONUNBU
 Finished = subprocess.CompletedProcess[str]
 Flags = dict[str, object]
 """Flags by name; a list stands for several words, and None for a flag that is not given."""
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """Inside, this process can write no file longer than `size` bytes, as on a full disk: the system refuses the rest.
+    Around a write alone, since pytest's own report may be a longer file."""
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def words_of(flags: Flags) -> list[str]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from moellava.files import (
     write_json,
     written,
 )
-from tests.processes import run
+from tests.processes import no_file_above, run
 
 FIRST, SECOND = b"what was there", b"what is new"
 
@@ -39,16 +38,6 @@ def old(tmp_path) -> Path:
     """A file with an old content, alone in its folder."""
     (tmp_path / "weights.bin").write_bytes(FIRST)
     return tmp_path / "weights.bin"
-
-
-@pytest.fixture
-def small_disk():
-    """A limit on file sizes stands for the full disk: the system refuses the write after 1000 bytes."""
-    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 def moves(monkeypatch) -> list[str]:
@@ -76,8 +65,8 @@ def test_an_error_in_the_block_leaves_the_old_file(old):
     assert contents(old.parent) == {"weights.bin": FIRST}
 
 
-def test_a_write_that_fails_half_way_leaves_the_old_file(old, small_disk):
-    with pytest.raises(OSError, match="File too large"), written(old) as path:
+def test_a_write_that_fails_half_way_leaves_the_old_file(old):
+    with pytest.raises(OSError, match="File too large"), no_file_above(1000), written(old) as path:
         path.write_bytes(bytes(2000))
     assert contents(old.parent) == {"weights.bin": FIRST}
 
@@ -154,9 +143,9 @@ def test_an_error_in_the_block_leaves_the_old_folder(model):
     assert contents(model) == before and not (model / ".new").exists()
 
 
-def test_a_write_that_fails_half_way_leaves_the_old_folder(model, small_disk):
+def test_a_write_that_fails_half_way_leaves_the_old_folder(model):
     before = contents(model)
-    with pytest.raises(OSError, match="File too large"), staged(model, ".new") as folder:
+    with pytest.raises(OSError, match="File too large"), no_file_above(1000), staged(model, ".new") as folder:
         fill(folder)
         (folder / "model.safetensors").write_bytes(bytes(2000))
     assert contents(model) == before and not (model / ".new").exists()
