@@ -295,8 +295,8 @@ LOSSES = (
     Mutation(
         "rows-that-are-read-left-out",
         "train/rows.py",
-        "return alike",
-        "return True",
+        "self.is_exact = not others if alikes or others else None",
+        "self.is_exact = True",
         "A model whose last layer's other positions are read (by a mean over them) learns from zeros there.",
         ("train/test_rows.py",),
     ),

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moellava.adapters.lora import NAME, Adapter
 from moellava.errors import UserError
@@ -74,8 +75,10 @@ def adapter_tensors(state: dict[str, torch.Tensor], adapter: Adapter) -> dict[st
 
 
 def fingerprint(state: dict[str, torch.Tensor]) -> float:
-    """Sum of the absolute values of the adapted linears: tells whether an adapter is put on what it has learnt on."""
-    return float(sum(state[name].double().abs().sum() for name in sorted(state) if name.endswith(f"{_BASE}weight")))
+    """Sum of the absolute values of the adapted linears: tells whether an adapter is put on what it has learnt on.
+    Collective where they are sharded, each process its share of the work."""
+    sums = (state[name].double().abs().sum() for name in sorted(state) if name.endswith(f"{_BASE}weight"))
+    return float(sum(one.full_tensor() if isinstance(one, DTensor) else one for one in sums))
 
 
 def check_base(state: dict[str, torch.Tensor], origin: dict[str, Any], base: str) -> None:
@@ -146,8 +149,9 @@ def read_adapter(path: Path, keywords: Keywords) -> tuple[Adapter, dict[str, tor
 
 
 def load_adapter(model: nn.Module, adapter: Adapter, tensors: dict[str, torch.Tensor], source: Path) -> None:
-    """Copies an adapter's tensors into a model that it is attached to. Names of before transformers 4.52 are today's,
-    under peft's prefix.
+    """Copies an adapter's tensors into a model that it is attached to; into a sharded one each process its share.
+
+    Names of before transformers 4.52 are today's, under peft's prefix.
 
     Raises:
         UserError: the file and the model do not name the same tensors, or differ in their shapes.
@@ -164,4 +168,11 @@ def load_adapter(model: nn.Module, adapter: Adapter, tensors: dict[str, torch.Te
         )
     with torch.no_grad():
         for name, value in tensors.items():
-            own[name].copy_(value)
+            own[name].copy_(_laid_out(value, own[name]))
+
+
+def _laid_out(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor that every process holds whole, sharded as another one is; itself where that is not sharded."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

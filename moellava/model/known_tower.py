@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from moellava.errors import UserError
@@ -73,9 +74,10 @@ def features_of(tower: Any, layer: int, pixels: Tensor) -> Tensor:
 
 
 def digest_of_weights(module: nn.Module) -> str:
-    """Of all tensors of a module, with their names, shapes and dtypes."""
+    """Of all tensors of a module, with their names, shapes and dtypes. Collective where they are sharded."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

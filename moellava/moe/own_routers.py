@@ -117,7 +117,7 @@ class OwnRouters:
     """
 
     def __init__(self, model: Any, coefficient: float | None = None):
-        self.decoder = model.get_decoder()
+        self.decoder, self.layers = model.get_decoder(), decoder_layers(model)
         self.balance = balance_of(self.decoder, coefficient)
         self.stats: list[RouterStats] = []
         self._logits: tuple[Tensor, ...] = ()
@@ -142,8 +142,8 @@ class OwnRouters:
 
     @property
     def trains(self) -> bool:
-        """Whether the decoder learns."""
-        return any(parameter.requires_grad for parameter in self.decoder.parameters())
+        """Whether the decoder learns: its layers do, and not only the embeddings of new words (stage 1)."""
+        return any(parameter.requires_grad for parameter in self.layers.parameters())
 
     def loss(self, attention_mask: Tensor, image_mask: Tensor) -> Tensor:
         """The balancing loss of the last forward, a mean over its real tokens, with gradient; also counts the load.

@@ -53,8 +53,9 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def is_fsdp(model: nn.Module) -> bool:
-    """Whether parameters of a model are sharded by `shard`."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """Whether parameters of a model are sharded by `shard`. They may all be gathered at the moment: behind a forward
+    without a backward, where layers have no groups of their own."""
+    return isinstance(model, FSDPModule)
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:
@@ -141,8 +142,16 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def whole_state(model: Any) -> dict[str, torch.Tensor]:
-    """The state dict of a sharded model, gathered on the first process; {} elsewhere. Collective."""
-    return gather_full_state_dict(model)
+    """The state dict of a sharded model, gathered on the first process; {} elsewhere. Collective.
+
+    Parameters that are one under several names are one tensor there, too: torch gathers each name by itself."""
+    state = gather_full_state_dict(model)
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if name in state and known in state:
+            state[name] = state[known]
+    return state
 
 
 def load_part(model: nn.Module, part: Mapping[str, torch.Tensor]) -> Any:
@@ -160,13 +169,27 @@ def save_states(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
 
 
 def load_states(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
-    """Reads optimizer states, whatever --fsdp_size and --ep_size wrote them. Collective."""
+    """Reads optimizer states, whatever --fsdp_size and --ep_size wrote them. Collective.
+
+    A parameter that nothing reads (the last norm of a tower of which an earlier layer is read) has had no gradient, and
+    has no state there. It has none here, then.
+    """
+    reader = HuggingFaceStorageReader(str(checkpoint / STATES))
+    there = {_parameter_of(name) for name in reader.read_metadata().state_dict_metadata}
     state = _states(model, optimizer)
-    read = _in_stretches(state)
-    dcp.load(read, storage_reader=HuggingFaceStorageReader(str(checkpoint / STATES)))
+    read = {name: value for name, value in _in_stretches(state).items() if _parameter_of(name) in there}
+    dcp.load(read, storage_reader=reader)
     for name, value in read.items():
         state[name] = value.redistribute(placements=state[name].placements) if isinstance(value, DTensor) else value
     set_optimizer_state_dict(model, optimizer, state, options=FLAT)
+    for name, parameter in model.named_parameters():
+        if name not in there:
+            optimizer.state.pop(parameter, None)
+
+
+def _parameter_of(name: str) -> str:
+    """`lm_head.weight` of `state.lm_head.weight.exp_avg`."""
+    return name.removeprefix("state.").rpartition(".")[0]
 
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -18,6 +18,7 @@ from moellava.data.dataset import SupervisedDataset
 from moellava.errors import UserError
 from moellava.model.known_tower import FLAG, digest_of_weights, features_of, knows_features, tower_of
 from moellava.model.shaped import NATIVE
+from moellava.train.fsdp import gathered
 from moellava.train.known_pictures import know, require_folder
 from moellava.train.memory import zero_stage
 from moellava.vlm import VLM
@@ -39,7 +40,8 @@ def know_features(trainer: Any, folder: Path, datasets: Sequence[SupervisedDatas
     """Has a trainer's model, data sets and collator use features of `folder`; those that are not there are computed.
     Raises UserError and BadFileError: see `know`."""
     features = Features(trainer)
-    know(trainer, folder, datasets, features)
+    with gathered(trainer.model):  # processes share the pictures, and some have one more
+        know(trainer, folder, datasets, features)
     knows_features(features.tower, features.layer)
 
 

@@ -29,11 +29,14 @@ from moellava.moe.decoder import MLP, decoder_layers
 from moellava.moe.mlp import has_usual_names
 from moellava.moe.modes import drops_rows, evaluating
 from moellava.moe.own_routers import is_sparse
+from moellava.processes import sum_over_processes
 from moellava.train.loss import Supervised
 from moellava.train.packing import OFF, distance
 
 WORTH = 0.95
-"""Rows are picked where they are at most so many of all: to copy them there and back takes time, too."""
+"""Rows are picked where they are at most so many of all: to copy them there and back takes time, too. Not so under
+ZeRO-3, where all processes have to do the same: with activation checkpoints, when a layer is computed again in the
+backward depends on whether its rows were picked, and with it the order in which its weights are gathered."""
 
 
 ATTENTION, OUTPUTS = "self_attn", ("o_proj", "dense", "out_proj")
@@ -52,6 +55,7 @@ class NeededRows:
 
     def __init__(self, model: Any):
         self.is_exact: bool | None = None
+        self._always = False
         self._modules = [_Narrowed(module, is_last) for module, is_last in narrowable(model)]
         if not self._modules:
             self.is_exact = False
@@ -61,7 +65,7 @@ class NeededRows:
         if self.is_exact is not False:
             for one in self._modules:
                 place_N = supervised.place_N if one.is_last else places.real
-                worth = len(place_N) <= WORTH * supervised.shape.numel()
+                worth = self._always or len(place_N) <= WORTH * supervised.shape.numel()
                 one.told = (place_N, supervised.shape) if worth else None
 
     def forget(self) -> None:
@@ -78,27 +82,33 @@ class NeededRows:
             self.forget()
 
     def begin(self, model: Any, seen: Callable[[], Tensor], places: Places, supervised: Supervised) -> None:
-        """Tells of a batch; of the first one after a look at whether the model allows it. With many processes, on all.
+        """Tells of a batch; of the first one that has labels after a look at whether the model allows it. With many
+        processes, on all: they agree, and some may have no labels.
 
         Args:
             model: as it is called, wrapped or not.
             seen: runs it on the batch, without gradient; what the head reads, [N, D].
         """
         if self.is_exact is None:
+            self._always = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
             with evaluating(model):
-                self.is_exact = self._looks_alike(seen, places, supervised)
-        self.tell(places, supervised)
+                alike = self._looks_alike(seen, places, supervised)
+            votes = torch.tensor([alike is True, alike is False], device=supervised.place_N.device).float()
+            alikes, others = sum_over_processes(votes).tolist()
+            self.is_exact = not others if alikes or others else None
+            if others:
+                get_logger().info("What the head reads depends on all positions of a batch: MLPs run over all of them.")
+        if self.is_exact:
+            self.tell(places, supervised)
 
-    def _looks_alike(self, seen: Callable[[], Tensor], places: Places, supervised: Supervised) -> bool:
+    def _looks_alike(self, seen: Callable[[], Tensor], places: Places, supervised: Supervised) -> bool | None:
+        """Whether the head reads the same of picked rows; None: it reads nothing of this batch."""
         wanted = seen().float()
         self.tell(places, supervised)
         with self.only_within():
             found = seen().float()
         dtype = next(self._modules[0].module.parameters()).dtype
-        alike = len(wanted) > 0 and distance(found, wanted) <= OFF.get(dtype, max(OFF.values()))
-        if not alike:
-            get_logger().info("What the head reads depends on all positions of a batch: MLPs run over all of them.")
-        return alike
+        return distance(found, wanted) <= OFF.get(dtype, max(OFF.values())) if len(wanted) else None
 
 
 class _Narrowed:

@@ -121,6 +121,8 @@ def test_nothing_is_asked_of_the_routers_in_evaluation():
     assert routers.trains
     model.requires_grad_(False)
     assert not routers.trains
+    model.get_input_embeddings().weight.requires_grad_(True)  # as in stage 1, for new words
+    assert not routers.trains and routers.coefficient == 0
 
 
 def test_a_dense_model_has_none(tiny_llava):

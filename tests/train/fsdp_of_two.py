@@ -17,12 +17,13 @@ from moellava.errors import UserError
 from moellava.files import read_json
 from moellava.model.build import open_config, read
 from moellava.model.stored import as_stored
-from moellava.train.fsdp import is_fsdp, own, shard
+from moellava.train.fsdp import gathered, is_fsdp, own, shard, whole_state
 from moellava.train.masters import cast, dtypes_of, masters_of
 from moellava.train.optimizer import parameter_groups
 from moellava.train.stopping import require_finite
 from moellava.train.train import laid_out
 from tests import tiny
+from tests.model.tiny_language_models import OVERRIDES
 
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
 
@@ -51,6 +52,24 @@ def test_a_process_holds_half_of_all_and_whole_experts(two_of_them):
         assert torch.equal(own(parameter.detach()), half), name
         assert own(parameter).untyped_storage().nbytes() == half.nbytes, "the whole one stays in memory"
     assert model.model.language_model.layers[0].mlp.experts.num_experts == 2
+
+
+def test_a_head_that_is_the_embedding_is_gathered_as_one_tensor(two_of_them):
+    model = tiny.tiny_llava(tie_word_embeddings=True)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    shard(model, fsdp_size=2, ep_size=1, device=torch.device("cpu"))
+    state = whole_state(model)
+    assert state["lm_head.weight"] is state["model.language_model.embed_tokens.weight"]
+    assert state.keys() == model.state_dict().keys() and len({id(value) for value in state.values()}) == len(state) - 1
+
+
+def test_a_model_is_sharded_also_while_all_of_it_is_gathered(two_of_them):
+    model = tiny.tiny_llava("dbrx", **OVERRIDES["dbrx"])  # whose layers have no groups of their own
+    shard(model, fsdp_size=2, ep_size=1, device=torch.device("cpu"))
+    with gathered(model):
+        assert all(own(parameter) is parameter for parameter in model.parameters())
+        assert is_fsdp(model)
 
 
 def test_experts_are_in_a_group_of_their_own(two_of_them):

@@ -30,7 +30,7 @@ from tests.train.fsdp_of_two import sparse_model
 def test_one_of_two_processes_holds_its_share():
     own = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "train" / "fsdp_of_two.py")]
     done = run([sys.executable, *own], cwd=ROOT, fresh=True)
-    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "14 passed" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -177,6 +177,56 @@ def test_adapters_and_copies_train_in_pieces(flags_for, tokenizer_folder, tmp_pa
     assert wanted.keys() == found.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=0)
+
+
+ODD = {"hidden_size": 28, "head_dim": 14, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 3}
+ODD |= {"moe_intermediate_size": 20, "vocab_size": 289, "tie_word_embeddings": True}
+"""Of a language model: sizes that three processes do not share evenly, and a head that is the embedding."""
+
+
+@SHARDS
+@pytest.mark.slow
+def test_three_processes_with_odd_sizes_are_one_and_two_go_on(flags_for, tokenizer_folder, tmp_path, begin_at):
+    """What adapters, a tower that trains (whose last norm nothing reads) and tied words leave in a checkpoint is found
+    again; the last step of an epoch has one sample for three processes."""
+    flags = flags_for(tmp_path, "finetune") | start_of_sparse(tokenizer_folder, tmp_path)
+    tiny_language_model("qwen2_moe", **ODD).save_pretrained(tmp_path / "base")
+    few = json.loads(Path(str(flags["data_path"])).read_text())[:7]
+    (tmp_path / "seven.json").write_text(json.dumps(few))
+    flags |= {"data_path": tmp_path / "seven.json", "max_steps": None, "num_train_epochs": 2, "save_total_limit": 5}
+    flags |= {"save_steps": 1, "lora_enable": True, "lora_dropout": 0, "lora_r": 4, "train_vision_encoder": True}
+    flags |= {"router_aux_loss_coef": 0.0, "per_device_train_batch_size": 1, "activation_checkpointing": True}
+    one = train_here(flags | {"gradient_accumulation_steps": 6, "output_dir": tmp_path / "one"})
+
+    three = flags | {"fsdp_size": 3, "ep_size": 3, "gradient_accumulation_steps": 2, "output_dir": tmp_path / "three"}
+    done = run_train(three, processes=3, launcher="torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    begin_at(3, tmp_path / "three", tmp_path / "two")
+    two = flags | {"fsdp_size": 2, "gradient_accumulation_steps": 3, "output_dir": tmp_path / "two"}
+    done = run_train(two, processes=2, launcher="torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for folder in (tmp_path / "three", tmp_path / "two"):
+        assert losses_of(folder) == pytest.approx(losses_of(one), abs=1e-5)
+        wanted, found = tiny.weights_of(one), tiny.weights_of(folder)
+        assert wanted.keys() == found.keys() and "lm_head.weight" not in found
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, atol=1e-4, rtol=0, msg=name)
+
+
+@SHARDS
+@pytest.mark.slow
+def test_features_of_a_tower_in_pieces_are_kept(flags_for, tokenizer_folder, tmp_path):
+    """Of a model whose layers have no groups of their own, and is whole behind each forward; the second run, of one
+    process, knows the pictures."""
+    flags = flags_for(tmp_path, "finetune") | start_of_sparse(tokenizer_folder, tmp_path) | {"max_steps": 2}
+    tiny_language_model("dbrx").save_pretrained(tmp_path / "base")
+    flags |= {"cache_features": tmp_path / "features", "router_aux_loss_coef": 0.0, "save_strategy": "no"}
+    two = flags | {"fsdp_size": 2, "per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
+    done = run_train(two, processes=2, launcher="torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = train_here(flags | {"per_device_train_batch_size": 8, "output_dir": tmp_path / "one"})
+    assert "Features: 3 pictures, 3 of them known before" in (one / "run.log").read_text()
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(one), abs=1e-5)
 
 
 @SHARDS

@@ -67,6 +67,36 @@ def test_a_model_that_reads_more_runs_over_all_positions():
     assert step(model, narrows=True)[2] == [ALL] * 4
 
 
+NOTHING = torch.full_like(LABELS, -100)
+
+
+@pytest.mark.parametrize(
+    ("labels", "others", "is_exact"),
+    [(LABELS, [0, 0], True), (LABELS, [0, 1], False), (NOTHING, [1, 0], True), (NOTHING, [0, 0], None)],
+)
+def test_processes_agree_whether_rows_are_picked(labels, others, is_exact, monkeypatch):
+    """Those without labels know nothing; one that finds another loss decides for all."""
+    monkeypatch.setattr("moellava.train.rows.sum_over_processes", lambda votes: votes + torch.tensor(others).float())
+    model = tiny()
+    head, rows, supervised = SupervisedHead(model.lm_head, 32), NeededRows(model), supervised_positions(labels)
+    forward = lambda: model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits  # noqa: E731
+    rows.begin(model, lambda: head.seen(forward, supervised), places_of(labels, MASK), supervised)
+    assert rows.is_exact is is_exact
+    assert (rows._modules[0].told is not None) == bool(is_exact)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_full_rows_are_picked_where_weights_are_split(split):
+    """ZeRO-3: whatever a batch holds, all processes do the same."""
+    model, full = tiny(), torch.ones_like(MASK)
+    if split:
+        model.lm_head.weight.ds_id = 0
+    head, rows, supervised = SupervisedHead(model.lm_head, 32), NeededRows(model), supervised_positions(LABELS)
+    forward = lambda: model(input_ids=IDS, attention_mask=full, use_cache=False).logits  # noqa: E731
+    rows.begin(model, lambda: head.seen(forward, supervised), places_of(LABELS, full), supervised)
+    assert [one.told is not None for one in rows._modules] == [split, split, True, True]
+
+
 class DropPath(torch.nn.Module):
     drop_prob = 0.1
 
