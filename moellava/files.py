@@ -29,6 +29,12 @@ only where that was allowed."""
 
 CODE_FILES = ("*.py",)
 
+NOT_OF_THE_MODEL = {
+    *("digests.json", "run.json", "trainer_state.json", "parameters.json", "moe_certificate.json", "training_args.bin"),
+    PAGE,
+}
+"""Files in a model's folder that say how it was made, not what it is."""
+
 CONFIG = "config.json"
 """The file that makes a folder a model's; it is moved last."""
 
@@ -180,7 +186,9 @@ def require_new_folder(name: str | Path, flag: str) -> Path:
     if problem == IS_FOLDER and (held := sorted(os.listdir(folder))):
         what = "a model" if CONFIG in held else f"files ({', '.join(held[:3])}{', …' * (len(held) > 3)})"
         raise UserError(f"{flag} {folder} already holds {what}. Choose another folder, or remove it.")
-    if problem in (IS_FOLDER, NO_FILE):
+    if problem is None:
+        problem = "is a file, not a folder"
+    elif problem in (IS_FOLDER, NO_FILE):
         problem = problem_of_writing(next(place for place in (folder, *folder.absolute().parents) if place.exists()))
     if problem:
         raise UserError(f"{flag} {folder} cannot be written: {problem}")
