@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from moellava.convert.tensor_files import TensorFiles
 from moellava.errors import UserError
-from moellava.files import CONFIG, NOT_OF_THE_MODEL, staged
+from moellava.files import CONFIG, NOT_OF_THE_MODEL, STAGING, staged
 from moellava.heap import give_back_above
 from moellava.log import get_logger
 from moellava.model.build import check_loaded, class_of
@@ -28,7 +28,7 @@ from moellava.model.description import Description
 from moellava.model.extended import as_extended
 from moellava.model.offload import without_weights
 from moellava.model.page import folder_page, write_page
-from moellava.model.saving import STAGING, check_room, remove_old_weights, without_ties
+from moellava.model.saving import check_room, remove_old_weights, without_ties
 from moellava.model.section import note, note_plugins, plugins_of
 from moellava.model.weights import file_dtypes, headers, locate, read_all, weight_files
 from moellava.moe import MoESpec
