@@ -44,6 +44,10 @@ CLOSED_PIPE = 141
 """Exit status when whoever reads the output has gone: 128 + SIGPIPE, as shells report it."""
 
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C: 128 + SIGINT."""
+
+
 def usage() -> str:
     """The list of subcommands, one a line."""
     lines = [f"  {name:12} {help_line}" for name, (_, help_line) in COMMANDS.items()]
@@ -53,7 +57,7 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand. A user's mistake, or a file or disk that fails, is one message and exit status 2, without a
-    traceback; a pipe that closes ends it quietly."""
+    traceback; Ctrl-C ends it with one line, and a pipe that closes quietly."""
     argv = sys.argv[1:] if argv is None else argv
     _print_anything()
     try:
@@ -67,6 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         status = _refused(argv, error)
     except BrokenPipeError:
         status = CLOSED_PIPE
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            print(f"\nmoellava {' '.join(argv[:1])}: interrupted", file=sys.stderr)
+        status = INTERRUPTED
     except OSError as error:
         status = _refused(argv, error)
     return _flushed(argv) or status

@@ -29,8 +29,17 @@ only where that was allowed."""
 
 CODE_FILES = ("*.py",)
 
+NOT_OF_THE_MODEL = {
+    *("digests.json", "run.json", "trainer_state.json", "parameters.json", "moe_certificate.json", "training_args.bin"),
+    PAGE,
+}
+"""Files in a model's folder that say how it was made, not what it is."""
+
 CONFIG = "config.json"
 """The file that makes a folder a model's; it is moved last."""
+
+STAGING = ".saving-model"
+"""The folder inside a model's folder that its files are written to before they move up; a kill leaves it behind."""
 
 LEVELS_ABOVE = 3
 """How far up from a folder a relative name in its config is looked for."""
@@ -171,16 +180,19 @@ def require_output(path: str | Path, flag: str) -> Path:
 
 
 def require_new_folder(name: str | Path, flag: str) -> Path:
-    """A folder that is not there yet, or empty, and can be written, which is found out before the work.
+    """A folder that is not there yet, or empty, and can be written, which is found out before the work. What a kill has
+    left of an earlier try counts for nothing: `staged` begins anew.
 
     Raises:
         UserError: it holds something, or cannot be written; the message names the flag.
     """
     folder, problem = Path(name), file_problem(name) if str(name) else "no folder is named"
-    if problem == IS_FOLDER and (held := sorted(os.listdir(folder))):
+    if problem == IS_FOLDER and (held := sorted(set(os.listdir(folder)) - {STAGING})):
         what = "a model" if CONFIG in held else f"files ({', '.join(held[:3])}{', …' * (len(held) > 3)})"
         raise UserError(f"{flag} {folder} already holds {what}. Choose another folder, or remove it.")
-    if problem in (IS_FOLDER, NO_FILE):
+    if problem is None:
+        problem = "is a file, not a folder"
+    elif problem in (IS_FOLDER, NO_FILE):
         problem = problem_of_writing(next(place for place in (folder, *folder.absolute().parents) if place.exists()))
     if problem:
         raise UserError(f"{flag} {folder} cannot be written: {problem}")

@@ -491,9 +491,17 @@ UPCYCLING = (
     Mutation(
         "streamed-routers-rounded",
         "convert/streaming.py",
-        'dtype = tensor.dtype if name.startswith(f"{prefix}router.") else dtypes.get(prefix + parts[0])',
-        "dtype = dtypes.get(prefix + parts[0])",
+        'dtype = tensor.dtype if part.startswith("router.") else dtype',
+        "dtype = dtype or tensor.dtype",
         "`moellava upcycle` writes the routers of a 16-bit folder in 16 bits, in which they confuse near ties.",
+        ("convert/test_upcycle_folder.py",),
+    ),
+    Mutation(
+        "streamed-experts-of-one-dtype",
+        "convert/streaming.py",
+        'dtypes.get(prefix + PLACE_IN_LAYER.sub("", part), dtypes.get(prefix + parts[0]))',
+        "dtypes.get(prefix + parts[0])",
+        "An expert's output linear that was kept in fp32 is rounded to 16 bits without a word.",
         ("convert/test_upcycle_folder.py",),
     ),
     Mutation(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moellava.cli import CLOSED_PIPE, COMMANDS, main
+from moellava.cli import CLOSED_PIPE, COMMANDS, INTERRUPTED, main
 from moellava.errors import UserError
 from tests import processes
 from tests.processes import Finished
@@ -33,6 +33,7 @@ def acting(monkeypatch) -> Callable[[str, Callable[[list[str]], int]], None]:
         (IsADirectoryError(21, "Is a directory", "out"), 2, "Is a directory: 'out'"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
         (BrokenPipeError(32, "Broken pipe"), CLOSED_PIPE, ""),
+        (KeyboardInterrupt(), INTERRUPTED, "interrupted"),
     ],
 )
 def test_no_command_ends_in_a_traceback_when_files_and_pipes_fail(command, error, status, said, acting, capsys):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import sys
@@ -11,13 +12,16 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from moellava import files
 from moellava.errors import UserError
 from moellava.files import (
     DIGESTS,
+    STAGING,
     file_digest,
     read_config,
     read_digests,
     read_json,
+    require_new_folder,
     resolve_folder,
     staged,
     write_json,
@@ -160,6 +164,25 @@ def test_a_new_folder_is_gone_after_an_error_and_there_without_one(tmp_path):
     with staged(target, ".new") as folder:
         fill(folder)
     assert set(contents(target)) == {"config.json", "model.safetensors", "added.json", DIGESTS}
+
+
+def test_what_a_kill_has_left_does_not_stand_in_the_way_of_the_same_command_again(tmp_path):
+    """Whichever command it was: all of them stage under one name, of which `require_new_folder` knows."""
+    staging = [
+        (path.name, ast.unparse(node.args[1]))
+        for path in Path(files.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "staged"
+    ]
+    assert len(staging) >= 6 and {name for _, name in staging} == {"STAGING"}
+    (tmp_path / "new" / STAGING).mkdir(parents=True)
+    (tmp_path / "new" / STAGING / "model.safetensors").write_bytes(FIRST)
+    assert require_new_folder(tmp_path / "new", "--output-dir") == tmp_path / "new"
+    with staged(tmp_path / "new", STAGING) as folder:
+        fill(folder)
+    assert set(contents(tmp_path / "new")) == {"config.json", "model.safetensors", "added.json", DIGESTS}
+    with pytest.raises(UserError, match="already holds a model"):
+        require_new_folder(tmp_path / "new", "--output-dir")
 
 
 def test_what_a_killed_run_has_staged_does_not_come_along(model):

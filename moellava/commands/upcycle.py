@@ -42,7 +42,6 @@ def main(argv: list[str]) -> int:
     else:
         source = read_folder(arguments.model_path, "--model-path")
         certificate = upcycle_folder(source, target, spec, int(arguments.shard_size * GIGABYTE))
-        certificate.save(target)
     print(printable("\n".join([*certificate.lines(), f"Written to {target}"])))
     certificate.check()
     return 0

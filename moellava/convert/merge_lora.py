@@ -19,13 +19,11 @@ from torch import nn
 from moellava.adapters.folder import check_base, load_adapter, merged, read_adapter
 from moellava.adapters.lora import Adapter, attach, lora_layers, target_names
 from moellava.errors import UserError
-from moellava.files import model_files, staged
+from moellava.files import STAGING, model_files, staged
 from moellava.model.manifest import Manifest, read_folder
 from moellava.model.section import note, section_of
 from moellava.moe import MoESpec, moe_layers, set_routing_context, upcycle
 from moellava.vlm import VLM, Probes, build, describe, open_vlm
-
-STAGING = ".merging"
 
 ROUNDING = 1e-4
 """Largest |Δ| of an fp32 logit that passes, as a fraction of the largest logit."""

@@ -8,7 +8,9 @@ the expert that is being made from it.
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,17 @@ from transformers import PretrainedConfig
 
 from moellava.convert.tensor_files import TensorFiles
 from moellava.errors import UserError
-from moellava.files import PAGE, staged
+from moellava.files import CONFIG, NOT_OF_THE_MODEL, STAGING, staged
 from moellava.heap import give_back_above
 from moellava.log import get_logger
-from moellava.model.build import class_of
+from moellava.model.build import check_loaded, class_of
 from moellava.model.description import Description
 from moellava.model.extended import as_extended
 from moellava.model.offload import without_weights
 from moellava.model.page import folder_page, write_page
-from moellava.model.saving import STAGING, remove_old_weights
+from moellava.model.saving import check_room, remove_old_weights, without_ties
 from moellava.model.section import note, note_plugins, plugins_of
-from moellava.model.weights import file_dtypes, locate, read_all, weight_files
+from moellava.model.weights import file_dtypes, headers, locate, read_all, weight_files
 from moellava.moe import MoESpec
 from moellava.moe.decoder import decoder_layers, mlp_names
 from moellava.moe.upcycle import expert_stream
@@ -37,11 +39,28 @@ from moellava.plugins import write_plugins
 logger = get_logger(__name__)
 
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".index.json", ".pt", ".pth")
-NOT_COPIED = {"config.json", PAGE}
+WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".npz"),
+    *(".gguf", ".onnx", ".onnx_data", ".tflite", ".mlmodel"),
+)
+"""Endings of weights, of any library: those of the dense model are not the sparse one's."""
+
+NOT_COPIED = {*NOT_OF_THE_MODEL, CONFIG, "run.yaml", "run.log", "run_log.jsonl", "report.html"}
+"""What the new folder has of its own, and what tells of the run that made the dense one."""
+
+TEMPLATES = "additional_chat_templates"
+"""The one folder among a tokenizer's files."""
 
 
-def convert_files(source: Path, target: Path, dense: Any, sparse: Any, spec: MoESpec, shard_bytes: int) -> None:
+def convert_files(
+    source: Path,
+    target: Path,
+    dense: Any,
+    sparse: Any,
+    spec: MoESpec,
+    shard_bytes: int,
+    certify: Callable[[Path], None] = lambda folder: None,
+) -> None:
     """Writes the sparse folder of a dense one.
 
     Args:
@@ -50,10 +69,11 @@ def convert_files(source: Path, target: Path, dense: Any, sparse: Any, spec: MoE
         dense, sparse: both models without memory; the sparse one is of `sparse_config`.
         spec: options.
         shard_bytes: largest file of the new folder.
+        certify: looks at what has been written before it moves to its place; what it raises leaves nothing there.
 
     Raises:
         UserError: pickled weights, or names and shapes that are not the config's.
-        OSError: the disk is full; the target is as it was.
+        OSError: the disk is full, or has no room for the weights; the target is as it was.
     """
     give_back_above(2**20)
     digests: dict[str, str] = {}
@@ -62,9 +82,12 @@ def convert_files(source: Path, target: Path, dense: Any, sparse: Any, spec: MoE
         for file in source.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name not in NOT_COPIED:
                 shutil.copy2(file, staging / file.name)
+        if (source / TEMPLATES).is_dir():
+            shutil.copytree(source / TEMPLATES, staging / TEMPLATES)
         write_plugins(plugins_of(sparse.config), staging)
         sparse.config.save_pretrained(staging)
         write_page(folder_page(sparse.config), staging, target)
+        certify(staging)
         names = {file.name for file in staging.iterdir()}
     remove_old_weights(target, names)
 
@@ -86,6 +109,7 @@ def _convert(source: Path, target: Path, dense: Any, sparse: Any, spec: MoESpec,
     layers = decoder_layers(dense)
     counts, mlps = spec.layers_of(len(layers)), _mlp_names(dense, spec)
     planned = _planned(sparse, file_dtypes(places), mlps)
+    check_room(target, planned)
     output = TensorFiles(target, _as_written(planned, list(places), mlps), limit, digested=True)
     layer_of = {f"{prefix}{part}": index for index, (prefix, parts) in mlps.items() for part in parts}
     waiting: dict[int, dict[str, Tensor]] = {index: {} for index in mlps}
@@ -124,12 +148,24 @@ def _as_written(
 
 def streamed(description: Description) -> Any | None:
     """The model of a folder, without its weights, where they can be read one by one: where it holds safetensors whose
-    names are those of its model class, of today or of the hub. None elsewhere."""
+    names are those of its model class, of today or of the hub. None elsewhere.
+
+    Raises:
+        UserError: some tensors are not there, or of another shape than the config says, or of a dtype that is none.
+    """
     files = weight_files(description.folder) if description.streams else []
     if not files or any(file.suffix != ".safetensors" for file in files):
         return None
     model = without_weights(description.config)
-    return model if set(locate(files, model)) <= set(model.state_dict()) else None
+    places, state = locate(files, model), model.state_dict()
+    if not set(places) <= set(state):
+        return None
+    found = headers(places)
+    differ = [(name, each.shape, state[name].shape) for name, each in found.items() if each.shape != state[name].shape]
+    missing = without_ties(model, state).keys() - found.keys()
+    info = {"missing_keys": missing, "unexpected_keys": [], "mismatched_keys": differ}
+    check_loaded(info, str(description.folder))
+    return model
 
 
 def _mlp_names(dense: nn.Module, spec: MoESpec) -> dict[int, tuple[str, list[str]]]:
@@ -141,10 +177,15 @@ def _mlp_names(dense: nn.Module, spec: MoESpec) -> dict[int, tuple[str, list[str
     return {index: (f"{names[id(mlp)]}.", list(mlp.state_dict())) for index, mlp in mlps.items()}
 
 
+PLACE_IN_LAYER = re.compile(r"^(experts\.\d+|shared)\.")
+"""What stands before the name that a tensor has in the dense MLP."""
+
+
 def _planned(
     sparse: nn.Module, dtypes: dict[str, torch.dtype], mlps: dict[int, tuple[str, list[str]]]
 ) -> dict[str, Tensor]:
-    """Every tensor of the new folder, empty, with the dtype of what it comes from; routers are fp32."""
+    """Every tensor of the new folder, empty, with the dtype of what it comes from; routers are fp32, and what has no
+    counterpart in the dense MLP is as its first tensor is."""
     tied = {"lm_head.weight"} if getattr(sparse.config.get_text_config(), "tie_word_embeddings", False) else set()
     planned = {}
     for name, tensor in sparse.state_dict().items():
@@ -153,6 +194,8 @@ def _planned(
             continue
         for prefix, parts in mlps.values():
             if name.startswith(prefix):
-                dtype = tensor.dtype if name.startswith(f"{prefix}router.") else dtypes.get(prefix + parts[0])
+                part = name.removeprefix(prefix)
+                dtype = dtypes.get(prefix + PLACE_IN_LAYER.sub("", part), dtypes.get(prefix + parts[0]))
+                dtype = tensor.dtype if part.startswith("router.") else dtype
         planned[name] = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
     return planned

@@ -48,7 +48,7 @@ def upcycle_folder(source: Manifest, target: Path, spec: MoESpec, shard_bytes: i
 
 
 def stream(description: Description, dense: Any, target: Path, spec: MoESpec, shard_bytes: int) -> Certificate:
-    """Converts and certifies file by file."""
+    """Converts and certifies file by file. Raises NotExactError: see `Certificate.check`; nothing is left then."""
     config, architecture = description.config, description.architecture
     require_sizes(config, shapes_in(description.folder), str(description.folder))
     dtype = config.dtype or torch.float32
@@ -59,9 +59,15 @@ def stream(description: Description, dense: Any, target: Path, spec: MoESpec, sh
     run_from_disk(description.folder, dense, dtype)
     wanted = dense_logits(forward_of(dense), probes)
     let_go(dense)
-    convert_files(description.folder, target, dense, sparse, spec, shard_bytes)
-    run_from_disk(target, sparse, dtype)
-    return compare(forward_of(sparse), probes, wanted, spec, dtype)
+    certificates: list[Certificate] = []
+
+    def certify(folder: Path) -> None:
+        run_from_disk(folder, sparse, dtype)
+        certificates.append(compare(forward_of(sparse), probes, wanted, spec, dtype).check())
+        certificates[0].save(folder)
+
+    convert_files(description.folder, target, dense, sparse, spec, shard_bytes, certify)
+    return certificates[0]
 
 
 def in_memory(description: Description, target: Path, spec: MoESpec, source: str) -> Certificate:
@@ -70,4 +76,5 @@ def in_memory(description: Description, target: Path, spec: MoESpec, source: str
     certificate = upcycle_certified(vlm.model, spec, vlm.probes())
     vlm.sparse(spec)
     vlm.save(target, meta={"stage": "moe"})
+    certificate.save(target)
     return certificate

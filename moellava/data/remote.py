@@ -189,14 +189,16 @@ class RemoteFolder:
         if place < len(names) and names[place] == name:
             return int(states[place])
         try:
-            return state_told(self.url, self.file_system.info(whole))
+            told = self.file_system.info(whole)
         except (OSError, ValueError):
             return None
+        return state_told(self.url, told) if is_file(told) else None
 
     def _list(self, folder: str) -> tuple[np.ndarray, np.ndarray]:
-        """Digests of the names of a folder's files, sorted, and their states."""
+        """Digests of the names of a folder's files, sorted, and their states. What the list does not call a file, as a
+        link on this machine, is asked for by itself, which follows it."""
         try:
-            entries = self.file_system.ls(folder, detail=True)
+            entries = [one for one in self.file_system.ls(folder, detail=True) if is_file(one)]
         except (OSError, ValueError, NotImplementedError):  # a server that lists nothing: each file is asked for
             entries = []
         names = [posixpath.basename(one["name"]).encode("utf-8", "surrogateescape") for one in entries]
@@ -279,6 +281,8 @@ def copied(url: str) -> Path:
         told = file_system.info(path)
         if told.get("type") == "directory":
             raise DataError(f"{url} is a folder: name the files in it, as {url.rstrip('/')}/*.parquet")
+        if not is_file(told):
+            raise DataError(f"{url} is a pipe or a device, not a file")
         entry = copy_named(url, state_told(url, told) or file_system.cat_file(path))
         name = posixpath.basename(path.rstrip("/").partition("?")[0]) or "data"
         return kept(folder, entry, lambda new: file_system.get_file(path, str(new / name)), f"copying {url}") / name
@@ -303,6 +307,11 @@ def addresses(pattern: str) -> list[str]:
     if not found:
         raise DataError(f"{pattern}: no data file fits this pattern")
     return [file_system.unstrip_protocol(one) for one in found]
+
+
+def is_file(told: dict[str, Any]) -> bool:
+    """Whether what a file system says of a name is about a file: who opens a pipe may wait for ever."""
+    return told.get("type") not in ("directory", "other")
 
 
 def state_told(url: str, told: dict[str, Any]) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
+from moellava.errors import UserError
 from moellava.log import get_logger
 
 Item = TypeVar("Item")
@@ -102,15 +105,49 @@ def mapped(
         workers: processes that look; 0: this one does.
         what: is looked at, for messages where it takes long.
         chunk: items that a worker looks at before it passes on what it has found.
+
+    Raises:
+        UserError: what `look` raises, the same whatever the workers are; or a worker was ended from outside.
     """
-    loader = DataLoader(
-        _Looking(look, items),
-        batch_size=chunk,
-        num_workers=workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # its own, so that looking draws no random number of the run's
-    )
-    return list(chain.from_iterable(with_progress(loader, len(loader), what or "Looking")))
+    what = what or "Looking"
+    found: list[Found] = []
+    with _unharmed(what):
+        loader = DataLoader(
+            _Looking(look, items),
+            batch_size=chunk,
+            num_workers=workers,
+            collate_fn=list,
+            generator=torch.Generator(),  # its own, so that looking draws no random number of the run's
+        )
+        for chunks in with_progress(loader, len(loader), what):
+            for one in chunks:
+                if isinstance(one, _Raised):
+                    raise one.error
+                found.append(one)
+    return found
+
+
+@contextmanager
+def _unharmed(what: str) -> Iterator[None]:
+    """Inside, a worker that ends before its time is a UserError, and more workers than cores are what was asked for."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or "Caught" in str(error):
+            raise
+        raise UserError(
+            f"{what}: a process beside this one was ended from outside, as where memory runs out. Fewer workers "
+            "(--workers of check-data, --dataloader_num_workers in training) take less of it."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Raised:
+    """What `look` raised in a worker, as it is: a `DataLoader` would put the traceback before its message."""
+
+    error: Exception
 
 
 class _Looking(Dataset, Generic[Item, Found]):
@@ -123,5 +160,8 @@ class _Looking(Dataset, Generic[Item, Found]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Found:
-        return self.look(self.items[index])
+    def __getitem__(self, index: int) -> Found | _Raised:
+        try:
+            return self.look(self.items[index])
+        except (UserError, OSError) as error:
+            return _Raised(error)

@@ -19,13 +19,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from moellava.files import flush, staged
+from moellava.files import STAGING, flush, staged
 from moellava.model.extended import extend_in_place, extension_of
 from moellava.model.page import folder_page, write_page
 from moellava.model.section import note, plugins_of
 from moellava.plugins import write_plugins
 
-STAGING = ".saving-model"
 MAX_SHARD_SIZE = "4GB"
 INDEX = "model.safetensors.index.json"
 

@@ -26,13 +26,14 @@ def has_weights(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights, safetensors before pickles. Raises UserError if there are none."""
+    """The files that hold a folder's weights, safetensors before pickles, and a single file before shards, as
+    transformers takes them. Raises UserError if there are none."""
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
-        if index.is_file():
-            return shards_of(index)
         if (folder / name).is_file():
             return [folder / name]
+        if index.is_file():
+            return shards_of(index)
     raise UserError(f"{folder} holds no weights: neither {' nor '.join(WEIGHTS)}, nor an index of shards.")
 
 
@@ -192,15 +193,30 @@ DTYPES = {
 """torch dtype -> its name in a safetensors header."""
 
 
-def file_dtypes(places: Mapping[str, Place]) -> dict[str, torch.dtype]:
-    """Name -> dtype, from the files' headers alone."""
+def headers(places: Mapping[str, Place]) -> dict[str, torch.Tensor]:
+    """Name -> empty (meta) tensor of the dtype and shape that the files' headers say.
+
+    Raises:
+        UserError: a dtype that none of our models computes in, as that of weights in 8 bits.
+    """
     by_name = {text: dtype for dtype, text in DTYPES.items()}
-    found: dict[str, torch.dtype] = {}
-    for file in {place.file for place in places.values()}:
+    found: dict[str, torch.Tensor] = {}
+    for file, named in groupby(places.items(), key=lambda item: item[1].file):
         with safe_open(file, framework="pt") as handle:
-            own = {name: place for name, place in places.items() if place.file == file}
-            found |= {name: by_name[handle.get_slice(place.name).get_dtype()] for name, place in own.items()}
+            for name, place in named:
+                stored = handle.get_slice(place.name)
+                if stored.get_dtype() not in by_name:
+                    raise UserError(
+                        f"{file} holds {place.name} as {stored.get_dtype()}, which is neither trained nor converted. "
+                        "Give the folder in 16 or 32 bits that it was made from."
+                    )
+                found[name] = torch.empty(stored.get_shape(), dtype=by_name[stored.get_dtype()], device="meta")
     return found
+
+
+def file_dtypes(places: Mapping[str, Place]) -> dict[str, torch.dtype]:
+    """Name -> dtype, from the files' headers alone. Raises UserError: see `headers`."""
+    return {name: tensor.dtype for name, tensor in headers(places).items()}
 
 
 def read_all(places: Mapping[str, Place]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -115,6 +115,8 @@ def check_slices(mlp: nn.Module, of: int) -> None:
     if parameter.device.type == "meta":
         return
     whole_mlp = copy.deepcopy(mlp).eval()
+    if len({each.dtype for each in mlp.parameters()}) > 1:  # as in files of several dtypes; no forward takes those
+        parameter = next(whole_mlp.float().parameters())
     x = torch.randn(4, hidden_size(mlp), generator=torch.Generator().manual_seed(0)).to(parameter)
     whole, off = whole_mlp(x).float(), float("inf")
     slices = [slice_mlp(whole_mlp, index, of) for index in range(of)]

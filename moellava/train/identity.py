@@ -21,7 +21,7 @@ from moellava.data.records import Medium, Records
 from moellava.data.remote import RemoteFile
 from moellava.data.scan import shared, slices_of
 from moellava.data.shown import SLICE, Shown, looked_up
-from moellava.files import MODEL_FILES, PAGE, file_digest, read_json
+from moellava.files import MODEL_FILES, NOT_OF_THE_MODEL, file_digest, read_json
 from moellava.model.manifest import Manifest
 from moellava.train.deepspeed.settings import differences
 
@@ -79,12 +79,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "ddp_timeout": "how long processes wait for each other",
 }
 """Flags that may differ between a run and its continuation -> why. Every other one counts."""
-
-NOT_OF_THE_MODEL = {
-    *("digests.json", "run.json", "trainer_state.json", "parameters.json", "moe_certificate.json", "training_args.bin"),
-    PAGE,
-}
-"""Files in a model's folder that say how it was made, not what it is."""
 
 ENDS = 4096
 """Bytes at each end of an image or a video that stand for its content, beside its size: reading 600,000 files whole

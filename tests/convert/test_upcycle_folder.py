@@ -6,15 +6,19 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration
 
 from moellava import files
 from moellava.cli import main
+from moellava.convert import upcycle_folder
 from moellava.files import read_config
-from moellava.moe import MoESpec, upcycle
+from moellava.moe import MoESpec, certificate, upcycle
 from moellava.vlm import VLM
 from tests.processes import run_python
 from tests.tiny import compose_tiny, reopen, tiny_llava, weights_of
@@ -75,6 +79,132 @@ def test_bf16_weights_stay_bf16_and_routers_are_fp32(made, dense, tmp_path):
     assert len(list((tmp_path / "moe").glob("*.safetensors"))) > 2
     dtypes = {name.split(".mlp.")[-1]: tensor.dtype for name, tensor in found.items() if ".layers.3.mlp." in name}
     assert dtypes["router.weight"] == torch.float32 and dtypes["experts.3.up_proj.weight"] == torch.bfloat16
+
+
+def rewritten(dense, change):
+    """A dense folder in one file, its tensors changed: name, tensor -> tensor, or None for one that goes."""
+    tensors = {name: change(name, tensor) for name, tensor in weights_of(dense).items()}
+    for file in dense.glob("*.safetensors*"):
+        file.unlink()
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, dense / "model.safetensors", metadata={"format": "pt"})
+
+
+RECIPES = {
+    "copy": [],
+    "noise": ["--init", "noise"],
+    "granular": ["--init", "granular", "--granularity", "2", "--top-k-experts", "2"],
+    "shared": ["--init", "shared"],
+    "residual": ["--use_residual"],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("wide", ["gate_proj", "up_proj", "down_proj"])
+def test_each_tensor_of_an_expert_has_the_dtype_of_what_it_is_made_of(dense, tmp_path, wide, recipe):
+    """Also where the tensors of one MLP differ, as a folder whose output linears were kept in fp32 has them."""
+    rewritten(dense, lambda name, tensor: tensor.to(torch.float32 if wide in name else torch.bfloat16))
+    stored = weights_of(dense)
+    assert run(dense, tmp_path / "moe", *RECIPES[recipe], "--moe_layers_idx", "1") == 0
+    for name, tensor in weights_of(tmp_path / "moe").items():
+        if ".router." in name:
+            assert tensor.dtype == torch.float32, name
+        elif ".coefficient." not in name:
+            source = re.sub(r"\.(experts\.\d+|shared)\.", ".", name)
+            old = source.replace("model.language_model.", "language_model.model.", 1)
+            assert tensor.dtype == next(stored[each] for each in (source, old) if each in stored).dtype, name
+
+
+def test_fp64_is_certified_as_fp32_is(dense, tmp_path):
+    rewritten(dense, lambda name, tensor: tensor.double())
+    config = read_config(dense, "test")
+    (dense / "config.json").write_text(json.dumps(config | {"dtype": "float64"}))
+    assert run(dense, tmp_path / "moe") == 0
+    assert json.loads((tmp_path / "moe" / "moe_certificate.json").read_text())["dtype"] == "float64"
+
+
+UNFIT = {
+    "missing": (lambda name, tensor: None if "k_proj" in name else tensor, "do not fit.*missing: .*k_proj"),
+    "missing in an MLP": (lambda name, tensor: None if "layers.3.mlp.up" in name else tensor, "missing: .*up_proj"),
+    "missing head": (lambda name, tensor: None if "lm_head" in name else tensor, "missing: .*lm_head"),
+    "shape": (
+        lambda name, tensor: tensor[1:] if "layers.1.self_attn.o" in name else tensor,
+        r"o_proj.* but its config",
+    ),
+    "shape in an MLP": (lambda name, tensor: tensor[1:] if "layers.3.mlp.up" in name else tensor, "up_proj.* but its"),
+    "left over": (lambda name, tensor: tensor, "unexpected: .*q_norm"),
+    "eight bits": (lambda name, tensor: tensor.to(torch.float8_e4m3fn) if "up_proj" in name else tensor, "F8_E4M3"),
+}
+
+
+@pytest.mark.parametrize("fault", UNFIT)
+def test_weights_that_are_not_the_configs_are_named_before_anything_is_computed(dense, tmp_path, fault, capsys):
+    change, message = UNFIT[fault]
+    rewritten(dense, change)
+    if fault == "left over":
+        tensors = weights_of(dense) | {"model.language_model.layers.0.self_attn.q_norm.weight": torch.ones(3)}
+        save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    with mock.patch.object(upcycle_folder, "dense_logits", side_effect=AssertionError("it has begun")):
+        assert run(dense, tmp_path / "moe") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("declared", [None, "bfloat16"])
+def test_a_pickle_keeps_its_precision_and_the_log_says_what_is_cast(dense, tmp_path, declared, caplog):
+    """A folder that is opened as a whole has one dtype afterwards: its config's, else that which loses nothing."""
+    state = {name: tensor.bfloat16() for name, tensor in weights_of(dense).items()}
+    if declared:
+        state |= {name: tensor.float() for name, tensor in state.items() if "projector" in name}
+    for file in dense.glob("*.safetensors*"):
+        file.unlink()
+    torch.save(state, dense / "pytorch_model.bin")
+    config = read_config(dense, "test")
+    config.pop("dtype")
+    (dense / "config.json").write_text(json.dumps(config | ({"dtype": declared} if declared else {})))
+    assert run(dense, tmp_path / "moe") == 0
+    dtypes = {tensor.dtype for name, tensor in weights_of(tmp_path / "moe").items() if ".router." not in name}
+    assert dtypes == {torch.bfloat16}
+    assert ("holds tensors in float32; they are written in bfloat16" in caplog.text) == (declared is not None)
+
+
+def test_a_certificate_that_does_not_hold_leaves_nothing(dense, tmp_path, monkeypatch):
+    """What is written is looked at before it moves to its place."""
+    monkeypatch.setitem(certificate.ROUNDING, torch.float32, -1.0)
+    with pytest.raises(certificate.NotExactError):
+        run(dense, tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+
+
+def test_a_disk_without_room_is_told_of_before_anything_is_written(dense, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=1000))
+    assert run(dense, tmp_path / "moe") == 2
+    assert "are free" in capsys.readouterr().err
+    assert not (tmp_path / "moe").exists()
+
+
+FOREIGN = ("tf_model.h5", "flax_model.msgpack", "model.onnx", "model.gguf", "rust_model.ot", "optimizer.pt")
+OF_THE_RUN = ("run.json", "run.yaml", "run.log", "run_log.jsonl", "report.html", "parameters.json")
+OF_THE_RUN += ("trainer_state.json", "training_args.bin")
+
+
+def test_nothing_comes_along_that_is_true_of_the_dense_model_alone(dense, tmp_path):
+    for name in (*FOREIGN, *OF_THE_RUN, "LICENSE"):
+        (dense / name).write_text("{}")
+    (dense / "additional_chat_templates").mkdir()
+    (dense / "additional_chat_templates" / "tool.jinja").write_text("tools")
+    assert run(dense, tmp_path / "moe") == 0
+    found = {path.name for path in (tmp_path / "moe").iterdir()}
+    assert not found & {*FOREIGN, *OF_THE_RUN}
+    assert {"LICENSE", "notes.txt", "moe_certificate.json"} <= found
+    assert (tmp_path / "moe" / "additional_chat_templates" / "tool.jinja").read_text() == "tools"
+    assert "moe_certificate.json" in files.read_digests(tmp_path / "moe")
+
+
+def test_an_output_that_is_a_file_is_refused_before_the_work(dense, tmp_path, capsys):
+    (tmp_path / "moe").write_text("mine")
+    assert run(dense, tmp_path / "moe") == 2
+    assert "is a file, not a folder" in capsys.readouterr().err
 
 
 def test_weights_are_digested_while_they_are_written(dense, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -136,6 +138,33 @@ def test_what_is_not_there_or_cannot_be_opened_is_told_before_training(bucket, m
         load_records([f"{ROOT}/x.json", f"{ROOT}/data"])
     with pytest.raises(DataError, match="no data file fits this pattern"):
         addresses(f"{ROOT}/*.parquet")
+
+
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_not_opened_and_links_are_followed(tmp_path, data_file, make_record, pictures):
+    """In a folder that `file://` names: who opened the pipe would wait for ever."""
+    folder = tmp_path / "folder"
+    (folder / "sub.png").mkdir(parents=True)
+    os.mkfifo(folder / "pipe.png")
+    shutil.copy(pictures[0], folder / "there.png")
+    for target in ("there.png", "pipe.png", "gone.png"):
+        os.symlink(folder / target, folder / f"to_{target}")
+    names = ["there.png", "to_there.png", "sub.png", "pipe.png", "to_pipe.png", "to_gone.png"]
+    path = data_file([make_record(name, "<image>", "a", image=name) for name in names])
+    for in_full in (False, True):
+        found = check([str(path)], MediaFiles(folder.as_uri()), in_full=in_full).problems
+        assert [problem.text.partition(" of ")[0] for problem in found] == [f"Record {name}" for name in names[2:]]
+        assert all(problem.text.endswith("no such image file") for problem in found)
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        copied((folder / "pipe.png").as_uri())
+
+
+def test_the_state_of_a_link_is_that_of_what_it_leads_to(tmp_path):
+    (tmp_path / "there.png").write_bytes(b"one")
+    os.symlink(tmp_path / "there.png", tmp_path / "link.png")
+    before = RemoteFolder(tmp_path.as_uri()).state("link.png")
+    (tmp_path / "there.png").write_bytes(b"another")
+    assert RemoteFolder(tmp_path.as_uri()).state("link.png") != before
 
 
 def test_what_is_an_address():

@@ -2,12 +2,15 @@
 """Records that processes and workers look at together."""
 
 import os
+import signal
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from moellava.data.scan import gathered, mapped, share, shared
+from moellava.errors import BadFileError, DataError, UserError
 
 
 def squares(numbers):
@@ -52,3 +55,48 @@ def test_findings_come_in_order_whoever_looks(workers):
     assert [number for number, _ in found] == list(range(200))
     assert len({process for _, process in found} - {os.getpid()}) == workers
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def failing(error):
+    """A look that fails at the fifth number, and at later ones in another way."""
+
+    def look(number):
+        if number == 5:
+            raise error
+        if number > 5:
+            raise UserError("a later one")
+        return number
+
+    return look
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize(
+    "error", [UserError("words"), DataError(["one", "two"]), BadFileError("bad"), OSError(28, "No space", "file")]
+)
+def test_what_is_raised_is_the_same_whoever_looks(error, workers):
+    """Its sort, its message and its place: a `DataLoader` alone would put a traceback before the message."""
+    with pytest.raises(type(error)) as caught:
+        mapped(failing(error), range(20), workers, chunk=4)
+    assert type(caught.value) is type(error) and str(caught.value) == str(error)
+    assert vars(caught.value) == vars(error)
+
+
+def ended(number):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_named():
+    with pytest.raises(UserError, match="Counting: a process beside this one was ended from outside"):
+        mapped(ended, range(20), 2, "Counting")
+
+
+def test_a_bug_in_a_worker_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError, match="Original Traceback"):
+        mapped(lambda number: 1 / number, range(20), 2)
+
+
+def test_more_workers_than_cores_are_what_was_asked_for():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert mapped(abs, range(20), len(os.sched_getaffinity(0)) + 1, chunk=2) == list(range(20))

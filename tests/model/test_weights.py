@@ -35,6 +35,16 @@ def test_shards_are_read_by_their_index(tmp_path):
         weight_files(tmp_path)
 
 
+def test_a_single_file_goes_before_shards_as_in_transformers(tmp_path):
+    """Both are there where somebody saved anew into an old folder."""
+    save_file({"a": torch.ones(1)}, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weight_files(tmp_path) == [tmp_path / "model-00001-of-00001.safetensors"]
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
 def test_safetensors_go_before_pickles(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     assert read_tensors(tmp_path)["a"].item() == 0

@@ -38,11 +38,11 @@ from moellava.convert.export.targets import TARGETS
 from moellava.convert.export.targets.target import LINEARS, n_experts
 from moellava.convert.merge_lora import open_base
 from moellava.errors import UserError
-from moellava.files import staged
+from moellava.files import STAGING, staged
 from moellava.model.manifest import Manifest, read_folder
 from moellava.vlm import VLM, Probes, describe
 
-FOLDER, STAGING = "adapter", ".exporting-adapter"
+FOLDER = "adapter"
 
 EXPERT = re.compile(r"(.+\.)experts\.(\d+)\.(gate_proj|up_proj|down_proj)")
 """A linear of an expert: what is before it, its number, which linear."""

@@ -22,7 +22,7 @@ from moellava.convert.export.proof import Certificate, class_named, prove, reope
 from moellava.convert.export.source import Source, opened_source
 from moellava.convert.export.targets import TARGETS
 from moellava.errors import UserError
-from moellava.files import CONFIG, staged
+from moellava.files import CONFIG, STAGING, staged
 from moellava.log import get_logger
 from moellava.model.build import on_meta
 from moellava.model.description import Description
@@ -34,7 +34,6 @@ from moellava.vlm import build, describe
 
 logger = get_logger(__name__)
 
-STAGING = ".exporting"
 
 GENERATION = "generation_config.json"
 

@@ -13,7 +13,7 @@ import torch
 
 from moellava.constants import TILED
 from moellava.errors import UserError
-from moellava.files import staged
+from moellava.files import STAGING, staged
 from moellava.model.build import ROPE_FIELDS
 from moellava.model.families import Family, family_of
 from moellava.model.projectors import parse_projector
@@ -26,7 +26,6 @@ from moellava.moe import MoESpec, gather_moe_state_dict, moe_layers
 from moellava.vlm import VLM
 
 WEIGHTS = "pytorch_model.bin"
-STAGING = ".exporting"
 
 PUBLISHED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """`model_type` of the towers that LLaVA's code opens."""
