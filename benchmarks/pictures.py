@@ -5,7 +5,7 @@
 
 Files of several formats and sizes are written: smooth shapes with a little noise, which take about the bytes a pixel
 that photographs take. For each, five ways take turns, one thread, and the least CPU time of the rounds counts. Freed
-memory is kept by the process, as in a run:
+memory is kept by the process, as in a run; with --forked, some of it, as data workers do:
 
 * Pillow: the file is decoded, made RGB and resized to the model's size, and nothing else;
 * transformers: the same file by Pillow, then the model's image processor, which also cuts, rescales and normalises;
@@ -26,6 +26,9 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +175,14 @@ def timed(work: dict[str, Callable[[], Any]], rounds: int, times: int) -> dict[s
     return least
 
 
+def measured(path: Path, name: str, args: argparse.Namespace) -> dict[str, float]:
+    """CPU milliseconds of a call, by way of taking it."""
+    torch.set_num_threads(1)
+    size = Image.open(path).size
+    with nullcontext() if args.forked else heap.kept():
+        return timed(ways(path, PROCESSORS[name], size, args.batch), args.rounds, args.times)
+
+
 def main() -> None:
     """Prints milliseconds of CPU time and ratios to Pillow's."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -180,18 +191,19 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=10, help="calls a round")
     parser.add_argument("--batch", type=int, default=1, help="pictures a call")
     parser.add_argument("--only", default="", help="files and processors whose names this is part of")
+    parser.add_argument("--forked", action="store_true", help="in a process that is forked as a data worker is")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    heap.keep_some_in_forks()
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for file, (size, ending, options) in FILES.items():
             path = Path(folder) / f"picture{ending}"
             picture(size).save(path, **options)
-            for name, processor in PROCESSORS.items():
+            for name in PROCESSORS:
                 if args.only not in f"{file}; {name}":
                     continue
-                with heap.kept():
-                    ms = timed(ways(path, processor, size, args.batch), args.rounds, args.times)
+                with ProcessPoolExecutor(1, get_context("fork")) if args.forked else nullcontext() as pool:
+                    ms = pool.submit(measured, path, name, args).result() if pool else measured(path, name, args)
                 ms = {way: value / args.batch for way, value in ms.items()}
                 row = {"file": file, "bytes": path.stat().st_size, "processor": name, "ms": ms}
                 row["ratio"] = ms["ours"] / ms["Pillow"]
