@@ -8,14 +8,20 @@ more is looked at before a run than that they are there, by the list of their fo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import lzma
 import os
 import posixpath
 import re
+import tarfile
+import threading
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +39,9 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://", re.IGNORECASE)
 FOLDERS_KEPT = 1024
 """Folders whose lists are remembered."""
 
+ARCHIVES = 8
+"""Archives that a process keeps open to read pictures from; of more, the one that was asked for longest ago goes."""
+
 AT_ONCE = 8
 """Files that are fetched side by side from a file system that does not do so itself."""
 
@@ -42,8 +51,15 @@ BLOCK = 8 * 2**20
 COPIES = "copies"
 """The folder of the cache for data files."""
 
+BROKEN = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
+"""What is raised where an archive is not there, or damaged."""
+
 SAYS_NOTHING = {"name", "size", "type", "mimetype", "url", "partial", "StorageClass", "Key", "Size", "islink"}
 """What a file system says of a file that stays as it is when a file of the same size takes its place."""
+
+
+TOGETHER: AbstractContextManager[Any] = nullcontext()
+"""Of a file system that several threads may ask at a time."""
 
 
 class Fetched(Embedded):
@@ -57,6 +73,20 @@ class Fetched(Embedded):
         return self.url
 
 
+class Held(NamedTuple):
+    """A file system that may be asked again and again.
+
+    Attributes:
+        file_system: of `fsspec`.
+        root: what it calls what lies at an address.
+        alone: to be entered while it is asked: one of an archive has one place at which it reads.
+    """
+
+    file_system: Any
+    root: str
+    alone: AbstractContextManager[Any]
+
+
 class Span(NamedTuple):
     """What is asked for of a file system: a file, or some bytes of it.
 
@@ -64,15 +94,24 @@ class Span(NamedTuple):
         file_system: of `fsspec`; None: of this machine, where bytes of a file are asked for.
         path: of the file, as the file system calls it.
         begin, end: of the bytes; None: the whole file.
+        alone: see `Held`.
     """
 
     file_system: Any
     path: str
     begin: int | None = None
     end: int | None = None
+    alone: AbstractContextManager[Any] = TOGETHER
 
     def read(self) -> bytes:
         """The bytes. Raises OSError."""
+        try:
+            with self.alone:
+                return self._read()
+        except (*BROKEN, RuntimeError) as error:  # zipfile's where it cannot unpack a file, or a password is needed
+            raise error if isinstance(error, OSError) else OSError(str(error)) from error
+
+    def _read(self) -> bytes:
         if self.file_system is None:
             with open(self.path, "rb", buffering=0) as file:
                 return os.pread(file.fileno(), (self.end or 0) - (self.begin or 0), self.begin or 0)
@@ -142,7 +181,8 @@ class RemoteFile(Distant):
 
     def span(self) -> Span:
         """All of the file."""
-        return Span(self.folder.file_system, self.folder.path_of(self.path))
+        held = self.folder.held
+        return Span(held.file_system, self.folder.path_of(self.path), alone=held.alone)
 
     @property
     def state(self) -> int | None:  # type: ignore[override]  # it is asked for
@@ -162,7 +202,7 @@ class RemoteFolder:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        _, self._root = opened(self.url)
+        self._root = held(self.url).root
         self._lists = Remembered(self._list, FOLDERS_KEPT)
 
     def __str__(self) -> str:
@@ -172,9 +212,9 @@ class RemoteFolder:
         return Path(path) if os.path.isabs(path) else RemoteFile(self, path)
 
     @property
-    def file_system(self) -> Any:
-        """Asked for anew each time: a connection does not survive a fork, and `fsspec` keeps one for each process."""
-        return opened(self.url)[0]
+    def held(self) -> Held:
+        """Asked for anew each time: a connection does not survive a fork, and each process has its own."""
+        return held(self.url)
 
     def path_of(self, path: str) -> str:
         """What the file system calls a file."""
@@ -189,14 +229,18 @@ class RemoteFolder:
         if place < len(names) and names[place] == name:
             return int(states[place])
         try:
-            return state_told(self.url, self.file_system.info(whole))
+            file_system, _, alone = self.held
+            with alone:
+                return state_told(self.url, file_system.info(whole))
         except (OSError, ValueError):
             return None
 
     def _list(self, folder: str) -> tuple[np.ndarray, np.ndarray]:
         """Digests of the names of a folder's files, sorted, and their states."""
         try:
-            entries = self.file_system.ls(folder, detail=True)
+            file_system, _, alone = self.held
+            with alone:
+                entries = file_system.ls(folder, detail=True)
         except (OSError, ValueError, NotImplementedError):  # a server that lists nothing: each file is asked for
             entries = []
         names = [posixpath.basename(one["name"]).encode("utf-8", "surrogateescape") for one in entries]
@@ -212,7 +256,8 @@ def is_remote(name: object) -> bool:
 
 
 def opened(url: str) -> tuple[Any, str]:
-    """The file system of an address, and what it calls what lies there. Raises UserError: see `RemoteFolder`."""
+    """The file system of an address, and what it calls what lies there. Raises UserError: see `RemoteFolder`; or an
+    archive is missing or damaged."""
     from fsspec.core import url_to_fs
 
     try:
@@ -222,6 +267,44 @@ def opened(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: such addresses need {needed}: pip install {needed} ({error})") from error
     except ValueError as error:
         raise UserError(f"{url}: {error}") from error
+    except BROKEN as error:  # an archive is read when it is opened
+        raise UserError(f"{url} cannot be opened: {error or type(error).__name__}") from error
+
+
+def held(url: str) -> Held:
+    """The same as `opened`, of an archive the one that this process has open while the archive stays as it is.
+
+    `fsspec` keeps file systems but for those: each time it would read what is in the archive, all of it.
+    """
+    inner = url.partition("::")[2]
+    if not inner or _is_kept(url):
+        return Held(*opened(url), TOGETHER)
+    file_system, path, alone = held(inner)
+    state = ""  # of none, which `opened` tells
+    with alone, suppress(OSError):
+        state = json.dumps(file_system.info(path), sort_keys=True, default=str)
+    process = os.getpid()
+    with _opening.setdefault(process, threading.Lock()):  # a fork may come while a thread of its parent opens one
+        return _held(url, state, process)
+
+
+def _is_kept(url: str) -> bool:
+    """Whether `fsspec` keeps the file system of an address by itself; or does not know it, which `opened` tells."""
+    from fsspec import get_filesystem_class
+
+    try:
+        return get_filesystem_class(re.split("::|://", url, maxsplit=1)[0]).cachable
+    except (ImportError, ValueError):
+        return True
+
+
+_opening: dict[int, threading.Lock] = {}
+"""Process -> what the thread has that opens an archive there."""
+
+
+@functools.lru_cache(maxsize=ARCHIVES)
+def _held(url: str, state: str, process: int) -> Held:
+    return Held(*opened(url), threading.RLock())
 
 
 def open_file(name: str | Path) -> Any:
@@ -257,7 +340,7 @@ def _side_by_side(spans: Sequence[Span]) -> list[bytes | Exception | None]:
     """The bytes of spans of one file system; something else where they cannot be read."""
     file_system = spans[0].file_system
     if file_system.async_impl:
-        _, paths, begins, ends = map(list, zip(*spans, strict=True))
+        paths, begins, ends = (list(column) for column in zip(*(span[1:4] for span in spans), strict=True))
         return file_system.cat_ranges(paths, begins, ends, on_error="return")
     with ThreadPoolExecutor(AT_ONCE) as pool:
         reading = [pool.submit(span.read) for span in spans]
