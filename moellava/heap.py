@@ -25,13 +25,17 @@ USUAL = ((MMAP_MAX, 2**16), (MMAP_THRESHOLD, 2**25), (TRIM_THRESHOLD, 2**26))
 
 KEPT = ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1))
 
+IN_FORKS = ((MMAP_MAX, 0), (TRIM_THRESHOLD, 2**29))
+"""Of data workers: no block is mapped alone, and what is free is given back where it is more than 512 MB. A batch of
+pixels, one block of 60 MB of Qwen2-VL's and 300 of SmolVLM's, takes the pages of the batch before."""
+
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Inside, freed memory stays with the process; behind it, all that is free is given back. Processes that are forked
-    inside (data workers) do as usual."""
+    """Inside, freed memory stays with the process; behind it, all that is free is given back. For processes that are
+    forked inside (data workers) see `keep_some_in_forks`."""
     _choose(KEPT)
-    _usual_in_forks()
+    keep_some_in_forks()
     try:
         yield
     finally:
@@ -55,8 +59,9 @@ def give_back_above(size: int) -> None:
 
 
 @cache
-def _usual_in_forks() -> None:
-    os.register_at_fork(after_in_child=lambda: _choose(USUAL))
+def keep_some_in_forks() -> None:
+    """From now on processes that are forked keep up to 512 MB of what they free, in blocks of any size."""
+    os.register_at_fork(after_in_child=lambda: _choose(IN_FORKS))
 
 
 def _choose(options: Any) -> None:

@@ -19,6 +19,7 @@ from tests.processes import ROOT
 BENCHMARKS = ROOT / "benchmarks"
 
 WORDS = {
+    "archives": ["--pictures", "20", "--read", "5"],
     "data_index": ["--records", "300", "--only", "first index", "opening"],
     "engines": ["--processes", "1", "--only", "ZeRO-1", "--steps", "2", "--rounds", "1"],
     "generate": ["--sizes", "small", "--batches", "1", "--rounds", "1", "--tokens", "2"],

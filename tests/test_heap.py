@@ -61,16 +61,17 @@ def test_freed_memory_is_used_again_inside_and_given_back_behind():
     assert behind < 0.1
 
 
-def test_a_process_that_is_forked_inside_does_as_usual():
-    inside, forked = told("""
-        with heap.kept():
-            print(used_again(), flush=True)
+@pytest.mark.parametrize("where", ["with heap.kept()", "if not heap.keep_some_in_forks()"])
+def test_data_workers_use_blocks_of_a_batch_again_and_no_more(where):
+    """Of 16 MB, and of 96, which would be mapped alone; what is more than 512 is given back."""
+    blocks, batch, more = told(f"""
+        {where}:
             if os.fork() == 0:
-                print(used_again(2 * SIZE), flush=True)
+                print(used_again(2**24), used_again(2 * SIZE), used_again(12 * SIZE), flush=True)
                 os._exit(0)
             os.wait()
     """)
-    assert inside < 0.05 and forked > 0.9
+    assert blocks < 0.05 and batch < 0.05 and more > 0.9
 
 
 def test_what_is_free_is_given_back_when_asked():

@@ -27,7 +27,18 @@ from moellava.data.encoder import Encoder
 from moellava.data.feature_store import FeatureStore
 from moellava.data.findings import KEY, findings
 from moellava.data.media import MediaFiles
-from moellava.data.media_reader import BLANK, SIZES_KEPT, WIDE, Media, MediaReader, Shown, blank, modality_of, of_blanks
+from moellava.data.media_reader import (
+    BLANK,
+    SIZES_KEPT,
+    WIDE,
+    Media,
+    MediaReader,
+    Shown,
+    blank,
+    modality_of,
+    of_blanks,
+)
+from moellava.data.nested import Rows, stacked, thrifty
 from moellava.data.records import Medium
 from moellava.data.remembered import Remembered
 from moellava.data.remote import Distant
@@ -177,16 +188,22 @@ class KnownReader:
         reader: of the model's processor.
         store: holds what is known, of blanks too.
         shown: what the model is shown, [rows, C, H, W], of what the store holds of a picture, [rows, P, D].
+
+    Raises:
+        ValueError: the pictures of a sample stand in one row, and what the processor makes of one depends on another.
     """
 
     def __init__(self, reader: MediaReader, store: FeatureStore, shown: Callable[[torch.Tensor], torch.Tensor]):
         self.reader, self.store, self.shown = reader, store, shown
         self._beside = Remembered(self._without_pixels, SIZES_KEPT)
         self._of_two = Remembered(self._first_of_two, SIZES_KEPT)
+        self.rows = rows_of(reader)
         sizes = (BLANK, WIDE, WIDE)
         self.is_divisible = reader.needs_sizes and alike(self._in_parts(*sizes), self._without_pixels(*sizes))
         """Whether what the processor gives beside the pixels of a sample is that of its pictures one by one, so that
         not every combination of sizes has to be asked for."""
+        if self.rows and not self.is_divisible:
+            raise ValueError("the pictures of a sample depend on each other")
         blanks = {input_of(reader, name): blank(name) for name in reader.placeholders}
         self.axes = {name: reader.read([[shown]]).tensors[name].ndim for name, shown in blanks.items()}
 
@@ -198,6 +215,8 @@ class KnownReader:
 
     def read(self, samples: Sequence[Sequence[Any]], name: str = "the batch") -> Media:
         """Runs and tensors of samples, none of them without media."""
+        if self.rows:
+            return self._read_in_rows(samples, self.rows)
         beside = self._in_parts if self.is_divisible else self._beside
         found = joined([beside(*map(self._essence, sample)) for sample in samples])
         rows: dict[str, list[torch.Tensor]] = {}
@@ -206,11 +225,27 @@ class KnownReader:
         pixels = {name: put_together(pictures, self.axes[name]) for name, pictures in rows.items()}
         return Media(found.runs, found.tensors | pixels)
 
+    def _read_in_rows(self, samples: Sequence[Sequence[Any]], rows: Rows) -> Media:
+        runs, units = [], []
+        for sample in samples:
+            parts = self._parts(*map(self._essence, sample))
+            runs.append([run for part in parts for run in part.runs[0]])
+            units.append([(modality_of(one), one, part.tensors) for one, part in zip(sample, parts, strict=True)])
+        tensors: dict[str, torch.Tensor] = {}
+        for groups in rows.groups(units, self.reader.is_one_input):
+            tensors |= rows.beside([[unit for *_, unit in row] for row in groups])
+            kept = [[self._kept(one) for _, one, _ in row] for row in groups]
+            tensors[input_of(self.reader, groups[0][0][0])] = rows.pixels(kept, self.shown)
+        return Media(runs, tensors)
+
+    def _parts(self, *shown: Any) -> list[Media]:
+        """`_without_pixels` of each picture of a sample, where it is that of the sample."""
+        is_only = sum(not isinstance(one, Clip) for one in shown) == 1
+        return [self._beside(one) if is_only or isinstance(one, Clip) else self._of_two(one) for one in shown]
+
     def _in_parts(self, *shown: Any) -> Media:
         """`_without_pixels`, put together of what is known of each."""
-        is_only = sum(not isinstance(one, Clip) for one in shown) == 1
-        parts = [self._beside(one) if is_only or isinstance(one, Clip) else self._of_two(one) for one in shown]
-        found = joined(parts)
+        found = joined(self._parts(*shown))
         return Media([list(chain.from_iterable(found.runs))], found.tensors)
 
     def _first_of_two(self, shown: Any) -> Media:
@@ -218,10 +253,11 @@ class KnownReader:
         return Media([both.runs[0][:1]], {name: value[: len(value) // 2] for name, value in both.tensors.items()})
 
     def _without_pixels(self, *shown: Any) -> Media:
-        """What the processor makes of blanks of these sizes and clips, in one sample."""
+        """What the processor makes of blanks of these sizes and clips, in one sample, whose row it is."""
         sample = [of_blanks(one) if isinstance(one, Clip) else Image.new("RGB", one) for one in shown]
         media = self.reader.read([sample])
-        return Media(media.runs, {name: one for name, one in media.tensors.items() if name not in PIXELS.values()})
+        beside = {name: one for name, one in media.tensors.items() if name not in PIXELS.values()}
+        return Media(media.runs, {name: thrifty(one[0]) for name, one in beside.items()} if self.rows else beside)
 
     def _essence(self, shown: Any) -> Any:
         """What decides over all that a processor gives but pixels: a size, or a clip."""
@@ -281,12 +317,13 @@ def in_planes(pixels: torch.Tensor) -> torch.Tensor:
 def put_together(pictures: Sequence[torch.Tensor], axes: int) -> torch.Tensor:
     """Pictures [rows, C, H, W] as one input of so many axes: the other way round of `in_planes`."""
     if axes == 5:
-        return rows_stacked(pictures)
+        return stacked([[one] for one in pictures], 0)
     rows = torch.cat(list(pictures))
     return rows.flatten(1) if axes == 2 else rows
 
 
-def rows_stacked(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[N, R, C, H, W] of pictures [r, C, H, W] of up to R rows each; those that are not there are zeros."""
-    most = max(map(len, pictures))
-    return torch.stack([torch.cat([one, one.new_zeros(most - len(one), *one.shape[1:])]) for one in pictures])
+def rows_of(reader: Any) -> Rows | None:
+    """How a processor fills the rows of samples; None where every picture has rows of its own."""
+    one, name = blank("image"), input_of(reader, "image")
+    inputs = reader.read([[one], [one, one]]).tensors
+    return Rows(inputs, name) if len(inputs[name]) == 2 else None

@@ -215,7 +215,8 @@ class MediaReader:
             raise BadFileError(
                 f"the processor cannot take {modality}s of {sizes_of(samples)} pixels: {error}"
             ) from error
-        output.pop("labels", None)
+        for name in ("labels", "cross_attention_mask"):  # of this text, not of a record's
+            output.pop(name, None)
         ids, attended = output.pop("input_ids"), output.pop("attention_mask").bool()
         per_token = {key: output.pop(key) for key in list(output) if key.endswith(PER_TOKEN)}
         runs = []

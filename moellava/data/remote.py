@@ -15,7 +15,7 @@ import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from moellava.data.cache import PLACE, cache_folder, kept
 from moellava.data.digests import digest_of
 from moellava.data.embedded import Embedded
 from moellava.data.fetched import is_kept, keep_content, kept_content, limit
+from moellava.data.file_systems import BROKEN, TOGETHER, Held, held, opened
 from moellava.data.remembered import Remembered
 from moellava.errors import BadFileError, DataError, UserError
 
@@ -64,15 +65,24 @@ class Span(NamedTuple):
         file_system: of `fsspec`; None: of this machine, where bytes of a file are asked for.
         path: of the file, as the file system calls it.
         begin, end: of the bytes; None: the whole file.
+        alone: see `Held`.
     """
 
     file_system: Any
     path: str
     begin: int | None = None
     end: int | None = None
+    alone: AbstractContextManager[Any] = TOGETHER
 
     def read(self) -> bytes:
         """The bytes. Raises OSError."""
+        try:
+            with self.alone:
+                return self._read()
+        except (*BROKEN, RuntimeError) as error:  # zipfile's where it cannot unpack a file, or a password is needed
+            raise error if isinstance(error, OSError) else OSError(str(error)) from error
+
+    def _read(self) -> bytes:
         if self.file_system is None:
             with open(self.path, "rb", buffering=0) as file:
                 return os.pread(file.fileno(), (self.end or 0) - (self.begin or 0), self.begin or 0)
@@ -142,7 +152,8 @@ class RemoteFile(Distant):
 
     def span(self) -> Span:
         """All of the file."""
-        return Span(self.folder.file_system, self.folder.path_of(self.path))
+        held = self.folder.held
+        return Span(held.file_system, self.folder.path_of(self.path), alone=held.alone)
 
     @property
     def state(self) -> int | None:  # type: ignore[override]  # it is asked for
@@ -162,7 +173,7 @@ class RemoteFolder:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        _, self._root = opened(self.url)
+        self._root = held(self.url).root
         self._lists = Remembered(self._list, FOLDERS_KEPT)
 
     def __str__(self) -> str:
@@ -172,9 +183,9 @@ class RemoteFolder:
         return Path(path) if os.path.isabs(path) else RemoteFile(self, path)
 
     @property
-    def file_system(self) -> Any:
-        """Asked for anew each time: a connection does not survive a fork, and `fsspec` keeps one for each process."""
-        return opened(self.url)[0]
+    def held(self) -> Held:
+        """Asked for anew each time: a connection does not survive a fork, and each process has its own."""
+        return held(self.url)
 
     def path_of(self, path: str) -> str:
         """What the file system calls a file."""
@@ -189,7 +200,9 @@ class RemoteFolder:
         if place < len(names) and names[place] == name:
             return int(states[place])
         try:
-            told = self.file_system.info(whole)
+            file_system, _, alone = self.held
+            with alone:
+                told = file_system.info(whole)
         except (OSError, ValueError):
             return None
         return state_told(self.url, told) if is_file(told) else None
@@ -198,7 +211,9 @@ class RemoteFolder:
         """Digests of the names of a folder's files, sorted, and their states. What the list does not call a file, as a
         link on this machine, is asked for by itself, which follows it."""
         try:
-            entries = [one for one in self.file_system.ls(folder, detail=True) if is_file(one)]
+            file_system, _, alone = self.held
+            with alone:
+                entries = [one for one in file_system.ls(folder, detail=True) if is_file(one)]
         except (OSError, ValueError, NotImplementedError):  # a server that lists nothing: each file is asked for
             entries = []
         names = [posixpath.basename(one["name"]).encode("utf-8", "surrogateescape") for one in entries]
@@ -211,19 +226,6 @@ class RemoteFolder:
 def is_remote(name: object) -> bool:
     """Whether a name is an address: `protocol://…`."""
     return bool(_URL.match(str(name)))
-
-
-def opened(url: str) -> tuple[Any, str]:
-    """The file system of an address, and what it calls what lies there. Raises UserError: see `RemoteFolder`."""
-    from fsspec.core import url_to_fs
-
-    try:
-        return url_to_fs(url)
-    except ImportError as error:
-        needed = getattr(error.__cause__ or error, "name", None) or "a package"
-        raise UserError(f"{url}: such addresses need {needed}: pip install {needed} ({error})") from error
-    except ValueError as error:
-        raise UserError(f"{url}: {error}") from error
 
 
 def open_file(name: str | Path) -> Any:
@@ -259,7 +261,7 @@ def _side_by_side(spans: Sequence[Span]) -> list[bytes | Exception | None]:
     """The bytes of spans of one file system; something else where they cannot be read."""
     file_system = spans[0].file_system
     if file_system.async_impl:
-        _, paths, begins, ends = map(list, zip(*spans, strict=True))
+        paths, begins, ends = (list(column) for column in zip(*(span[1:4] for span in spans), strict=True))
         return file_system.cat_ranges(paths, begins, ends, on_error="return")
     with ThreadPoolExecutor(AT_ONCE) as pool:
         reading = [pool.submit(span.read) for span in spans]

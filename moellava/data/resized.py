@@ -47,7 +47,8 @@ class Resized:
         if options or resample is None or said != {"height", "width"} or image.dtype != np.uint8 or len(image) != 3:
             return super().resize(image, size, resample, **options)  # type: ignore[misc]
         picture = getattr(image, "picture", None) or Image.fromarray(image.transpose(1, 2, 0))
-        return np.array(picture.resize((size.width, size.height), resample)).transpose(2, 0, 1)
+        resized = picture.resize((size.width, size.height), resample)
+        return np.asarray(resized).transpose(2, 0, 1)  # nobody else has these numbers: no second copy
 
 
 def is_plain(image: Any) -> bool:

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 from moellava.data.cache import cache_folder
 from moellava.data.embedded import PART, data_uri, digest_of_held, is_part
 from moellava.data.fetched import FETCHED, LIMIT, limit
+from moellava.data.file_systems import held, opened
 from moellava.data.record_shape import with_paths
-from moellava.data.remote import Distant, Span, copy_named, is_remote, opened, state_told
+from moellava.data.remote import Distant, Span, copy_named, is_remote, state_told
 from moellava.data.shard_places import place_told
 from moellava.data.shards import MAGIC, MAGIC_PLACE, shard_rows
 from moellava.data.tables import parquet_rows
@@ -124,7 +125,8 @@ class ShardPart(Distant):
         if self.is_near:
             file = os.path.join(self.shard, self.place.file) if self.place.file else self.shard
             return Span(None, file, begin, end)
-        return Span(*opened(self.shard), begin, end)
+        file_system, path, alone = held(self.shard)
+        return Span(file_system, path, begin, end, alone)
 
     def accepted(self, content: bytes) -> bytes:
         """The picture in what was fetched. Raises OSError where it is another one."""

@@ -34,6 +34,7 @@ from moellava.data.known import (
     variant,
 )
 from moellava.data.media_reader import BLANK, blank, modality_of
+from moellava.data.nested import tiles_shown
 from moellava.data.records import MODALITIES, media_of
 from moellava.data.scan import gathered, with_progress
 from moellava.data.shown import Shown
@@ -313,6 +314,10 @@ def pixels_of(reader: Any, shown: list[Any], alone: bool) -> Tensor:
     """
     sample = shown if alone or len(shown) > 1 else shown * 2
     pixels = pixels_in(reader, reader.read([sample]), modality_of(shown[0]))
+    if pixels.ndim == 6:
+        pixels = tiles_shown(pixels[0])
+    elif len(pixels) == 1 < len(sample):  # the row of the sample
+        pixels = pixels[0]
     if len(pixels) % len(sample):
         raise ValueError(f"{len(sample)} pictures are {len(pixels)} rows of pixels: none has rows of its own.")
     return in_planes(pixels[: len(pixels) * len(shown) // len(sample)])

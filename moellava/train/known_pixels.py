@@ -9,6 +9,7 @@ all of them, which are a quarter of the bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -79,13 +80,13 @@ class KeptPixels:
 def shows_the_same(reader: Any) -> bool:
     """Whether a batch of pictures that are known, each by itself, is the batch that the processor makes of them."""
     try:
-        batches = [tried(reader, pictures) for pictures in samples_to_try(reader)]
+        batches = tried(reader, batches_to_try(reader))
     except (BadFileError, KeyError, RuntimeError, ValueError):  # no pixels by that name, or what cannot be put together
         return False
     return all(alike(found, wanted) for found, wanted in batches)
 
 
-def samples_to_try(reader: Any) -> list[list[list[Shown]]]:
+def batches_to_try(reader: Any) -> list[list[list[Shown]]]:
     """Batches of samples: an image, two, and where the model reads videos a video and both."""
     first, *others = noise()
     batches: list[list[list[Shown]]] = [[[first], [*others]]]
@@ -100,8 +101,9 @@ def videos_to_try(reader: Any) -> list[Video]:
     return [Video(Clip(WIDE, 9, 1.0, (0, 3, 8)), (first, second, first))] if reader.reads_videos else []
 
 
-def tried(reader: Any, samples: list[list[Shown]]) -> tuple[Media, Media]:
-    """A batch of pictures that are known, and what the processor makes of them."""
+def tried(reader: Any, batches: list[list[list[Shown]]]) -> list[tuple[Media, Media]]:
+    """Of each batch of samples: what is read of pictures that are known, and what the processor makes of them."""
+    samples = list(chain.from_iterable(batches))
     kept, every = KeptPixels(reader), [(one, images_of(sample)) for sample in samples for one in sample]
     with TemporaryDirectory() as folder:
         store = FeatureStore(Path(folder))
@@ -110,9 +112,9 @@ def tried(reader: Any, samples: list[list[Shown]]) -> tuple[Media, Media]:
             store.add(number, BLANK, kept.of(pixels_of(reader, [one], alone)))
         store.flush()
         store.reopen()
-        numbers = iter(range(len(every)))
-        known = [[as_known(one, next(numbers)) for one in sample] for sample in samples]
-        return KnownReader(reader, store, kept.shown).read(known), reader.read(samples)
+        numbers, known = iter(range(len(every))), KnownReader(reader, store, kept.shown)
+        by_number = [[[as_known(one, next(numbers)) for one in sample] for sample in batch] for batch in batches]
+        return [(known.read(found), reader.read(batch)) for found, batch in zip(by_number, batches, strict=True)]
 
 
 def images_of(sample: list[Shown]) -> int:

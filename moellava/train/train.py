@@ -184,6 +184,7 @@ def run(trainer: StageTrainer, stage: Stage, resume: Path | None) -> None:
     if resume:
         logger.info("Going on from %s", resume)
         require_same_numbers(trainer, resume)
+    heap.keep_some_in_forks()  # data workers, beside a GPU too
     with trainer.watch.request.listening(), heap.kept() if trainer.args.device.type == "cpu" else nullcontext():
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.watch.require_unstopped(trainer.args)

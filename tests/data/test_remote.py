@@ -3,23 +3,32 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import lzma
 import os
+import re
 import shutil
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
-from moellava.data import indexing
+from moellava.data import fetched, file_systems, indexing
 from moellava.data.cache import PLACE
 from moellava.data.check import check
+from moellava.data.images import open_image
 from moellava.data.media import MediaFiles
 from moellava.data.records import Medium, load_records, media_of
 from moellava.data.remote import RemoteFolder, addresses, copied, is_remote
@@ -80,6 +89,130 @@ def test_data_may_lie_in_archives(archive, name, pictures, tmp_path, monkeypatch
     for there, local in zip(*shown, strict=True):
         for one, other in zip(there, local, strict=True):
             assert (np.asarray(files.read(one)) == np.asarray(files.read(other))).all()
+
+
+def write_archive(whole: Path, files: dict[str, bytes]) -> None:
+    """A zip or a tar, by its ending, that takes the place of one that is there."""
+    new = whole.with_name("new")
+    if whole.suffix == ".zip":
+        with zipfile.ZipFile(new, "w") as packed:
+            for name, content in files.items():
+                packed.writestr(name, content)
+    else:
+        with tarfile.open(new, "w") as packed_by_tar:
+            for name, content in files.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                packed_by_tar.addfile(entry, io.BytesIO(content))
+    new.replace(whole)
+
+
+Archive = tuple[MediaFiles, list[Medium], Callable[[dict[str, bytes]], None]]
+
+
+@pytest.fixture(params=["zip", "tar", "zip in a tar"])
+def archive(request, pictures, tmp_path, monkeypatch) -> Archive:
+    """Pictures in an archive, of which nothing is kept; and what puts others there."""
+    monkeypatch.setenv(PLACE, str(tmp_path / "cache"))
+    monkeypatch.setenv(fetched.LIMIT, "0")
+    inner, outer = request.param.split(" in a ")[0], tmp_path / f"all.{request.param.split()[-1]}"
+    nested = " in a " in request.param
+
+    def write(files: dict[str, bytes]) -> None:
+        write_archive(tmp_path / f"inside.{inner}" if nested else outer, files)
+        if nested:
+            write_archive(outer, {"inside.zip": (tmp_path / "inside.zip").read_bytes()})
+
+    contents = {f"images/{number % 2}/{number}.png": pictures[number % 3].read_bytes() for number in range(12)}
+    write(contents)
+    chain = f"{inner}://images::" + ("tar://inside.zip::" if nested else "") + f"file://{outer}"
+    return MediaFiles(chain), [Medium("image", name.removeprefix("images/")) for name in contents], write
+
+
+@pytest.fixture
+def openings(monkeypatch) -> list[str]:
+    """The addresses of archives that are opened."""
+    addresses: list[str] = []
+    really = file_systems.opened
+    monkeypatch.setattr(
+        file_systems, "opened", lambda url: (addresses.append(url) if "::" in url else None) or really(url)
+    )
+    file_systems._held.cache_clear()
+    return addresses
+
+
+def shown_by(files: MediaFiles, media: list[Medium]) -> list[bytes]:
+    return [files.read(medium).tobytes() for medium in media]  # type: ignore[union-attr]
+
+
+def test_an_archive_is_opened_once_for_all_its_pictures(archive, openings, pictures):
+    files, media, _ = archive
+    assert files.problems(media, in_full=True) == {}
+    files.fetch_ahead(media)
+    wanted = [open_image(pictures[number % 3]).tobytes() for number in range(12)]
+    assert shown_by(files, media) == wanted
+    assert len(openings) == len(set(openings)) <= 2, "one, and one that lies in another"
+
+
+def test_threads_do_not_disturb_each_other_in_an_archive(archive, pictures):
+    files, media, _ = archive
+    wanted = [open_image(pictures[number % 3]).tobytes() for number in range(12)] * 8
+    with ThreadPoolExecutor(8) as pool:
+        assert [one.tobytes() for one in pool.map(files.read, media * 8)] == wanted
+
+
+def test_an_archive_that_another_takes_the_place_of_is_opened_again(archive, openings, pictures):
+    files, media, write = archive
+    shown_by(files, media)
+    write({"images/0/0.png": pictures[1].read_bytes(), "images/other.png": b""})
+    assert shown_by(files, media[:1]) == [open_image(pictures[1]).tobytes()]
+    assert max(Counter(openings).values()) == 2
+
+
+def test_a_process_opens_archives_for_itself(archive, openings):
+    files, media, _ = archive
+    wanted = shown_by(files, media)
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        found, opened = pool.submit(shown_and_opened, files, media).result()
+    assert found == wanted and 1 <= opened <= 2, "not what its parent reads from, at a place that both move"
+
+
+@pytest.mark.parametrize("name", ["missing.zip", "missing.tar", "bad.zip", "bad.tar", "bad.tar.gz", "cut.tar.xz"])
+def test_an_archive_that_is_missing_or_damaged_is_named(name, tmp_path):
+    (tmp_path / "bad.zip").write_text("no")
+    (tmp_path / "bad.tar").write_text("no, but longer")
+    (tmp_path / "bad.tar.gz").write_bytes(gzip.compress(b"a" * 2**16)[:-9])
+    (tmp_path / "cut.tar.xz").write_bytes(lzma.compress(b"a" * 2**16)[:50])
+    url = f"{'zip' if name.endswith('zip') else 'tar'}://images::file://{tmp_path / name}"
+    for ask in (lambda: MediaFiles(url), lambda: load_records(url)):
+        with pytest.raises(UserError, match=f"{re.escape(url)} cannot be opened"):
+            ask()
+
+
+@pytest.mark.parametrize("harm", ["a byte", "a password", "packed by nobody"])
+def test_a_picture_that_an_archive_cannot_give_is_named(harm, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv(fetched.LIMIT, "0")
+    content = pictures[0].read_bytes()
+    write_archive(tmp_path / "all.zip", {"images/0.png": content})
+    whole = bytearray((tmp_path / "all.zip").read_bytes())
+    central = whole.rindex(b"PK\x01\x02")
+    for place, byte in {
+        "a byte": [(whole.index(content) + len(content) // 2, 0x5A)],
+        "a password": [(6, 1), (central + 8, 1)],
+        "packed by nobody": [(8, 77), (central + 10, 77)],
+    }[harm]:
+        whole[place] = byte ^ (whole[place] if harm == "a byte" else 0)
+    (tmp_path / "all.zip").write_bytes(whole)
+    files = MediaFiles(f"zip://images::file://{tmp_path}/all.zip")
+    medium = Medium("image", "0.png")
+    with pytest.raises(BadFileError, match=r"all\.zip/0\.png: the file cannot be read"):
+        files.read(medium)
+    assert "cannot be read" in files.problems([medium], in_full=True)[medium]
+
+
+def shown_and_opened(files: MediaFiles, media: list[Medium]) -> tuple[list[bytes], int]:
+    before = file_systems._held.cache_info().misses
+    return shown_by(files, media), file_systems._held.cache_info().misses - before
 
 
 def test_a_data_file_that_changes_is_copied_again(bucket):

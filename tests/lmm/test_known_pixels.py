@@ -6,23 +6,29 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from moellava.data.known import KnownReader
+from moellava.data.media_reader import Shown
 from moellava.errors import UserError
 from moellava.lmm.architecture import ARCHITECTURES
 from moellava.train.known_pictures import know
-from moellava.train.known_pixels import KeptPixels, refuse_pixels, shows_the_same
+from moellava.train.known_pixels import KeptPixels, refuse_pixels, shows_the_same, tried
 from moellava.vlm import collator_of
 from tests.lmm import conftest, test_videos
 from tests.lmm.tiny import WITH_VIDEO
 from tests.processes import losses_of
 
-JOINED = {"llama-3.2-vision", "smolvlm", "qwen-vl"}
-"""Architectures whose processor makes one tensor of the pictures of a sample, or opens the files itself."""
+BY_PATHS = {"qwen-vl"}
+"""Architectures that open the files themselves."""
 
-KEPT = sorted(ARCHITECTURES.keys() - JOINED)
+IN_ROWS = {"llama-3.2-vision", "smolvlm"}
+"""Architectures whose processor puts the pictures of a sample into one row of a tensor."""
+
+KEPT = sorted(ARCHITECTURES.keys() - BY_PATHS)
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -52,6 +58,33 @@ def test_a_batch_is_the_same_to_the_bit(name, small_opened, samples_of, clips, t
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             assert torch.equal(torch.as_tensor(found[key]), torch.as_tensor(value)), f"{batch} {key}"
+
+
+SIZES = [(28, 28), (300, 40), (57, 91), (40, 300), (200, 210), (14, 60)]
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("counts", [(3, 1, 2), (2, 4), (1, 1, 1, 1), (6,)], ids=str)
+def test_pictures_of_all_shapes_are_the_same_in_any_company(name, counts, small_opened):
+    """Of six shapes, so many in each sample; what a sample lacks beside another is filled up as its processor does."""
+    draw, shapes = np.random.default_rng(0), iter(SIZES)
+    pictures = [Image.fromarray(draw.integers(0, 256, (*next(shapes)[::-1], 3), np.uint8)) for _ in range(sum(counts))]
+    rest = iter(pictures)
+    batch: list[list[Shown]] = [[next(rest) for _ in range(count)] for count in counts]
+    ((found, wanted),) = tried(small_opened(name).encoder.reader, [batch])
+    assert found.runs == wanted.runs and found.tensors.keys() == wanted.tensors.keys()
+    for key, value in wanted.tensors.items():
+        assert torch.equal(found.tensors[key], value) and found.tensors[key].dtype == value.dtype, key
+
+
+@pytest.mark.parametrize("name", sorted(IN_ROWS))
+def test_what_is_known_of_a_size_is_small(name, small_opened):
+    """A mask of a picture's pixels, all ones, is one number for each size."""
+    known = KnownReader(small_opened(name).encoder.reader, None, None)
+    assert known.rows is not None
+    known._in_parts((56, 56), (72, 40))
+    found = [one for media in known._of_two.values.values() for one in media.tensors.values()]
+    assert found and all(one.untyped_storage().nbytes() < 100 for one in found)
 
 
 @pytest.mark.parametrize("name", sorted(set(KEPT) & set(WITH_VIDEO)))

@@ -115,9 +115,8 @@ class CrossAttentionCollator(MediaCollator):
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """See `MediaCollator`; with the model's further inputs."""
         batch = super().__call__(samples)
-        if "cross_attention_mask" not in batch:  # prompts of text alone
+        if "aspect_ratio_mask" not in batch:  # prompts of text alone
             return batch
-        del batch["cross_attention_mask"]  # of the placeholders that the processor was asked for, not of these rows
         with_images = [number for number, sample in enumerate(samples) if sample["media"]]
         for name in self.PER_IMAGE:
             shown = batch[name]
