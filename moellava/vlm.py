@@ -8,7 +8,7 @@ asks which of them it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -182,11 +182,9 @@ class VLM:
         self.model.config.moe = spec.to_config()
         extend_in_place(self.model)
 
-    def save(
-        self, path: str | Path, *, state_dict: Mapping[str, torch.Tensor] | None = None, meta: Mapping[str, Any] = {}
-    ) -> None:
-        """Writes one complete folder. See `save_pretrained_folder`."""
-        save_pretrained_folder(self.model, self.tokenizer, self.processor, path, state_dict=state_dict, meta=meta)
+    def save(self, path: str | Path, **options: Any) -> None:
+        """Writes one complete folder. For the options see `save_pretrained_folder`."""
+        save_pretrained_folder(self.model, self.tokenizer, self.processor, path, **options)
 
 
 def encoder_of(tokenizer: Any, processor: Any, config: Any, architecture: Architecture | None) -> Encoder:

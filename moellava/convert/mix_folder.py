@@ -108,8 +108,7 @@ def mix_folders(
     }
     certificate = MixCertificate(spec.to_config(), str(mixed.model.dtype).removeprefix("torch."), found).check()
     mixed.sparse(spec)
-    mixed.save(target, meta={"stage": "moe"})
-    certificate.save(target)
+    mixed.save(target, meta={"stage": "moe"}, beside=certificate.save)
     return certificate
 
 

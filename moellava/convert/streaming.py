@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,7 @@ def convert_files(
     digests: dict[str, str] = {}
     with staged(target, STAGING, digests) as staging:
         digests |= _convert(source, staging, dense, sparse, spec, shard_bytes)
-        for file in source.iterdir():
-            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name not in NOT_COPIED:
-                shutil.copy2(file, staging / file.name)
+        copy_others(source, staging)
         if (source / TEMPLATES).is_dir():
             shutil.copytree(source / TEMPLATES, staging / TEMPLATES)
         write_plugins(plugins_of(sparse.config), staging)
@@ -90,6 +88,18 @@ def convert_files(
         certify(staging)
         names = {file.name for file in staging.iterdir()}
     remove_old_weights(target, names)
+
+
+def copy_others(source: Path, target: Path, replaced: Collection[str] = ()) -> None:
+    """Copies the files of a dense folder that are neither weights nor of its run alone: a licence, notes, a tokenizer.
+
+    Args:
+        replaced: patterns of names that the target has of its own, or does without.
+    """
+    for file in source.iterdir():
+        is_own = file.name in NOT_COPIED or any(map(file.match, replaced))
+        if file.is_file() and not is_own and not file.name.endswith(WEIGHT_SUFFIXES):
+            shutil.copy2(file, target / file.name)
 
 
 def sparse_config(config: PretrainedConfig, spec: MoESpec) -> PretrainedConfig:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from moellava.convert.streaming import convert_files, sparse_config, streamed
+from moellava.convert.streaming import convert_files, copy_others, sparse_config, streamed
 from moellava.convert.whole import build_whole
 from moellava.errors import UserError
 from moellava.lmm.architecture import registered
 from moellava.model.description import Description
+from moellava.model.integrity import READ
 from moellava.model.manifest import Manifest
 from moellava.model.offload import let_go, run_from_disk, without_weights
 from moellava.model.weights import require_sizes, shapes_in
@@ -43,7 +44,7 @@ def upcycle_folder(source: Manifest, target: Path, spec: MoESpec, shard_bytes: i
     description = describe(source)
     dense = streamed(description)
     if dense is None:
-        return in_memory(description, target, spec, source.called)
+        return in_memory(description, target, spec, source.called, shard_bytes)
     return stream(description, dense, target, spec, shard_bytes)
 
 
@@ -70,11 +71,15 @@ def stream(description: Description, dense: Any, target: Path, spec: MoESpec, sh
     return certificates[0]
 
 
-def in_memory(description: Description, target: Path, spec: MoESpec, source: str) -> Certificate:
-    """The same as a whole."""
+def in_memory(description: Description, target: Path, spec: MoESpec, source: str, shard_bytes: int) -> Certificate:
+    """The same as a whole. What opening reads is written anew; other files come along."""
     vlm = build_whole(description, source)
     certificate = upcycle_certified(vlm.model, spec, vlm.probes())
     vlm.sparse(spec)
-    vlm.save(target, meta={"stage": "moe"})
-    certificate.save(target)
+
+    def beside(folder: Path) -> None:
+        copy_others(description.folder, folder, READ)
+        certificate.save(folder)
+
+    vlm.save(target, meta={"stage": "moe"}, shard_bytes=shard_bytes, beside=beside)
     return certificate

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ def save_pretrained_folder(
     *,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     meta: Mapping[str, Any] | None = None,
+    shard_bytes: int | None = None,
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes a folder that chat, the next stage and, where the model allows it, plain transformers open.
 
@@ -47,6 +49,8 @@ def save_pretrained_folder(
         state_dict: the whole model's tensors under its own names, experts by their global index, where this process
             does not hold them all (`gather_moe_state_dict`). Default: `model.state_dict()`.
         meta: added to the config's `moellava` section (`stage`, `version` …).
+        shard_bytes: largest file of weights; None: `MAX_SHARD_SIZE`.
+        beside: puts further files there, before all of them move to their places.
 
     Raises:
         OSError: the disk is full or cannot be written; what the folder held before is untouched.
@@ -59,13 +63,14 @@ def save_pretrained_folder(
     try:
         with staged(path, STAGING) as staging:
             check_room(staging, state)
-            write_weights(staging, without_ties(model, state))
+            write_weights(staging, without_ties(model, state), shard_bytes)
             model.config.save_pretrained(staging)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(staging)
             write_inputs(tokenizer, processor, staging)
             write_plugins(plugins_of(model.config), staging)
             write_page(folder_page(model.config), staging, path)
+            beside(staging)
             names = {file.name for file in staging.iterdir()}
     except SafetensorError as error:
         raise OSError(errno.EIO, f"cannot write weights: {error}", str(path)) from error
@@ -127,9 +132,9 @@ def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def write_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Writes safetensors, and an index where there is more than one."""
-    split = split_torch_state_dict_into_shards(dict(state), max_shard_size=MAX_SHARD_SIZE)
+def write_weights(folder: Path, state: Mapping[str, torch.Tensor], shard_bytes: int | None = None) -> None:
+    """Writes safetensors of at most so many bytes, and an index where there is more than one."""
+    split = split_torch_state_dict_into_shards(dict(state), max_shard_size=shard_bytes or MAX_SHARD_SIZE)
     for name, keys in split.filename_to_tensors.items():
         save_file(apart({key: state[key] for key in keys}), folder / name, metadata={"format": "pt"})
         (folder / name).chmod(0o644)  # safetensors writes through a private temporary file

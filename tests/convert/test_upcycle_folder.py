@@ -168,6 +168,27 @@ def test_a_pickle_keeps_its_precision_and_the_log_says_what_is_cast(dense, tmp_p
     assert ("holds tensors in float32; they are written in bfloat16" in caplog.text) == (declared is not None)
 
 
+@pytest.mark.parametrize("way", ["streamed", "as a whole"])
+def test_both_ways_take_the_same_flags_and_bring_the_same_files(dense, tmp_path, way):
+    """Pickles, and folders in LLaVA's own layout, are opened as a whole."""
+    (dense / "LICENSE").write_text("a licence")
+    (dense / "trainer_state.json").write_text("{}")
+    if way == "as a whole":
+        torch.save(weights_of(dense), dense / "pytorch_model.bin")
+        for file in dense.glob("*.safetensors*"):
+            file.unlink()
+    with mock.patch.object(upcycle_folder, "in_memory", wraps=upcycle_folder.in_memory) as in_memory:
+        assert run(dense, tmp_path / "moe", "--shard-size", "0.00005") == 0
+    assert in_memory.called == (way == "as a whole")
+    shards = list((tmp_path / "moe").glob("*.safetensors"))
+    assert len(shards) > 4 and max(shard.stat().st_size for shard in shards) < 60_000
+    assert (tmp_path / "moe" / "LICENSE").read_text() == "a licence"
+    assert (tmp_path / "moe" / "notes.txt").is_file() and not (tmp_path / "moe" / "trainer_state.json").exists()
+    assert {"LICENSE", "moe_certificate.json"} <= files.read_digests(tmp_path / "moe").keys()
+    assert files.digest_problems(tmp_path / "moe", files.read_digests(tmp_path / "moe")) == {}
+    assert reopen(tmp_path / "moe").spec.num_experts == [4]
+
+
 def test_a_certificate_that_does_not_hold_leaves_nothing(dense, tmp_path, monkeypatch):
     """What is written is looked at before it moves to its place."""
     monkeypatch.setitem(certificate.ROUNDING, torch.float32, -1.0)
