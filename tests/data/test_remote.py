@@ -295,7 +295,8 @@ def test_the_state_of_a_link_is_that_of_what_it_leads_to(tmp_path):
     (tmp_path / "there.png").write_bytes(b"one")
     os.symlink(tmp_path / "there.png", tmp_path / "link.png")
     before = RemoteFolder(tmp_path.as_uri()).state("link.png")
-    (tmp_path / "there.png").write_bytes(b"another")
+    (tmp_path / "there.png").write_bytes(b"two")
+    os.utime(tmp_path / "there.png", (1, 1))
     assert RemoteFolder(tmp_path.as_uri()).state("link.png") != before
 
 
