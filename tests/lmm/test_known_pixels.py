@@ -127,8 +127,9 @@ def test_what_is_known_of_a_size_is_put_together(name, small_opened, monkeypatch
         assert len(known._in_parts((72, 40), (56, 56), (72, 40)).runs[0]) == 3
 
 
-def test_training_goes_on_as_without_it(run, tmp_path):
-    plain = run("qwen2.5-vl", "plain")
-    kept = run("qwen2.5-vl", "kept", cache_pixels=tmp_path / "pixels", train_vision_encoder=True)
-    again = run("qwen2.5-vl", "again", train_vision_encoder=True)
+@pytest.mark.parametrize("name", ["qwen2.5-vl", *sorted(IN_ROWS)])
+def test_training_goes_on_as_without_it(name, run, tmp_path):
+    plain = run(name, "plain")
+    kept = run(name, "kept", cache_pixels=tmp_path / "pixels", train_vision_encoder=True)
+    again = run(name, "again", train_vision_encoder=True)
     assert losses_of(kept) == losses_of(again) != losses_of(plain)
