@@ -256,7 +256,7 @@ class KnownReader:
         """What the processor makes of blanks of these sizes and clips, in one sample, whose row it is."""
         sample = [of_blanks(one) if isinstance(one, Clip) else Image.new("RGB", one) for one in shown]
         media = self.reader.read([sample])
-        beside = {name: one for name, one in media.tensors.items() if name not in PIXELS.values()}
+        beside = beside_pixels(media)
         return Media(media.runs, {name: thrifty(one[0]) for name, one in beside.items()} if self.rows else beside)
 
     def _essence(self, shown: Any) -> Any:
@@ -304,6 +304,11 @@ def input_of(reader: Any, modality: str) -> str:
 def pixels_in(reader: Any, media: Media, modality: str) -> torch.Tensor:
     """The pixels of what was read."""
     return media.tensors[input_of(reader, modality)]
+
+
+def beside_pixels(media: Media) -> dict[str, torch.Tensor]:
+    """All inputs but pixels."""
+    return {name: one for name, one in media.tensors.items() if name not in PIXELS.values()}
 
 
 def in_planes(pixels: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ class Rows:
     """
 
     def __init__(self, inputs: Unit, pixels: str):
-        if any(len(value) != 2 for value in inputs.values()):
+        if any(len(value) != 2 or value.ndim < 2 for value in inputs.values()):
             raise ValueError("the inputs of two samples are not two rows each")
         self.fills = {name: value[0, -1].clone() for name, value in inputs.items()}
         self.tiles = inputs[pixels].shape[2] if inputs[pixels].ndim == 6 else None

@@ -14,11 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from moellava.data.dataset import SupervisedDataset
 from moellava.data.feature_store import FeatureStore
-from moellava.data.known import Known, KnownReader, KnownVideo, alike
+from moellava.data.known import Known, KnownReader, KnownVideo, alike, beside_pixels, in_planes, pixels_in
 from moellava.data.media_reader import BLANK, WIDE, Media, Shown
 from moellava.data.plain_pixels import noise
 from moellava.data.tones import tones_of
@@ -28,6 +29,9 @@ from moellava.train.known_pictures import know, pixels_of, require_folder
 from moellava.vlm import VLM
 
 FLAG = "--cache_pixels"
+
+LARGE = (2048, 1024)
+"""Width and height in pixels that processors bring down."""
 
 
 def refuse_pixels(vlm: VLM, folder: str, args: Any) -> None:
@@ -80,10 +84,25 @@ class KeptPixels:
 def shows_the_same(reader: Any) -> bool:
     """Whether a batch of pictures that are known, each by itself, is the batch that the processor makes of them."""
     try:
+        if not is_told_by_size(reader):
+            return False
         batches = tried(reader, batches_to_try(reader))
     except (BadFileError, KeyError, RuntimeError, ValueError):  # no pixels by that name, or what cannot be put together
         return False
     return all(alike(found, wanted) for found, wanted in batches)
+
+
+def is_told_by_size(reader: Any) -> bool:
+    """Whether the size of a picture tells all that the processor gives of it but pixels, and a row of these is of one
+    shape [3, H, W], however large the picture is. A large one may have further inputs, of its tiles."""
+    shape = pixels_of(reader, [Image.new("RGB", BLANK)], True).shape[1:]
+    for size in (LARGE, LARGE[::-1]):
+        media = [reader.read([[one]]) for one in (noise()[0].resize(size), Image.new("RGB", size))]
+        found, wanted = (Media(one.runs, beside_pixels(one)) for one in media)
+        rows = in_planes(pixels_in(reader, media[0], "image"))
+        if not alike(found, wanted) or rows.shape[-3:] != shape:
+            return False
+    return True
 
 
 def batches_to_try(reader: Any) -> list[list[list[Shown]]]:

@@ -11,15 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from moellava.data.known import KnownReader
-from moellava.data.media_reader import Shown
+from moellava.data.known import KnownReader, alike
+from moellava.data.media_reader import MediaReader, Shown
 from moellava.errors import UserError
 from moellava.lmm.architecture import ARCHITECTURES
+from moellava.model.probes import FAILURES
 from moellava.train.known_pictures import know
 from moellava.train.known_pixels import KeptPixels, refuse_pixels, shows_the_same, tried
 from moellava.vlm import collator_of
 from tests.lmm import conftest, test_videos
 from tests.lmm.tiny import WITH_VIDEO
+from tests.lmm.tiny_released_models import released_models, tiny_processor, write_tokenizer
 from tests.processes import losses_of
 
 BY_PATHS = {"qwen-vl"}
@@ -77,6 +79,32 @@ def test_pictures_of_all_shapes_are_the_same_in_any_company(name, counts, small_
         assert torch.equal(found.tensors[key], value) and found.tensors[key].dtype == value.dtype, key
 
 
+UNREGISTERED = {"deepseek_ocr2": False, "granite_docling": True, "idefics2": False, "idefics3": True}
+"""Some classes without an entry -> whether their pixels are kept. DeepSeek-OCR 2 has a further input of the tiles of
+large pictures; Idefics 2 fills up pictures to the largest of a batch."""
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [name if name in UNREGISTERED else pytest.param(name, marks=pytest.mark.slow) for name in released_models()],
+)
+def test_any_class_shows_the_same_or_is_refused(model_type, tmp_path):
+    """Small pictures and large ones."""
+    write_tokenizer(tmp_path)
+    try:
+        reader = MediaReader(tiny_processor(model_type, tmp_path))
+    except (*FAILURES, UserError) as error:
+        pytest.skip(f"no processor of it can be made: {error}")
+    is_kept = shows_the_same(reader)
+    assert UNREGISTERED.get(model_type, is_kept) == is_kept
+    if is_kept:
+        draw = np.random.default_rng(0)
+        sizes = [(28, 28), (300, 40), (1000, 700), (40, 300), (14, 60)]
+        large = [Image.fromarray(draw.integers(0, 256, (high, wide, 3), np.uint8)) for wide, high in sizes]
+        batches: list[list[list[Shown]]] = [[large[:1], large[1:3], large[3:]], [large[2:3], large[:1]]]
+        assert all(alike(found, wanted) for found, wanted in tried(reader, batches))
+
+
 @pytest.mark.parametrize("name", sorted(IN_ROWS))
 def test_what_is_known_of_a_size_is_small(name, small_opened):
     """A mask of a picture's pixels, all ones, is one number for each size."""
@@ -99,8 +127,9 @@ def test_what_is_known_of_a_size_is_put_together(name, small_opened, monkeypatch
         assert len(known._in_parts((72, 40), (56, 56), (72, 40)).runs[0]) == 3
 
 
-def test_training_goes_on_as_without_it(run, tmp_path):
-    plain = run("qwen2.5-vl", "plain")
-    kept = run("qwen2.5-vl", "kept", cache_pixels=tmp_path / "pixels", train_vision_encoder=True)
-    again = run("qwen2.5-vl", "again", train_vision_encoder=True)
+@pytest.mark.parametrize("name", ["qwen2.5-vl", *sorted(IN_ROWS)])
+def test_training_goes_on_as_without_it(name, run, tmp_path):
+    plain = run(name, "plain")
+    kept = run(name, "kept", cache_pixels=tmp_path / "pixels", train_vision_encoder=True)
+    again = run(name, "again", train_vision_encoder=True)
     assert losses_of(kept) == losses_of(again) != losses_of(plain)
