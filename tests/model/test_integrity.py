@@ -107,7 +107,7 @@ def test_every_writer_of_a_folder_notes_digests(dense, tmp_path):
     write_published(reopen(dense), tmp_path / "published")
     described = describe(source)
     stream(described, streamed(described), tmp_path / "streamed", SPEC, 10**9)
-    in_memory(describe(source), tmp_path / "in memory", SPEC, "it")
+    in_memory(describe(source), tmp_path / "in memory", SPEC, "it", 10**9)
     adapter = Adapter(LoraConfig(r=2, target_modules=["q_proj"]), {"base": "it"}, LLAVA)
     attach(vlm.model, adapter.config)
     write_adapter(vlm.model.state_dict(), adapter, tmp_path / "adapter")
