@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         status = CLOSED_PIPE
     except KeyboardInterrupt:
         with suppress(OSError):
-            print(f"\nmoellava {' '.join(argv[:1])}: interrupted", file=sys.stderr)
+            print(printable(f"\nmoellava {' '.join(argv[:1])}: interrupted"), file=sys.stderr)
         status = INTERRUPTED
     except OSError as error:
         status = _refused(argv, error)

@@ -17,19 +17,20 @@ QUICK_CASES = {
     "lmm/test_adapters.py": "qwen2.5-vl",
     "lmm/test_chat.py": "llava-1.5|gemma3",
     "lmm/test_collators.py": "qwen2.5-vl|llava-1.5|gemma3|smolvlm|paligemma",
-    "lmm/test_conformance.py": "llava-1.5|llava-onevision|gemma3|phi3-v|llama-3.2-vision",
+    "lmm/test_conformance.py": "llava-1.5|gemma3|llama-3.2-vision",
     "lmm/test_families_train.py": "llama-3.2-vision|phi3-v",
     "lmm/test_features.py": "llava-1.6|smolvlm",
-    "lmm/test_golden_rows.py": "qwen2.5-vl|qwen-vl|llava-1.5|gemma3|llama-3.2-vision|internvl|phi3-v|smolvlm",
+    "lmm/test_golden_rows.py": "qwen2.5-vl|llava-1.5|gemma3|llama-3.2-vision|smolvlm",
     "lmm/test_loaders.py": "qwen2.5-vl|llava-1.5|gemma3|phi3-v",
     "lmm/test_released_folders.py": "qwen2.5-vl|llava-1.5|gemma3|phi3-v",
     "lmm/test_training.py": "v1|llava-1.5",
     "lmm/test_videos.py": "llava-onevision|internvl|gemma3",
     "lmm/test_known_pixels.py": "qwen2.5-vl|llava-1.6|phi3-v|smolvlm",
     "commands/test_inspect.py": "mistral|phi",
+    "model/test_published.py": "phi|mistral",
     "data/test_tokenizers.py": "mistral|phi",
     "data/test_masking.py": "mistral|phi",
-    "test_house.py": "stage 2|stage 3|llava-1.5|published dense",
+    "test_house.py": "stage 3|llava-1.5|published dense",
 }
 """File -> the models and tokenizers (as a pattern of ids) whose cases of it are quick tests; those of others are slow.
 What a file tests is tried on some of them often, and on all of them by the whole."""

@@ -61,6 +61,7 @@ def test_freed_memory_is_used_again_inside_and_given_back_behind():
     assert behind < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["with heap.kept()", "if not heap.keep_some_in_forks()"])
 def test_data_workers_use_blocks_of_a_batch_again_and_no_more(where):
     """Of 16 MB, and of 96, which would be mapped alone; what is more than 512 is given back."""

@@ -168,6 +168,7 @@ def test_dtype_follows_the_device(stage_folder, monkeypatch):
 # -- template and images -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_template_is_settled_and_saved(stage_folder, tmp_path):
     vlm = reopen(stage_folder)
     before, encoder = vlm.model.config.moellava, vlm.encoder
@@ -216,6 +217,7 @@ def test_a_released_model_takes_a_template_but_cuts_images_as_it_does(released_f
     assert text_of(reopen(tmp_path), said) == text_of(vlm, said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stage_folder", "released_folder"])
 def test_an_encoder_needs_no_weights(name, request, tmp_path):
     path = request.getfixturevalue(name)

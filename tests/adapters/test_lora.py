@@ -56,6 +56,7 @@ def runs(tmp_path_factory, flags_for) -> Path:
 # -- what trains ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stage_3_trains_adapters_of_experts_and_routers_in_full(runs):
     before, after = weights_of(runs / "finetune"), weights_of(runs / "moe")
     assert all(torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
@@ -231,6 +232,7 @@ def test_biases_train_when_asked_and_are_merged(bias, runs, flags_for, tmp_path)
 # -- quantised -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_runs_merge_what_they_have_computed_with(bits, runs, flags_for, losses_of, tmp_path, begin_at):
     flags = flags_for(runs, "moe") | LORA | {"bits": bits, "max_steps": 4}

@@ -38,6 +38,7 @@ def test_a_plan_is_a_table_and_the_command_of_the_cheapest(config_alone, capsys)
     assert command.count("--per_device_train_batch_size") == 1 and "--deepspeed zero" in command
 
 
+@pytest.mark.slow
 def test_a_plan_says_whether_rows_are_padded_and_what_that_takes(config_alone, data_file, make_record, capsys):
     data = data_file([make_record(1, "what is it?", "a circle"), make_record(2, "what is it?", "a circle " * 30)])
     taken = {}
@@ -94,6 +95,7 @@ def test_lengths_are_those_of_the_records(config_alone, data_file, make_record, 
     assert longest > 1.5 * mean / 2 and mean < longest
 
 
+@pytest.mark.slow
 def test_packed_rows_are_as_long_as_flags_let_them_be(config_alone, data_file, make_record, capsys):
     data = data_file([make_record(number, "what is it?", "a circle " * 5) for number in range(12)])
     for words in (("--tokens", "60"), ("--data", str(data))):
@@ -175,6 +177,7 @@ def test_every_kind_of_run_is_planned(name, moe, config_alone, capsys):
     assert told["flags"] and all(weights) and all(row["memory"]["activations"] > 0 for row in told["rows"])
 
 
+@pytest.mark.slow
 def test_packed_weights_are_smaller_and_not_split(config_alone, capsys):
     taken = {}
     for bits in ("16", "8", "4"):

@@ -88,6 +88,7 @@ def test_the_least_that_is_compared(stage2, parts, tmp_path, started, monkeypatc
     assert "MoE against dense, equal steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_variants_are_arms_of_other_flags(stage2, parts, tmp_path, started, monkeypatch, capsys):
     monkeypatch.setattr(compare, "INTERVENTIONS", {"top-1": INTERVENTIONS["top-1"]})
     given = ["--variant", "top-1", "moe", "--init noise --max_steps 2", "--variant", "slow", "dense", "--max_steps 1"]
@@ -121,6 +122,7 @@ def test_scores_are_told_by_category():
     assert by_category(asked, [groups]) == {"a": 0.0, "b": 1.0} and STATISTICS[groups.statistic].scale == 100
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_is_not_trained_again(stage2, parts, tmp_path, started, monkeypatch, capsys):
     monkeypatch.setattr(compare, "INTERVENTIONS", {})
     command = words(stage2, parts, tmp_path / "out", "--arms", "dense", "--limit", "4")

@@ -118,6 +118,7 @@ def test_videos_lie_beside_images_unless_told_otherwise(clips, image_tree):
     assert MediaFiles(image_tree, clips).file_of(Medium("image", "a.png")) == image_tree / "a.png"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["qwen", "chat_template"])
 def test_a_data_set_with_videos_can_be_sent_to_spawned_workers(make, rows, monkeypatch, reader, version):
     monkeypatch.setattr("moellava.data.media.CLIPS_KEPT", 1)

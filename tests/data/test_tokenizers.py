@@ -85,6 +85,7 @@ def test_a_hole_in_a_vocabulary_is_not_taken_by_a_new_token(tiktoken_pair):
     assert backend.encode(" x<|end|>").ids[-1] == library.n_vocab + 1
 
 
+@pytest.mark.slow
 def test_phi_ids_are_codegens(golden_tokenizers, tokenizers):
     theirs = AutoTokenizer.from_pretrained(golden_tokenizers / "phi")
 
@@ -302,6 +303,7 @@ def test_errors_say_what_is_wrong(tmp_path, golden_tokenizers):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "not recorded"])
 def test_a_tokenizer_json_wins_over_a_tokenizer_model_beside_it_where_they_differ(
     recorded, golden_tokenizers, tmp_path

@@ -104,6 +104,7 @@ def test_a_padded_batch_computes_what_its_rows_compute_alone(family_id, samples_
             torch.testing.assert_close(logits[row, : len(alone)], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_questions_train_when_asked_but_never_media_or_padding(samples_of):
     dataset = samples_of("qwen2-vl")
     batch = batch_of("qwen2-vl", dataset, 0, 1, 2, train_questions=True)

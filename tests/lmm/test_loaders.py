@@ -91,6 +91,7 @@ UNMASKABLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", list(UNMASKABLE))
 def test_a_template_that_cannot_be_masked_is_named(reason, copy_of, architectures, caplog):
     """The one on record takes its place, and a warning says why; where there is none, the run stops."""

@@ -54,6 +54,7 @@ def stand_in(collator: MediaCollator, model: Any, is_on: bool = False) -> Simple
     return SimpleNamespace(model=model, model_wrapped=model, **told, **tells)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family_id", CASES)
 def test_released_models_are_exact_or_refused(family_id, samples_of, opened, pictures):
     records = [

@@ -78,6 +78,7 @@ def opened_by_id(folder):
     return build(describe(manifest, architecture=architecture), torch.float32)
 
 
+@pytest.mark.slow
 def test_a_new_architecture_is_loaded_by_its_id_and_learns(registered, folder, samples_of):
     loaded = []
 
@@ -104,6 +105,7 @@ def test_a_new_architecture_is_loaded_by_its_id_and_learns(registered, folder, s
     assert learning and not learning & {id(held) for held in parts["vision_tower"].parameters()}
 
 
+@pytest.mark.slow
 def test_a_run_by_the_id_leaves_a_folder_that_opens_by_itself(registered, folder, run):
     trained = run(folder, model_id="mine", max_steps=1)
     manifest, architecture = find_model(None, str(trained))

@@ -226,6 +226,7 @@ def test_pixels_of_images_and_videos_under_one_name_go_in_the_order_of_their_tok
         assert torch.equal(together, torch.cat(alone))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shown_is_named_before_training(videos_of, opened):
     with pytest.raises(
         DataError, match="Record clip of .*short.mkv: the video has 3 frames but --num_frames asks for 4"

@@ -83,6 +83,7 @@ def same_after(copied, model, inputs) -> bool:
         return torch.equal(copied.eval()(**inputs).logits, model.eval()(**inputs).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_model_pickles_and_copies_after_a_forward_and_a_backward(sparse, folder, tmp_path):
     vlm = open_vlm(folder, device="cpu", dtype=torch.float32)

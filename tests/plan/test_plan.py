@@ -73,6 +73,7 @@ def asked(layouts, **others) -> Asked:
     return Asked(len(layouts), 1.0, device, 8, Samples((Sample((32,), 8),)), layouts, (1, 2, 3), (False,), **others)
 
 
+@pytest.mark.slow
 def test_a_line_through_two_numbers_of_samples_says_the_third():
     def make(ep_size: int) -> VLM:
         return VLM(model(False, "meta"), None, None, None)

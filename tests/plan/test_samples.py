@@ -117,6 +117,7 @@ def test_rows_are_shared_where_training_shares_them(flags, shares, folders, part
     assert shares_rows(vlm, args, named, 2) is (named == "flash_attention_2")
 
 
+@pytest.mark.slow
 def test_a_row_of_samples_multiplies_less_than_padded_ones():
     trace = StepTrace(model(False, "meta"), on_gpu=False)
     shared, padded = (trace.step(LENGTHS.largest(4, in_one_row), False) for in_one_row in (True, False))

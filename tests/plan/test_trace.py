@@ -68,6 +68,7 @@ def test_a_fake_step_takes_what_a_real_one_takes(is_sparse, chunked, batch):
     assert told.flops == pytest.approx(real.flops, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 def test_checkpoints_keep_less_and_multiply_more_and_a_gpu_runs_grouped_products(ep_size, monkeypatch):
     monkeypatch.setattr(FusedExperts, "apply", None)  # a thousand blocks of elements an expert, of which a GPU has none
@@ -81,6 +82,7 @@ def test_checkpoints_keep_less_and_multiply_more_and_a_gpu_runs_grouped_products
     assert back.activations == pytest.approx(kept.activations, rel=1e-3) and back.flops == kept.flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ep_size", [1, 2])
 @pytest.mark.parametrize("on_gpu", [True, False])
 def test_blocks_of_elements_are_a_cpus_alone_forward_and_backward(on_gpu, ep_size, monkeypatch):

@@ -75,6 +75,7 @@ def test_greedy_answers_equal_hugging_faces_generate(composed, pictures):
     assert answer(composed, [request], max_new_tokens=12) == [expected]
 
 
+@pytest.mark.slow
 def test_it_says_what_it_was_taught_and_stops_there(taught, pictures):
     requests = [Request(QUESTION, [path]) for path in pictures] + [Request("and the sky?")]
     assert answer(taught, requests, max_new_tokens=50, batch_size=4) == ["red", "green", "blue", "blue it is"]

@@ -283,6 +283,7 @@ def pieces(model, prompts: Prompts, request: Request, sampling=GREEDY, **options
     return stream(model, prompts.batch(asked), prompts.ending, sampling, **prompts.options(asked) | options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "sparse", "dropping"])
 def test_a_stream_joins_to_the_answer(name, models, prompts, pictures):
     samplings = [GREEDY, Sampling(8, num_beams=2), Sampling(8, temperature=1.0, top_k=5, seed=2)]

@@ -46,6 +46,7 @@ def seen(monkeypatch) -> list[int]:
     return rows
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_a_tower_that_runs_and_a_later_run_has_none(flags_for, seen, tmp_path, caplog):
     # One picture at a time: the last bit of a product of matrices depends on how many rows go together.
     flags = flags_for(tmp_path, "pretrain") | SHORT | {"per_device_train_batch_size": 1}

@@ -34,6 +34,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_tower_trains_as_without_it_and_a_later_run_decodes_nothing(flags_for, decoded, tmp_path, caplog):
     flags = flags_for(tmp_path, "finetune") | SHORT | {"train_vision_encoder": True, "untrained_projector": True}
     del flags["pretrain_mm_mlp_adapter"]

@@ -122,6 +122,7 @@ def padding_of(folder) -> list[float]:
     return [line["padding"] for line in lines if "padding" in line]
 
 
+@pytest.mark.slow
 def test_runs_have_the_losses_of_padded_rows_and_no_padding(flags_for, tmp_path, monkeypatch, caplog):
     short = {"max_steps": 3, "skip_dry_save": True}
     asks = {"mask_question_tokens": False, "gradient_accumulation_steps": 2}

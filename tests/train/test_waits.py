@@ -202,6 +202,7 @@ class WaitsOfFiles(Waits):
 IMPORTS = import_utils.__file__  # where transformers' check stands
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_micro_batch_of_a_run_has_the_host_wait_for_questions_of_transformers_alone(
     attention, flags_for, tmp_path, monkeypatch, request
