@@ -78,6 +78,7 @@ def test_a_benchmark_runs(name, tmp_path):
     assert figures and all(map(math.isfinite, figures)) and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ELSEWHERE))
 def test_the_others_can_be_loaded(name):
     done = started(name, "--help")

@@ -26,6 +26,7 @@ def inputs_of(vlm, *requests):
     return prompts.batch([prompts.example(request) for request in requests])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family_id", NATIVE)
 def test_training_the_encoder_and_chat_read_the_same(family_id, opened, pictures, samples_of):
     """The prompt is the beginning of the training sample, with placeholders and with a model's own tokens."""

@@ -89,6 +89,7 @@ def expected(reader, record, shown):
     return dict(processor(text=[text], return_tensors="pt", add_special_tokens=not spelled, **given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family_id", WITH_VIDEO)
 def test_a_batch_is_what_the_processor_makes_of_the_rendered_text(family_id, videos_of, clips, pictures):
     dataset = videos_of(family_id)

@@ -127,6 +127,7 @@ def test_rows_end_at_their_own_limits(models, prompts, pictures):
     assert [len(row) for row in beams] == [2, 8, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("eos", [True, False])
 @pytest.mark.parametrize("terminator", ["###", "\n", "</s>"])
