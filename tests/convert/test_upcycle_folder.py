@@ -99,7 +99,6 @@ RECIPES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("wide", ["gate_proj", "up_proj", "down_proj"])
 def test_each_tensor_of_an_expert_has_the_dtype_of_what_it_is_made_of(dense, tmp_path, wide, recipe):
