@@ -92,6 +92,8 @@ class StageTrainer(FSDPTrainer):
         if self.is_moe or self.own_routers is not None:
             counted = sum(len(batch[PLACES]["real"]) for batch in batches)
             self.step_tokens = sum_over_processes(torch.tensor(float(counted), dtype=torch.float64, device=device))
+        if not self.args.average_tokens_across_devices:  # each process's mean counts alike, of those that have one
+            num_items_in_batch *= sum_over_processes((num_items_in_batch > 0).long())
         self.step_items = num_items_in_batch
         return batches, num_items_in_batch
 
@@ -138,8 +140,7 @@ class StageTrainer(FSDPTrainer):
         # Gradients are averaged over processes, so each contributes its share of the step times their number.
         processes = self.accelerator.num_processes
         ce = self.head.loss_sum(outputs.logits, supervised.target_N, self.args.label_smoothing_factor)
-        own_mean = not self.args.average_tokens_across_devices  # then the count is this process's own
-        loss = ce * (1 if own_mean else processes) / torch.as_tensor(num_items_in_batch).clamp_min(1)
+        loss = ce * processes / torch.as_tensor(num_items_in_batch).clamp_min(1)
         measured = {"ce": loss.detach()}
         if self.is_moe:
             shares = router_losses(self.model, total_tokens=self.step_tokens, reduce=sum_over_processes)
