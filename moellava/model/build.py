@@ -85,6 +85,7 @@ def _opened(
             **REPORT,
         )
     check_loaded(info, source)
+    part_memory(model)
     if taken is not None and folder is not None:  # what Hugging Face takes of a folder beside its weights
         model.config.name_or_path = model.name_or_path = str(folder)
         if (folder / GENERATION_CONFIG_NAME).is_file():
@@ -95,6 +96,17 @@ def _opened(
     keep_head(model)
     hang_hooks(model)
     return model.eval()
+
+
+def part_memory(model: torch.nn.Module) -> None:
+    """Gives every parameter memory of its own: two that share it, as of a head that was the embedding or in a pickle,
+    would each be moved by the steps of both."""
+    places: set[int] = set()
+    for parameter in model.parameters():
+        place = parameter.data_ptr()
+        if place and place in places:  # 0: on meta
+            parameter.data = parameter.data.clone()
+        places.add(place)
 
 
 def keep_head(model: Any) -> None:

@@ -87,6 +87,8 @@ def _check(row: Row, tokenizer: Path, tower: Path, folder: Path) -> None:
         row.verdict, row.reason = "refused", str(error).partition("with a tower: ")[2] or str(error)
         return
     row.verdict = verdict_of(base, vlm)
+    if shared := sharing(vlm.model):
+        row.problems.append(f"parameters share memory: {', '.join(shared)}")
     ids = torch.randint(20, 250, (2, TOKENS), generator=torch.Generator().manual_seed(3))
     compare(row, "composed", vlm.model, base, ids)
     train_step(row, vlm, ids)
@@ -99,6 +101,12 @@ def _check(row: Row, tokenizer: Path, tower: Path, folder: Path) -> None:
     compare(row, "reopened", tiny.reopen(folder / "saved").model, base, ids)
     for name, spec in RECIPES.items():
         row.upcycles[name] = upcycled(tiny.reopen(folder / "saved"), spec, ids, folder / name)
+
+
+def sharing(model: torch.nn.Module) -> list[str]:
+    """Names of parameters that lie where another one lies, which a step of one would move with it."""
+    first: dict[int, str] = {}
+    return [name for name, one in model.named_parameters() if first.setdefault(one.data_ptr(), name) != name]
 
 
 def upcycled(vlm: VLM, spec: MoESpec, ids: torch.Tensor, folder: Path) -> str:
