@@ -18,6 +18,7 @@ from moellava.train import stopping, train
 from moellava.train.checkpoint import last_checkpoint
 from moellava.train.stopping import Stopped, StopRequest
 from moellava.train.trainer import StageTrainer
+from tests.older import SHARDS
 from tests.processes import environment, kill_session, losses_of, train_command, train_here, words_of
 from tests.tiny import weights_of
 
@@ -137,10 +138,16 @@ def test_weights_that_are_no_numbers_are_not_saved(whole, monkeypatch, tmp_path)
     assert not (tmp_path / "run/config.json").exists()
 
 
+ENGINES = {"native": (2, {}), "shards": (3, {"fsdp_size": 3}), "ZeRO-3": (2, {"deepspeed": "zero3"})}
+"""Engine -> (processes, flags)."""
+
+
 @pytest.mark.slow
-def test_two_processes_stop_together(flags_for, tmp_path):
-    flags = flags_for(tmp_path, "pretrain") | {"max_steps": 400, "save_steps": 2, "skip_dry_save": True}
-    words = train_command(flags, 2, "torchrun", fresh=True)
+@pytest.mark.parametrize("engine", [pytest.param(name, marks=SHARDS if name == "shards" else ()) for name in ENGINES])
+def test_processes_stop_together(engine, flags_for, tmp_path):
+    processes, own = ENGINES[engine]
+    flags = flags_for(tmp_path, "pretrain") | {"max_steps": 400, "save_steps": 2, "skip_dry_save": True} | own
+    words = train_command(flags, processes, "torchrun", fresh=True)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(words, env=environment(), start_new_session=True, **pipes) as process:
         try:
