@@ -649,8 +649,8 @@ RESUMING = (
     Mutation(
         "accumulated-steps-too-long",
         "train/trainer.py",
-        "loss = ce * (1 if own_mean else processes) / torch.as_tensor(num_items_in_batch).clamp_min(1)",
-        "loss = ce * (1 if own_mean else processes) / max(len(supervised.target_N), 1)",
+        "loss = ce * processes / torch.as_tensor(num_items_in_batch).clamp_min(1)",
+        "loss = ce * processes / max(len(supervised.target_N), 1)",
         "With --gradient_accumulation_steps 8 the gradient is eight times what one big batch gives.",
         ("train/test_trainer.py",),
     ),
