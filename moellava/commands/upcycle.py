@@ -43,7 +43,6 @@ def main(argv: list[str]) -> int:
         source = read_folder(arguments.model_path, "--model-path")
         certificate = upcycle_folder(source, target, spec, int(arguments.shard_size * GIGABYTE))
     print(printable("\n".join([*certificate.lines(), f"Written to {target}"])))
-    certificate.check()
     return 0
 
 
