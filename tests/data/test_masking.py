@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from moellava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from moellava.conversation import Origin, Piece, conv_templates
 from moellava.data.encoder import CountedImages, Encoder
-from moellava.data.masking import Encoded, engine_for, labels_of
+from moellava.data.masking import Encoded, MaskEngine, engine_for, labels_of
 from moellava.data.preprocess import encode_conversation
 from moellava.data.render import TemplateRenderer
 from moellava.data.tokenizer_facts import mask_problem
@@ -125,6 +125,41 @@ def test_pieces_join_to_the_ids(tokenizers, name, conversation):
     for stretch in engine.stretches(pieces, has_image=True):
         ids += engine.tokenize(stretch)[0] if stretch.ids is None else stretch.ids
     assert ids == engine.encode(pieces, has_image=True).ids
+
+
+class Listened:
+    """A tokenizer that notes the texts it is given."""
+
+    def __init__(self, tokenizer: Tokenizer, heard: list[str]) -> None:
+        self.tokenizer, self.heard = tokenizer, heard
+
+    def encode(self, text: str, **options) -> object:
+        self.heard.append(text)
+        return self.tokenizer.encode(text, **options)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_character_is_tokenized_once_and_a_templates_own_text_never_again(tokenizers, name):
+    """Where no token straddles a border: at one that is straddled, what lies on its two sides is tokenized anew."""
+    engine, heard = MaskEngine(tokenizers[name]), []
+    engine._twins = tuple(Listened(twin, heard) for twin in engine._twins)
+    in_one_go = 0
+    for version in VERSIONS:
+        told = []
+        for said in ("a cat on a mat", "the dog, of course"):
+            turns = turns_for(version, [{"from": "human", "value": f"{said}?"}, {"from": "gpt", "value": said}] * 3)
+            pieces = TemplateRenderer(version).pieces(turns, has_media=False)
+            heard.clear()
+            engine.encode(pieces)
+            told.append(heard.copy())
+            texts = [stretch for stretch in engine.stretches(pieces) if stretch.ids is None]
+            borders = 2 * sum(len(stretch.trained) for stretch in texts)
+            assert len(heard) <= len(texts) + 2 * borders, version
+            if len(heard) <= len(texts):
+                in_one_go += 1
+                assert sum(map(len, heard)) <= sum(len(stretch.text) for stretch in texts), version
+        assert not {*told[0]} & {*told[1]}, f"{version}: text of the template alone is kept"
+    assert in_one_go >= 2 * len(VERSIONS) - 8, "few templates and tokenizers are not made for each other"
 
 
 def test_a_token_belongs_to_the_range_it_begins_in():
