@@ -7,7 +7,7 @@ Files of several formats and sizes are written: smooth shapes with a little nois
 that photographs take. For each, five ways take turns, one thread, and the least CPU time of the rounds counts. Freed
 memory is kept by the process, as in a run; with --forked, some of it, as data workers do:
 
-* Pillow: the file is decoded, made RGB and resized to the model's size, and nothing else;
+* Pillow: the file is decoded, made RGB and resized as often as the processor does it, and nothing else;
 * transformers: the same file by Pillow, then the model's image processor, which also cuts, rescales and normalises;
 * ours: `open_image`, which also checks the file, its limits and its orientation, and `MediaReader`'s pixels: the same
   numbers as transformers', which is looked at first;
@@ -22,7 +22,9 @@ Processors that cut a picture of any size into patches run as transformers has t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -95,11 +97,18 @@ def picture(size: tuple[int, int]) -> Image.Image:
     return Image.fromarray((127 + 100 * waves + noise).clip(0, 255).astype(np.uint8))
 
 
+def resized_sizes(processor: Any, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Widths and heights to which a processor resizes a picture, one after the other."""
+    if not isinstance(processor, SmolVLMImageProcessorPil):
+        return [resized_size(processor, size)]
+    long, tile = dict(processor.size)["longest_edge"], dict(processor.max_image_size)["longest_edge"]
+    large = int(long * size[0] / max(size)), int(long * size[1] / max(size))
+    in_tiles = tuple(math.ceil(side / tile) * tile for side in large)
+    return [large, *[in_tiles] * (in_tiles != large), (tile, tile)]
+
+
 def resized_size(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height to which a processor resizes a picture."""
-    if isinstance(processor, SmolVLMImageProcessorPil):
-        long = dict(processor.size)["longest_edge"]
-        return int(long * size[0] / max(size)), int(long * size[1] / max(size))
+    """Width and height to which a processor that does it once resizes a picture."""
     if isinstance(processor, MllamaImageProcessorPil):
         canvas = get_optimal_tiled_canvas(size[1], size[0], processor.max_image_tiles, processor.size["height"])
         high, wide = get_image_size_fit_to_canvas(size[1], size[0], *canvas, processor.size["height"])
@@ -117,7 +126,7 @@ def resized_size(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 def ways(path: Path, processor: Any, size: tuple[int, int], batch: int) -> dict[str, Callable[[], Any]]:
     """What is timed: of the same picture, as often as a batch has pictures."""
-    tones, target = tones_of(processor), resized_size(processor, size)
+    tones, targets = tones_of(processor), resized_sizes(processor, size)
     fast = tabled(processor)
     arranged = (lambda images: [[one] for one in images]) if isinstance(processor, IN_ROWS) else list
     pixels_of = plain_pixels(processor) or (lambda some: fast(arranged(some), return_tensors="pt")["pixel_values"])
@@ -137,7 +146,10 @@ def ways(path: Path, processor: Any, size: tuple[int, int], batch: int) -> dict[
         return tones.patches(one.unflatten(1, (3, -1)).numpy())
 
     def by_pillow() -> Any:
-        return [opened().resize(target, processor.resample) for _ in range(batch)]
+        return [
+            functools.reduce(lambda image, target: image.resize(target, processor.resample), targets, opened())
+            for _ in range(batch)
+        ]
 
     def by_transformers() -> Any:
         return processor(arranged([opened() for _ in range(batch)]), return_tensors="pt")["pixel_values"]
