@@ -10,6 +10,7 @@ import os
 import re
 import tarfile
 import threading
+import time
 import zipfile
 import zlib
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -19,6 +20,16 @@ from moellava.errors import UserError
 
 ARCHIVES = 8
 """Archives that a process keeps open to read pictures from; of more, the one that was asked for longest ago goes."""
+
+BELIEVED = 1.0
+"""Seconds for which what another machine has said of an archive holds: asking takes as long as a picture does."""
+
+AHEAD = 64 * 2**10
+"""Bytes that are fetched beyond what is read of an archive elsewhere: some pictures, or most of one. `fsspec` fetches 5
+or 50 megabytes, which is right for a file that is read from its beginning to its end."""
+
+WHOLE = 4 * 2**20
+"""Bytes of an archive elsewhere that is kept in memory."""
 
 BROKEN = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
 """What is raised where an archive is not there, or damaged."""
@@ -65,11 +76,7 @@ def held(url: str) -> Held:
     inner = url.partition("::")[2]
     if not inner or _is_kept(url):
         return Held(*opened(url), TOGETHER)
-    file_system, path, alone = held(inner)
-    state = ""  # of none, which `opened` tells
-    with alone, suppress(OSError):
-        state = json.dumps(file_system.info(path), sort_keys=True, default=str)
-    process = os.getpid()
+    state, process = _state(inner), os.getpid()
     with _opening.setdefault(process, threading.Lock()):  # a fork may come while a thread of its parent opens one
         return _held(url, state, process)
 
@@ -84,10 +91,46 @@ def _is_kept(url: str) -> bool:
         return True
 
 
+def _state(inner: str) -> str:
+    """What is said of an archive at an address; nothing of none, which `opened` tells."""
+    from fsspec.archive import AbstractArchiveFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+
+    asked = held(inner)
+    if isinstance(asked.file_system, LocalFileSystem | AbstractArchiveFileSystem):
+        return _told(asked)
+    return _told_lately(inner, int(time.monotonic() / BELIEVED))
+
+
+def _told(asked: Held) -> str:
+    with asked.alone, suppress(OSError):
+        return json.dumps(asked.file_system.info(asked.root), sort_keys=True, default=str)
+    return ""
+
+
+@functools.lru_cache(maxsize=ARCHIVES)
+def _told_lately(inner: str, moment: int) -> str:
+    return _told(held(inner))
+
+
 _opening: dict[int, threading.Lock] = {}
 """Process -> what the thread has that opens an archive there."""
 
 
 @functools.lru_cache(maxsize=ARCHIVES)
 def _held(url: str, state: str, process: int) -> Held:
-    return Held(*opened(url), threading.RLock())
+    file_system, root = opened(url)
+    _read_little_ahead(file_system)
+    return Held(file_system, root, threading.RLock())
+
+
+def _read_little_ahead(archive: Any) -> None:
+    """Has an archive that lies elsewhere, and is open, fetch about what is read of it, here and there; a small one is
+    fetched as a whole, also from a server that gives no parts. What it was opened with has come in large pieces."""
+    from fsspec.caching import caches
+    from fsspec.spec import AbstractBufferedFile
+
+    file = getattr(archive, "fo", None)
+    if isinstance(file, AbstractBufferedFile):
+        way = "all" if file.size <= WHOLE else "readahead"
+        file.cache = caches[way](AHEAD, file.cache.fetcher, file.size)

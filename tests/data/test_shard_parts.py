@@ -10,6 +10,7 @@ import logging
 import tarfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -200,11 +201,13 @@ def test_other_formats_are_written_of_them(name, bucket, shards, tmp_path):
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Gives files, and parts of them where `gives_parts`; counts bytes."""
+    """Gives files, and parts of them where `gives_parts`; counts the bytes of parts, and how often it is asked about a
+    file."""
 
-    gives_parts, sent = True, 0
+    gives_parts, sent, heads = True, 0, 0
 
     def send_head(self) -> Any:
+        type(self).heads += self.command == "HEAD"
         part = self.headers.get("Range")
         if part is None or not self.gives_parts:
             return super().send_head()
@@ -247,17 +250,24 @@ class RangedFile(AbstractBufferedFile):
             return answer.read()[: end - start]
 
 
-@pytest.fixture
-def server(shards) -> Iterator[str]:
-    """Their address behind a server of this machine."""
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address of a folder behind a server of this machine."""
     fsspec.register_implementation("ranged", Ranged, clobber=True)
-    Handler.gives_parts, Handler.sent = True, 0
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(shards))) as running:
+    Handler.gives_parts, Handler.sent, Handler.heads = True, 0, 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as running:
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
         yield f"ranged://127.0.0.1:{running.server_port}"
         running.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def server(shards) -> Iterator[str]:
+    """The address of the shards."""
+    with serving(shards) as address:
+        yield address
 
 
 def test_parts_are_asked_of_a_server(server, shards):
