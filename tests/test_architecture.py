@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,3 +151,17 @@ def test_the_glossary_is_short():
     page = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     rows = [line for line in page.split("## Words")[1].split("## ")[0].splitlines() if line.startswith("| ")]
     assert 10 < len(rows) - 1 <= 25
+
+
+TOP = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Dockerfile", "mkdocs.yml", "pyproject.toml"}
+TOP |= {"setup.py", "train.py", "constraints.txt"}
+"""Files of the project's first page."""
+
+
+def test_nothing_but_the_project_lies_at_its_top():
+    """Notes that somebody makes while working are not committed by mistake."""
+    root = PACKAGE.parent
+    found = subprocess.run(["git", "-C", str(root), "ls-files"], capture_output=True, text=True, check=False)
+    kept = found.stdout.splitlines() if found.returncode == 0 else [path.name for path in root.iterdir()]
+    files = {name for name in kept if "/" not in name and not name.startswith(".") and (root / name).is_file()}
+    assert files == TOP
