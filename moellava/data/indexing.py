@@ -20,8 +20,8 @@ from moellava.data.index import FileIndex, index_in_memory, open_index, save_ind
 from moellava.data.record_reader import RecordReader
 from moellava.data.record_rows import rows_for
 from moellava.data.remote import copied, is_remote
+from moellava.data.saved_sets import SPLITS
 from moellava.data.shard_parts import Shard, shard_at
-from moellava.data.tables import SPLITS
 from moellava.errors import DataError, UserError
 from moellava.files import file_digest
 from moellava.log import get_logger

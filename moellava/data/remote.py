@@ -27,6 +27,7 @@ from moellava.data.embedded import Embedded
 from moellava.data.fetched import is_kept, keep_content, kept_content, limit
 from moellava.data.file_systems import BROKEN, TOGETHER, Held, held, opened
 from moellava.data.remembered import Remembered
+from moellava.data.saved_sets import files_of_set
 from moellava.errors import BadFileError, DataError, UserError
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://", re.IGNORECASE)
@@ -269,10 +270,10 @@ def _side_by_side(spans: Sequence[Span]) -> list[bytes | Exception | None]:
 
 
 def copied(url: str) -> Path:
-    """A copy of a data file in the cache.
+    """A copy of a data file in the cache, or of a folder that `datasets.save_to_disk` wrote.
 
     Raises:
-        DataError: there is no such file, or it cannot be read.
+        DataError: there is no such file, or it cannot be read; or another folder.
         UserError: see `opened`; or there is no room for it.
     """
     folder = cache_folder()
@@ -280,18 +281,45 @@ def copied(url: str) -> Path:
         raise UserError(f"{url} is copied into a folder, and none can be written: name one by {PLACE}.")
     file_system, path = opened(url)
     try:
-        told = file_system.info(path)
-        if told.get("type") == "directory":
-            raise DataError(f"{url} is a folder: name the files in it, as {url.rstrip('/')}/*.parquet")
-        if not is_file(told):
-            raise DataError(f"{url} is a pipe or a device, not a file")
-        entry = copy_named(url, state_told(url, told) or file_system.cat_file(path))
         name = posixpath.basename(path.rstrip("/").partition("?")[0]) or "data"
-        return kept(folder, entry, lambda new: file_system.get_file(path, str(new / name)), f"copying {url}") / name
+        files = _files_at(url, file_system, path, name)
+        states = [state_told(url, told) or file_system.cat_file(whole) for _, whole, told in files]
+
+        def copy(new: Path) -> None:
+            for inside, whole, _ in files:
+                (new / inside).parent.mkdir(parents=True, exist_ok=True)
+                file_system.get_file(whole, str(new / inside))
+
+        entry = copy_named(url, states[0] if len(states) == 1 else repr(states).encode())
+        return kept(folder, entry, copy, f"copying {url}") / name
     except FileNotFoundError as error:
         raise DataError(f"{url}: no such data file") from error
+    except DataError:  # a ValueError, too
+        raise
     except (OSError, ValueError) as error:
         raise DataError(f"{url} cannot be read, or copied to {folder}: {error or type(error).__name__}") from error
+
+
+def _files_at(url: str, file_system: Any, path: str, name: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """What is copied of an address: as it shall be called, where it lies, and what is said of it.
+
+    Raises:
+        DataError: it is no file, and no data set.
+        FileNotFoundError: there is nothing.
+    """
+    told = file_system.info(path)
+    if told.get("type") != "directory":
+        if not is_file(told):
+            raise DataError(f"{url} is a pipe or a device, not a file")
+        return [(name, path, told)]
+    described, files = files_of_set(url, lambda one: file_system.cat_file(f"{path}/{one}"))
+    found = []
+    for one in described + files:
+        try:
+            found.append((f"{name}/{one}", f"{path}/{one}", file_system.info(f"{path}/{one}")))
+        except FileNotFoundError as error:
+            raise DataError(f"{url} is not whole: {one} is missing, which it names") from error
+    return found
 
 
 def copy_named(url: str, said: int | bytes) -> str:

@@ -8,7 +8,6 @@ What reads them is installed with `pip install 'moellava[data]'`, and imported w
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from moellava.data.arrow_values import places_in_map
 from moellava.data.parquet_pages import Key, Twice, key_of, places_of_group
 from moellava.data.remote import open_file
+from moellava.data.saved_sets import files_of_set
 from moellava.data.shard_places import Held, Place, holding
 from moellava.errors import DataError, UserError
 
@@ -26,9 +26,6 @@ ROWS = 64
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 """What a finished stream ends with (Arrow's columnar format, 'IPC Streaming Format'). One without looks as if it
 were cut between two batches."""
-
-SPLITS = "dataset_dict.json"
-"""What names the splits of a data set of `datasets`, each of which is a folder."""
 
 
 def parquet_rows(name: Path | str) -> Iterator[Any]:
@@ -80,19 +77,7 @@ def _require_end(path: Path, file: Any) -> None:
 
 def dataset_rows(path: Path) -> Iterator[Any]:
     """The rows of a folder that `datasets.save_to_disk` wrote; of one that holds splits, if there is a single one."""
-    if not any((path / name).is_file() for name in ("state.json", SPLITS)):
-        raise DataError(f"{path} is a folder, but no data set that `datasets` has saved to disk: name the files in it")
-    try:
-        folder = ""
-        if (path / SPLITS).is_file():
-            splits = json.loads((path / SPLITS).read_text(encoding="utf-8"))["splits"]
-            if len(splits) != 1:
-                raise DataError(f"{path} holds the splits {', '.join(splits)}: name the folder of one of them")
-            folder = f"{splits[0]}/"
-        state = json.loads((path / folder / "state.json").read_text(encoding="utf-8"))
-        files = [folder + file["filename"] for file in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no data set that can be read: {error}") from error
+    _, files = files_of_set(path, lambda name: (path / name).read_bytes())
     for file in files:
         yield from arrow_rows(path / file, file)
 

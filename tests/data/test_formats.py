@@ -349,7 +349,7 @@ def test_paths_that_are_no_files_are_named(tmp_path, monkeypatch):
 def test_a_data_set_of_several_splits_names_them(tmp_path):
     table = datasets.Dataset.from_list(SAID[:1])
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "both"))
-    with pytest.raises(DataError, match="holds the splits train, test"):
+    with pytest.raises(DataError, match=f"^{re.escape(str(tmp_path))}/both holds the splits train, test"):
         load_records(tmp_path / "both")
     assert len(load_records(tmp_path / "both" / "train")) == 1
 

@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import datasets
 import fsspec
 import numpy as np
 import pytest
@@ -144,6 +145,20 @@ def shown_by(files: MediaFiles, media: list[Medium]) -> list[bytes]:
     return [files.read(medium).tobytes() for medium in media]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_folder_of_datasets_is_read_as_a_local_one_is(nested, bucket, pictures, tmp_path):
+    rows = [tiny.record(str(n), "<image>\nwhat?", "a shape") | {"image": Image.open(pictures[n])} for n in range(3)]
+    table = datasets.Dataset.from_list(rows)
+    local, address = tmp_path / "saved", f"{ROOT}/saved"
+    (datasets.DatasetDict({"train": table}) if nested else table).save_to_disk(str(local))
+    bucket.put(str(local), "/bucket/saved", recursive=True)
+    records, here = load_records(address), load_records(local)
+    assert len(records) == 3 and records.content(whole=True) == here.content(whole=True)
+    bucket.rm(next(name for name in bucket.find("/bucket/saved") if name.endswith(".arrow")))
+    with pytest.raises(DataError, match=r"saved is not whole: .*arrow is missing, which it names"):
+        load_records(address)
+
+
 def test_an_archive_is_opened_once_for_all_its_pictures(archive, openings, pictures):
     files, media, _ = archive
     assert files.problems(media, in_full=True) == {}
@@ -266,7 +281,9 @@ def test_what_is_not_there_or_cannot_be_opened_is_told_before_training(bucket, m
         MediaFiles("s3://here/images")
     with pytest.raises(UserError, match="nosuch://x: Protocol not known: nosuch"):
         RemoteFolder("nosuch://x")
-    with pytest.raises(DataError, match="(?s)x.json: no such data file.*data is a folder: name the files in it"):
+    with pytest.raises(
+        DataError, match="(?s)x.json: no such data file.*data is a folder, but no data set .*: name the files in it"
+    ):
         load_records([f"{ROOT}/x.json", f"{ROOT}/data"])
     with pytest.raises(DataError, match="no data file fits this pattern"):
         addresses(f"{ROOT}/*.parquet")
