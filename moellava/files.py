@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -137,6 +138,29 @@ def _way_out(folder: Path) -> str:
         return ""
     latest = max(checkpoints, key=lambda path: (len(path.name), path.name))  # their numbers have no leading zeros
     return f" Its run has not ended: go on with it, or name its last checkpoint, {latest}."
+
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+"""How `protocol://…` begins, also where `pathlib` has taken one of its slashes; no letter of a drive."""
+
+
+def refuse_address(name: str | Path, flag: str) -> None:
+    """Raises UserError where an address is given for a place on this machine: a folder of that name would be made."""
+    if is_address(name):
+        raise UserError(address_refused(name, flag))
+
+
+def is_address(name: str | Path) -> bool:
+    """Whether a name is an address."""
+    return bool(_ADDRESS.match(str(name)))
+
+
+def address_refused(name: str | Path, flag: str) -> str:
+    """What is said then."""
+    return (
+        f"{flag} {name}: a place on this machine is needed here, and that is an address. Data and pictures alone are "
+        "read from elsewhere (docs/DATA.md); what is written can be copied there."
+    )
 
 
 NO_FILE = "no such file"

@@ -8,9 +8,13 @@ import math
 from typing import Any, NoReturn
 
 from moellava.errors import did_you_mean
+from moellava.files import refuse_address
 
 UNKNOWN = "unrecognized arguments: "
 """How argparse begins what it says of words that it does not know."""
+
+PLACES = ("output", "output_dir", "runs", "skip_list", "known", "adapter", "against", "data_folder", "video_folder")
+"""Flags, as argparse calls them, of files and folders on this machine."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -18,6 +22,14 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does it. Raises UserError where an address is given for a place."""
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if action.dest in PLACES and getattr(found, action.dest, None):
+                refuse_address(getattr(found, action.dest), action.option_strings[0])
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         """Exits with status 2, the command's usage and what is wrong; of an unknown flag also the nearest known one."""

@@ -15,7 +15,7 @@ from moellava.data.records import load_records
 from moellava.data.shard_parts import with_pictures
 from moellava.data.skip_lists import SkipList
 from moellava.errors import DataError, UserError
-from moellava.files import file_problem, require_output, written
+from moellava.files import file_problem, refuse_address, require_output, written
 
 OUTPUT, IMAGE_FOLDER = "--output", "--image-folder"
 
@@ -58,6 +58,7 @@ def rewrite(
 
 
 def _folder(name: str | Path) -> Path:
+    refuse_address(name, IMAGE_FOLDER)
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from moellava.constants import TILED
 from moellava.eval.layout import DATA_FOLDER as TASK_FOLDER
 from moellava.eval.suite import BENCHMARKS
+from moellava.files import address_refused, is_address
 from moellava.moe.spec import given_options
 from moellava.vis.needed import missing
 
@@ -350,6 +351,10 @@ ADAPTER_CONFLICTS: list[Rule] = [
 """Of runs with adapters."""
 
 
+PLACES = ("output_dir", "cache_dir", "cache_features", "cache_pixels", "video_folder", "eval_task_folder")
+"""Flags of files and folders on this machine; a model's say themselves that there is none."""
+
+
 def find_conflicts(flags: Flags) -> list[str]:
     """Every contradiction between flags, one line each; empty when there is none."""
     rules = CONFLICTS + ADAPTER_CONFLICTS if flags.adapts else CONFLICTS
@@ -357,7 +362,13 @@ def find_conflicts(flags: Flags) -> list[str]:
     sparse = " ".join(f"--{name} {value}" for name, value in (preset | given_options(flags.moe)).items())
     known = flags._asdict() | {"processes": flags.processes, "sparse": sparse}
     found = [message.format(**known) for broken, message in rules if broken(flags)]
-    return found + idle_adapter_flags(flags)
+    return found + addresses_given(flags) + idle_adapter_flags(flags)
+
+
+def addresses_given(flags: Flags) -> list[str]:
+    """A line for each address where a place on this machine is meant."""
+    given = [(name, getattr(group, name, None)) for group in flags for name in PLACES]
+    return [address_refused(value, f"--{name}") for name, value in given if value and is_address(value)]
 
 
 def idle_adapter_flags(flags: Flags) -> list[str]:

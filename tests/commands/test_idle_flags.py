@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields
 
 import pytest
 
 from moellava import cli
 from moellava.cli import COMMANDS, main
+from moellava.commands.values import PLACES
+from moellava.errors import UserError
 from moellava.moe import MoESpec
 from tests import tiny
 from tests.attacks.flags import attacks
@@ -154,6 +157,26 @@ def test_a_flag_is_given_whole(command, monkeypatch, capsys):
             made_optional(parser).parse_args([name[:-1]])
         said = capsys.readouterr().err
         assert f"unrecognized arguments: {name[:-1]}" in said and "Did you mean --" in said
+
+
+READ = {"data", "image_folder", "image_file", "video_file", "tokenizer", "model_path", "model_base", "sources", "base"}
+READ |= {"dir", "run", "stage2", "moe_run", "files", "version"}
+"""What is read: data and pictures from anywhere, a model from this machine or the hub, and a run, which is there."""
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"train"}))
+def test_an_address_is_no_place_on_this_machine(command, monkeypatch):
+    """A folder of that name would be made, and lost with a rented machine."""
+    with monkeypatch.context() as patched:
+        parser = made_optional(parser_of(command, patched))
+    named = re.compile(r"dir|folder|file|path|output|list|known|adapter|runs?$|against|data|base|sources|stage2")
+    taken = {action.dest: action for action in parser._actions if named.search(action.dest) and action.nargs != 0}
+    assert {*taken} <= READ | {*PLACES}
+    for name in {*taken} & {*PLACES}:
+        flag = taken[name].option_strings[0]
+        with pytest.raises(UserError, match=f"{flag} s3:/+bucket/x: a place on this machine is needed"):
+            parser.parse_args([flag, "s3://bucket/x"])
+        assert parser.parse_args([flag, "x"])
 
 
 def made_optional(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

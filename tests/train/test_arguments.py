@@ -2,12 +2,15 @@
 """Flags: conflicts are refused by name and all at once; old spellings work; nothing is accepted in vain."""
 
 import json
+import re
+from dataclasses import fields
 
 import pytest
 
 from moellava.errors import UserError
 from moellava.moe.spec import MoESpec
-from moellava.train.arguments import parse_arguments
+from moellava.train.arguments import DataArguments, ModelArguments, MoEArguments, RunArguments, parse_arguments
+from moellava.train.conflicts import PLACES
 from moellava.train.deepspeed.named import FOLDER, names
 from tests.processes import ROOT, train_here
 
@@ -35,6 +38,19 @@ def test_every_conflict_is_named_in_one_error():
         parse("--tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True --moe_enable True --ep_size 2")
     for flag in ("--freeze_mm_mlp_adapter", "--moe_enable", "--ep_size 2 needs --deepspeed"):
         assert flag in str(caught.value)
+
+
+def test_an_address_is_no_place_on_this_machine():
+    """Data and pictures are read from one; a model is asked for at the hub, and named where that has none."""
+    read = {"data_path", "eval_data_path", "image_folder", "model_name_or_path", "model_local_path", "bad_files"}
+    read |= {"pretrain_mm_mlp_adapter", "resume_from_checkpoint"}
+    own = {item.name for group in (ModelArguments, DataArguments, MoEArguments, RunArguments) for item in fields(group)}
+    named = {name for name in own | {"output_dir"} if re.search("dir$|folder|file|path|cache_", name)}
+    assert named - read == {*PLACES} and len(PLACES) > 3
+    for name in PLACES:
+        words = [*BASE, f"--{name}", "s3://bucket/x"]
+        with pytest.raises(UserError, match=f"--{name} s3://bucket/x: a place on this machine is needed"):
+            parse_arguments(words)
 
 
 @pytest.mark.parametrize(
