@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moellava.files import flush_tree, problem_of_writing, read_json, write_json
+from moellava.files import flush_tree, is_address, problem_of_writing, read_json, write_json
 from moellava.log import get_logger
 
 PLACE = "MOELLAVA_CACHE"
@@ -44,10 +44,11 @@ def _named() -> Path:
 
 @functools.lru_cache(maxsize=8)
 def _problem(folder: Path) -> str | None:
-    problem: str | None
+    problem: str | None = "a place on this machine is needed"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        problem = problem_of_writing(folder)
+        if not is_address(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            problem = problem_of_writing(folder)
     except OSError as error:
         problem = str(error.strerror)
     if problem:

@@ -155,11 +155,14 @@ def test_batches_of_an_index_join(folder, tmp_path, monkeypatch):
     assert records.chosen[0].held.media.to_pylist()[:4] == [["iü.png"], [], [], ["iü.png"]]
 
 
-def test_without_a_place_to_write_every_process_reads(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("place", ["file/cache", "s3://bucket/cache"])
+def test_without_a_place_to_write_every_process_reads(place, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(cache.PLACE, str(tmp_path / "file" / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(cache.PLACE, place)
     monkeypatch.setattr(indexing, "KEPT_FROM", 0)
     assert cache_folder() is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"], "no folder is called s3:"
     assert list(load_records(written(tmp_path / "a.json", ROWS))) == ROWS
 
 

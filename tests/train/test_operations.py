@@ -55,4 +55,4 @@ def test_a_step_runs_few_operations_and_per_sample_attention_alone(flags_for, tm
         two = counted(flags, monkeypatch)
         assert two.total() <= most, (stage, two)
         six = counted(flags | {"per_device_train_batch_size": 6, "output_dir": tmp_path / f"{stage}-6"}, monkeypatch)
-        assert {*(six - two)} == VIEWS | ATTENTION, stage
+        assert ATTENTION <= {*(six - two)} <= VIEWS | ATTENTION, stage
