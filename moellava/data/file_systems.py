@@ -13,7 +13,8 @@ import threading
 import time
 import zipfile
 import zlib
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 from moellava.errors import UserError
@@ -34,6 +35,11 @@ WHOLE = 4 * 2**20
 BROKEN = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
 """What is raised where an archive is not there, or damaged."""
 
+
+class UnreachableError(OSError):
+    """The other side was not asked: there is no connection, or nothing that says who asks."""
+
+
 TOGETHER: AbstractContextManager[Any] = nullcontext()
 """Of a file system that several threads may ask at a time."""
 
@@ -52,13 +58,30 @@ class Held(NamedTuple):
     alone: AbstractContextManager[Any]
 
 
+@contextmanager
+def reaching() -> Iterator[None]:
+    """Inside, what packages below `fsspec` raise in classes of their own is an UnreachableError; so is the absence of a
+    file that is told because nobody answered, as `fsspec` has it of HTTP."""
+    try:
+        yield
+    except (*BROKEN, ValueError, RuntimeError) as error:
+        if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, OSError):
+            raise UnreachableError(str(error.__cause__)) from error
+        raise
+    except Exception as error:
+        if type(error).__module__ == "builtins":  # a fault of this package
+            raise
+        raise UnreachableError(f"{type(error).__name__}: {error}") from error
+
+
 def opened(url: str) -> tuple[Any, str]:
     """The file system of an address, and what it calls what lies there. Raises UserError: see `RemoteFolder`; or an
     archive is missing or damaged."""
     from fsspec.core import url_to_fs
 
     try:
-        return url_to_fs(url)
+        with reaching():
+            return url_to_fs(url)
     except ImportError as error:
         needed = getattr(error.__cause__ or error, "name", None) or "a package"
         raise UserError(f"{url}: such addresses need {needed}: pip install {needed} ({error})") from error
@@ -103,7 +126,7 @@ def _state(inner: str) -> str:
 
 
 def _told(asked: Held) -> str:
-    with asked.alone, suppress(OSError):
+    with asked.alone, suppress(OSError), reaching():
         return json.dumps(asked.file_system.info(asked.root), sort_keys=True, default=str)
     return ""
 

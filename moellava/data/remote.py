@@ -25,7 +25,7 @@ from moellava.data.cache import PLACE, cache_folder, kept
 from moellava.data.digests import digest_of
 from moellava.data.embedded import Embedded
 from moellava.data.fetched import is_kept, keep_content, kept_content, limit
-from moellava.data.file_systems import BROKEN, TOGETHER, Held, held, opened
+from moellava.data.file_systems import BROKEN, TOGETHER, Held, UnreachableError, held, opened, reaching
 from moellava.data.remembered import Remembered
 from moellava.data.saved_sets import files_of_set
 from moellava.errors import BadFileError, DataError, UserError
@@ -78,7 +78,7 @@ class Span(NamedTuple):
     def read(self) -> bytes:
         """The bytes. Raises OSError."""
         try:
-            with self.alone:
+            with self.alone, reaching():
                 return self._read()
         except (*BROKEN, RuntimeError) as error:  # zipfile's where it cannot unpack a file, or a password is needed
             raise error if isinstance(error, OSError) else OSError(str(error)) from error
@@ -202,8 +202,10 @@ class RemoteFolder:
             return int(states[place])
         try:
             file_system, _, alone = self.held
-            with alone:
+            with alone, reaching():
                 told = file_system.info(whole)
+        except UnreachableError as error:
+            raise UserError(f"{self.url}: {error}") from error
         except (OSError, ValueError):
             return None
         return state_told(self.url, told) if is_file(told) else None
@@ -213,7 +215,7 @@ class RemoteFolder:
         link on this machine, is asked for by itself, which follows it."""
         try:
             file_system, _, alone = self.held
-            with alone:
+            with alone, reaching():
                 entries = [one for one in file_system.ls(folder, detail=True) if is_file(one)]
         except (OSError, ValueError, NotImplementedError):  # a server that lists nothing: each file is asked for
             entries = []
@@ -234,7 +236,8 @@ def open_file(name: str | Path) -> Any:
     if not is_remote(name):
         return open(name, "rb")
     file_system, path = opened(str(name))
-    file = file_system.open(path, "rb", block_size=BLOCK, cache_type="readahead")
+    with reaching():
+        file = file_system.open(path, "rb", block_size=BLOCK, cache_type="readahead")
     file.held_open_by = file_system  # one of an archive is nobody else's, and closes its files when it goes
     return file
 
@@ -281,23 +284,28 @@ def copied(url: str) -> Path:
         raise UserError(f"{url} is copied into a folder, and none can be written: name one by {PLACE}.")
     file_system, path = opened(url)
     try:
-        name = posixpath.basename(path.rstrip("/").partition("?")[0]) or "data"
-        files = _files_at(url, file_system, path, name)
-        states = [state_told(url, told) or file_system.cat_file(whole) for _, whole, told in files]
-
-        def copy(new: Path) -> None:
-            for inside, whole, _ in files:
-                (new / inside).parent.mkdir(parents=True, exist_ok=True)
-                file_system.get_file(whole, str(new / inside))
-
-        entry = copy_named(url, states[0] if len(states) == 1 else repr(states).encode())
-        return kept(folder, entry, copy, f"copying {url}") / name
+        with reaching():
+            return _copied(url, file_system, path, folder)
     except FileNotFoundError as error:
         raise DataError(f"{url}: no such data file") from error
     except DataError:  # a ValueError, too
         raise
     except (OSError, ValueError) as error:
         raise DataError(f"{url} cannot be read, or copied to {folder}: {error or type(error).__name__}") from error
+
+
+def _copied(url: str, file_system: Any, path: str, folder: Path) -> Path:
+    name = posixpath.basename(path.rstrip("/").partition("?")[0]) or "data"
+    files = _files_at(url, file_system, path, name)
+    states = [state_told(url, told) or file_system.cat_file(whole) for _, whole, told in files]
+
+    def copy(new: Path) -> None:
+        for inside, whole, _ in files:
+            (new / inside).parent.mkdir(parents=True, exist_ok=True)
+            file_system.get_file(whole, str(new / inside))
+
+    entry = copy_named(url, states[0] if len(states) == 1 else repr(states).encode())
+    return kept(folder, entry, copy, f"copying {url}") / name
 
 
 def _files_at(url: str, file_system: Any, path: str, name: str) -> list[tuple[str, str, dict[str, Any]]]:
@@ -331,7 +339,8 @@ def addresses(pattern: str) -> list[str]:
     """The addresses that fit a pattern (`*`, `**`), by name. Raises DataError where none does."""
     file_system, path = opened(pattern)
     try:
-        found = sorted(file_system.glob(path))
+        with reaching():
+            found = sorted(file_system.glob(path))
     except (OSError, ValueError, NotImplementedError) as error:
         raise DataError(f"{pattern}: the folder cannot be listed: {error or type(error).__name__}") from error
     if not found:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from moellava.data.cache import cache_folder
 from moellava.data.embedded import PART, data_uri, digest_of_held, is_part
 from moellava.data.fetched import FETCHED, LIMIT, limit
-from moellava.data.file_systems import held, opened
+from moellava.data.file_systems import held, opened, reaching
 from moellava.data.record_shape import with_paths
 from moellava.data.remote import Distant, Span, copy_named, is_remote, state_told
 from moellava.data.shard_places import place_told
@@ -55,8 +55,9 @@ def shard_at(url: str) -> Shard | None:
     """
     file_system, path = opened(url)
     try:
-        told = file_system.info(path)
-        head, has_parts = _head(file_system, path)
+        with reaching():
+            told = file_system.info(path)
+            head, has_parts = _head(file_system, path)
     except (OSError, ValueError, NotImplementedError):  # whoever copies it says why
         return None
     read = next((read for magic, place, read in READERS if head[place : place + len(magic)] == magic), None)

@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec import AbstractFileSystem
 
 from moellava.data import file_systems
+from moellava.data.cache import PLACE
+from moellava.data.media import MediaFiles
+from moellava.data.records import Medium, load_records
 from moellava.data.remote import RemoteFolder
+from moellava.errors import UserError
 from tests.data.test_remote import write_archive
 from tests.data.test_shard_parts import Handler, serving
 
@@ -73,3 +81,54 @@ def test_the_state_of_an_archive_is_asked_for_now_and_then(archive, monkeypatch)
     write_archive(path, others | {"images/more.jpg": b"more" * 10_000})
     monkeypatch.setattr(file_systems, "BELIEVED", 1e-6)
     read_all(folder, others)
+
+
+class NobodyAskedError(Exception):
+    """As of a package that asks for a name and a password."""
+
+
+class Guarded(AbstractFileSystem):
+    """A store that answers nobody, in an error of its own."""
+
+    protocol = "guarded"
+    cachable = False
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        raise NobodyAskedError("unable to locate credentials")
+
+    ls = find = _open = info
+
+
+class Silent(Guarded):
+    """A server that is not there, as `fsspec` tells it of HTTP."""
+
+    protocol = "silent"
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        try:
+            raise ConnectionRefusedError("Connect call failed: unable to locate credentials")
+        except OSError as error:
+            raise FileNotFoundError(path) from error
+
+    ls = find = _open = info
+
+
+@pytest.mark.parametrize("store", [Guarded, Silent])
+@pytest.mark.parametrize("name", ["x.json", "*.json", "x.parquet", "x.tar", "mixture.yaml", "zip://x.json::"])
+def test_data_of_a_store_that_does_not_answer_say_so(store, name, tmp_path, monkeypatch):
+    fsspec.register_implementation(store.protocol, store, clobber=True)
+    monkeypatch.setenv(PLACE, str(tmp_path))
+    address = f"{store.protocol}://bucket/x"
+    url = f"{name}{address}" if "::" in name else f"{address}/{name}"
+    with pytest.raises(UserError, match=f"(?s){re.escape(url)}.*unable to locate credentials"):
+        load_records(url)
+
+
+@pytest.mark.parametrize("store", [Guarded, Silent])
+@pytest.mark.parametrize("archive", ["", "zip://images::", "tar://images::"])
+def test_pictures_of_a_store_that_does_not_answer_say_so(store, archive, tmp_path, monkeypatch):
+    fsspec.register_implementation(store.protocol, store, clobber=True)
+    monkeypatch.setenv(PLACE, str(tmp_path))
+    url = f"{archive}{store.protocol}://bucket/x"
+    with pytest.raises(UserError, match=f"(?s){re.escape(url)}.*unable to locate credentials"):
+        MediaFiles(url).problems([Medium("image", "a.png")])
