@@ -15,6 +15,7 @@ from typing import Any
 
 from moellava.constants import ROLES
 from moellava.data.cache import PLACE, cache_folder, kept, remembered
+from moellava.data.file_systems import reaching
 from moellava.data.formats import rows_of
 from moellava.data.index import FileIndex, index_in_memory, open_index, save_index
 from moellava.data.record_reader import RecordReader
@@ -59,7 +60,7 @@ def index_of(path: str | Path, roles: tuple[str, str] = ROLES) -> FileIndex:
         except DataError as error:
             return index_in_memory(iter(()), {"problems": error.problems, "ignored": {}, "seen": []})
     files = files_of(Path(path))
-    read = partial(_read, lambda: rows_of(path), roles)
+    read = partial(_read, str(path), lambda: rows_of(path), roles)
     if sum(size for _, size, _ in files) >= KEPT_FROM and (folder := cache_folder()) is not None:
         return _kept_index(folder, _name_of(Path(path), files, roles, folder), path, read)
     return index_in_memory(*read(), lies=str(path))
@@ -70,7 +71,7 @@ def _index_of_shard(shard: Shard, roles: tuple[str, str]) -> FileIndex:
     folder = cache_folder()
     assert folder is not None, "what lies elsewhere is copied where nothing can be kept, and that is refused"
     name = sha256_of([code_digest(), roles, shard.url, shard.state])
-    read = partial(_read, lambda: shard.read(shard.url), roles)
+    read = partial(_read, shard.url, lambda: shard.read(shard.url), roles)
     return _kept_index(folder, name, shard.url, read)
 
 
@@ -102,10 +103,13 @@ def _save(entry: Path, path: str | Path, read: Reading) -> None:
     logger.info("Read %s in %.0f s", path, time.monotonic() - began)
 
 
-def _read(values: Callable[[], Iterator[Any]], roles: tuple[str, str]) -> tuple[Iterator[Any], dict[str, Any]]:
+def _read(
+    name: str, values: Callable[[], Iterator[Any]], roles: tuple[str, str]
+) -> tuple[Iterator[Any], dict[str, Any]]:
     """The rows of a file, and its facts, which are complete when the last row has been asked for.
 
     Args:
+        name: of the file.
         values: opens the file.
         roles: see `index_of`.
     """
@@ -114,9 +118,12 @@ def _read(values: Callable[[], Iterator[Any]], roles: tuple[str, str]) -> tuple[
     def rows() -> Iterator[Any]:
         reader = RecordReader(roles)
         try:
-            yield from rows_for(values(), reader)
+            with reaching():
+                yield from rows_for(values(), reader)
         except DataError as error:
             facts["problems"] = error.problems
+        except OSError as error:  # a connection, or a disk, that breaks in the middle
+            facts["problems"] = [f"{name} cannot be read to its end: {error or type(error).__name__}"]
         facts["ignored"] = reader.ignored
         facts["seen"] = sorted(reader.speakers.seen)
 

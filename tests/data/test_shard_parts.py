@@ -7,6 +7,8 @@ import asyncio
 import io
 import json
 import logging
+import re
+import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -278,6 +280,36 @@ def test_parts_are_asked_of_a_server(server, shards):
     assert Handler.sent == ShardPart(medium.path).place.size, "a picture, and nothing else"
     for name in SHARDS:
         same_as_local(load_records(f"{server}/{name}"), load_records(shards / name))
+
+
+class LostError(Exception):
+    """As of a package that knows connections."""
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, LostError])
+@pytest.mark.parametrize("name", SHARDS)
+def test_a_connection_that_breaks_is_told_and_the_next_start_reads(name, error, server, shards, monkeypatch):
+    """In the middle of a shard, while its index is made: nothing of that is kept."""
+
+    class Lost(RangedFile):
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            if len(Lost.asked) == Lost.last:
+                raise error("the connection was lost")
+            Lost.asked.append(start)
+            return super()._fetch_range(start, end)
+
+    monkeypatch.setattr(remote, "BLOCK", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules[__name__], "RangedFile", Lost)
+        for last in [0, 1, 2, *range(3, 400, 25)]:
+            Lost.asked, Lost.last = [], last
+            try:
+                load_records(f"{server}/{name}")
+                break
+            except DataError as told:
+                assert re.search(f"{server}/{name}.*the connection was lost", str(told)), last
+        assert last > 2, "the head is asked for first, and then the shard"
+    same_as_local(load_records(f"{server}/{name}"), load_records(shards / name))
 
 
 @pytest.mark.parametrize("name", SHARDS)
