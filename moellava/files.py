@@ -140,14 +140,11 @@ def _way_out(folder: Path) -> str:
     return f" Its run has not ended: go on with it, or name its last checkpoint, {latest}."
 
 
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
-"""How `protocol://…` begins, also where `pathlib` has taken one of its slashes; no letter of a drive."""
+PROTOCOLS = "[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*"
+"""How an address begins: `s3`, `simplecache::https`."""
 
-
-def refuse_address(name: str | Path, flag: str) -> None:
-    """Raises UserError where an address is given for a place on this machine: a folder of that name would be made."""
-    if is_address(name):
-        raise UserError(address_refused(name, flag))
+_ADDRESS = re.compile(f"(?![a-z]:){PROTOCOLS}:/", re.IGNORECASE)
+"""An address, also where `pathlib` has taken one of its slashes; no letter of a drive."""
 
 
 def is_address(name: str | Path) -> bool:
@@ -155,12 +152,20 @@ def is_address(name: str | Path) -> bool:
     return bool(_ADDRESS.match(str(name)))
 
 
-def address_refused(name: str | Path, flag: str) -> str:
-    """What is said then."""
+def address_problem(name: str | Path, flag: str) -> str | None:
+    """What is said where an address is given for a place on this machine: a folder of that name would be made."""
+    if not is_address(name):
+        return None
     return (
         f"{flag} {name}: a place on this machine is needed here, and that is an address. Data and pictures alone are "
         "read from elsewhere (docs/DATA.md); what is written can be copied there."
     )
+
+
+def refuse_address(name: str | Path, flag: str) -> None:
+    """Raises UserError where an address is given for a place on this machine."""
+    if problem := address_problem(name, flag):
+        raise UserError(problem)
 
 
 NO_FILE = "no such file"

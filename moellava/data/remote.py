@@ -29,8 +29,9 @@ from moellava.data.file_systems import BROKEN, TOGETHER, Held, UnreachableError,
 from moellava.data.remembered import Remembered
 from moellava.data.saved_sets import files_of_set
 from moellava.errors import BadFileError, DataError, UserError
+from moellava.files import PROTOCOLS
 
-_URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://", re.IGNORECASE)
+_URL = re.compile(f"{PROTOCOLS}://", re.IGNORECASE)
 
 FOLDERS_KEPT = 1024
 """Folders whose lists are remembered."""
@@ -249,16 +250,20 @@ def fetch_together(wanted: Iterable[Distant]) -> None:
     """
     if not limit() or cache_folder() is None:
         return
-    new = {one.state: one for one in wanted if one.state and not is_kept(one.state)}
-    of_each: dict[int, list[tuple[Distant, Span]]] = {}
-    for one in new.values():
+    new: dict[int, Distant] = {}
+    for one in wanted:
+        with suppress(UserError):  # nobody answers
+            if (state := one.state) and not is_kept(state):  # which a server without lists is asked for
+                new[state] = one
+    of_each: dict[int, list[tuple[int, Distant, Span]]] = {}
+    for state, one in new.items():
         if (span := one.span()) is not None:
-            of_each.setdefault(id(span.file_system), []).append((one, span))
-    for pairs in of_each.values():
-        for (one, _), content in zip(pairs, _side_by_side([span for _, span in pairs]), strict=True):
+            of_each.setdefault(id(span.file_system), []).append((state, one, span))
+    for asked in of_each.values():
+        for (state, one, _), content in zip(asked, _side_by_side([span for *_, span in asked]), strict=True):
             with suppress(OSError):
                 if isinstance(content, bytes):
-                    keep_content(one.state or 0, one.accepted(content))
+                    keep_content(state, one.accepted(content))
 
 
 def _side_by_side(spans: Sequence[Span]) -> list[bytes | Exception | None]:

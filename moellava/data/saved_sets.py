@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that `datasets.save_to_disk` has written: Arrow files, and what names them.
+"""Folders that `datasets.save_to_disk` has written.
 
-state.json                      {"_data_files": [{"filename": "data-00000-of-00002.arrow"}, …], …}
-data-00000-of-00002.arrow  …
-dataset_dict.json               {"splits": ["train"]}: each split is such a folder
+Arrow files, and what names them:
+
+    state.json                      {"_data_files": [{"filename": "data-00000-of-00002.arrow"}, …], …}
+    data-00000-of-00002.arrow  …
+    dataset_dict.json               {"splits": ["train"]}: each split is such a folder
 """
 
 from __future__ import annotations
@@ -32,28 +34,28 @@ def files_of_set(folder: object, read: Callable[[str], bytes]) -> tuple[list[str
     Raises:
         DataError: it is none, or not one that can be read.
     """
-    try:
-        split, described = "", []
-        if (splits := _described(SPLITS, read)) is not None:
-            names = splits["splits"]
-            if len(names) != 1:
-                raise DataError(f"{folder} holds the splits {', '.join(names)}: name the folder of one of them")
-            split, described = f"{names[0]}/", [SPLITS]
-        if (state := _described(split + STATE, read)) is None:
-            raise DataError(
-                f"{folder} is a folder, but no data set that `datasets` has saved to disk: name the files in it, as "
-                f"{str(folder).rstrip('/')}/*.parquet"
-            )
-        return [*described, split + STATE], [split + file["filename"] for file in state["_data_files"]]
-    except DataError:  # a ValueError, too
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} is no data set that can be read: {error}") from error
+    splits = _said(folder, SPLITS, read, lambda said: [str(name) for name in said["splits"]])
+    if splits is not None and len(splits) != 1:
+        raise DataError(f"{folder} holds the splits {', '.join(splits)}: name the folder of one of them")
+    within = f"{splits[0]}/" if splits else ""
+    state = within + STATE
+    files = _said(folder, state, read, lambda said: [within + file["filename"] for file in said["_data_files"]])
+    if files is None:
+        raise DataError(
+            f"{folder} is a folder, but no data set that `datasets` has saved to disk: name the files in it, as "
+            f"{str(folder).rstrip('/')}/*.parquet"
+        )
+    return [*[SPLITS] * bool(splits), state], files
 
 
-def _described(name: str, read: Callable[[str], bytes]) -> Any:
-    """What a file says; None where there is none."""
+def _said(
+    folder: object, name: str, read: Callable[[str], bytes], names_in: Callable[[Any], list[str]]
+) -> list[str] | None:
+    """The names in a file that describes a data set; None where there is no such file. Raises DataError where it cannot
+    be read."""
     try:
-        return json.loads(read(name))
+        return names_in(json.loads(read(name)))
     except FileNotFoundError:
         return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} is no data set that can be read: {error}") from error

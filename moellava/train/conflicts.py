@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from moellava.constants import TILED
 from moellava.eval.layout import DATA_FOLDER as TASK_FOLDER
 from moellava.eval.suite import BENCHMARKS
-from moellava.files import address_refused, is_address
+from moellava.files import address_problem
 from moellava.moe.spec import given_options
 from moellava.vis.needed import missing
 
@@ -368,7 +368,7 @@ def find_conflicts(flags: Flags) -> list[str]:
 def addresses_given(flags: Flags) -> list[str]:
     """A line for each address where a place on this machine is meant."""
     given = [(name, getattr(group, name, None)) for group in flags for name in PLACES]
-    return [address_refused(value, f"--{name}") for name, value in given if value and is_address(value)]
+    return [problem for name, value in given if value and (problem := address_problem(value, f"--{name}"))]
 
 
 def idle_adapter_flags(flags: Flags) -> list[str]:

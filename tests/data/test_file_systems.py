@@ -17,8 +17,8 @@ from moellava.data import file_systems
 from moellava.data.cache import PLACE
 from moellava.data.media import MediaFiles
 from moellava.data.records import Medium, load_records
-from moellava.data.remote import RemoteFolder
-from moellava.errors import UserError
+from moellava.data.remote import RemoteFolder, fetch_together
+from moellava.errors import BadFileError, UserError
 from tests.data.test_remote import write_archive
 from tests.data.test_shard_parts import Handler, serving
 
@@ -132,3 +132,24 @@ def test_pictures_of_a_store_that_does_not_answer_say_so(store, archive, tmp_pat
     url = f"{archive}{store.protocol}://bucket/x"
     with pytest.raises(UserError, match=f"(?s){re.escape(url)}.*unable to locate credentials"):
         MediaFiles(url).problems([Medium("image", "a.png")])
+
+
+def test_pictures_are_left_to_their_readers_where_nobody_answers_any_more(tmp_path, monkeypatch):
+    """In the middle of a run: each reader tells its record."""
+    fsspec.register_implementation("silent", Silent, clobber=True)
+    monkeypatch.setenv(PLACE, str(tmp_path))
+    files, shown = MediaFiles("silent://bucket/x"), Medium("image", "a.png")
+    files.fetch_ahead([shown, shown])
+    with pytest.raises(BadFileError, match="silent://bucket/x/a.png.*unable to locate credentials"):
+        files.read(shown)
+
+
+def test_a_server_without_lists_is_asked_once_for_the_state_of_what_is_fetched_ahead(tmp_path, monkeypatch):
+    monkeypatch.setenv(PLACE, str(tmp_path / "cache"))
+    (tmp_path / "0.jpg").write_bytes(b"a picture")
+    with serving(tmp_path) as address:
+        folder = RemoteFolder(address)
+        folder.state("0.jpg")
+        asked = Handler.heads
+        fetch_together([folder / "0.jpg"])
+        assert Handler.heads == asked + 2, "for its state, and for its size when it is opened"

@@ -51,6 +51,8 @@ def test_an_address_is_no_place_on_this_machine():
         words = [*BASE, f"--{name}", "s3://bucket/x"]
         with pytest.raises(UserError, match=f"--{name} s3://bucket/x: a place on this machine is needed"):
             parse_arguments(words)
+    with pytest.raises(UserError, match="--output_dir simplecache::s3:.*: a place on this machine is needed"):
+        parse_arguments([*BASE, "--output_dir", "simplecache::s3://bucket/x"])
 
 
 @pytest.mark.parametrize(
